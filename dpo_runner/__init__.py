@@ -1,0 +1,27 @@
+"""dpo_runner: YAML-configured Direct Preference Optimization experiments."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunConf", "__version__", "apply_chat_template", "load_conf", "run"]
+
+if TYPE_CHECKING:
+    from dpo_runner.config import RunConf, load_conf
+    from dpo_runner.data.chat_template import apply_chat_template
+    from dpo_runner.run import run
+
+_HOME = {
+    "RunConf": "dpo_runner.config",
+    "load_conf": "dpo_runner.config",
+    "apply_chat_template": "dpo_runner.data.chat_template",
+    "run": "dpo_runner.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `import dpo_runner` stays free of torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,191 @@
+"""What a run directory holds, and how it is written: whole or not at all, with secrets masked.
+
+config.yaml overrides.yaml environment.json status.json metrics.jsonl summary.json
+samples.jsonl adapter/ checkpoints/ run.log wandb/
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_runner.config import RunConf, config_keys
+from dpo_runner.errors import ConfigError
+
+MASK = "***"
+_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|access_key|credential)$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
+    r"|wandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F])[0-9a-f]{40}(?![0-9a-fA-F])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+_COMMIT_KEY = "revision"  # a commit is 40 hexadecimal digits too, and no secret
+
+HEARTBEAT_SECONDS = 10
+
+
+def mask_secrets(value: Any, key: str = "") -> Any:
+    """Return a copy of plain containers in which whatever looks like a secret is `***`."""
+    if isinstance(value, dict):
+        return {name: mask_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_secrets(item, key) for item in value]
+    if not isinstance(value, str) or key == _COMMIT_KEY:
+        return value
+    return MASK if _SECRET_KEY.search(key) and value else _SECRET_VALUE.sub(MASK, value)
+
+
+def mask_override(text: str) -> str:
+    """Return one `KEY=VALUE` override with its value masked where it looks like a secret."""
+    key, separator, value = text.partition("=")
+    return f"{key}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, secrets masked, whole or not at all."""
+    write_text(path, json.dumps(mask_secrets(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder beside `path`, then put that in the place of `path`."""
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        fill(staging)
+        staging.chmod(0o755)  # mkdtemp and safetensors make what only its owner can read
+        for file in staging.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        if path.exists():
+            shutil.rmtree(path)
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def resolve_run_dir(conf: RunConf) -> Path:
+    """Return the run's directory: `run_dir`, else a fresh outputs/<run_name>/<timestamp>. Creates nothing."""
+    if conf.run_dir is not None:
+        return Path(conf.run_dir).expanduser()
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    parent = Path("outputs") / conf.run_name
+    names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+class RunDirectory:
+    """One run's directory; everything that is written into it goes through here.
+
+    Args:
+        path: the directory; made if it is not there.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.log = path / "run.log"
+        self._status: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"`run_dir={path}`: cannot be written to; {error.strerror}") from None
+
+    def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
+        text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.yaml", text)
+        write_text(self.path / "overrides.yaml", yaml.safe_dump([mask_override(text) for text in overrides]))
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        write_json(self.path / "environment.json", environment)
+
+    def write_status(self, state: str, **details: Any) -> None:
+        """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error."""
+        with self._lock:
+            if state == "running":
+                self._status = {"started": _now()}
+            self._status |= {"state": state, "pid": os.getpid(), "heartbeat": _now(), **details}
+            write_json(self.path / "status.json", self._status)
+
+    def start_heartbeat(self) -> None:
+        """Renew status.json's `heartbeat` every few seconds for as long as this process lives."""
+
+        def beat() -> None:
+            while not self._stopped.wait(HEARTBEAT_SECONDS):
+                with self._lock:
+                    self._status["heartbeat"] = _now()
+                    write_json(self.path / "status.json", self._status)
+
+        self._stopped.clear()
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    def stop_heartbeat(self) -> None:
+        self._stopped.set()
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add one log event to metrics.jsonl, as one line in one write."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**metrics, "time": round(time.time(), 3)}) + "\n")
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the log events after `step`, which a resumed run is about to log again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(
+                path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            )
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "summary.json", summary)
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_text(self.path / "samples.jsonl", "".join(lines))
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """Return status.json of a run directory, or None where there is none."""
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    assert isinstance(status, dict)
+    return status
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return summary.json of a finished run's directory."""
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    assert isinstance(summary, dict)
+    return summary
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

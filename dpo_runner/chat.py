@@ -1,0 +1,203 @@
+"""Talk with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dpo_runner.artifacts import read_status
+from dpo_runner.errors import ConfigError, DpoRunnerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+_REFERENCE = "reference"
+HELP = "/reset forgets the conversation, /quit ends it"
+
+
+class Chat:
+    """A conversation with the model of a finished run.
+
+    Args:
+        run_dir: the run's directory.
+        max_new_tokens: an answer's length limit in tokens.
+        temperature: 0 answers greedily, above 0 samples.
+        system: a system prompt, or None.
+
+    Raises:
+        ConfigError: there is no finished run in `run_dir`.
+    """
+
+    def __init__(self, run_dir: Path, max_new_tokens: int, temperature: float = 0.0, system: str | None = None) -> None:
+        status = read_status(run_dir)
+        if status is None:
+            raise ConfigError(f"{run_dir}: holds no run (no status.json)")
+        if status["state"] != "finished":
+            raise ConfigError(f"{run_dir}: the run is {status['state']}, not finished; there is no tuned model yet")
+        self.model, self.tokenizer = load_tuned_model(run_dir)
+        self._max_new_tokens, self._temperature, self._system = max_new_tokens, temperature, system
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+
+    def ask(self, text: str, show: Callable[[str], None]) -> str:
+        """Add a user turn, stream the answer's pieces to `show`, and add and return the whole answer."""
+        self.messages.append({"role": "user", "content": text})
+        answer = self._answer(self.messages, show)
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def compare(self, text: str) -> tuple[str, str]:
+        """Return the untuned and the tuned model's answers to one question, outside of the conversation."""
+        messages = [
+            *(message for message in self.messages if message["role"] == "system"),
+            {"role": "user", "content": text},
+        ]
+        with untuned(self.model):
+            before = self._answer(messages, lambda piece: None)
+        return before, self._answer(messages, lambda piece: None)
+
+    def _answer(self, messages: list[Message], show: Callable[[str], None]) -> str:
+        import torch
+        from transformers import TextIteratorStreamer
+
+        from dpo_runner.data.chat_template import render_prompt
+
+        input_ids = torch.tensor([render_prompt(messages, self.tokenizer)], device=self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self._temperature > 0:
+            sampling = {"do_sample": True, "temperature": self._temperature}
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=self._max_new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    streamer=streamer,
+                    **sampling,
+                )
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            show(piece)
+        thread.join()
+        if failure:
+            raise failure[0]
+        return "".join(pieces).strip()
+
+
+def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model a run ended with, on the base and quantization that it was trained on."""
+    from peft import PeftModel
+
+    from dpo_runner.config import ModelConf, QuantConf
+    from dpo_runner.model import load_base_model, load_tokenizer, resolve_adapter_path
+
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    conf = ModelConf(**config["model"])
+    if (run_dir / "model").is_dir():
+        conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
+        return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
+    base, _ = load_base_model(conf, QuantConf(**config["quant"]) if config["quant"] else None)
+    model = PeftModel.from_pretrained(base, run_dir / "adapter")
+    if conf.adapter is not None and conf.adapter_mode == "continue":
+        model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
+    return model.eval(), load_tokenizer(conf)
+
+
+@contextmanager
+def untuned(model: Any) -> Iterator[None]:
+    """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
+    if not hasattr(model, "disable_adapter"):
+        raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
+    if _REFERENCE not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(_REFERENCE)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exits with 2 where the run directory is of no use."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_runner.chat", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="a finished run's directory")
+    parser.add_argument("--prompt", help="answer this once, and end")
+    parser.add_argument("--compare", action="store_true", help="show the untuned and the tuned answer side by side")
+    parser.add_argument("--system", help="a system prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer's length limit (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) answers greedily")
+    args = parser.parse_args(argv)
+    try:
+        _talk(args)
+    except DpoRunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, EOFError):
+        print()
+
+
+def _talk(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dpo_runner.logs import quiet_imports
+
+    with quiet_imports():
+        from dpo_runner.logs import route_library_logs
+
+    with route_library_logs(None):
+        chat = Chat(args.run_dir, args.max_new_tokens, args.temperature, args.system)
+        console = Console(highlight=False, soft_wrap=True)
+
+        def reply(text: str) -> None:
+            if args.compare:
+                before, after = chat.compare(text)
+                table = Table("untuned", "tuned", expand=True)
+                table.add_row(escape(before), escape(after))
+                console.print(table)
+                return
+            chat.ask(text, lambda piece: print(piece, end="", flush=True))
+            print()
+
+        if args.prompt is not None:
+            reply(args.prompt)
+            return
+        console.print(f"[dim]{HELP}[/]")
+        while True:
+            text = input("you> ").strip()
+            if text == "/quit":
+                return
+            if text == "/reset":
+                chat.reset()
+                console.print("[dim]forgotten[/]")
+            elif text.startswith("/"):
+                console.print(f"[dim]no such command; {HELP}[/]")
+            elif text:
+                reply(text)
+
+
+if __name__ == "__main__":
+    main()

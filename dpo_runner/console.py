@@ -1,0 +1,122 @@
+"""What a person sees of a run: the plan, a progress bar, and the before and after."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_LINES_WITHOUT_TERMINAL = 20
+_BEFORE_AND_AFTER = (
+    ("eval_loss", "evaluation loss"),
+    ("eval_rewards/accuracies", "reward accuracy"),
+    ("eval_rewards/margins", "reward margin"),
+    ("response_tokens", "tokens per answer"),
+)
+
+
+class RunConsole:
+    """Prints one run.
+
+    Args:
+        console: where to; the terminal unless told otherwise.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._done = 0
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def show_plan(self, plan: dict[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for key, value in plan.items():
+            table.add_row(f"[bold]{escape(key)}[/]", escape(value))
+        self.console.print(table)
+
+    def start_training(self, first_step: int, steps: int, pairs_per_step: int, with_bar: bool) -> None:
+        """Begin to show steps `first_step` to `steps`, each of `pairs_per_step` pairs."""
+        self._started, self._first, self._steps, self._pairs = time.monotonic(), first_step, steps, pairs_per_step
+        self._with_bar = with_bar
+        if with_bar and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=steps, completed=first_step, figures="")
+            self._progress.start()
+
+    def show_step(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Show that `step` steps are done, with the newest log event's figures where there are any."""
+        done = step - self._first
+        speed = done * self._pairs / max(time.monotonic() - self._started, 1e-9)
+        figures = ""
+        if metrics and "loss" in metrics:
+            figures = (
+                f"loss {metrics['loss']:.3f}  accuracy {metrics.get('rewards/accuracies', 0):.2f}  "
+                f"margin {metrics.get('rewards/margins', 0):.2f}  {speed:.2f} pairs/s"
+            )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step)
+            if figures:
+                self._progress.update(self._task, figures=figures)
+        elif figures and self._with_bar:
+            every = max(1, self._steps // _LINES_WITHOUT_TERMINAL)
+            if step % every == 0 or step == self._steps:
+                left = (self._steps - step) * (time.monotonic() - self._started) / max(done, 1)
+                self.say(f"step {step}/{self._steps}  {figures}  {_clock(left)} left")
+
+    def stop_training(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def show_samples(self, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            question = escape(sample["prompt"][-1]["content"])
+            table = Table(title=question, title_justify="left", expand=True, show_lines=True)
+            for column, answer in (("before", sample["reference"]), ("after", sample["policy"])):
+                cut = "" if answer["complete"] else ", cut off"
+                table.add_column(f"{column} ({answer['tokens']} tokens{cut})", ratio=1)
+            table.add_row(escape(sample["reference"]["text"]), escape(sample["policy"]["text"]))
+            self.console.print(table)
+
+    def show_summary(self, summary: dict[str, Any]) -> None:
+        table = Table("", "before", "after")
+        for key, label in _BEFORE_AND_AFTER:
+            before, after = summary["before"].get(key), summary["after"].get(key)
+            if before is not None and after is not None:
+                table.add_row(label, f"{before:.3f}", f"{after:.3f}")
+        self.console.print(table)
+        self.say(
+            f"{summary['steps']} steps in {_clock(summary['train_runtime'])}, "
+            f"{summary['pairs_per_second']:.2f} pairs/s, at most {summary['peak_memory_gb']:.1f} GB of memory"
+        )
+
+    def show_next_steps(self, run_dir: Path, weights: Path, commands: list[str]) -> None:
+        self.say(f"\nresults     {run_dir}")
+        self.say(f"weights     {weights}")
+        self.say(f"talk to it  python -m dpo_runner.chat {run_dir}")
+        self.say(f"compare     python -m dpo_runner.chat {run_dir} --compare")
+        for command in commands:
+            self.say(f"curves      {command}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

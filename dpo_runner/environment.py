@@ -1,0 +1,99 @@
+"""What a result depends on beside its configuration: versions, commit, hardware, model and data."""
+
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_runner import __version__
+from dpo_runner.config import RunConf
+from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core", "wandb")
+
+
+def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: torch.nn.Module) -> dict[str, Any]:
+    """Return what environment.json holds.
+
+    Args:
+        conf: the run.
+        data: its tokenized rows.
+        base: the base model's folder or hub id.
+        model: the loaded policy, which knows the hub commit it came from.
+    """
+    return {
+        "dpo_runner": __version__,
+        "commit": _read_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "hardware": {
+            "cpu": _read_cpu_name(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "seed": conf.seed,
+        "model": {
+            "base": base,
+            "commit": getattr(model.config, "_commit_hash", None),
+            "fingerprint": _fingerprint_model(base),
+        },
+        "data": {
+            split: {"rows": len(rows), "fingerprint": _fingerprint_rows(rows)}
+            for split, rows in (("train", data.train), ("eval", data.eval))
+            if rows is not None
+        },
+    }
+
+
+def measure_peak_memory() -> float:
+    """Return the most memory this process has held, in GB: the GPU's where one is used, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _read_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, or None for an installed one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _read_cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _fingerprint_model(base: str) -> str | None:
+    """Hash a local model folder's configuration and its weight files' names and sizes; None for a hub id."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_rows(rows: Any) -> str:
+    """Hash the token ids that the run trains or evaluates on, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr([row[column] for column in ID_COLUMNS]).encode())
+    return digest.hexdigest()[:16]

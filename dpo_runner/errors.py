@@ -1,0 +1,37 @@
+"""The errors a person sees, and the exit code that each one ends the program with."""
+
+
+class DpoRunnerError(Exception):
+    """Base of every error that is shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(DpoRunnerError):
+    """The configuration (or what it points at) cannot be run; nothing was trained.
+
+    Attributes:
+        mistakes: one line for each mistake found, all of them reported together.
+    """
+
+    exit_code = 2
+
+    def __init__(self, mistakes: str | list[str]) -> None:
+        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class RunError(DpoRunnerError):
+    """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
+
+
+class RunInterrupted(DpoRunnerError):
+    """The run was stopped from outside by a signal.
+
+    Args:
+        signal_number: the signal that ended it; the exit code is 128 plus it, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,53 @@
+"""The trainer's log events, handed to everything that keeps or shows them."""
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dpo_runner.artifacts import RunDirectory
+from dpo_runner.console import RunConsole
+from dpo_runner.errors import RunError
+from dpo_runner.tracking import Tracker
+
+
+class RunEvents(TrainerCallback):  # type: ignore[misc]
+    """Writes each log event to metrics.jsonl and W&B and shows it; stops a run whose loss is no number.
+
+    Args:
+        directory: where metrics.jsonl is.
+        tracker: W&B.
+        console: the terminal.
+        show_progress: whether steps are shown as they pass.
+    """
+
+    def __init__(self, directory: RunDirectory, tracker: Tracker, console: RunConsole, show_progress: bool) -> None:
+        self._directory, self._tracker, self._console = directory, tracker, console
+        self._show_progress = show_progress
+        self.silent = False
+        """Set while events are not to be written or shown."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._console.show_step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.silent or not state.is_world_process_zero:
+            return
+        event = {"step": state.global_step, **logs}
+        self._directory.append_metrics(event)
+        self._tracker.log(event)
+        if "loss" in logs:
+            self._console.show_step(state.global_step, logs)
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if key in logs and not math.isfinite(float(logs[key])):
+                raise RunError(
+                    f"{key} is {logs[key]} at step {state.global_step}; nothing after the last checkpoint is kept. "
+                    f"Try a smaller training.learning_rate (now {args.learning_rate:g}) or training.max_grad_norm"
+                )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._console.stop_training()

@@ -1,0 +1,69 @@
+"""Where the libraries' messages go: into run.log, so that the terminal shows the run and nothing else."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+_CHATTY = ("transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "wandb", "huggingface_hub")
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep what libraries print while they are imported away from the terminal, unless the import fails."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+@contextlib.contextmanager
+def route_library_logs(log: Path | None) -> Iterator[None]:
+    """Send log records, warnings and progress bars of the libraries to `log` instead of the terminal.
+
+    Args:
+        log: the file to add to; None drops all below errors, which go to the terminal.
+    """
+    import datasets
+    import transformers
+
+    handler: logging.Handler = logging.FileHandler(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if log else logging.ERROR)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    saved = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    root = logging.getLogger()
+    level = root.level
+    bars = datasets.are_progress_bars_disabled()
+    tqdm = os.environ.get("TQDM_DISABLE")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [], True
+    logging.captureWarnings(True)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars read it
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers, propagate in saved:
+            logger.handlers, logger.propagate = handlers, propagate
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+        transformers.utils.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+        if tqdm is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = tqdm

@@ -1,0 +1,74 @@
+"""What a run is going to do, in a few lines, before any weight is loaded."""
+
+import math
+import os
+from pathlib import Path
+
+from dpo_runner.config import LoraConf, QuantConf, RunConf
+from dpo_runner.data import PreferenceData
+
+
+def build_plan(conf: RunConf, data: PreferenceData, run_dir: Path, reference: str) -> dict[str, str]:
+    """Return the plan as label and text, ready to be shown."""
+    model, training = conf.model, conf.training
+    remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
+    loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
+    return {
+        "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
+        "quantization": _describe_quantization(conf.quant),
+        "adapter": _describe_adapter(conf),
+        "reference": reference,
+        "data": conf.data.path,
+        **{f"  {split}": str(report) for split, report in data.reports.items()},
+        "loss": f"{loss}, beta {training.beta:g}",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "batch": (
+            f"{count_pairs_per_step(conf)} pairs a step ({training.per_device_train_batch_size} per device x "
+            f"{training.gradient_accumulation_steps} accumulation x {_world_size()} process)"
+        ),
+        "steps": f"{count_steps(conf, len(data.train))}",
+        "output": str(run_dir),
+        "W&B": conf.wandb.mode,
+    }
+
+
+def count_pairs_per_step(conf: RunConf) -> int:
+    """Return how many preference pairs one optimizer step sees."""
+    return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * _world_size()
+
+
+def count_steps(conf: RunConf, rows: int) -> int:
+    """Return the number of optimizer steps over `rows` training rows, as transformers' Trainer counts them."""
+    training = conf.training
+    if training.max_steps > 0:
+        return training.max_steps
+    per_batch = training.per_device_train_batch_size * _world_size()
+    batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
+    return math.ceil(training.num_train_epochs * per_epoch)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _describe_quantization(quant: QuantConf | None) -> str:
+    if quant is None:
+        return "none"
+    if quant.load_in_8bit:
+        return "int8 (LLM.int8())"
+    double = ", double quantization" if quant.bnb_4bit_use_double_quant else ""
+    return f"{quant.bnb_4bit_quant_type}, computes in {quant.bnb_4bit_compute_dtype}{double}"
+
+
+def _describe_adapter(conf: RunConf) -> str:
+    if conf.lora is not None:
+        return f"new LoRA, {_describe_lora(conf.lora)}"
+    if conf.model.adapter is not None and conf.model.adapter_mode == "continue":
+        return f"continues {conf.model.adapter}, in its own shape"
+    return "none: all weights are trained"
+
+
+def _describe_lora(lora: LoraConf) -> str:
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"r={lora.r}, lora_alpha={lora.lora_alpha}, lora_dropout={lora.lora_dropout:g}, on {modules}"

@@ -1,0 +1,217 @@
+"""One run, told from top to bottom: a configuration becomes a DPO-tuned adapter and everything around it.
+
+plan -> data -> model -> trainer -> step-0 check -> train -> evaluate -> sample -> save -> summary
+"""
+
+import logging
+import re
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.logs import quiet_imports, route_library_logs
+
+with quiet_imports():
+    from transformers import set_seed
+
+    from dpo_runner.environment import collect_environment, measure_peak_memory
+    from dpo_runner.events import RunEvents
+    from dpo_runner.model import describe_reference, load_policy, load_tokenizer
+    from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
+    from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
+    from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
+    from dpo_runner.weights import save_weights
+
+from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
+from dpo_runner.checkpoint import check_continuable, check_unused, find_last_checkpoint, read_epoch, read_step
+from dpo_runner.config import RunConf
+from dpo_runner.console import RunConsole
+from dpo_runner.data import PreferenceData, load_preferences
+from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.plan import build_plan
+from dpo_runner.tracking import Tracker, track
+
+logger = logging.getLogger(__name__)
+
+_NO_RESULT = re.compile(r"^epoch$|_(runtime|per_second|preparation_time|num_tokens)$")
+"""Entries of an evaluation that tell of the machine, not of the model."""
+
+
+def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None = None) -> dict[str, Any] | None:
+    """Run one configuration to its end, continuing what its run directory holds.
+
+    Args:
+        conf: what to run; see `load_conf`.
+        overrides: the overrides that `conf` was composed from, kept in overrides.yaml.
+        console: where progress is shown; the terminal unless told otherwise.
+
+    Returns:
+        What summary.json holds, or None after `dry_run=true`.
+
+    Raises:
+        ConfigError: the configuration, or a file or model that it names, cannot be used. Nothing was trained.
+        RunError: the run itself failed. status.json says how, run.log has the traceback.
+        RunInterrupted: SIGINT or SIGTERM. The same command with run_dir set continues from the last checkpoint.
+    """
+    console = console or RunConsole()
+    path = resolve_run_dir(conf)
+    status = read_status(path)
+    if status is None:
+        check_unused(path)
+    else:
+        check_continuable(path, status, conf)
+    if status is not None and status["state"] == "finished":
+        console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+        return read_summary(path)
+    if conf.dry_run:
+        with route_library_logs(None):
+            _prepare(conf, path, console)
+        return None
+    return _run_in(path, conf, overrides, console, resumes=status is not None)
+
+
+def _run_in(
+    path: Path, conf: RunConf, overrides: Sequence[str], console: RunConsole, resumes: bool
+) -> dict[str, Any] | None:
+    """Run in a directory whose status.json tells, from here on, how it stands."""
+    directory = RunDirectory(path)
+    with ExitStack() as stack:
+        stack.enter_context(route_library_logs(directory.log))
+        stack.enter_context(_terminate_as_interrupt())
+        stack.callback(directory.stop_heartbeat)
+        directory.write_config(conf, overrides)
+        directory.write_status("running")
+        directory.start_heartbeat()
+        try:
+            tracker = stack.enter_context(track(conf, directory, console.warn))
+            summary = _train(directory, conf, console, tracker, resumes)
+        except KeyboardInterrupt as error:
+            console.stop_training()
+            number = error.args[0] if error.args else signal.SIGINT
+            directory.stop_heartbeat()
+            directory.write_status("interrupted", error=signal.Signals(number).name)
+            raise RunInterrupted(
+                f"interrupted; continue with the same command and run_dir={path}", signal_number=number
+            ) from None
+        except Exception as error:
+            console.stop_training()
+            logger.error("the run failed\n%s", traceback.format_exc())
+            directory.stop_heartbeat()
+            directory.write_status("failed", error=f"{type(error).__name__}: {error}")
+            if isinstance(error, DpoRunnerError):
+                raise
+            raise RunError(
+                f"{type(error).__name__}: {str(error).strip()}; the traceback is in {directory.log}"
+            ) from error
+        directory.stop_heartbeat()
+        directory.write_status("finished", adapter=summary["weights"])
+    return summary
+
+
+def _train(
+    directory: RunDirectory, conf: RunConf, console: RunConsole, tracker: Tracker, resumes: bool
+) -> dict[str, Any]:
+    """Plan, data, model, trainer, check, train, evaluate, sample, save, summary."""
+    tokenizer, data = _prepare(conf, directory.path, console)
+
+    console.say("loading the model")
+    set_seed(conf.seed)
+    policy = load_policy(conf)
+    directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
+
+    args = build_dpo_config(conf, directory.checkpoints)
+    events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
+    callbacks = [events, MovementCheck()] if conf.checks.step0 else [events]
+    trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks)
+
+    if conf.checks.step0:
+        check_trainable(trainer)
+        check_reference(trainer)
+
+    checkpoint = find_last_checkpoint(directory.checkpoints) if resumes else None
+    directory.keep_metrics_until(read_step(checkpoint) if checkpoint else -1)
+
+    console.say("measuring the model as it is")
+    events.silent = checkpoint is not None  # a resumed run has logged this before
+    before, reference_answers = _measure(trainer, tokenizer, data, conf)
+    events.silent = False
+
+    if checkpoint is not None:
+        console.say(f"continuing from {checkpoint}")
+    trained = _train_steps(trainer, checkpoint)
+
+    console.say("measuring the tuned model")
+    after, policy_answers = _measure(trainer, tokenizer, data, conf)
+
+    samples = pair_answers(data.prompts, reference_answers, policy_answers)
+    directory.write_samples(samples)
+    tracker.log_samples(samples)
+
+    summary = {"before": before, "after": after, **trained, "peak_memory_gb": round(measure_peak_memory(), 3)}
+    weights = save_weights(directory, trainer.model, tokenizer, conf, policy, summary)
+    directory.write_summary(summary)
+    tracker.log_summary(summary)
+
+    console.show_samples(samples[: conf.samples.show])
+    console.show_summary(summary)
+    console.show_next_steps(directory.path, weights, tracker.commands())
+    return summary
+
+
+def _prepare(conf: RunConf, path: Path, console: RunConsole) -> tuple[Any, PreferenceData]:
+    """Load tokenizer and data, and show the plan."""
+    tokenizer = load_tokenizer(conf.model)
+    data = load_preferences(conf, tokenizer)
+    console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
+    return tokenizer, data
+
+
+def _measure(
+    trainer: RunTrainer, tokenizer: Any, data: PreferenceData, conf: RunConf
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate the policy as it stands and let it answer the sample prompts."""
+    metrics: dict[str, Any] = {}
+    if data.eval is not None:
+        metrics = {key: value for key, value in trainer.evaluate().items() if not _NO_RESULT.search(key)}
+    batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
+    answers = generate_answers(trainer.model, tokenizer, data.prompts, conf.samples.max_new_tokens, batch_size)
+    return {**metrics, **summarize_answers(answers)}, answers
+
+
+def _train_steps(trainer: RunTrainer, checkpoint: Path | None) -> dict[str, Any]:
+    """Train to the end and return steps, time, speed, and which weights the model now holds."""
+    start = time.monotonic()
+    # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    runtime = time.monotonic() - start
+    state = trainer.state
+    pairs = (state.epoch - (read_epoch(checkpoint) if checkpoint else 0)) * len(trainer.train_dataset)
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return {
+        "steps": state.global_step,
+        "train_runtime": round(runtime, 3),
+        "pairs_per_second": round(pairs / runtime, 4),
+        "weights": f"best by {trainer.args.metric_for_best_model}: {Path(best).name}" if best else "last",
+    }
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, with its status written. Signals reach the main thread only."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,143 @@
+"""From a RunConf to TRL's `DPOConfig` and a `DPOTrainer`, with the trainer's silent traps closed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from dpo_runner.config import RunConf
+from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
+from dpo_runner.errors import ConfigError
+from dpo_runner.model import Policy
+
+# Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
+assert hasattr(DPOTrainer, "_prepare_dataset"), "TRL's DPOTrainer._prepare_dataset is gone"
+
+
+class RunTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        self.attention = model.config._attn_implementation
+        super().__init__(model=model, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
+        assert set(ID_COLUMNS) <= set(dataset.column_names), dataset.column_names
+        # TRL files precomputed reference log-probabilities under the fingerprint of the rows and the weights alone,
+        # though they depend on these too, and returns the wrong ones after any of them has changed.
+        prepared = dataset.with_format(None)
+        settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, self.attention)
+        prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
+        return prepared
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none beside checkpoints: the run writes one card, for its result."""
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpu = torch.cpu
+    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
+    """Return TRL's `DPOConfig` for a run.
+
+    Args:
+        conf: the run.
+        output_dir: where checkpoints go.
+
+    Raises:
+        ConfigError: TRL or transformers refuses the combination; its own first line says why.
+    """
+    fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
+    fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is refused on CPUs
+    if fields["bf16"] is None:
+        fields["bf16"] = has_bf16() and not fields["fp16"]
+    try:
+        return DPOConfig(
+            **fields | {"disable_tqdm": True},  # the run shows its own progress, unless training.disable_tqdm=true
+            output_dir=str(output_dir),
+            seed=conf.seed,
+            run_name=conf.run_name,
+            report_to="none",
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"`training`: {str(error).strip().splitlines()[0]}") from None
+
+
+def build_trainer(
+    conf: RunConf,
+    args: DPOConfig,
+    policy: Policy,
+    data: PreferenceData,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: list[TrainerCallback],
+) -> RunTrainer:
+    """Return the trainer, its trainable weights in fp32 and its reference free of dropout.
+
+    Raises:
+        ConfigError: TRL or peft refuses the combination of model and settings.
+    """
+    weights = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+    keeps_adapter = policy.peft_config is None and policy.ref_model is None
+    try:
+        trainer = RunTrainer(
+            model=policy.model,
+            ref_model=policy.ref_model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=tokenizer,
+            peft_config=policy.peft_config,
+            callbacks=callbacks,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"`training`, `lora` or `model`: {str(error).strip().splitlines()[0]}") from None
+    trainer.remove_callback(PrinterCallback)
+    if policy.ref_model is None:
+        _cast_adapter_to_fp32(trainer.model, weights if keeps_adapter else {})
+    _silence_dropout_in_reference(trainer.model)
+    return trainer
+
+
+def _cast_adapter_to_fp32(model: torch.nn.Module, loaded: dict[str, torch.Tensor]) -> None:
+    """Train the adapter in fp32: TRL makes a QLoRA adapter bf16, in which most small updates round to nothing.
+
+    Args:
+        model: the trainer's model.
+        loaded: the adapter's weights as loaded, by name; TRL has rounded them, though not the reference's copy.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = loaded.get(name, parameter.data).to(parameter.device, torch.float32)
+
+
+def _silence_dropout_in_reference(model: torch.nn.Module) -> None:
+    """Run the reference without dropout, while the policy has what `lora_dropout` and the model's config say.
+
+    TRL takes the reference from the model in training mode, under `no_grad`, where dropout would make it noise.
+    No other forward of the whole model is without gradient in training mode.
+    """
+
+    in_reference = False
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        nonlocal in_reference
+        in_reference = module.training and not torch.is_grad_enabled()
+        if in_reference:
+            module.eval()
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if in_reference:
+            module.train()
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)

@@ -1,0 +1,46 @@
+"""What the runner says about `training.*` beyond the types: fields it owns, its own defaults, and dead fields."""
+
+OWNED_FIELDS: dict[str, str] = {
+    "output_dir": "use `run_dir`",
+    "seed": "use the top-level `seed`",
+    "run_name": "use the top-level `run_name`",
+    "report_to": "use `wandb=offline`, `wandb=online` or `wandb=disabled`",
+    "resume_from_checkpoint": "use `run_dir=PATH resume=auto`",
+    "logging_dir": "logs go to the run directory; use `run_dir`",
+    "project": "use `wandb.project`",
+    "push_to_hub": "push the finished run's adapter/ folder yourself",
+    "hub_token": "push the finished run's adapter/ folder yourself",
+    "hub_private_repo": "push the finished run's adapter/ folder yourself",
+    "hub_model_id": "push the finished run's adapter/ folder yourself",
+    "hub_strategy": "push the finished run's adapter/ folder yourself",
+    "hub_always_push": "push the finished run's adapter/ folder yourself",
+    "hub_revision": "push the finished run's adapter/ folder yourself",
+    "trackio_space_id": "runs are tracked by W&B; use `wandb`",
+    "trackio_bucket_id": "runs are tracked by W&B; use `wandb`",
+    "trackio_static_space_id": "runs are tracked by W&B; use `wandb`",
+    "model_init_kwargs": "use the `model` group",
+    "trust_remote_code": "use `model.trust_remote_code`",
+    "pad_token": "deprecated upstream; the pad token comes with the tokenizer",
+    "remove_unused_columns": "the runner hands the trainer token ids alone",
+    "ignore_data_skip": "a resumed run always continues with the data it has not seen",
+    "local_rank": "set by the launcher",
+    "parallelism_config": "one process trains; launching several is not supported yet",
+    "do_train": "without effect upstream; `dry_run=true` stops before training",
+    "do_eval": "without effect upstream; use `training.eval_strategy`",
+    "do_predict": "without effect upstream; a DPO run has nothing to predict",
+    "padding_free": "TRL 1.16 accepts it and ignores it",
+    "label_smoothing_factor": "without effect on DPO's losses; use `training.label_smoothing`",
+}
+"""Fields of DPOConfig that `training.*` refuses, and what to use instead."""
+
+OUR_DEFAULTS: dict[str, tuple[object, str]] = {
+    "disable_dropout": (
+        False,
+        "upstream's zeroes LoRA's dropout too, so that a sweep over lora_dropout compares identical runs",
+    ),
+    "logging_nan_inf_filter": (False, "upstream's logs a NaN loss as 0.0 and trains on"),
+}
+"""Where the default differs from upstream's: the default here, and why."""
+
+LOSSES_WITH_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
+"""TRL's losses that read `label_smoothing`."""
