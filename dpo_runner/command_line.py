@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dpo_runner import __version__
 from dpo_runner.config import build_run_conf, compose_config
@@ -154,7 +155,7 @@ def _find_point_mistakes(overrides: list[Override], config_dir: str | None) -> t
             build_run_conf(compose_config(complete_overrides(list(point), config_dir), config_dir))
         except ConfigError as error:
             broken.update(dict.fromkeys(error.mistakes))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             uncomposable[_first_line(error)] = None
     return list(broken), list(uncomposable)
 

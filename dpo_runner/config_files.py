@@ -62,8 +62,10 @@ def _blank_config() -> DictConfig:
 
 
 def _describe_type_error(message: str) -> str:
-    _, _, kind = message.rpartition(" to ")
-    kinds = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
+    if "is not a valid bool" in message:
+        return "must be true or false"
+    kinds = {"Float": "a number", "Integer": "a whole number", "String": "a text"}
+    kind = message.rpartition(" to ")[2]
     return f"must be {kinds[kind]}" if "could not be converted to" in message and kind in kinds else message
 
 

@@ -138,8 +138,8 @@ def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offli
         entity=conf.wandb.entity,
         group=conf.wandb.group,
         name=conf.wandb.name or f"{conf.run_name}/{directory.path.name}",
-        tags=conf.wandb.tags,
-        notes=conf.wandb.notes,
+        tags=mask_secrets(conf.wandb.tags),
+        notes=mask_secrets(conf.wandb.notes),
         config=mask_secrets({key: value for key, value in config_keys(conf).items() if key != "wandb"}),
         settings=wandb.Settings(
             quiet=True,

@@ -228,14 +228,12 @@ class TrainingConf:
     boolean value which map to `all` or `no`"""
 
     log_level: str = field(
-        default="passive",
-        metadata={"choices": ("detail", "debug", "info", "warning", "error", "critical", "passive")},
+        default="passive", metadata={"choices": ("detail", "debug", "info", "warning", "error", "critical", "passive")}
     )
     """Logging level for the main process. Options: 'debug', 'info', 'warning', 'error', 'critical', 'passive'."""
 
     log_level_replica: str = field(
-        default="warning",
-        metadata={"choices": ("detail", "debug", "info", "warning", "error", "critical", "passive")},
+        default="warning", metadata={"choices": ("detail", "debug", "info", "warning", "error", "critical", "passive")}
     )
     """Logging level for replica processes in distributed training. Same options as `log_level`."""
 
@@ -489,8 +487,7 @@ class TrainingConf:
     tokens beyond shared lengths."""
 
     f_divergence_type: str = field(
-        default="reverse_kl",
-        metadata={"choices": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")},
+        default="reverse_kl", metadata={"choices": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")}
     )
     """f-divergence regularizer between policy and reference (f-DPO paper). Possible values are: `reverse_kl`
     (default), `forward_kl`, `js_divergence`, `alpha_divergence`. Only the loss types built on the

@@ -60,7 +60,7 @@ def apply_chat_template(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase
         if whole[: len(prompt_ids)] != prompt_ids:
             at = next(i for i, token in enumerate(prompt_ids) if whole[i : i + 1] != [token])
             raise ConfigError(
-                f"`{column}`: the chat template renders the prompt differently alone and before an answer, "
+                f"`{column}`: the prompt becomes other tokens before an answer than alone, "
                 f"from token {at} on: {tokenizer.decode(prompt_ids[at:])!r:.60} became "
                 f"{tokenizer.decode(whole[at : len(prompt_ids) + 4])!r:.60}"
             )

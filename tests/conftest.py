@@ -1,0 +1,85 @@
+"""Shared fixtures: tiny models made on the spot, small data, and no network."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = ""  # the configuration decides, whatever the developer's shell says
+
+import pytest
+
+ROWS = [
+    {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": f"I would rather say {n}, or so."}
+    for n in range(1, 25)
+]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test where it cannot litter, and without W&B settings of the developer's."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    from dpo_runner.default_model import load_default_model_path
+
+    return str(load_default_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> str:
+    """A two-layer random Llama with the default model's tokenizer and chat template."""
+    from dpo_runner.default_model import load_random_model_path
+
+    return str(load_random_model_path())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("sft")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """A JSONL file of 24 short preference pairs."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def tiny_run(pairs: str) -> list[str]:
+    """Overrides of a run that takes a second or two."""
+    return [
+        "model=tiny_random",
+        "training=smoke",
+        "data=local_file",
+        f"data.path={pairs}",
+        "samples.num_prompts=2",
+        "samples.max_new_tokens=4",
+        "wandb=disabled",
+    ]

@@ -1,0 +1,89 @@
+"""Talking with a finished run: once, compared, and in a conversation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_runner import load_conf, run
+from dpo_runner.chat import Chat, main, untuned
+from dpo_runner.errors import ConfigError
+from dpo_runner.model import load_policy
+
+
+@pytest.fixture
+def run_dir(tiny_run: list[str], tmp_path: Path) -> Path:
+    run(load_conf([*tiny_run, "run_dir=r", "training.learning_rate=1e-2", "training.warmup_steps=0"]))
+    return tmp_path / "r"
+
+
+def test_an_answer_streams_and_the_conversation_is_remembered(run_dir: Path) -> None:
+    chat = Chat(run_dir, max_new_tokens=6, system="Be brief.")
+    pieces: list[str] = []
+    answer = chat.ask("Hello.", pieces.append)
+    assert answer and "".join(pieces).strip() == answer
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_compare_answers_with_and_without_the_adapter(run_dir: Path) -> None:
+    chat = Chat(run_dir, max_new_tokens=6)
+    before, after = chat.compare("Hello.")
+    assert before != after
+    assert chat.ask("Hello.", lambda piece: None) == after
+
+
+def test_untuned_is_the_sft_model_where_the_run_began_with_one(tiny_run, sft_adapter, tmp_path) -> None:
+    overrides = [*tiny_run, f"model.adapter={sft_adapter}", "training.learning_rate=1e-2"]
+    run(load_conf([*overrides, "run_dir=r"]))
+    chat = Chat(tmp_path / "r", max_new_tokens=4)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        expected = load_policy(load_conf(overrides)).model.eval()(ids).logits
+        tuned = chat.model(ids).logits
+        with untuned(chat.model):
+            reference = chat.model(ids).logits
+        assert torch.equal(chat.model(ids).logits, tuned)
+    assert torch.allclose(reference, expected, atol=1e-5)
+    assert not torch.allclose(tuned, expected, atol=1e-3)
+
+
+def test_full_fine_tuning_can_be_talked_to_but_not_compared(tiny_run, tmp_path) -> None:
+    run(load_conf([*tiny_run, "lora=none", "run_dir=r"]))
+    chat = Chat(tmp_path / "r", max_new_tokens=4)
+    assert chat.ask("Hello.", lambda piece: None)
+    with pytest.raises(ConfigError, match="tuned all weights"):
+        chat.compare("Hello.")
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path)])
+    assert caught.value.code == 2
+    assert "holds no run" in capsys.readouterr().err
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed"}))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "the run is failed, not finished" in capsys.readouterr().err
+
+
+def test_the_program_talks_in_the_terminal(run_dir: Path) -> None:
+    def talk(*arguments: str, typed: str = "") -> str:
+        command = [sys.executable, "-m", "dpo_runner.chat", str(run_dir), "--max-new-tokens", "4", *arguments]
+        environment = {**os.environ, "COLUMNS": "100"}
+        result = subprocess.run(command, input=typed, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+        return result.stdout
+
+    assert talk("--prompt", "Hello.").strip()
+    compared = talk("--prompt", "Hello.", "--compare")
+    assert "untuned" in compared and "tuned" in compared
+    conversation = talk(typed="Hello.\n/reset\n/nonsense\n/quit\n")
+    assert "forgotten" in conversation and "no such command" in conversation
+    assert talk(typed="Hello.\n").count("you>") == 2  # the end of input ends it too

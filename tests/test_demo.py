@@ -1,0 +1,23 @@
+"""The default run in full: what `make demo` promises. Run by `make test-demo`; takes about ten minutes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_runner import load_conf, run
+
+pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800)]
+
+
+def test_the_default_run_makes_answers_short_and_leaves_them_whole(tmp_path: Path) -> None:
+    summary = run(load_conf(["run_dir=r"]))
+    assert summary is not None
+    before, after = summary["before"], summary["after"]
+    assert before["eval_rewards/accuracies"] == 0.0
+    assert after["eval_rewards/accuracies"] >= 0.85
+    assert after["response_tokens"] <= 0.65 * before["response_tokens"]
+    assert after["responses_at_cap"] <= before["responses_at_cap"]
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    whole = [s for s in samples if s["policy"]["complete"] and s["policy"]["text"][-1:] in (".", "!", "?")]
+    assert len(whole) >= 0.7 * len(samples)

@@ -1,0 +1,252 @@
+"""A run from end to end: what its directory holds, how it ends, and that a continued run is the same run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_runner import load_conf, run
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.trainer import RunTrainer
+
+EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
+
+
+def read_events(run_dir: Path) -> list[dict]:
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if not k.endswith(EVENT_FIELDS_OF_THE_MACHINE)} for e in events]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def finished(tiny_run: list[str], tmp_path: Path) -> Path:
+    overrides = [*tiny_run, "run_dir=r", "wandb=offline", "training.load_best_model_at_end=false"]
+    run(load_conf(overrides), overrides)
+    return tmp_path / "r"
+
+
+def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "overrides.yaml", "status.json", "metrics.jsonl", "summary.json", "samples.jsonl",
+        "environment.json", "adapter", "checkpoints", "run.log", "wandb",
+    }  # fmt: skip
+    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["max_steps"] == 4
+    assert "training=smoke" in yaml.safe_load((finished / "overrides.yaml").read_text())
+
+    status = read_json(finished / "status.json")
+    assert (status["state"], status["pid"], status["adapter"]) == ("finished", os.getpid(), "last")
+
+    summary = read_json(finished / "summary.json")
+    for phase in ("before", "after"):
+        keys = {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens", "responses_at_cap"}
+        assert keys <= summary[phase].keys()
+    assert summary["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert summary["before"]["eval_rewards/accuracies"] == 0.0
+    assert summary["steps"] == 4
+    assert summary["train_runtime"] > 0 and summary["pairs_per_second"] > 0 and summary["peak_memory_gb"] > 0.1
+
+    environment = read_json(finished / "environment.json")
+    assert environment["packages"]["trl"].startswith("1.16")
+    assert environment["seed"] == 42
+    assert environment["hardware"]["torch_threads"] == torch.get_num_threads()
+    assert environment["data"]["train"]["rows"] == 22
+    assert environment["model"]["fingerprint"] and environment["data"]["eval"]["fingerprint"]
+
+    events = read_events(finished)
+    assert [e["step"] for e in events if "loss" in e] == [1, 2, 3, 4]
+    assert [e["step"] for e in events if "eval_loss" in e] == [0, 2, 4, 4]
+    assert "rewards/margins" in events[1]
+
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and samples[0]["reference"]["tokens"] <= 4
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert not list(finished.rglob("*.tmp")) and not list(finished.glob(".*"))
+
+
+def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> None:
+    names = {path.name for path in (finished / "adapter").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= names
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), finished / "adapter")
+    assert set(model.peft_config) == {"default"}
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    assert AutoTokenizer.from_pretrained(finished / "adapter").chat_template
+    card = (finished / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: random:tiny-llama") and "eval_rewards/margins" in card
+
+
+def test_a_finished_run_is_finished(finished: Path, tiny_run: list[str]) -> None:
+    """Trap 12: transformers trains one more step each time."""
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    summary = run(load_conf([*tiny_run, "run_dir=r"]))
+    assert summary == read_json(finished / "summary.json")
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_used_directory_is_not_overwritten(finished: Path, tiny_run: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`training\.beta=0\.3`: the run in r has 0\.1"):
+        run(load_conf([*tiny_run, "run_dir=r", "training.beta=0.3"]))
+    with pytest.raises(ConfigError, match="resume=never"):
+        run(load_conf([*tiny_run, "run_dir=r", "resume=never"]))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="no run of this program"):
+        run(load_conf([*tiny_run, "run_dir=mine"]))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_in_use_is_refused(tiny_run: list[str], tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    status = {"state": "running", "pid": os.getppid(), "heartbeat": now}
+    (tmp_path / "r" / "status.json").write_text(json.dumps(status))
+    with pytest.raises(ConfigError, match=f"process {os.getppid()} is running there"):
+        run(load_conf([*tiny_run, "run_dir=r"]))
+
+
+CONTINUED = [
+    [],
+    ["quant=nf4"],
+    ["lora.lora_dropout=0.2"],
+    ["sft"],
+    ["training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=3"],
+    ["lora=none", "training.learning_rate=1e-3"],
+]
+
+
+@pytest.mark.parametrize("extra", CONTINUED, ids=lambda extra: "+".join(extra) or "plain")
+def test_a_continued_run_is_bitwise_the_undisturbed_one(
+    extra: list[str], tiny_run, sft_adapter, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = [f"model.adapter={sft_adapter}"] if extra == ["sft"] else extra
+    overrides = [*tiny_run, *extra, "training.max_steps=8", "training.save_steps=2", "training.eval_steps=4"]
+    run(load_conf([*overrides, "run_dir=whole"]))
+
+    step = RunTrainer.training_step
+    calls = {"left": 0}
+
+    def killed_in_step_6(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", killed_in_step_6)
+    from dpo_runner.errors import RunInterrupted
+
+    with pytest.raises(RunInterrupted):
+        run(load_conf([*overrides, "run_dir=cut"]))
+    assert read_json(tmp_path / "cut" / "status.json")["state"] == "interrupted"
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    run(load_conf([*overrides, "run_dir=cut"]))
+    del calls
+
+    weights = "model/model.safetensors" if "lora=none" in extra else "adapter/adapter_model.safetensors"
+    whole, cut = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "cut" / weights)
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert read_events(tmp_path / "whole") == read_events(tmp_path / "cut")
+    one, other = read_json(tmp_path / "whole" / "summary.json"), read_json(tmp_path / "cut" / "summary.json")
+    assert (one["before"], one["after"], one["steps"]) == (other["before"], other["after"], other["steps"])
+
+
+def test_a_failure_is_recorded_and_shown_in_one_line(tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("the device is on fire\nand more")
+
+    monkeypatch.setattr(RunTrainer, "training_step", fail)
+    with pytest.raises(RunError, match=r"the device is on fire[\s\S]*traceback is in r/run.log"):
+        run(load_conf([*tiny_run, "run_dir=r"]))
+    status = read_json(tmp_path / "r" / "status.json")
+    assert status["state"] == "failed" and "on fire" in status["error"]
+    assert "Traceback" in (tmp_path / "r" / "run.log").read_text()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_run, tmp_path) -> None:
+    """transformers would log it as 0.0, train on, and save the ruins."""
+    overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.warmup_steps=0", "run_dir=r"]
+    with pytest.raises(RunError, match=r"is nan at step \d.*smaller training\.learning_rate"):
+        run(load_conf([*tiny_run, *overrides]))
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "failed"
+    assert not (tmp_path / "r" / "adapter").exists()
+
+
+def test_the_best_checkpoint_can_be_the_result(tiny_run, tmp_path) -> None:
+    overrides = ["training.load_best_model_at_end=true", "training.metric_for_best_model=eval_loss", "run_dir=r"]
+    run(load_conf([*tiny_run, *overrides]))
+    status = read_json(tmp_path / "r" / "status.json")
+    assert status["adapter"].startswith("best by eval_loss: checkpoint-")
+
+
+def test_full_fine_tuning_saves_a_model(tiny_run, tmp_path) -> None:
+    run(load_conf([*tiny_run, "lora=none", "run_dir=r"]))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model").num_parameters() > 0
+    assert not (tmp_path / "r" / "adapter").exists()
+
+
+def test_a_run_without_evaluation_rows(tiny_run, tmp_path) -> None:
+    summary = run(load_conf([*tiny_run, "data.eval_fraction=0", "training.eval_strategy=no", "run_dir=r"]))
+    assert summary is not None and "eval_loss" not in summary["after"] and "response_tokens" in summary["after"]
+
+
+def test_a_run_dir_that_cannot_be_written_is_an_error_at_the_start(tiny_run, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"`run_dir=file/r`: cannot be written to"):
+        run(load_conf([*tiny_run, "run_dir=file/r"]))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(number, code, tiny_run, tmp_path) -> None:
+    overrides = [*tiny_run, "training.max_steps=400", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
+    command = [sys.executable, "-m", "dpo_runner", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "r" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "continue with the same command and run_dir=r" in errors and "Traceback" not in errors
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "interrupted"
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from" in again.stdout
+    steps = [event["step"] for event in read_events(tmp_path / "r") if "loss" in event]
+    assert steps == list(range(1, 401))
+
+
+@pytest.mark.real_model
+def test_the_real_model_learns(tmp_path: Path) -> None:
+    overrides = [
+        "run_dir=r",
+        "data.max_train_samples=24",
+        "data.max_eval_samples=8",
+        "training.eval_strategy=no",
+        "training.learning_rate=2e-4",
+        "samples.num_prompts=2",
+        "samples.max_new_tokens=8",
+    ]
+    summary = run(load_conf(overrides))
+    assert summary is not None
+    assert summary["before"]["eval_rewards/accuracies"] == 0.0
+    assert summary["after"]["eval_rewards/accuracies"] >= 0.75
+    assert summary["after"]["eval_loss"] < 0.65

@@ -1,0 +1,39 @@
+"""Greedy answers: as transformers gives them, counted right, whatever the batch."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("Hello.", "What is a very long question, and why?")]
+
+
+def test_lengths_and_completeness_are_counted(tiny_model: str, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=5, batch_size=2)
+    assert [answer["tokens"] for answer in answers] == [5, 5]
+    assert summarize_answers(answers) == {"response_tokens": 5.0, "responses_at_cap": 2}
+    assert model.training
+
+    stop = model.generation_config.eos_token_id
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    model.lm_head.bias.data[stop] = 1.0
+    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=5, batch_size=2)
+    assert [(a["text"], a["tokens"], a["complete"]) for a in answers] == [("", 1, True)] * 2
+
+
+@pytest.mark.real_model
+def test_answers_do_not_depend_on_the_batch(default_model: str, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32)
+    together = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=2)
+    alone = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=1)
+    assert together == alone
+    assert len(together[0]["text"]) > 3
+
+
+def test_pairs_of_answers() -> None:
+    before, after = [{"text": "a"}, {"text": "b"}], [{"text": "c"}, {"text": "d"}]
+    assert pair_answers(PROMPTS, before, after)[1] == {"prompt": PROMPTS[1], "reference": before[1], "policy": after[1]}
+    assert summarize_answers([]) == {}

@@ -1,0 +1,175 @@
+"""W&B: what an offline run holds, an online run against a loopback server, and trouble that stays harmless."""
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from dpo_runner import load_conf, run
+from dpo_runner.tracking import Tracker
+
+SECRET = "hf_" + "a1B2" * 8
+
+
+def inspect(folder: Path, *arguments: str) -> str:
+    """Read an offline run back with wandb's own reader."""
+    wandb = Path(sys.executable).parent / "wandb"
+    file = next(folder.glob("offline-run-*/*.wandb"))
+    return subprocess.run(
+        [wandb, "leet", "inspect", "--json", *arguments, file], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_an_offline_run_holds_curves_config_samples_and_no_secret(tiny_run, tmp_path: Path) -> None:
+    overrides = [*tiny_run, "wandb=offline", "run_dir=r", f"wandb.notes={SECRET}", "wandb.tags=[one]", "wandb.group=g"]
+    summary = run(load_conf(overrides), overrides)
+    assert summary is not None
+    text = inspect(tmp_path / "r" / "wandb")
+    for name in ("train/loss", "train/rewards/margins", "train/rewards/accuracies", "eval/loss", "train/global_step"):
+        assert name in text
+    assert "samples" in text and "per_device_train_batch_size" in text and "after/eval_loss" in text
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file())
+    assert SECRET.encode() not in everything
+
+
+def test_the_commands_to_look_at_it_work(tiny_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(load_conf([*tiny_run, "wandb=offline", "run_dir=r"]))
+    printed = capsys.readouterr().out
+    folder = next((tmp_path / "r" / "wandb").glob("offline-run-*"))
+    assert f"wandb sync r/wandb/{folder.name}" in printed.replace(f"{tmp_path}/", "")
+    assert "wandb leet r/wandb" in printed.replace(f"{tmp_path}/", "")
+
+
+def test_disabled_means_disabled(tiny_run, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom dpo_runner import load_conf, run\n"
+        f"run(load_conf({[*tiny_run, 'run_dir=r']!r}))\n"
+        "assert 'wandb.sdk' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert not (tmp_path / "r" / "wandb").exists()
+
+
+def test_a_resumed_run_keeps_its_id(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_runner.errors import RunInterrupted
+    from dpo_runner.trainer import RunTrainer
+
+    step = RunTrainer.training_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    overrides = [*tiny_run, "wandb=offline", "run_dir=r"]
+    monkeypatch.setattr(RunTrainer, "training_step", interrupt)
+    with pytest.raises(RunInterrupted):
+        run(load_conf(overrides))
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    run(load_conf(overrides))
+    folders = list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+
+
+class WandbStub(http.server.BaseHTTPRequestHandler):
+    """As much of W&B's server as a run needs."""
+
+    seen: ClassVar[list[tuple[str, str]]]
+    broken: ClassVar[bool]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.path, body.decode("utf-8", "replace")))
+        if self.broken:
+            self.send_error(500)
+            return
+        if not self.path.startswith("/graphql"):
+            self.answer({"exitcode": None, "limits": {}})
+            return
+        operation = json.loads(body).get("operationName")
+        project = {"name": "dpo_runner", "entity": {"name": "me"}}
+        bucket = {"id": "b", "name": "run", "displayName": "run", "config": None, "sweepName": None, "project": project}
+        bucket["historyLineCount"] = 0
+        files = [{"name": "f", "uploadUrl": f"http://127.0.0.1:{self.server.server_port}/upload"}]
+        data = {
+            "Viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            "RunResumeStatus": {"model": None},
+            "CreateRunFiles": {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}},
+        }.get(operation, {})
+        self.answer({"data": data})
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.path, body.decode("utf-8", "replace")))
+        self.answer({})
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def answer(self, value: object) -> None:
+        payload = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[WandbStub]]:
+    handler = type("Handler", (WandbStub,), {"seen": [], "broken": False})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{httpd.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    yield handler
+    httpd.shutdown()
+
+
+def test_an_online_run_streams_its_curves(server: type[WandbStub], tiny_run, tmp_path: Path) -> None:
+    run(load_conf([*tiny_run, "wandb=online", "run_dir=r", "wandb.project=mine"]))
+    streamed = "".join(body for path, body in server.seen if "file_stream" in path)
+    assert "train/loss" in streamed and "eval/rewards/margins" in streamed
+    assert any('"mine"' in body for path, body in server.seen if path == "/graphql")
+
+
+def test_a_server_that_fails_costs_the_curves_alone(
+    server: type[WandbStub], tiny_run, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpo_runner import tracking
+
+    monkeypatch.setattr(tracking, "_TIMEOUT_SECONDS", 3)
+    server.broken = True
+    summary = run(load_conf([*tiny_run, "wandb=online", "run_dir=r"]))
+    assert summary is not None and summary["steps"] == 4
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "finished"
+    assert "W&B did not start" in capsys.readouterr().out
+    assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+
+
+def test_any_failure_while_logging_is_a_warning() -> None:
+    class Broken:
+        offline = True
+        settings = type("Settings", (), {"sync_dir": "x"})
+
+        def log(self, *args: object) -> None:
+            raise RuntimeError("quota")
+
+        finish = log
+
+    warnings: list[str] = []
+    tracker = Tracker(Broken(), warnings.append)
+    tracker.log({"step": 1, "loss": 0.5})
+    tracker.log_samples([])
+    tracker.finish(exit_code=0)
+    tracker.log({"step": 2, "loss": 0.5})  # after the end: nothing happens
+    assert len(warnings) == 2 and "quota" in warnings[0] and "metrics.jsonl" in warnings[0]
