@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test test-demo check format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv and install everything, in exact versions
 
@@ -24,6 +24,9 @@ demo: setup  ## tune the default model on the bundled data and show the differen
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
+
+test-demo: setup  ## run the default run in full and check what it promises
+	$(BIN)/python -m pytest -m demo
 
 check: setup  ## lint, format, types, and the docs test
 	$(BIN)/ruff check .

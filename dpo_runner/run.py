@@ -27,6 +27,7 @@ with quiet_imports():
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
     from dpo_runner.weights import save_weights
 
+from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
 from dpo_runner.checkpoint import check_continuable, check_unused, find_last_checkpoint, read_epoch, read_step
 from dpo_runner.config import RunConf
@@ -120,6 +121,7 @@ def _train(
     tokenizer, data = _prepare(conf, directory.path, console)
 
     console.say("loading the model")
+    keep_freed_memory()
     set_seed(conf.seed)
     policy = load_policy(conf)
     directory.write_environment(collect_environment(conf, data, policy.base, policy.model))

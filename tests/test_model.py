@@ -227,7 +227,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 
 def test_4bit_gradients_survive_an_evaluation(tiny_run, sft_adapter, tmp_path) -> None:
     """Trap 1: on CPUs with avx512_bf16 an evaluation repacks 4-bit weights into a form without gradient."""
-    trainer = build([*tiny_run, "quant=nf4", f"model.adapter={sft_adapter}"], tmp_path)
+    trainer = build([*tiny_run, "quant=nf4", "training.bf16=false", f"model.adapter={sft_adapter}"], tmp_path)
     before = gradients(trainer)
     assert before and all(gradient.abs().sum() > 0 for gradient in before.values())
     trainer.evaluate()
@@ -250,7 +250,7 @@ def has_the_4bit_trap() -> bool:
 @pytest.mark.skipif(not has_the_4bit_trap(), reason="bitsandbytes repacks weights on CPUs with avx512_bf16 only")
 def test_the_4bit_trap_is_still_there_without_the_cure(tiny_run, sft_adapter, tmp_path) -> None:
     """Shows that the test above can fail; when this one does, upstream is mended and the cure can go."""
-    trainer = build([*tiny_run, "quant=nf4", f"model.adapter={sft_adapter}"], tmp_path)
+    trainer = build([*tiny_run, "quant=nf4", "training.bf16=false", f"model.adapter={sft_adapter}"], tmp_path)
     for layer in linear4bit_modules(trainer.model):
         layer.support_avx512bf16_for_cpu = True
     before = gradients(trainer)

@@ -1,0 +1,130 @@
+"""The docs cannot drift: every command is run, every name in them exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_runner.command_line import check_command_line
+from dpo_runner.config_files import SCHEMA, ConfigFiles
+
+ROOT = Path(__file__).parents[1]
+DOCS = ["README.md", "CONTRIBUTING.md"]
+NOT_RUN = "<!-- not run: needs a GPU and the hub -->"
+
+# What makes a documented run small enough for a test. What the command itself says comes after, and wins.
+SMALL = [
+    "model.model_name_or_path=random:tiny-llama",
+    "training.max_steps=2",
+    "training.eval_steps=2",
+    "training.save_steps=2",
+    "training.per_device_train_batch_size=1",
+    "training.gradient_accumulation_steps=1",
+    "data.max_train_samples=2",
+    "data.max_eval_samples=1",
+    "samples.num_prompts=1",
+    "samples.max_new_tokens=4",
+]
+
+
+def read_blocks(document: str) -> list[tuple[str, bool]]:
+    """Return (code, is marked as not run) for each bash block."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.finditer(r"(?P<mark><!-- not run:[^>]*-->\n)?```bash\n(?P<code>.*?)```", text, flags=re.DOTALL)
+    blocks = [(match["code"], match["mark"] is not None) for match in found]
+    assert all(match.strip() == NOT_RUN for match in re.findall(r"<!-- not run:[^>]*-->", text))
+    return blocks
+
+
+def read_commands(document: str, marked: bool = False) -> list[str]:
+    return [line for code, mark in read_blocks(document) if mark == marked for line in code.splitlines() if line]
+
+
+def test_every_documented_command_runs(tmp_path: Path, tiny_model: str) -> None:
+    """In order and in one folder, as a reader would type them."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    python = shlex.quote(sys.executable)
+    for command in read_commands("README.md"):
+        if command.startswith("make "):
+            continue  # see test_make_targets_exist
+        if command.startswith("python -m dpo_runner ") and "--" not in command:
+            program, arguments = "python -m dpo_runner", command.removeprefix("python -m dpo_runner ")
+            command = f"{program} {' '.join(SMALL)} {arguments}"
+            given = {word.partition("=")[0] for word in shlex.split(arguments)}
+            kept = [o for o in SMALL if o.partition("=")[0] not in given and not ("model" in given and "model" in o)]
+            command = f"{program} {' '.join(kept)} {arguments}"
+        elif "scripts/train_sft_adapter.py" in command:
+            command += " --model random:tiny-llama --max-steps 1 --per-device-train-batch-size 1"
+        elif "dpo_runner.chat" in command:
+            command += " --max-new-tokens 4"
+        result = subprocess.run(
+            command.replace("python ", f"{python} ", 1), shell=True, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def test_commands_for_the_gpu_pass_every_check() -> None:
+    commands = read_commands("README.md", marked=True)
+    assert commands
+    for command in commands:
+        assert check_command_line(shlex.split(command)[3:]).mistakes == []
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_make_targets_exist(document: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*##", makefile, flags=re.MULTILINE))
+    named = re.findall(r"(?:^|`)make (?:PYTHON=\S+ )?([a-z-]+)", (ROOT / document).read_text(), flags=re.MULTILINE)
+    assert named and set(named) <= targets
+    listed = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target} " in listed for target in targets)
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_keys_options_and_files_that_are_named_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    files = ConfigFiles.over(None)
+    for key, value in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)=([^`\s]+)`", text):
+        if key in files.groups():
+            assert value in files.options(key) or value == "OPTION", (key, value)
+        elif key not in ("GROUP", "KEY", "defaults"):
+            assert key in SCHEMA, key
+    for name in re.findall(r"`((?:dpo_runner|conf|scripts|tests)/[\w./]*)", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_tables_list_every_group_option_and_module() -> None:
+    readme, contributing = ((ROOT / name).read_text(encoding="utf-8") for name in DOCS)
+    files = ConfigFiles.over(None)
+    for group in files.groups():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{group}` |"))
+        assert all(f"`{option}`" in row for option in files.options(group)), row
+    for module in (ROOT / "dpo_runner").rglob("*.py"):
+        if module.name != "__init__.py":
+            assert module.name in contributing or f"`{module.stem}`" in contributing, module
+
+
+def test_the_error_examples_are_what_is_printed() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for mistake in check_command_line(["training.lerning_rate=1", "quant=nf5"]).mistakes:
+        assert f"error: {mistake}" in readme
+
+
+def test_the_python_examples_run(tmp_path: Path, tiny_model: str) -> None:
+    from dpo_runner import load_conf, run
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 2
+    small = [override for override in SMALL if not override.startswith("model.")]
+    run(load_conf(["model=tiny_random", "run_dir=outputs/first", "wandb=disabled", *small]))
+    for block in blocks:
+        code = block.replace(
+            '"training.beta=0.2"', ", ".join(map(repr, ["training.beta=0.2", "wandb=disabled", *small]))
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
