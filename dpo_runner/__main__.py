@@ -2,8 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
 
 from dpo_runner import __version__
+from dpo_runner.artifacts import mask_file
 from dpo_runner.command_line import build_help, check_command_line
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, build_run_conf
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
@@ -33,7 +35,9 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    failures: list[tuple[str | None, DpoRunnerError]] = []
+    # What goes wrong is kept out of Hydra, which would print a notice of its own about it.
+    failure_alone: list[DpoRunnerError] = []
+    failures_in_sweep: list[tuple[str, DpoRunnerError]] = []
     main_process = os.getpid()
 
     def job(config: DictConfig) -> None:
@@ -41,18 +45,24 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
 
         conf = build_run_conf(config)
         hydra_config = HydraConfig.get()
-        if hydra_config.mode == RunMode.MULTIRUN and conf.run_dir is None:
-            conf.run_dir = hydra_config.runtime.output_dir
+        typed = list(hydra_config.overrides.task)
+        if hydra_config.mode != RunMode.MULTIRUN:
+            try:
+                run(conf, typed)
+            except DpoRunnerError as error:
+                failure_alone.append(error)
+            return
+        conf.run_dir = hydra_config.runtime.output_dir
+        mask_file(Path(hydra_config.sweep.dir) / "multirun.yaml")  # Hydra has written the overrides as typed
         try:
-            run(conf, overrides=list(hydra_config.overrides.task))
+            run(conf, typed)
         except RunInterrupted as error:
             sys.exit(_report(error))  # ends the whole sweep
         except DpoRunnerError as error:
             if os.getpid() != main_process:
                 raise  # under a launcher with processes of its own, which reports it
-            failures.append((conf.run_dir, error))
-            if hydra_config.mode == RunMode.MULTIRUN:
-                _report(error)
+            failures_in_sweep.append((conf.run_dir, error))
+            _report(error)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
     sys.argv = [sys.argv[0], *flags, *overrides]
@@ -61,11 +71,14 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
         application()
     except DpoRunnerError as error:
         return _report(error)
-    if (len(failures) == 1 and failures[0][0] is None) or (len(failures) == 1 and "-m" not in flags):
-        return _report(failures[0][1])
-    if failures:
-        print(f"error: {len(failures)} runs of the sweep failed:", file=sys.stderr)
-        for directory, failure in failures:
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    if failure_alone:
+        return _report(failure_alone[0])
+    if failures_in_sweep:
+        print(f"error: {len(failures_in_sweep)} runs of the sweep failed:", file=sys.stderr)
+        for directory, failure in failures_in_sweep:
             print(f"  {directory}: {failure}", file=sys.stderr)
         return 1
     return 0

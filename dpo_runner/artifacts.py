@@ -49,6 +49,12 @@ def mask_override(text: str) -> str:
     return f"{key}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
 
 
+def mask_file(path: Path) -> None:
+    """Mask the secrets in a YAML file that another program has written; where there is none, do nothing."""
+    if path.exists():
+        write_text(path, yaml.safe_dump(mask_secrets(yaml.safe_load(path.read_text(encoding="utf-8")))))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -130,6 +136,8 @@ class RunDirectory:
         with self._lock:
             if state == "running":
                 self._status = {"started": _now()}
+            else:
+                self._stopped.set()  # the run is over, and so is its heartbeat
             self._status |= {"state": state, "pid": os.getpid(), "heartbeat": _now(), **details}
             write_json(self.path / "status.json", self._status)
 

@@ -81,6 +81,8 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(
             f"`run_dir={run_dir}`: process {status['pid']} is running there; wait for it, or use another run_dir"
         )
+    if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
+        return  # nothing was trained: the run begins anew
     before = _flatten(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
     now = _flatten(mask_secrets(config_keys(conf)))
     mistakes = [

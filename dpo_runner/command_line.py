@@ -85,6 +85,8 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
             sound.append(override)
     mistakes += files.find_file_mistakes(choices)
     sweeps = [override.key_or_group for override in sound if override.is_sweep_override()]
+    if (sweeps or multirun) and any(override.key_or_group == "run_dir" for override in sound):
+        return [*mistakes, "`run_dir`: names one run's directory; for a sweep set hydra.sweep.dir"]
     if sweeps and not multirun and "sweep" not in choices:
         return [*mistakes, f"`{sweeps[0]}`: several values are a sweep; add -m"]
     broken, uncomposable = _find_point_mistakes(sound, config_dir)

@@ -39,7 +39,7 @@ from dpo_runner.tracking import Tracker, track
 
 logger = logging.getLogger(__name__)
 
-_NO_RESULT = re.compile(r"^epoch$|_(runtime|per_second|preparation_time|num_tokens)$")
+_NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|num_tokens)$")
 """Entries of an evaluation that tell of the machine, not of the model."""
 
 
@@ -69,18 +69,23 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
     if status is not None and status["state"] == "finished":
         console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
         return read_summary(path)
+    with route_library_logs(None):
+        tokenizer = load_tokenizer(conf.model)
+        data = load_preferences(conf, tokenizer)
+    console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
     if conf.dry_run:
-        with route_library_logs(None):
-            _prepare(conf, path, console)
         return None
-    return _run_in(path, conf, overrides, console, resumes=status is not None)
+    with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
+        summary = _train(directory, conf, tokenizer, data, console, tracker)
+        directory.write_status("finished", adapter=summary["weights"])
+    return summary
 
 
-def _run_in(
-    path: Path, conf: RunConf, overrides: Sequence[str], console: RunConsole, resumes: bool
-) -> dict[str, Any] | None:
-    """Run in a directory whose status.json tells, from here on, how it stands."""
-    directory = RunDirectory(path)
+@contextmanager
+def _recorded(
+    directory: RunDirectory, conf: RunConf, overrides: Sequence[str], console: RunConsole
+) -> Iterator[tuple[RunDirectory, Tracker]]:
+    """Keep status.json, run.log and W&B true to what happens inside, however it ends."""
     with ExitStack() as stack:
         stack.enter_context(route_library_logs(directory.log))
         stack.enter_context(_terminate_as_interrupt())
@@ -89,37 +94,35 @@ def _run_in(
         directory.write_status("running")
         directory.start_heartbeat()
         try:
-            tracker = stack.enter_context(track(conf, directory, console.warn))
-            summary = _train(directory, conf, console, tracker, resumes)
+            with track(conf, directory, console.warn) as tracker:
+                yield directory, tracker
         except KeyboardInterrupt as error:
             console.stop_training()
             number = error.args[0] if error.args else signal.SIGINT
-            directory.stop_heartbeat()
             directory.write_status("interrupted", error=signal.Signals(number).name)
             raise RunInterrupted(
-                f"interrupted; continue with the same command and run_dir={path}", signal_number=number
+                f"interrupted; continue with the same command and run_dir={directory.path}", signal_number=number
             ) from None
         except Exception as error:
             console.stop_training()
             logger.error("the run failed\n%s", traceback.format_exc())
-            directory.stop_heartbeat()
             directory.write_status("failed", error=f"{type(error).__name__}: {error}")
             if isinstance(error, DpoRunnerError):
                 raise
             raise RunError(
                 f"{type(error).__name__}: {str(error).strip()}; the traceback is in {directory.log}"
             ) from error
-        directory.stop_heartbeat()
-        directory.write_status("finished", adapter=summary["weights"])
-    return summary
 
 
 def _train(
-    directory: RunDirectory, conf: RunConf, console: RunConsole, tracker: Tracker, resumes: bool
+    directory: RunDirectory,
+    conf: RunConf,
+    tokenizer: Any,
+    data: PreferenceData,
+    console: RunConsole,
+    tracker: Tracker,
 ) -> dict[str, Any]:
-    """Plan, data, model, trainer, check, train, evaluate, sample, save, summary."""
-    tokenizer, data = _prepare(conf, directory.path, console)
-
+    """Model, trainer, step-0 check, train, evaluate, sample, save, summary."""
     console.say("loading the model")
     keep_freed_memory()
     set_seed(conf.seed)
@@ -135,7 +138,7 @@ def _train(
         check_trainable(trainer)
         check_reference(trainer)
 
-    checkpoint = find_last_checkpoint(directory.checkpoints) if resumes else None
+    checkpoint = find_last_checkpoint(directory.checkpoints)
     directory.keep_metrics_until(read_step(checkpoint) if checkpoint else -1)
 
     console.say("measuring the model as it is")
@@ -165,24 +168,25 @@ def _train(
     return summary
 
 
-def _prepare(conf: RunConf, path: Path, console: RunConsole) -> tuple[Any, PreferenceData]:
-    """Load tokenizer and data, and show the plan."""
-    tokenizer = load_tokenizer(conf.model)
-    data = load_preferences(conf, tokenizer)
-    console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
-    return tokenizer, data
-
-
 def _measure(
     trainer: RunTrainer, tokenizer: Any, data: PreferenceData, conf: RunConf
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate the policy as it stands and let it answer the sample prompts."""
     metrics: dict[str, Any] = {}
     if data.eval is not None:
-        metrics = {key: value for key, value in trainer.evaluate().items() if not _NO_RESULT.search(key)}
+        metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
     answers = generate_answers(trainer.model, tokenizer, data.prompts, conf.samples.max_new_tokens, batch_size)
     return {**metrics, **summarize_answers(answers)}, answers
+
+
+def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
+    """Evaluate, or return the evaluation that the trainer made of these very weights after its last step."""
+    events = (event for event in reversed(trainer.state.log_history) if "eval_loss" in event)
+    newest = next(events, None)
+    if newest is not None and newest["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return dict(newest)
+    return dict(trainer.evaluate())
 
 
 def _train_steps(trainer: RunTrainer, checkpoint: Path | None) -> dict[str, Any]:

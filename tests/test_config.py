@@ -77,6 +77,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ("~lora", "use lora=none"),
         ("~training.beta", "nothing can be deleted"),
         ("training.beta=0.1,0.2", "several values are a sweep; add -m"),
+        ("run_dir=x,y", "for a sweep set hydra.sweep.dir"),
         ("seed=[1", "not a KEY=VALUE override"),
         ("data@model=local_file", "packages (@) are not supported"),
         ("+hydra.callbacks.x._target_=os.system", "not allowed"),

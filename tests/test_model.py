@@ -71,7 +71,7 @@ def test_mistral_nf4_builds_what_one_would_write_by_hand(tmp_path: Path) -> None
         logging_nan_inf_filter=False,
         loss_type="sigmoid",
         beta=0.1,
-        learning_rate=1e-4,
+        learning_rate=1.5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         num_train_epochs=1,
