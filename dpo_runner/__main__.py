@@ -23,13 +23,11 @@ def main() -> None:
     if "--version" in argv:
         print(f"dpo_runner {__version__}")
         return
-    command = check_command_line(argv)
-    if command.mistakes:
-        sys.exit(_report(ConfigError(command.mistakes)))
-    sys.exit(_run_with_hydra(command.flags, command.overrides))
+    mistakes = check_command_line(argv)
+    sys.exit(_report(ConfigError(mistakes)) if mistakes else _run_with_hydra())
 
 
-def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
+def _run_with_hydra() -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -37,15 +35,15 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
 
     # What goes wrong is kept out of Hydra, which would print a notice of its own about it.
     failure_alone: list[DpoRunnerError] = []
-    failures_in_sweep: list[tuple[str, DpoRunnerError]] = []
+    failures_in_sweep: list[str] = []  # texts alone: an error would keep its run's model in memory
     main_process = os.getpid()
 
     def job(config: DictConfig) -> None:
         from dpo_runner.run import run
 
-        conf = build_run_conf(config)
         hydra_config = HydraConfig.get()
         typed = list(hydra_config.overrides.task)
+        conf = build_run_conf(config, typed)
         if hydra_config.mode != RunMode.MULTIRUN:
             try:
                 run(conf, typed)
@@ -61,11 +59,10 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
         except DpoRunnerError as error:
             if os.getpid() != main_process:
                 raise  # under a launcher with processes of its own, which reports it
-            failures_in_sweep.append((conf.run_dir, error))
+            failures_in_sweep.append(f"  {conf.run_dir}: {error}")
             _report(error)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
-    sys.argv = [sys.argv[0], *flags, *overrides]
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
     try:
         application()
@@ -78,8 +75,7 @@ def _run_with_hydra(flags: list[str], overrides: list[str]) -> int:
         return _report(failure_alone[0])
     if failures_in_sweep:
         print(f"error: {len(failures_in_sweep)} runs of the sweep failed:", file=sys.stderr)
-        for directory, failure in failures_in_sweep:
-            print(f"  {directory}: {failure}", file=sys.stderr)
+        print("\n".join(failures_in_sweep), file=sys.stderr)
         return 1
     return 0
 

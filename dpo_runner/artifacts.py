@@ -24,10 +24,10 @@ from dpo_runner.errors import ConfigError
 MASK = "***"
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|access_key|credential)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
-    r"|wandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F])[0-9a-f]{40}(?![0-9a-fA-F])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{20,}|(?<![\w-])sk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[A-Z0-9]{16}"
+    r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
-_COMMIT_KEY = "revision"  # a commit is 40 hexadecimal digits too, and no secret
+_COMMIT_KEYS = ("revision", "commit")  # a commit is 40 hexadecimal digits too, as is a W&B key; it is no secret
 
 HEARTBEAT_SECONDS = 10
 
@@ -38,7 +38,7 @@ def mask_secrets(value: Any, key: str = "") -> Any:
         return {name: mask_secrets(item, str(name)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [mask_secrets(item, key) for item in value]
-    if not isinstance(value, str) or key == _COMMIT_KEY:
+    if not isinstance(value, str) or key in _COMMIT_KEYS:
         return value
     return MASK if _SECRET_KEY.search(key) and value else _SECRET_VALUE.sub(MASK, value)
 
@@ -84,8 +84,28 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         for file in staging.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         if path.exists():
-            shutil.rmtree(path)
-        staging.rename(path)
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+            path.rename(old / "old")
+            staging.rename(path)
+            shutil.rmtree(old)
+        else:
+            staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder of a cache: several processes may do so at once, and the first to finish wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        fill(staging)
+        staging.chmod(0o755)
+        try:
+            staging.rename(path)
+        except OSError:
+            if not path.is_dir():  # not lost to another process: a real failure
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -182,7 +202,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
     """Return status.json of a run directory, or None where there is none."""
     try:
         status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     assert isinstance(status, dict)
     return status

@@ -70,6 +70,7 @@ class Chat:
         from transformers import TextIteratorStreamer
 
         from dpo_runner.data.chat_template import render_prompt
+        from dpo_runner.samples import find_stop_ids
 
         input_ids = torch.tensor([render_prompt(messages, self.tokenizer)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -84,6 +85,7 @@ class Chat:
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     max_new_tokens=self._max_new_tokens,
+                    eos_token_id=find_stop_ids(self.model, self.tokenizer),
                     pad_token_id=self.tokenizer.pad_token_id,
                     streamer=streamer,
                     **sampling,

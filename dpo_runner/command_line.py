@@ -5,9 +5,7 @@ fraction of a second and leaves nothing behind.
 """
 
 import itertools
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -32,33 +30,20 @@ _REFUSED_FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """What `check_command_line` found out about a command.
+def check_command_line(argv: list[str]) -> list[str]:
+    """Check a whole command: flags, overrides, the YAML files they select, and every point of a sweep.
 
-    Attributes:
-        overrides: the overrides that Hydra is to be given.
-        flags: the other arguments (`-m`, `--cfg job`, …), unchanged.
-        mistakes: one line each; empty where the command is sound.
+    Returns:
+        One line for each mistake; empty where the command is sound.
     """
-
-    overrides: list[str]
-    flags: list[str]
-    mistakes: list[str]
-
-
-def check_command_line(argv: list[str]) -> CommandLine:
-    """Check a whole command: flags, overrides, the YAML files they select, and every point of a sweep."""
     args = get_args_parser().parse_args(argv)
-    flags = [argument for argument in argv if argument not in args.overrides]
     mistakes = [
         f"--{flag.replace('_', '-')}: not supported; {instead}"
         for flag, instead in _REFUSED_FLAGS.items()
         if getattr(args, flag)
     ]
     mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
-    overrides = args.overrides if mistakes else complete_overrides(args.overrides, args.config_dir)
-    return CommandLine(overrides, flags, mistakes)
+    return mistakes
 
 
 def find_override_mistakes(overrides: list[str], config_dir: str | None = None, multirun: bool = False) -> list[str]:
@@ -68,7 +53,7 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         groups = files.groups()
     except OSError as error:
         return [f"--config-dir={config_dir}: {error.strerror}"]
-    mistakes: list[str] = []
+    mistakes: list[str] = files.find_hidden_files()
     sound: list[Override] = []
     choices: dict[str, list[str]] = {}
     for text in overrides:
@@ -154,27 +139,12 @@ def _find_point_mistakes(overrides: list[Override], config_dir: str | None) -> t
     uncomposable: dict[str, None] = {}
     for point in itertools.product(*axes):
         try:
-            build_run_conf(compose_config(complete_overrides(list(point), config_dir), config_dir))
+            build_run_conf(compose_config(list(point), config_dir), point)
         except ConfigError as error:
             broken.update(dict.fromkeys(error.mistakes))
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
             uncomposable[_first_line(error)] = None
     return list(broken), list(uncomposable)
-
-
-def complete_overrides(overrides: list[str], config_dir: str | None = None) -> list[str]:
-    """Return the overrides with `lora=none` added where an SFT adapter is continued and `lora` is left at its default.
-
-    An adapter that is continued is trained in its own shape; the default `lora` describes a new one.
-    """
-    spoken_of = {re.split(r"[.=@]", text.lstrip("+~"))[0] for text in overrides}
-    if "lora" in spoken_of or "experiment" in spoken_of or not {"model", "model.adapter"} & spoken_of:
-        return overrides
-    plain = [text for text in overrides if not OverridesParser.create().parse_override(text).is_sweep_override()]
-    model = compose_config(plain, config_dir).model
-    if model.adapter and model.adapter_mode == "continue":
-        return [*overrides, "lora=none"]
-    return overrides
 
 
 def _first_line(error: Exception) -> str:

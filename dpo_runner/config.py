@@ -3,6 +3,8 @@
 Every field is spelled as upstream spells it (TRL, PEFT, transformers, bitsandbytes, wandb).
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ class ModelConf:
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     dtype: str = field(default="auto", metadata={"choices": ("auto", "bfloat16", "float16", "float32")})
-    """Weights' dtype: `auto` takes the checkpoint's own."""
+    """Weights' dtype: `auto` takes the checkpoint's own, or float32 where all weights are trained."""
     attn_implementation: str | None = None
     """transformers' attention implementation, such as `sdpa`, `eager` or `flash_attention_2`; null lets it choose."""
     trust_remote_code: bool = False
@@ -200,8 +202,15 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
     return config
 
 
-def build_run_conf(config: DictConfig) -> RunConf:
+def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     """Turn a composed config into the typed object that a run is made of.
+
+    An SFT adapter that is continued is trained in its own shape, so the default `lora`, which describes a new
+    one, gives way where no override speaks of it.
+
+    Args:
+        config: what Hydra composed.
+        overrides: what it was composed from.
 
     Raises:
         ConfigError: an unset `???`, an interpolation that leads nowhere, or what `RunConf` refuses.
@@ -209,6 +218,10 @@ def build_run_conf(config: DictConfig) -> RunConf:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError([f"`{key}`: must be set (`{key}=VALUE`)" for key in missing])
+    spoken_of = {re.split(r"[.=]", text.lstrip("+"))[0] for text in overrides}
+    continues = config.model.adapter is not None and config.model.adapter_mode == "continue"
+    if continues and not {"lora", "experiment"} & spoken_of:
+        config.lora = None
     try:
         conf = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -226,13 +239,13 @@ def load_conf(overrides: list[str] | None = None, config_dir: str | None = None)
     Raises:
         ConfigError: with one line for each mistake found.
     """
-    from dpo_runner.command_line import complete_overrides, find_override_mistakes
+    from dpo_runner.command_line import find_override_mistakes
 
     overrides = list(overrides or [])
     mistakes = find_override_mistakes(overrides, config_dir)
     if mistakes:
         raise ConfigError(mistakes)
-    return build_run_conf(compose_config(complete_overrides(overrides, config_dir), config_dir))
+    return build_run_conf(compose_config(overrides, config_dir), overrides)
 
 
 def config_keys(conf: Any) -> dict[str, Any]:

@@ -89,13 +89,17 @@ def _check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Itera
         yield f"`{key}`: must be set (`{key}=VALUE`)"
     elif told and not any(_is_a(value, name) for name in told.split(" | ")):
         yield f"`{key}={value}`: must be {told}"
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):
         yield f"`{key}={value}`: must be a finite number"
     else:
         choices = field.metadata.get("choices")
-        for item in value if isinstance(value, list) else [value]:
+        for item in _items(value):
             if choices and item is not None and item not in choices:
                 yield f"`{key}={item}`: no such choice; {suggest(item, choices)}"
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_a(value: Any, told: str) -> bool:
@@ -190,7 +194,13 @@ def _check_evaluation(conf: "RunConf") -> Iterator[str]:
         )
     if data.eval_path and data.eval_split:
         yield f"`data.eval_split={data.eval_split}`: contradicts data.eval_path={data.eval_path}; set one of them"
-    if training.load_best_model_at_end and training.eval_strategy != training.save_strategy:
+    if not training.load_best_model_at_end or training.save_strategy == "best":
+        return
+    if training.eval_strategy == training.save_strategy == "steps":
+        every = training.eval_steps or training.logging_steps
+        if round(1e6 * training.save_steps) % round(1e6 * every):
+            yield f"`training.save_steps={training.save_steps:g}`: load_best_model_at_end needs a multiple of eval_steps={every:g}"
+    if training.eval_strategy != training.save_strategy:
         yield (
             f"`training.load_best_model_at_end=True`: needs the same rhythm of evaluation and saving "
             f"(eval_strategy={training.eval_strategy}, save_strategy={training.save_strategy})"

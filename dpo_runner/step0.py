@@ -13,6 +13,8 @@ from dpo_runner.errors import RunError
 
 Fingerprint = tuple[float, float]
 
+_MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
+
 # Largest difference per token between two forwards of the same weights. They differ at all only where
 # the order of additions does, as between a batch with an adapter that adds 0 and one without.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -100,6 +102,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._steps = 0
+        self._skipped = 0
         self._start: dict[str, Fingerprint] = {}
         self._reached: set[str] = set()
         self._hooks: list[Any] = []
@@ -128,6 +131,10 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
             for name, layer in _adapted_layers(model)
             if name in self._reached and _fingerprint(dict(_parts(layer))[part]) == self._start[f"{name}.{part}"]
         ]
+        if args.fp16 and len(stuck) == len(self._reached) and self._skipped < _MOST_SKIPPED_STEPS:
+            self._steps -= 1  # the loss scaler has skipped the step
+            self._skipped += 1
+            return
         if self._steps == 2:
             self._start.clear()
             for handle in self._hooks:

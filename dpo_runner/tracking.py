@@ -77,7 +77,11 @@ class Tracker:
         if self.folder is None:
             return []
         commands = [f"wandb leet {self.folder.parent}"]
-        return commands if self.url else [*commands, f"wandb sync {self.folder}"]
+        if self.url:
+            return commands
+        run_id = self.folder.name.rpartition("-")[2]  # a resumed run has a folder for each part
+        parts = sorted(self.folder.parent.glob(f"offline-run-*-{run_id}"))
+        return [*commands, f"wandb sync {' '.join(map(str, parts))}"]
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         if self._run is None:

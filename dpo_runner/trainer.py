@@ -16,7 +16,8 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
-assert hasattr(DPOTrainer, "_prepare_dataset"), "TRL's DPOTrainer._prepare_dataset is gone"
+for _name in ("_prepare_dataset", "_prepare_inputs", "_load_from_checkpoint"):
+    assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
 class RunTrainer(DPOTrainer):  # type: ignore[misc]
@@ -86,8 +87,9 @@ def build_trainer(
     Raises:
         ConfigError: TRL or peft refuses the combination of model and settings.
     """
-    weights = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
-    keeps_adapter = policy.peft_config is None and policy.ref_model is None
+    loaded: dict[str, torch.Tensor] = {}
+    if policy.peft_config is None and policy.ref_model is None:  # an SFT adapter that is continued
+        loaded = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
     try:
         trainer = RunTrainer(
             model=policy.model,
@@ -103,7 +105,7 @@ def build_trainer(
         raise ConfigError(f"`training`, `lora` or `model`: {str(error).strip().splitlines()[0]}") from None
     trainer.remove_callback(PrinterCallback)
     if policy.ref_model is None:
-        _cast_adapter_to_fp32(trainer.model, weights if keeps_adapter else {})
+        _cast_adapter_to_fp32(trainer.model, loaded)
     _silence_dropout_in_reference(trainer.model)
     return trainer
 

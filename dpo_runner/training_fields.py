@@ -201,10 +201,6 @@ class TrainingConf:
     """Number of steps to wait before calling `torch.<device>.empty_cache()`. Helps avoid CUDA OOM at a cost of
     ~10%% slower performance. If None, cache will not be emptied."""
 
-    auto_find_batch_size: bool = False
-    """Whether to find a training batch size that will fit into memory automatically through exponential decay,
-    avoiding CUDA Out-of-Memory errors. The evaluation batch size is not adjusted."""
-
     logging_strategy: str = field(default="steps", metadata={"choices": ("no", "steps", "epoch")})
     """The logging strategy to adopt during training. Options: 'no', 'epoch', 'steps'."""
 
@@ -278,9 +274,6 @@ class TrainingConf:
     batch_eval_metrics: bool = False
     """Break eval metrics calculation into batches to save memory."""
 
-    save_only_model: bool = False
-    """Save only model weights, not optimizer/scheduler/RNG state. Prevents resuming training from checkpoint."""
-
     save_strategy: str = field(default="steps", metadata={"choices": ("no", "steps", "epoch", "best")})
     """The checkpoint save strategy to adopt during training. Options: 'no', 'epoch', 'steps', 'best'."""
 
@@ -295,10 +288,6 @@ class TrainingConf:
     save_total_limit: int | None = None
     """Maximum number of checkpoints to keep. Deletes older checkpoints in `output_dir`. The best checkpoint is
     always retained when `load_best_model_at_end=True`."""
-
-    enable_jit_checkpoint: bool = False
-    """Enable JIT checkpointing on SIGTERM signal for graceful termination on preemptible workloads. Configure
-    your orchestrator's graceful shutdown period accordingly."""
 
     load_best_model_at_end: bool = False
     """Load the best checkpoint at the end of training. Requires `eval_strategy` to be set."""

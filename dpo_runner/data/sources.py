@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dpo_runner.config import DataConf
 from dpo_runner.config_checks import suggest
+from dpo_runner.data.formats import to_messages
 from dpo_runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _hold_out(rows: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "
     """Split off whole prompts, so that no prompt is in both parts (at least one row stays in each)."""
     import random
 
-    keys = [json.dumps(row.get("prompt") or str(row.get("chosen"))[:200], sort_keys=True) for row in rows]
+    keys = [json.dumps(to_messages(row)["prompt"]) for row in rows]
     prompts = sorted(set(keys))
     if len(prompts) < 2:
         raise ConfigError(f"`data.eval_fraction={fraction}`: needs rows with at least 2 different prompts; set it to 0")
