@@ -199,7 +199,10 @@ def _check_evaluation(conf: "RunConf") -> Iterator[str]:
     if training.eval_strategy == training.save_strategy == "steps":
         every = training.eval_steps or training.logging_steps
         if round(1e6 * training.save_steps) % round(1e6 * every):
-            yield f"`training.save_steps={training.save_steps:g}`: load_best_model_at_end needs a multiple of eval_steps={every:g}"
+            yield (
+                f"`training.save_steps={training.save_steps:g}`: load_best_model_at_end needs a multiple of "
+                f"eval_steps={every:g}"
+            )
     if training.eval_strategy != training.save_strategy:
         yield (
             f"`training.load_best_model_at_end=True`: needs the same rhythm of evaluation and saving "

@@ -198,6 +198,7 @@ def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
 def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the end and return steps, time, speed, and which weights the model now holds."""
     start = time.monotonic()
+    epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
     if checkpoint is not None and read_step(checkpoint) >= steps:
         # It was stopped after its last step; Trainer would train one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -207,7 +208,7 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     runtime = time.monotonic() - start
     state = trainer.state
-    pairs = (state.epoch - (read_epoch(checkpoint) if checkpoint else 0)) * len(trainer.train_dataset)
+    pairs = (state.epoch - epochs_before) * len(trainer.train_dataset)
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
     return {
         "steps": state.global_step,

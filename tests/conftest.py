@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = ""  # the configuration decides, whatever the developer's shell says
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]  # the configuration decides, whatever the developer's shell says
 
 import pytest
 
@@ -17,10 +18,8 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test where it cannot litter, and without W&B settings of the developer's."""
+    """Run each test where it cannot litter."""
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,11 @@ WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
         ([WANDB_KEY, ["sk-" + "a" * 30]], ["***", ["***"]]),
         ({"path": "https://me:pass@example.com/x"}, {"path": "https://***@example.com/x"}),
         ({"revision": WANDB_KEY}, {"revision": WANDB_KEY}),  # a commit looks like a key
+        (
+            {"commit": WANDB_KEY, "base": f"/hub/snapshots/{WANDB_KEY}"},
+            {"commit": WANDB_KEY, "base": f"/hub/snapshots/{WANDB_KEY}"},
+        ),
+        ({"path": "org/task-oriented-dialogue-preferences"}, {"path": "org/task-oriented-dialogue-preferences"}),
         ({"path": "/data/" + "ab" * 10, "beta": 0.1}, {"path": "/data/" + "ab" * 10, "beta": 0.1}),
     ],
 )

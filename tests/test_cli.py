@@ -112,7 +112,6 @@ def test_a_multirun_runs_every_point_and_reports_all_failures(tmp_path: Path, ti
 def test_a_sweep_file_is_checked_and_runs(tmp_path: Path, tiny_run: list[str]) -> None:
     result = run_program("sweep=beta", *tiny_run, "training.max_steps=1")
     assert result.returncode == 0, result.stderr
-    betas = [json.loads(line) for line in ()]
     configs = sorted(tmp_path.glob("outputs/sweeps/sweep_beta/*/*/config.yaml"))
     betas = [next(line for line in path.read_text().splitlines() if line.startswith("  beta:")) for path in configs]
     assert betas == ["  beta: 0.05", "  beta: 0.1", "  beta: 0.3"]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from dpo_runner.command_line import find_override_mistakes
 from dpo_runner.config import DataConf, ModelConf, RunConf, load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.training_fields import TrainingConf
@@ -107,6 +108,8 @@ def test_one_mistake_names_key_value_rule_and_cure(override: str, expected: str)
         (["training.loss_type=[sigmoid,sft]", "training.use_weighting=true"], "cannot weight sft"),
         (["training.loss_type=[sigmoid,sft]", "training.loss_weights=[1.0]"], "one weight for each"),
         (["training.load_best_model_at_end=true", "training.save_strategy=epoch"], "same rhythm"),
+        (["training.load_best_model_at_end=true"], "needs a multiple of eval_steps=0.5"),
+        (["training.loss_type=[sigmoid,sft]", "training.loss_weights=[nan,1.0]"], "must be a finite number"),
         (["training.sync_ref_model=true"], "needs full fine-tuning"),
         (["model.adapter=x", "lora=r64_all_linear"], "use lora=none"),
         (["training.num_train_epochs=0"], "must be above 0 unless max_steps is set"),
@@ -151,6 +154,25 @@ def test_a_users_own_yaml_works(tmp_path) -> None:
     conf = load_conf(["training=mine"], config_dir=str(tmp_path / "conf"))
     assert conf.training.learning_rate == 2e-6
     assert conf.training.lr_scheduler_type == "cosine"
+
+
+def test_a_users_file_that_would_never_be_read_is_an_error(tmp_path) -> None:
+    (tmp_path / "conf" / "training").mkdir(parents=True)
+    (tmp_path / "conf" / "training" / "dpo.yaml").write_text("beta: 0.7\n")
+    (tmp_path / "conf" / "hydra" / "callbacks").mkdir(parents=True)
+    (tmp_path / "conf" / "hydra" / "callbacks" / "evil.yaml").write_text("x: {_target_: os.getcwd}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_conf([], config_dir=str(tmp_path / "conf"))
+    assert "training/dpo.yaml: hidden by the project's own file" in str(caught.value)
+    assert "hydra/callbacks/evil.yaml: not allowed" in str(caught.value)
+
+
+def test_each_point_of_a_sweep_is_checked_as_it_will_run() -> None:
+    assert find_override_mistakes(["model.adapter=a,b"], multirun=True) == []
+    mistakes = find_override_mistakes(
+        ["model.adapter=a", "lora=r16", "model.adapter_mode=continue,merge"], multirun=True
+    )
+    assert len(mistakes) == 1 and "use lora=none" in mistakes[0]
 
 
 def test_a_yaml_cannot_make_hydra_call_things(tmp_path) -> None:

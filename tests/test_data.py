@@ -13,6 +13,7 @@ from dpo_runner.data.formats import to_messages
 from dpo_runner.data.sources import load_rows
 from dpo_runner.errors import ConfigError
 
+SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why is the sky blue?"}
 GOOD = {"role": "assistant", "content": "Air scatters blue light most."}
 BAD = {"role": "assistant", "content": "It just is."}
@@ -42,8 +43,6 @@ def test_conversations_split_at_the_last_shared_user_turn() -> None:
     turns = [USER, GOOD, {"role": "user", "content": "And red?"}]
     row = {"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}
     assert to_messages(row) == {"prompt": turns, "chosen": [GOOD], "rejected": [BAD]}
-    early = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, GOOD]}
-    assert to_messages(early)["prompt"] == [USER]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +57,15 @@ def test_conversations_split_at_the_last_shared_user_turn() -> None:
         ({"prompt": [GOOD], "chosen": "b", "rejected": "c"}, "ends with a turn of `assistant`"),
         ({"chosen": [USER, GOOD], "rejected": [BAD | {"role": "user"}, BAD]}, "no common prompt"),
         ({"prompt": "a", "chosen": [GOOD, USER], "rejected": "c"}, "must end with an assistant turn"),
+        (
+            {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, GOOD]},
+            "not the assistant's after the prompt",
+        ),
+        (
+            {"prompt": "Other?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            "differs from the beginning of `chosen`",
+        ),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differs from the beginning"),
     ],
 )
 def test_other_forms_are_refused_with_the_column(row: dict, expected: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_runner import load_conf, run
-from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.trainer import RunTrainer
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
@@ -62,6 +62,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     environment = read_json(finished / "environment.json")
     assert environment["packages"]["trl"].startswith("1.16")
     assert environment["seed"] == 42
+    assert environment["commit"] is None or len(environment["commit"]) == 40
     assert environment["hardware"]["torch_threads"] == torch.get_num_threads()
     assert environment["data"]["train"]["rows"] == 22
     assert environment["model"]["fingerprint"] and environment["data"]["eval"]["fingerprint"]
@@ -149,8 +150,6 @@ def test_a_continued_run_is_bitwise_the_undisturbed_one(
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(RunTrainer, "training_step", killed_in_step_6)
-    from dpo_runner.errors import RunInterrupted
-
     with pytest.raises(RunInterrupted):
         run(load_conf([*overrides, "run_dir=cut"]))
     assert read_json(tmp_path / "cut" / "status.json")["state"] == "interrupted"
@@ -163,6 +162,27 @@ def test_a_continued_run_is_bitwise_the_undisturbed_one(
     assert read_events(tmp_path / "whole") == read_events(tmp_path / "cut")
     one, other = read_json(tmp_path / "whole" / "summary.json"), read_json(tmp_path / "cut" / "summary.json")
     assert (one["before"], one["after"], one["steps"]) == (other["before"], other["after"], other["steps"])
+
+
+def test_a_run_stopped_after_its_last_step_trains_no_more(tiny_run, tmp_path, monkeypatch) -> None:
+    """Trap 12: transformers would train a step beyond the last."""
+    run(load_conf([*tiny_run, "run_dir=whole"]))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    save = sys.modules["dpo_runner.run"].save_weights
+    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", stop)
+    with pytest.raises(RunInterrupted):
+        run(load_conf([*tiny_run, "run_dir=cut"]))
+    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", save)
+    run(load_conf([*tiny_run, "run_dir=cut"]))
+    one, other = read_json(tmp_path / "whole" / "summary.json"), read_json(tmp_path / "cut" / "summary.json")
+    assert (one["before"], one["after"], one["steps"]) == (other["before"], other["after"], other["steps"])
+    weights = "adapter/adapter_model.safetensors"
+    whole, cut = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "cut" / weights)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert read_events(tmp_path / "whole") == read_events(tmp_path / "cut")
 
 
 def test_a_failure_is_recorded_and_shown_in_one_line(tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +232,7 @@ def test_a_run_dir_that_cannot_be_written_is_an_error_at_the_start(tiny_run, tmp
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(number, code, tiny_run, tmp_path) -> None:
-    overrides = [*tiny_run, "training.max_steps=400", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
+    overrides = [*tiny_run, "training.max_steps=150", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
     command = [sys.executable, "-m", "dpo_runner", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -229,7 +249,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(num
     assert again.returncode == 0, again.stderr
     assert "continuing from" in again.stdout
     steps = [event["step"] for event in read_events(tmp_path / "r") if "loss" in event]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 151))
 
 
 @pytest.mark.real_model

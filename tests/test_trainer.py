@@ -1,5 +1,6 @@
 """The trainer's traps: adapters that move, dropout that means what it says, rows that are not templated twice."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from test_model import build, gradients
 
 from dpo_runner.config import load_conf
+from dpo_runner.data import load_preferences
 from dpo_runner.errors import ConfigError
+from dpo_runner.model import load_tokenizer
 from dpo_runner.plan import count_steps
 from dpo_runner.step0 import completion_logps
-from dpo_runner.trainer import build_dpo_config
+from dpo_runner.trainer import RunTrainer, build_dpo_config
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
@@ -97,12 +100,25 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
 
     def reference(*overrides: str) -> list[float]:
         trainer = build([*tiny_run, "training.precompute_ref_log_probs=true", *overrides], tmp_path)
-        return list(trainer.train_dataset["ref_chosen_logps"])
+        return list(trainer.train_dataset["ref_rejected_logps"])
 
-    whole = reference("training.truncation_mode=keep_end", "training.max_length=128")
-    cut = reference("training.truncation_mode=keep_end", "training.max_length=6")
-    assert whole != cut
     assert reference("training.ld_alpha=0.0") != reference()
+    conf = load_conf(tiny_run)
+    rows = load_preferences(conf, load_tokenizer(conf.model)).train
+
+    def fingerprint(*overrides: str) -> str:
+        args = build_dpo_config(load_conf([*tiny_run, *overrides]), tmp_path)
+        trainer = types.SimpleNamespace(attention="sdpa")
+        return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
+
+    changes = [
+        "training.max_length=6",
+        "training.truncation_mode=keep_end",
+        "training.ld_alpha=0.0",
+        "training.bf16=false",
+    ]
+    assert len({fingerprint(), *map(fingerprint, changes)}) == 1 + len(changes)
+    assert fingerprint() == fingerprint("training.beta=0.7", "training.learning_rate=1e-3")
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,13 @@ def to_messages(row: dict[str, Any]) -> dict[str, list[Message]]:
     rejected = _to_list(rejected, "assistant", "rejected")
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":  # whole conversations
         shared = _shared_prefix(chosen, rejected)
-        messages = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
         if not shared:
             raise ConfigError(
                 "`chosen` and `rejected`: two conversations that do not begin alike have no common prompt"
             )
+        messages = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+        if prompt is not None and not _is_same_prompt(prompt, messages["prompt"]):
+            raise ConfigError("`prompt`: differs from the beginning of `chosen`; give one of them, or the same")
     else:
         if prompt is None:
             raise ConfigError("no `prompt`: chosen and rejected hold answers alone")
@@ -53,6 +55,10 @@ def to_messages(row: dict[str, Any]) -> dict[str, list[Message]]:
     for column in ("chosen", "rejected"):
         if not messages[column] or messages[column][-1]["role"] != "assistant":
             raise ConfigError(f"`{column}`: must end with an assistant turn after the prompt")
+        if any(message["role"] in ("user", "system") for message in messages[column]):
+            raise ConfigError(
+                f"`{column}`: holds a turn that is not the assistant's after the prompt; it would be learned"
+            )
     return messages
 
 
@@ -67,6 +73,13 @@ def _to_list(value: Any, role: str, column: str) -> list[Message]:
         if message["role"] not in ROLES:
             raise ConfigError(f"`{column}`: no such role `{message['role']}`; choose from {', '.join(ROLES)}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_same_prompt(prompt: Any, shared: list[Message]) -> bool:
+    """Whether an explicit prompt says the same as a conversation's beginning; a text stands for its user turns."""
+    if isinstance(prompt, str):
+        return prompt in [message["content"] for message in shared if message["role"] == "user"]
+    return _to_list(prompt, "user", "prompt") == shared
 
 
 def _parse_transcript(text: str, column: str) -> list[Message]:
