@@ -15,7 +15,8 @@ from dpo_runner.errors import ConfigError
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples")
-_PARTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+TOKEN_COUNT_FILE = "num_tokens.json"
+_PARTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", TOKEN_COUNT_FILE)
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:

@@ -4,13 +4,15 @@ Nothing is written and neither torch nor transformers is imported here, so a wro
 fraction of a second and leaves nothing behind.
 """
 
+import argparse
 import itertools
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -36,7 +38,10 @@ def check_command_line(argv: list[str]) -> list[str]:
     Returns:
         One line for each mistake; empty where the command is sound.
     """
-    args = get_args_parser().parse_args(argv)
+    try:
+        args = _build_parser().parse_args(argv)
+    except ConfigError as error:
+        return error.mistakes
     mistakes = [
         f"--{flag.replace('_', '-')}: not supported; {instead}"
         for flag, instead in _REFUSED_FLAGS.items()
@@ -44,6 +49,18 @@ def check_command_line(argv: list[str]) -> list[str]:
     ]
     mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
     return mistakes
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    """Return Hydra's parser of flags, with its complaints in our form."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message}; flags go before or after all KEY=VALUE, see --help")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.__class__ = Parser
+    return parser
 
 
 def find_override_mistakes(overrides: list[str], config_dir: str | None = None, multirun: bool = False) -> list[str]:
@@ -62,7 +79,7 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         if override is not None and not lines:
             sound.append(override)
             if override.key_or_group in groups:
-                choices[override.key_or_group] = [str(value) for value in _values(override) if value is not None]
+                choices[override.key_or_group] = [str(value) for value in _values(override, files) if value is not None]
     for text in [line for option in choices.get("sweep", []) for line in files.load_sweep_axes(option)]:
         lines, override = _check_override(text, files, groups)
         mistakes += lines
@@ -74,7 +91,7 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         return [*mistakes, "`run_dir`: names one run's directory; for a sweep set hydra.sweep.dir"]
     if sweeps and not multirun and "sweep" not in choices:
         return [*mistakes, f"`{sweeps[0]}`: several values are a sweep; add -m"]
-    broken, uncomposable = _find_point_mistakes(sound, config_dir)
+    broken, uncomposable = _find_point_mistakes(sound, files, config_dir)
     # Where a file is wrong the whole does not compose, and the file's own line says why.
     return mistakes + broken + ([] if mistakes else uncomposable)
 
@@ -97,8 +114,10 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     known = key in groups or key in SCHEMA
     if override.is_add() and not override.is_force_add() and known:
         return [f"`{text}`: `{key}` exists already; drop the +"], None
+    if override.is_interval_sweep():
+        return [f"`{text}`: an interval has no values to run one by one; use choice(…) or range(…)"], None
     check = files.find_option_mistakes if key in groups else find_value_mistakes
-    return [line for value in _values(override) for line in check(key, value)], override
+    return [line for value in _values(override, files) for line in check(key, value)], override
 
 
 def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
@@ -111,13 +130,14 @@ def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
     return [f"`{text}`: not allowed, it could run code or write elsewhere; {instead}"]
 
 
-def _values(override: Override) -> Iterator[Any]:
-    """Yield an override's value, or all those of a sweep that can be counted."""
+def _values(override: Override, files: ConfigFiles) -> Iterator[Any]:
+    """Yield an override's value, or all those of a sweep."""
     if not override.is_sweep_override():
         yield _unquoted(override.value())
-    elif override.is_choice_sweep() or override.is_range_sweep():
-        for value in override.sweep_iterator():
-            yield _unquoted(value)
+    elif isinstance(glob := override.value(), Glob):
+        yield from glob.filter(files.options(override.key_or_group))
+    elif not override.is_interval_sweep():
+        yield from map(_unquoted, override.sweep_iterator())
 
 
 def _unquoted(value: Any) -> Any:
@@ -125,12 +145,16 @@ def _unquoted(value: Any) -> Any:
     return value if text is None else text
 
 
-def _find_point_mistakes(overrides: list[Override], config_dir: str | None) -> tuple[list[str], list[str]]:
+def _find_point_mistakes(
+    overrides: list[Override], files: ConfigFiles, config_dir: str | None
+) -> tuple[list[str], list[str]]:
     """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
     axes = []
     for override in overrides:
         line = str(override.input_line)
-        if override.is_sweep_override():
+        if isinstance(override.value(), Glob):
+            axes.append([f"{override.key_or_group}={value}" for value in _values(override, files)])
+        elif override.is_sweep_override():
             key = line.partition("=")[0]
             axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
@@ -142,9 +166,18 @@ def _find_point_mistakes(overrides: list[Override], config_dir: str | None) -> t
             build_run_conf(compose_config(list(point), config_dir), point)
         except ConfigError as error:
             broken.update(dict.fromkeys(error.mistakes))
-        except (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-            uncomposable[_first_line(error)] = None
+        except (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError) as error:
+            uncomposable[_explain(error, point)] = None
     return list(broken), list(uncomposable)
+
+
+def _explain(error: Exception, point: Sequence[str]) -> str:
+    """Say why a point does not compose; Hydra's own words fail for a field of a section that is null."""
+    for text in point:
+        section = re.match(r"\+*(quant|lora)\.", text)
+        if section and not any(re.match(rf"\+*{section[1]}=", other) for other in point):
+            return f"`{text}`: {section[1]} is none here; choose an option of the group too ({section[1]}=OPTION)"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -184,11 +184,20 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, str |
     if not isinstance(root, yaml.MappingNode):
         return [f"{path.name}:1: must hold `key: value` lines"], []
     package = "" if "@package _global_" in text.split("\n", 1)[0] or not group else group
-    # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
-    values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    try:
+        # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
+        values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        return [f"{path.parent.name}/{path.name}:{mark.line + 1 if mark else 1}: {reason}"], []
+    if not isinstance(values.get("defaults", []), list):
+        return [f"{path.parent.name}/{path.name}: `defaults` must be a list, such as [dpo, _self_]"], []
     mistakes: list[str] = []
     for key_node, value_node in root.value:
-        if key_node.value != "defaults":
+        if key_node.value not in values:
+            mistakes.append(f"{path.parent.name}/{path.name}:{key_node.start_mark.line + 1}: a key must be a text")
+        elif key_node.value != "defaults":
             mistakes += _check_node(key_node, value_node, values[key_node.value], package, path)
     return mistakes, list(_read_defaults(values.get("defaults", [])))
 

@@ -54,8 +54,14 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
     }
 
 
+def reset_peak_memory() -> None:
+    """Forget the GPU memory peak of an earlier run of this process; resident memory's peak cannot be reset."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def measure_peak_memory() -> float:
-    """Return the most memory this process has held, in GB: the GPU's where one is used, else resident memory."""
+    """Return the most memory held, in GB: by this run on the GPU where one is used, else by the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

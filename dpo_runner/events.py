@@ -35,7 +35,8 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._console.show_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if self.silent or not state.is_world_process_zero:
+        # Trainer's closing averages count from the last start, not from the first; summary.json has the totals.
+        if self.silent or not state.is_world_process_zero or "train_runtime" in logs:
             return
         event = {"step": state.global_step, **logs}
         self._directory.append_metrics(event)

@@ -20,7 +20,7 @@ with quiet_imports():
     from transformers import TrainerState, set_seed
     from trl import DPOConfig
 
-    from dpo_runner.environment import collect_environment, measure_peak_memory
+    from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
     from dpo_runner.model import describe_reference, load_policy, load_tokenizer
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
@@ -128,6 +128,7 @@ def _train(
     """Model, trainer, step-0 check, train, evaluate, sample, save, summary."""
     console.say("loading the model")
     keep_freed_memory()
+    reset_peak_memory()
     set_seed(conf.seed)
     policy = load_policy(conf)
     directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
@@ -199,6 +200,8 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
     """Train to the end and return steps, time, speed, and which weights the model now holds."""
     start = time.monotonic()
     epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
+    if checkpoint is not None:
+        trainer.restore_token_count(checkpoint)
     if checkpoint is not None and read_step(checkpoint) >= steps:
         # It was stopped after its last step; Trainer would train one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -120,6 +120,7 @@ def _open(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
             return _init(conf, directory, mode)
         except Exception as error:
             logger.exception("W&B did not start in mode %s", mode)
+            _id_file(directory).unlink(missing_ok=True)  # W&B's service holds on to the id of the failed start
             then = "the run is recorded offline instead" if mode != modes[-1] else "the run goes on without it"
             warn(f"W&B did not start: {_first_line(error)}; {then}")
     return None
@@ -128,12 +129,12 @@ def _open(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
 def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
-    id_file = directory.path / "wandb" / "run_id.txt"
+    id_file = _id_file(directory)
     id_file.parent.mkdir(exist_ok=True)
     if not id_file.exists():
         write_text(id_file, secrets.token_hex(4))
     run = wandb.init(
-        dir=directory.path,
+        dir=directory.path.resolve(),  # W&B's service is a process with a working directory of its own
         mode=mode,
         id=id_file.read_text(encoding="utf-8"),
         resume="allow",
@@ -160,6 +161,10 @@ def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offli
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
     return run
+
+
+def _id_file(directory: RunDirectory) -> Path:
+    return directory.path / "wandb" / "run_id.txt"
 
 
 def _first_line(error: Exception) -> str:

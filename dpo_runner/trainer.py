@@ -1,6 +1,7 @@
 """From a RunConf to TRL's `DPOConfig` and a `DPOTrainer`, with the trainer's silent traps closed."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from dpo_runner.artifacts import write_json
+from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
 from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
-for _name in ("_prepare_dataset", "_prepare_inputs", "_load_from_checkpoint"):
+for _name in ("_prepare_dataset", "_save_checkpoint", "_prepare_inputs", "_load_from_checkpoint"):
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
@@ -35,6 +38,16 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
         settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, self.attention)
         prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
         return prepared
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write_json(folder / TOKEN_COUNT_FILE, {"num_tokens": self._total_train_tokens})
+
+    def restore_token_count(self, checkpoint: Path) -> None:
+        """Go on counting `num_tokens` where a checkpoint stopped; TRL would begin at 0 again."""
+        saved = json.loads((checkpoint / TOKEN_COUNT_FILE).read_text(encoding="utf-8"))
+        self._total_train_tokens = saved["num_tokens"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside checkpoints: the run writes one card, for its result."""

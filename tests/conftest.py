@@ -4,11 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]  # the configuration decides, whatever the developer's shell says
-
-import pytest
 
 ROWS = [
     {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": f"I would rather say {n}, or so."}

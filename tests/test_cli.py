@@ -41,6 +41,12 @@ def test_mistakes_exit_with_2_print_no_traceback_and_leave_nothing(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_flags_between_overrides_are_explained() -> None:
+    result = run_program("seed=1", "-m", "training.beta=0.1,0.2")
+    assert result.returncode == 2
+    assert "flags go before or after all KEY=VALUE" in result.stderr and "usage:" not in result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--config-name=x", "--config-path=x", "--experimental-rerun=x"])
 def test_flags_that_would_go_round_the_checks_are_refused(flag: str) -> None:
     result = run_program(flag)

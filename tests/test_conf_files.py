@@ -41,6 +41,7 @@ def test_zephyr_recipe_is_the_published_one() -> None:
     conf = load_conf(["experiment=zephyr_7b_dpo_qlora"])
     training, lora, quant = conf.training, conf.lora, conf.quant
     assert lora is not None and quant is not None
+    assert conf.run_name == "zephyr_7b_dpo_qlora"
     assert conf.model.model_name_or_path == "mistralai/Mistral-7B-v0.1"
     assert (conf.model.adapter, conf.model.adapter_mode) == ("alignment-handbook/zephyr-7b-sft-qlora", "merge")
     assert (quant.load_in_4bit, quant.bnb_4bit_quant_type, quant.bnb_4bit_use_double_quant) == (True, "nf4", False)

@@ -78,6 +78,9 @@ def test_all_mistakes_are_reported_together() -> None:
         ("~lora", "use lora=none"),
         ("~training.beta", "nothing can be deleted"),
         ("training.beta=0.1,0.2", "several values are a sweep; add -m"),
+        ("training.beta=interval(0,1)", "an interval has no values to run one by one"),
+        ("quant.load_in_4bit=true", "quant is none here; choose an option of the group too"),
+        ("sweep=null", "must be a string"),
         ("run_dir=x,y", "for a sweep set hydra.sweep.dir"),
         ("seed=[1", "not a KEY=VALUE override"),
         ("data@model=local_file", "packages (@) are not supported"),
@@ -146,6 +149,27 @@ def test_mistakes_in_a_users_own_yaml_name_file_and_line(tmp_path) -> None:
     assert "experiment/e.yaml:3: `lora.r=many`: must be a whole number" in text
     assert "broken.yaml:2: not valid YAML" in text
     assert len(caught.value.mistakes) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1: 2", "training/z.yaml:1: a key must be a text"),
+        ("beta: 1\nbeta: 2", "training/z.yaml:2: found duplicate key beta"),
+        ('beta: "${"', "training/z.yaml:1: no viable alternative"),
+        ("defaults: dpo", "`defaults` must be a list"),
+        ("beta: {a: 1}", "training/z.yaml:1: `training.beta={'a': 1}`: must be a number"),
+        ("- a", "z.yaml:1: must hold `key: value` lines"),
+        ("beta: @", "z.yaml:1: not valid YAML"),
+    ],
+)
+def test_odd_yaml_is_one_line_and_no_traceback(text: str, expected: str, tmp_path) -> None:
+    (tmp_path / "conf" / "training").mkdir(parents=True)
+    (tmp_path / "conf" / "training" / "z.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_conf(["training=z"], config_dir=str(tmp_path / "conf"))
+    assert len(caught.value.mistakes) == 1
+    assert expected in caught.value.mistakes[0]
 
 
 def test_a_users_own_yaml_works(tmp_path) -> None:
