@@ -1,6 +1,7 @@
 """Checks of keys and values against the schema, for overrides and YAML files alike. Imports no torch."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
     return []
 
 
+@functools.cache
 def _blank_config() -> DictConfig:
+    """Return a configuration to try values on; what it holds does not matter, its types do."""
     config = OmegaConf.structured(RunConf)
     config.quant, config.lora = QuantConf(), LoraConf()
     return typing.cast(DictConfig, config)
