@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROWS
 from test_model import build, gradients
 
 from dpo_runner.config import load_conf
@@ -91,7 +92,7 @@ def test_rows_reach_the_trainer_as_they_were_tokenized(tiny_run, tmp_path, token
     from dpo_runner.data import apply_chat_template
 
     trainer = build(tiny_run, tmp_path)
-    expected = [apply_chat_template(row, tokenizer) for row in __import__("conftest").ROWS]
+    expected = [apply_chat_template(row, tokenizer) for row in ROWS]
     assert all(row in expected for row in trainer.train_dataset)
 
 
