@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_runner import __version__
 from dpo_runner.artifacts import mask_file
 from dpo_runner.command_line import build_help, check_command_line
-from dpo_runner.config import CONF_DIR, CONFIG_NAME, build_run_conf
+from dpo_runner.config import CONF_DIR, CONFIG_NAME, build_run_conf, expand_overrides
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
 
 
@@ -62,6 +62,7 @@ def _run_with_hydra() -> int:
             failures_in_sweep.append(f"  {conf.run_dir}: {error}")
             _report(error)
 
+    sys.argv[1:] = expand_overrides(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
     try:

@@ -1,7 +1,7 @@
 """What a run directory holds, and how it is written: whole or not at all, with secrets masked.
 
 config.yaml overrides.yaml environment.json status.json metrics.jsonl summary.json
-samples.jsonl adapter/ checkpoints/ run.log wandb/
+samples.jsonl data_report.json dropped_rows.jsonl adapter/ checkpoints/ run.log wandb/
 """
 
 import json
@@ -57,10 +57,19 @@ def mask_file(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
+    _write_whole(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file of lines, as they come, whole or not at all."""
+    _write_whole(path, (line + "\n" for line in lines))
+
+
+def _write_whole(path: Path, texts: Iterable[str]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(texts)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
@@ -92,6 +101,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def cache_dir() -> Path:
+    """Where what is costly to make again is kept: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
+    configured = os.environ.get("DPO_RUNNER_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
 
 
 def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
@@ -193,9 +208,13 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
 
+    def write_data_report(self, report: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
+        """Keep what became of the data, and each row that was left out."""
+        write_json(self.path / "data_report.json", report)
+        write_lines(self.path / "dropped_rows.jsonl", (json.dumps(row, ensure_ascii=False) for row in dropped))
+
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-        write_text(self.path / "samples.jsonl", "".join(lines))
+        write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))
 
 
 def read_status(path: Path) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ class Chat:
         run_dir: the run's directory.
         max_new_tokens: an answer's length limit in tokens.
         temperature: 0 answers greedily, above 0 samples.
-        system: a system prompt, or None.
+        system: a system prompt; None takes the one that the run trained with (`data.system_prompt`), if any.
 
     Raises:
         ConfigError: there is no finished run in `run_dir`.
@@ -41,7 +41,12 @@ class Chat:
             raise ConfigError(f"{run_dir}: holds no run (no status.json)")
         if status["state"] != "finished":
             raise ConfigError(f"{run_dir}: the run is {status['state']}, not finished; there is no tuned model yet")
+        from dpo_runner.data.chat_template import ChatTemplate
+
         self.model, self.tokenizer = load_tuned_model(run_dir)
+        trained = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["data"]
+        system = system if system is not None else trained.get("system_prompt")
+        self._template = ChatTemplate(self.tokenizer, None, trained.get("on_no_system_role", "fold"))
         self._max_new_tokens, self._temperature, self._system = max_new_tokens, temperature, system
         self.reset()
 
@@ -69,10 +74,9 @@ class Chat:
         import torch
         from transformers import TextIteratorStreamer
 
-        from dpo_runner.data.chat_template import render_prompt
         from dpo_runner.samples import find_stop_ids
 
-        input_ids = torch.tensor([render_prompt(messages, self.tokenizer)], device=self.model.device)
+        input_ids = torch.tensor([self._template.render_prompt(messages)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self._temperature > 0:
@@ -85,7 +89,7 @@ class Chat:
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     max_new_tokens=self._max_new_tokens,
-                    eos_token_id=find_stop_ids(self.model, self.tokenizer),
+                    eos_token_id=find_stop_ids(self.model, self.tokenizer, self._template.end_of_turn),
                     pad_token_id=self.tokenizer.pad_token_id,
                     streamer=streamer,
                     **sampling,
@@ -111,7 +115,9 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     from peft import PeftModel
 
     from dpo_runner.config import ModelConf, QuantConf
-    from dpo_runner.model import load_base_model, load_tokenizer, resolve_adapter_path
+    from dpo_runner.locations import resolve_adapter_path
+    from dpo_runner.model import load_base_model
+    from dpo_runner.tokenizer import load_tokenizer
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     conf = ModelConf(**config["model"])

@@ -141,6 +141,10 @@ def _values(override: Override, files: ConfigFiles) -> Iterator[Any]:
 
 
 def _unquoted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_unquoted(key): _unquoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
     text = getattr(value, "text", None)  # hydra's QuotedString
     return value if text is None else text
 
@@ -221,6 +225,7 @@ Examples:
   python -m dpo_runner -m training.beta=0.05,0.1,0.3
   python -m dpo_runner run_dir=outputs/mine          # the same command continues what was interrupted
   python -m dpo_runner dry_run=true                  # the plan, and nothing else
+  python -m dpo_runner.preview data.path=pairs.jsonl # what it would be trained on, row by row
   python -m dpo_runner.chat outputs/mine             # talk with the result
 """
 

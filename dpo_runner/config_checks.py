@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
@@ -45,6 +46,10 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("lora.lora_dropout", 0, True, 1, False),
     ("quant.llm_int8_threshold", 0, True, None, False),
     ("data.eval_fraction", 0, True, 1, False),
+    ("data.max_bad_fraction", 0, True, 1, True),
+    ("data.near_duplicate_threshold", 0.5, True, 1, True),
+    ("data.decontaminate_ngram", 1, True, None, False),
+    ("data.min_score_gap", 0, True, None, False),
     ("data.max_train_samples", 1, True, None, False),
     ("data.max_eval_samples", 1, True, None, False),
     ("samples.num_prompts", 0, True, None, False),
@@ -52,15 +57,33 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.show", 0, True, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
+_SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
+    "weight": (0, False, None, False),
+    "max_train_samples": (1, True, None, False),
+    "max_eval_samples": (1, True, None, False),
+    "seed": (0, True, 2**32 - 1, True),
+    "min_score_gap": (0, True, None, False),
+}
 
 
 def find_mistakes(conf: "RunConf") -> list[str]:
     """Return one line for each rule that `conf` breaks; an empty list means the run may start."""
     values = dict(walk_fields(conf))
+    from dpo_runner.data_checks import check_data
+
     mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
-    mistakes += [line for rule in _RANGES if rule[0] in values for line in _check_range(*rule, values[rule[0]][1])]
+    ranges = [*_RANGES]
+    for name in conf.data.sources:
+        ranges += [(f"data.sources.{name}.{key}", *rest) for key, rest in _SOURCE_RANGES.items()]
+    mistakes += [line for rule in ranges if rule[0] in values for line in _check_range(*rule, values[rule[0]][1])]
     if not mistakes:  # contradictions between fields make sense only where each field does
-        mistakes = [*_check_model(conf), *_check_training(conf), *_check_evaluation(conf), *_check_names(conf)]
+        mistakes = [
+            *_check_model(conf),
+            *check_data(conf),
+            *_check_training(conf),
+            *_check_evaluation(conf),
+            *_check_names(conf),
+        ]
     return mistakes
 
 
@@ -70,6 +93,9 @@ def walk_fields(conf: Any, prefix: str = "") -> Iterator[tuple[str, tuple["datac
         value = getattr(conf, field.name)
         if dataclasses.is_dataclass(value):
             yield from walk_fields(value, f"{prefix}{field.name}.")
+        elif isinstance(value, dict) and any(dataclasses.is_dataclass(item) for item in value.values()):
+            for name, item in value.items():
+                yield from walk_fields(item, f"{prefix}{field.name}.{name}.")
         else:
             yield f"{prefix}{field.name}", (field, value)
 
@@ -185,15 +211,15 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
 
 def _check_evaluation(conf: "RunConf") -> Iterator[str]:
     training, data = conf.training, conf.data
-    bundled = data.path.startswith("bundled:")
-    has_eval = bundled or data.eval_path or data.eval_split or data.eval_fraction > 0
+    sources = data.sources.values() if data.sources else [data]
+    has_eval = data.eval_fraction > 0 or any(
+        source.eval_path or source.eval_split or _may_bring_evaluation(source.path) for source in sources
+    )
     if training.eval_strategy != "no" and not has_eval:
         yield (
             f"`training.eval_strategy={training.eval_strategy}`: there are no evaluation rows; set data.eval_path, "
             "data.eval_split or data.eval_fraction, or training.eval_strategy=no"
         )
-    if data.eval_path and data.eval_split:
-        yield f"`data.eval_split={data.eval_split}`: contradicts data.eval_path={data.eval_path}; set one of them"
     if not training.load_best_model_at_end or training.save_strategy == "best":
         return
     if training.eval_strategy == training.save_strategy == "steps":
@@ -208,6 +234,11 @@ def _check_evaluation(conf: "RunConf") -> Iterator[str]:
             f"`training.load_best_model_at_end=True`: needs the same rhythm of evaluation and saving "
             f"(eval_strategy={training.eval_strategy}, save_strategy={training.save_strategy})"
         )
+
+
+def _may_bring_evaluation(path: str | None) -> bool:
+    """Whether a path may hold evaluation rows too: bundled pairs do, and a folder may."""
+    return path is not None and (path.startswith("bundled:") or Path(path).expanduser().is_dir())
 
 
 def _check_names(conf: "RunConf") -> Iterator[str]:

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_runner.config import CONF_DIR, CONFIG_NAME, LoraConf, QuantConf, RunConf
+from dpo_runner.config import CONF_DIR, CONFIG_NAME, LoraConf, QuantConf, RunConf, SourceConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.training_rules import OWNED_FIELDS
 
@@ -20,28 +20,46 @@ from dpo_runner.training_rules import OWNED_FIELDS
 def _walk_schema(cls: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        section = next(
-            (
-                kind
-                for kind in (hints[field.name], *typing.get_args(hints[field.name]))
-                if dataclasses.is_dataclass(kind)
-            ),
-            None,
-        )
-        yield prefix + field.name, section if isinstance(section, type) else None
-        if isinstance(section, type):
-            yield from _walk_schema(section, f"{prefix}{field.name}.")
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if typing.get_origin(hint) is dict:
+            yield key, None
+            yield from _walk_field(f"{key}.*", typing.get_args(hint)[1])
+        else:
+            yield from _walk_field(key, hint)
+
+
+def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]:
+    kinds = (hint, *typing.get_args(hint))  # itself, or a union of a section with None
+    section = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+    yield key, section
+    if section is not None:
+        yield from _walk_schema(section, f"{key}.")
 
 
 SCHEMA: dict[str, type | None] = dict(_walk_schema(RunConf))
-"""Every dotted key of a run's configuration; a section's value is its dataclass, a field's is None."""
+"""Every dotted key of a run's configuration; a section's value is its dataclass, a field's is None.
+
+A map's entries stand under `*`, such as `data.sources.*.path`.
+"""
+
+
+def schema_key(key: str) -> str:
+    """Return a dotted key as SCHEMA has it, with `*` in the place of a map's own names."""
+    known = ""
+    for name in key.split("."):
+        step = f"{known}.{name}" if known else name
+        known = f"{known}.*" if step not in SCHEMA and f"{known}.*" in SCHEMA else step
+    return known
 
 
 def find_value_mistakes(key: str, value: Any) -> list[str]:
     """Return what is wrong with setting the dotted `key` to `value`: unknown names and wrong types."""
-    if key not in SCHEMA:
-        return [_describe_unknown(key)]
-    if SCHEMA[key] is not None:
+    known = schema_key(key)
+    if known not in SCHEMA:
+        return [_describe_unknown(known if "*" in known else key)]
+    if f"{known}.*" in SCHEMA and isinstance(value, dict):
+        return [line for name, item in value.items() for line in find_value_mistakes(f"{key}.{name}", item)]
+    if SCHEMA[known] is not None:
         if isinstance(value, dict):
             return [line for name, item in value.items() for line in find_value_mistakes(f"{key}.{name}", item)]
         if value is None and key in ("quant", "lora"):
@@ -50,10 +68,16 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
     if isinstance(value, str) and ("${" in value or value == "???"):
         return []  # resolved, or found missing, once the whole configuration is composed
     try:
-        OmegaConf.update(_blank_config(), key, value, force_add=False)
+        if "*" in known:  # a name of the user's own: any will do
+            OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True)
+        else:
+            OmegaConf.update(_blank_config(), key, value, force_add=False)
     except OmegaConfBaseException as error:
         return [f"`{key}={value}`: {_describe_type_error(str(error).splitlines()[0])}"]
     return []
+
+
+_ANY = "any"
 
 
 @functools.cache
@@ -61,6 +85,7 @@ def _blank_config() -> DictConfig:
     """Return a configuration to try values on; what it holds does not matter, its types do."""
     config = OmegaConf.structured(RunConf)
     config.quant, config.lora = QuantConf(), LoraConf()
+    config.data.sources = {_ANY: SourceConf()}
     return typing.cast(DictConfig, config)
 
 
@@ -80,7 +105,7 @@ def _describe_unknown(key: str) -> str:
     if section and section not in SCHEMA:
         return _describe_unknown(section)
     near = suggest(name, siblings)
-    elsewhere = [known for known in SCHEMA if known.rpartition(".")[2] == name]
+    elsewhere = [known for known in SCHEMA if known.rpartition(".")[2] == name and "*" not in known]
     if not near.startswith("did you mean") and elsewhere:
         near = f"did you mean `{elsewhere[0]}`?"
     return f"`{key}`: no such field; {near}" if near else f"`{key}`: no such field of `{section}`"
@@ -210,11 +235,15 @@ def _check_node(key_node: yaml.Node, value_node: yaml.Node, value: Any, package:
     where = f"{path.parent.name}/{path.name}:{key_node.start_mark.line + 1}"
     if key == "hydra" or key.startswith("hydra."):
         yield from _check_hydra_node(value_node, where)
-    elif isinstance(value_node, yaml.MappingNode) and SCHEMA.get(key) is not None:
+    elif isinstance(value_node, yaml.MappingNode) and _has_entries(schema_key(key)):
         for inner_key, inner_value in value_node.value:
             yield from _check_node(inner_key, inner_value, value[inner_key.value], key, path)
     else:
         yield from (f"{where}: {line}" for line in find_value_mistakes(key, value))
+
+
+def _has_entries(known: str) -> bool:
+    return SCHEMA.get(known) is not None or f"{known}.*" in SCHEMA
 
 
 def _check_hydra_node(node: yaml.Node, where: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _LINES_WITHOUT_TERMINAL = 20
+_SECONDS_BETWEEN_REPORTS = 10
 _BEFORE_AND_AFTER = (
     ("eval_loss", "evaluation loss"),
     ("eval_rewards/accuracies", "reward accuracy"),
@@ -30,7 +31,7 @@ class RunConsole:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
-        self._done = 0
+        self._source: str | None = None
 
     def say(self, text: str) -> None:
         self.console.print(escape(text))
@@ -43,6 +44,16 @@ class RunConsole:
         for key, value in plan.items():
             table.add_row(f"[bold]{escape(key)}[/]", escape(value))
         self.console.print(table)
+
+    def show_preparing(self, source: str, rows: int) -> None:
+        """Report that `rows` more rows of a source have been tokenized, every few seconds where there are many."""
+        now = time.monotonic()
+        if self._source != source:
+            self._source, self._rows, self._since, self._told = source, 0, now, now
+        self._rows += rows
+        if now - self._told > _SECONDS_BETWEEN_REPORTS:
+            self._told = now
+            self.say(f"tokenizing {source}: {self._rows:,} rows, {self._rows / (now - self._since):,.0f} rows/s")
 
     def start_training(self, first_step: int, steps: int, pairs_per_step: int, with_bar: bool) -> None:
         """Begin to show steps `first_step` to `steps`, each of `pairs_per_step` pairs."""

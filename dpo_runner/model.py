@@ -7,29 +7,17 @@ is 0), the SFT model where an SFT adapter is continued or merged, a frozen copy 
 import copy
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from dpo_runner.artifacts import write_folder_once
+from dpo_runner.artifacts import cache_dir, write_folder_once
 from dpo_runner.config import LoraConf, ModelConf, QuantConf, RunConf
-from dpo_runner.data.chat_template import resolve_chat_template
-from dpo_runner.default_model import (
-    PYPI_PREFIX,
-    RANDOM_PREFIX,
-    cache_dir,
-    load_default_model_path,
-    load_random_model_path,
-)
-from dpo_runner.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dpo_runner.locations import explain_missing, resolve_adapter_path, resolve_model_path
 
 
 @dataclass
@@ -47,54 +35,6 @@ class Policy:
     peft_config: LoraConfig | None
     ref_model: PreTrainedModel | None
     base: str
-
-
-def resolve_model_path(conf: ModelConf) -> str:
-    """Return the folder or hub id to load, making the default or the random model first where it is meant.
-
-    Raises:
-        ConfigError: the folder holds an adapter, or a local path is not there.
-    """
-    name = conf.model_name_or_path
-    if name.startswith(PYPI_PREFIX):
-        return str(load_default_model_path(name))
-    if name.startswith(RANDOM_PREFIX):
-        return str(load_random_model_path(name))
-    path = Path(name).expanduser()
-    if (path / "adapter_config.json").exists():
-        raise ConfigError(
-            f"`model.model_name_or_path={name}`: is an adapter; put it in model.adapter and its base model here"
-        )
-    if (path.is_absolute() and not path.exists()) or (name.startswith((".", "~")) and not path.exists()):
-        raise ConfigError(f"`model.model_name_or_path={name}`: no such folder")
-    return str(path) if path.exists() else name
-
-
-def load_tokenizer(conf: ModelConf) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer with the chat template that the model or `model.chat_template` has.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    with _explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model_path(conf), revision=conf.revision, trust_remote_code=conf.trust_remote_code
-        )
-    if conf.chat_template is not None:
-        tokenizer.chat_template = resolve_chat_template(conf.chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked in loss and attention, so any token will do
-    return tokenizer
-
-
-@contextmanager
-def _explain_missing(name: str, key: str) -> Iterator[None]:
-    """Turn a loader's long message about a missing model into one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason}") from None
 
 
 def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | None:
@@ -145,7 +85,7 @@ def load_policy(conf: RunConf) -> Policy:
     loaded, base = load_base_model(model_conf, conf.quant)
     model: PreTrainedModel | PeftModel = loaded
     if continues:
-        with _explain_missing(str(conf.model.adapter), "model.adapter"):
+        with explain_missing(str(conf.model.adapter), "model.adapter"):
             # Without is_trainable the adapter is frozen and the loss would never move.
             model = PeftModel.from_pretrained(model, resolve_adapter_path(conf.model), is_trainable=True)
     ref_model = None
@@ -170,7 +110,7 @@ def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTraine
 
 
 def _load_weights(conf: ModelConf, base: str, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
-    with _explain_missing(base, "model.model_name_or_path"):
+    with explain_missing(base, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_pretrained(
             base,
             revision=conf.revision if base == conf.model_name_or_path else None,
@@ -194,24 +134,6 @@ def linear4bit_modules(model: torch.nn.Module) -> Iterator[Any]:
     from bitsandbytes.nn import Linear4bit
 
     return (module for module in model.modules() if isinstance(module, Linear4bit))
-
-
-def resolve_adapter_path(conf: ModelConf) -> str:
-    """Return the local folder of `model.adapter`, fetched from the hub where it is no folder.
-
-    Raises:
-        ConfigError: it is not there, or no adapter.
-    """
-    name = str(conf.adapter)
-    path = Path(name).expanduser()
-    if path.exists():
-        if not (path / "adapter_config.json").exists():
-            raise ConfigError(f"`model.adapter={name}`: holds no adapter_config.json, so it is no PEFT adapter")
-        return str(path)
-    from huggingface_hub import snapshot_download
-
-    with _explain_missing(name, "model.adapter"):
-        return str(snapshot_download(name))
 
 
 def _merge(conf: ModelConf, base: str, adapter: str) -> Path:

@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from dpo_runner.config import LoraConf, QuantConf, RunConf
+from dpo_runner.config import LoraConf, QuantConf, RunConf, resolve_sources
 from dpo_runner.data import PreferenceData
 
 
@@ -18,8 +18,8 @@ def build_plan(conf: RunConf, data: PreferenceData, run_dir: Path, reference: st
         "quantization": _describe_quantization(conf.quant),
         "adapter": _describe_adapter(conf),
         "reference": reference,
-        "data": conf.data.path,
-        **{f"  {split}": str(report) for split, report in data.reports.items()},
+        "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
+        **data.report.lines(),
         "loss": f"{loss}, beta {training.beta:g}",
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "batch": (

@@ -22,9 +22,10 @@ with quiet_imports():
 
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
-    from dpo_runner.model import describe_reference, load_policy, load_tokenizer
+    from dpo_runner.model import describe_reference, load_policy
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
+    from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
     from dpo_runner.weights import save_weights
 
@@ -73,8 +74,11 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
         tokenizer = load_tokenizer(conf.model)
-        data = load_preferences(conf, tokenizer)
+        origin = describe_chat_template(conf.model, tokenizer)
+        data = load_preferences(conf, tokenizer, origin, console.show_preparing)
     console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
+    for warning in data.report.warnings:
+        console.warn(warning)
     if conf.dry_run:
         return None
     with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
@@ -132,6 +136,8 @@ def _train(
     set_seed(conf.seed)
     policy = load_policy(conf)
     directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
+    directory.write_data_report(data.report.to_dict(), data.dropped())
+    tracker.log_data_report(data.report)
 
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
     callbacks = [events, MovementCheck()] if conf.checks.step0 else [events]
@@ -183,7 +189,8 @@ def _measure(
     if data.eval is not None:
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
-    answers = generate_answers(trainer.model, tokenizer, data.prompts, conf.samples.max_new_tokens, batch_size)
+    length = conf.samples.max_new_tokens
+    answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
     return {**metrics, **summarize_answers(answers)}, answers
 
 

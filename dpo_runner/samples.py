@@ -4,25 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpo_runner.data.chat_template import render_prompt
-from dpo_runner.data.formats import Message
+from dpo_runner.data import SamplePrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def find_stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the model was published with."""
+def find_stop_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop_id: int | None = None
+) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, the chat template's, and those of the published model."""
     stops = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+    return sorted({tokenizer.eos_token_id, stop_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
 
 def generate_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[list[Message]],
+    prompts: list[SamplePrompt],
     max_new_tokens: int,
     batch_size: int,
+    stop_id: int | None = None,
 ) -> list[dict[str, Any]]:
     """Answer each prompt greedily.
 
@@ -30,13 +32,13 @@ def generate_answers(
         For each prompt its `text`, its length in `tokens` (the end-of-turn token included), and whether it is
         `complete`, that is, ended by the model and not by `max_new_tokens`.
     """
-    stop_ids = find_stop_ids(model, tokenizer)
+    stop_ids = find_stop_ids(model, tokenizer, stop_id)
     answers: list[dict[str, Any]] = []
     training = model.training
     model.eval()
     try:
         for start in range(0, len(prompts), batch_size):
-            ids = [render_prompt(prompt, tokenizer) for prompt in prompts[start : start + batch_size]]
+            ids = [prompt.ids for prompt in prompts[start : start + batch_size]]
             width = max(map(len, ids))
             pad = tokenizer.pad_token_id
             input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
@@ -76,10 +78,10 @@ def summarize_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pair_answers(
-    prompts: list[list[Message]], reference: list[dict[str, Any]], policy: list[dict[str, Any]]
+    prompts: list[SamplePrompt], reference: list[dict[str, Any]], policy: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return one record for each prompt, with the reference's and the policy's answer to it."""
     return [
-        {"prompt": prompt, "reference": before, "policy": after}
+        {"prompt": prompt.messages, "reference": before, "policy": after}
         for prompt, before, after in zip(prompts, reference, policy, strict=True)
     ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dpo_runner.artifacts import RunDirectory, mask_secrets, write_text
 from dpo_runner.config import RunConf, config_keys
+from dpo_runner.data.report import DataReport
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Tracker:
     def __init__(self, wandb_run: Any, warn: Callable[[str], None]) -> None:
         self._run = wandb_run
         self._warn = warn
+        self._id: str | None = None if wandb_run is None else wandb_run.id
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
 
@@ -38,6 +40,23 @@ class Tracker:
             if key not in ("step", "time") and isinstance(value, (int, float))
         }
         self._attempt(lambda: self._run.log({**named, "train/global_step": step}))
+
+    def log_data_report(self, report: DataReport) -> None:
+        """Log the account of the data: whole into the configuration, lengths as histograms."""
+
+        def log_report() -> None:
+            import wandb
+
+            self._run.config.update({"data_report": report.to_dict()}, allow_val_change=True)
+            self._run.log(
+                {
+                    f"data/{split}/{part}_tokens": wandb.Histogram(np_histogram=(lengths.counts, lengths.edges))
+                    for split, pairs in report.splits.items()
+                    for part, lengths in pairs.lengths.items()
+                }
+            )
+
+        self._attempt(log_report)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Log the answers before and after as a table, and nothing where there are none."""
@@ -79,8 +98,7 @@ class Tracker:
         commands = [f"wandb leet {self.folder.parent}"]
         if self.url:
             return commands
-        run_id = self.folder.name.rpartition("-")[2]  # a resumed run has a folder for each part
-        parts = sorted(self.folder.parent.glob(f"offline-run-*-{run_id}"))
+        parts = sorted(self.folder.parent.glob(f"offline-run-*-{self._id}*"))  # a resumed run has one for each part
         return [*commands, f"wandb sync {' '.join(map(str, parts))}"]
 
     def _attempt(self, call: Callable[[], Any]) -> None:

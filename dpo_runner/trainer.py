@@ -14,7 +14,8 @@ from trl import DPOConfig, DPOTrainer
 from dpo_runner.artifacts import write_json
 from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
-from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
+from dpo_runner.data import PreferenceData
+from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy
 
@@ -28,16 +29,40 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
         self.attention = model.config._attn_implementation
+        self._evaluates_part = False
         super().__init__(model=model, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         assert set(ID_COLUMNS) <= set(dataset.column_names), dataset.column_names
         # TRL files precomputed reference log-probabilities under the fingerprint of the rows and the weights alone,
         # though they depend on these too, and returns the wrong ones after any of them has changed.
-        prepared = dataset.with_format(None)
+        prepared = dataset.select_columns(list(ID_COLUMNS))
         settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, self.attention)
         prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
         return prepared
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate; where there are several sources, each by itself, and all together weighted by their pairs."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+        self._evaluates_part = True
+        try:
+            parts = {name: super(RunTrainer, self).evaluate(name, ignore_keys) for name in self.eval_dataset}
+        finally:
+            self._evaluates_part = False
+        metrics = merge_evaluations(parts, {name: len(rows) for name, rows in self.eval_dataset.items()})
+        self.log(metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self._evaluates_part:
+            super().log(logs, start_time)
+            return
+        # TRL adds its averages to the event's metrics here; the event itself is told once, for all parts together.
+        logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
+        self._metrics["eval"].clear()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -51,6 +76,30 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside checkpoints: the run writes one card, for its result."""
+
+
+def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) -> dict[str, float]:
+    """Join the evaluations of several sources into one event.
+
+    Args:
+        parts: by source, metrics under names that begin with `eval_`.
+        rows: by source, how many pairs were evaluated.
+
+    Returns:
+        Each source's metrics as `eval_<source>_…`, and under their own names the averages weighted by pairs; times
+        are sums.
+    """
+    total = sum(rows.values())
+    merged: dict[str, float] = {}
+    for key in next(iter(parts.values())):
+        values = {name: metrics[key] for name, metrics in parts.items()}
+        if key.endswith("_runtime"):
+            merged[key] = sum(values.values())
+        elif not key.endswith("_per_second"):
+            merged[key] = sum(value * rows[name] for name, value in values.items()) / total
+    for name, metrics in parts.items():
+        merged |= {f"eval_{name}_{key[len('eval_') :]}": metrics[key] for key in metrics if key.startswith("eval_")}
+    return merged
 
 
 def has_bf16() -> bool:
@@ -109,7 +158,7 @@ def build_trainer(
             ref_model=policy.ref_model,
             args=args,
             train_dataset=data.train,
-            eval_dataset=data.eval,
+            eval_dataset=data.eval_by_source if len(data.eval_by_source) > 1 else data.eval,
             processing_class=tokenizer,
             peft_config=policy.peft_config,
             callbacks=callbacks,

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from dpo_runner import __version__
 from dpo_runner.artifacts import RunDirectory, mask_secrets, write_folder
-from dpo_runner.config import RunConf
+from dpo_runner.config import RunConf, resolve_sources
 from dpo_runner.model import Policy
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _build_card(conf: RunConf, policy: Policy, summary: dict[str, Any], is_adapt
         f"| {key} | {summary['before'].get(key, '')} | {value} |" for key, value in summary["after"].items()
     )
     settings = {
-        "data": conf.data.path,
+        "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
         "loss_type": conf.training.loss_type,
         "beta": conf.training.beta,
         "learning_rate": conf.training.learning_rate,

@@ -10,16 +10,15 @@ the default model and the bundled pairs; a dozen steps are enough to move it vis
 import argparse
 from pathlib import Path
 
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from dpo_runner.config import DataConf, ModelConf
-from dpo_runner.data.formats import to_messages
-from dpo_runner.data.sources import load_rows
+from dpo_runner.config import load_conf
+from dpo_runner.data import load_preferences
 from dpo_runner.default_model import DEFAULT_MODEL
-from dpo_runner.model import load_tokenizer, resolve_model_path
+from dpo_runner.locations import resolve_model_path
+from dpo_runner.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -35,12 +34,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
 
-    model_conf = ModelConf(model_name_or_path=args.model)
-    rows, _ = load_rows(DataConf(path=args.data, eval_fraction=0), args.seed)
-    messages = [to_messages(row) for row in rows]
-    dataset = Dataset.from_list([{"prompt": m["prompt"], "completion": m["chosen"]} for m in messages])
+    conf = load_conf(
+        [
+            f"model.model_name_or_path={args.model}",
+            f"data.path={args.data}",
+            "data.max_train_samples=null",
+            "data.on_overlong=truncate_completion",
+            f"training.max_length={args.max_length}",
+        ]
+    )
+    tokenizer = load_tokenizer(conf.model)
+    dataset = load_preferences(conf, tokenizer).train.map(
+        lambda row: {
+            "input_ids": row["prompt_ids"] + row["chosen_ids"],
+            "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["chosen_ids"]),
+        }
+    )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(resolve_model_path(model_conf), dtype="auto"),
+        model=AutoModelForCausalLM.from_pretrained(resolve_model_path(conf.model), dtype="auto"),
         args=SFTConfig(
             output_dir=str(args.output_dir / "checkpoints"),
             max_steps=args.max_steps,
@@ -53,8 +64,8 @@ def main() -> None:
             logging_steps=1,
             report_to="none",
         ),
-        train_dataset=dataset,
-        processing_class=load_tokenizer(model_conf),
+        train_dataset=dataset.select_columns(["input_ids", "completion_mask"]),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()

@@ -2,9 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -20,6 +25,20 @@ ROWS = [
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test where it cannot litter."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests tokenize out of the user's cache; converted models are shared with it."""
+    from dpo_runner.artifacts import cache_dir
+    from dpo_runner.default_model import load_random_model_path
+
+    own = tmp_path_factory.mktemp("cache")
+    for folder in (load_random_model_path(), *cache_dir().glob("smollm2-*")):
+        (own / folder.name).symlink_to(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_RUNNER_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, tiny_run: li
     before = set(tmp_path.iterdir())
     result = run_program(*tiny_run, "dry_run=true")
     assert result.returncode == 0, result.stderr
-    for expected in ("reference", "random:tiny-llama without the adapter", "22 of 22 rows", "2 pairs a step", "steps"):
+    for expected in (
+        "reference",
+        "random:tiny-llama without the adapter",
+        "24 rows, preference (texts), 24 pairs",
+        "2 pairs a step",
+        "steps",
+    ):
         assert expected in result.stdout
     assert set(tmp_path.iterdir()) == before
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from dpo_runner.command_line import check_command_line
-from dpo_runner.config_files import SCHEMA, ConfigFiles
+from dpo_runner.config_files import SCHEMA, ConfigFiles, schema_key
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]
+FURTHER = ["docs/data.md"]
 NOT_RUN = "<!-- not run: needs a GPU and the hub -->"
 
 # What makes a documented run small enough for a test, where the command itself does not say otherwise.
@@ -57,6 +58,8 @@ def test_every_documented_command_runs(tmp_path: Path, tiny_model: str) -> None:
             command = f"{program} {arguments} {' '.join(kept)}"
         elif "scripts/train_sft_adapter.py" in command:
             command += " --model random:tiny-llama --max-steps 1 --per-device-train-batch-size 1"
+        elif "dpo_runner.preview" in command:
+            command += " model=tiny_random"
         elif "dpo_runner.chat" in command:
             command += " --max-new-tokens 4"
         result = subprocess.run(
@@ -82,7 +85,7 @@ def test_make_targets_exist(document: str) -> None:
     assert all(f"make {target} " in listed for target in targets)
 
 
-@pytest.mark.parametrize("document", DOCS)
+@pytest.mark.parametrize("document", DOCS + FURTHER)
 def test_keys_options_and_files_that_are_named_exist(document: str) -> None:
     text = re.sub(r"```text\n.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     files = ConfigFiles.over(None)
@@ -90,11 +93,13 @@ def test_keys_options_and_files_that_are_named_exist(document: str) -> None:
         if key in files.groups():
             assert value in files.options(key) or value == "OPTION", (key, value)
         elif key not in ("GROUP", "KEY", "defaults"):
-            assert key in SCHEMA, key
+            assert schema_key(key) in SCHEMA, key
     for name in re.findall(r"`((?:dpo_runner|conf|scripts|tests)/[\w./]*)", text):
         assert "GROUP" in name or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert "GROUP" in name or (ROOT / name).exists(), name
+    for key in re.findall(r"`(data(?:\.[a-z_]+)+)`", text):
+        assert schema_key(key) in SCHEMA, key
 
 
 def test_the_tables_list_every_group_option_and_module() -> None:
@@ -106,6 +111,20 @@ def test_the_tables_list_every_group_option_and_module() -> None:
     for module in (ROOT / "dpo_runner").rglob("*.py"):
         if module.name != "__init__.py":
             assert module.name in contributing or f"`{module.stem}`" in contributing, module
+
+
+def test_the_data_docs_list_every_layout_and_the_cited_formatter_works() -> None:
+    from dpo_runner.config import FORMATS
+    from dpo_runner.data.formats import find_layout, format_row, read_pairs
+
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z]+)` \|", text, flags=re.MULTILINE)[: len(FORMATS) - 1] == list(FORMATS[1:])
+    namespace: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1], namespace)
+    row = {"lang": "en", "q": "Why?", "best": "So.", "worst": "No."}
+    made = format_row(row, namespace["to_pairs"])
+    assert read_pairs(made[0], find_layout(made, "auto"), "best_vs_worst")[0].prompt[0]["content"] == "Why?"
+    assert format_row(row | {"lang": "de"}, namespace["to_pairs"]) == []
 
 
 def test_the_error_examples_are_what_is_printed() -> None:

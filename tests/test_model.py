@@ -12,15 +12,10 @@ from trl import DPOConfig
 from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import (
-    build_lora_config,
-    build_quantization_config,
-    linear4bit_modules,
-    load_policy,
-    load_tokenizer,
-    resolve_model_path,
-)
+from dpo_runner.locations import resolve_model_path
+from dpo_runner.model import build_lora_config, build_quantization_config, linear4bit_modules, load_policy
 from dpo_runner.step0 import completion_logps
+from dpo_runner.tokenizer import load_tokenizer
 from dpo_runner.trainer import build_dpo_config, build_trainer, has_bf16
 
 

@@ -42,7 +42,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "overrides.yaml", "status.json", "metrics.jsonl", "summary.json", "samples.jsonl",
-        "environment.json", "adapter", "checkpoints", "run.log", "wandb",
+        "environment.json", "adapter", "checkpoints", "run.log", "wandb", "data_report.json", "dropped_rows.jsonl",
     }  # fmt: skip
     assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["max_steps"] == 4
     assert "training=smoke" in yaml.safe_load((finished / "overrides.yaml").read_text())
@@ -76,6 +76,49 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert len(samples) == 2 and samples[0]["reference"]["tokens"] <= 4
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
     assert not list(finished.rglob("*.tmp")) and not list(finished.glob(".*"))
+
+
+def test_the_account_of_the_data_is_kept_and_logged(tiny_run: list[str], tmp_path: Path) -> None:
+    rows = (tmp_path / "pairs.jsonl").read_text() + 'broken\n{"prompt": "a", "chosen": "same", "rejected": "same"}\n'
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    overrides = [*tiny_run, "run_dir=r", "wandb=offline", "training.max_steps=1", "data.max_bad_fraction=0.1"]
+    run(load_conf(overrides), overrides)
+    report = read_json(tmp_path / "r" / "data_report.json")
+    assert report["sources"][0]["rows"] == 26
+    assert report["sources"][0]["bad"] == {"broken JSON": 1, "chosen equals rejected": 1}
+    assert report["splits"]["train"]["kept"] + report["splits"]["eval"]["kept"] == 24
+    dropped = [json.loads(line) for line in (tmp_path / "r" / "dropped_rows.jsonl").read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["number"], row["reason"]) for row in dropped] == [
+        ("pairs.jsonl", 25, "broken JSON"),
+        ("pairs.jsonl", 26, "chosen equals rejected"),
+    ]
+    logged = next((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(logged)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "data_report" in shown and "chosen equals rejected" in shown and "data/train/prompt_tokens" in shown
+
+
+def test_several_sources_are_evaluated_each_and_together(tiny_run: list[str], tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name {n}", "chosen": f"Number {n}", "rejected": "None"} for n in range(10)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = [override for override in tiny_run if not override.startswith("data.path")]
+    sources = ["data.sources.sums.path=pairs.jsonl", "data.sources.names.path=more.jsonl", "data.eval_fraction=0.3"]
+    exact = ["training.bf16=false", "training.per_device_eval_batch_size=1"]  # TRL averages over batches
+    overrides = [*base, *sources, *exact, "run_dir=r", "training.load_best_model_at_end=true"]
+    run(load_conf(overrides), overrides)
+    events = [event for event in read_events(tmp_path / "r") if any(key.startswith("eval_") for key in event)]
+    assert all({"eval_loss", "eval_sums_loss", "eval_names_loss"} <= event.keys() for event in events)  # one event each
+    counts = read_json(tmp_path / "r" / "data_report.json")["splits"]["eval"]["by_source"]
+    for event in (events[0], events[-1]):
+        for key in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+            mean = sum(event[f"eval_{name}_{key}"] * count for name, count in counts.items()) / sum(counts.values())
+            assert event[f"eval_{key}"] == pytest.approx(mean, abs=1e-6)
+    assert events[-1]["eval_sums_loss"] != events[-1]["eval_names_loss"]
+    # All together in one set give the same figures.
+    (tmp_path / "all.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + (tmp_path / "more.jsonl").read_text())
+    whole = [*base, "data.path=all.jsonl", "data.eval_fraction=0.3", *exact, "run_dir=w", "training.max_steps=1"]
+    summary = run(load_conf(whole), whole)
+    assert summary["before"]["eval_logps/chosen"] == pytest.approx(events[0]["eval_logps/chosen"], rel=1e-5)
 
 
 def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> None:

@@ -75,7 +75,7 @@ def test_a_resumed_run_keeps_its_id(tiny_run, tmp_path: Path, monkeypatch: pytes
     run(load_conf(overrides))
     folders = list((tmp_path / "r" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert len({folder.name.split("-")[3] for folder in folders}) == 1
 
 
 class WandbStub(http.server.BaseHTTPRequestHandler):
@@ -161,6 +161,7 @@ def test_a_server_that_fails_costs_the_curves_alone(server: type[WandbStub], tin
 def test_any_failure_while_logging_is_a_warning() -> None:
     class Broken:
         offline = True
+        id = "abc"
         settings = type("Settings", (), {"sync_dir": "x"})
 
         def log(self, *args: object) -> None:

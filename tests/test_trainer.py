@@ -11,9 +11,9 @@ from test_model import build, gradients
 from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import load_tokenizer
 from dpo_runner.plan import count_steps
 from dpo_runner.step0 import completion_logps
+from dpo_runner.tokenizer import load_tokenizer
 from dpo_runner.trainer import RunTrainer, build_dpo_config
 
 
@@ -108,7 +108,7 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
     rows = load_preferences(conf, load_tokenizer(conf.model)).train
 
     def fingerprint(*overrides: str) -> str:
-        args = build_dpo_config(load_conf([*tiny_run, *overrides]), tmp_path)
+        args = build_dpo_config(load_conf([*tiny_run, "data.on_overlong=trl", *overrides]), tmp_path)
         trainer = types.SimpleNamespace(attention="sdpa")
         return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
 

@@ -1,105 +1,136 @@
-"""From the rows that people have to messages: prompt, chosen and rejected as role/content lists."""
+"""From rows in any known layout to checked pairs: columns renamed, the user's own function, the layout found."""
 
-import re
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dpo_runner.errors import ConfigError
-
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant", "tool")
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+from dpo_runner.config_checks import suggest
+from dpo_runner.data.layouts import LAYOUTS, Layout, Row, name_columns
+from dpo_runner.data.messages import Pair, check_pair, parse_json
+from dpo_runner.errors import DataError, RowError
 
 
-def to_messages(row: dict[str, Any]) -> dict[str, list[Message]]:
-    """Return a preference row as three message lists.
-
-    Accepted are `prompt`, `chosen` and `rejected` as texts or as role/content lists, in any mix; `chosen`
-    and `rejected` as whole conversations that share their beginning, with or without `prompt`; and
-    Anthropic's HH transcripts. A text stands for one user turn (prompt) or one assistant turn (completion).
+def read_pairs(row: Row, layout: Layout, pairing: str) -> list[Pair]:
+    """Return the pairs that a row makes, each checked.
 
     Returns:
-        `prompt` (ending with a user or tool turn), `chosen` and `rejected` (assistant turns, at least one).
+        One pair, several where the row has more than two scored answers, none where all scores are equal.
 
     Raises:
-        ConfigError: a column is missing, empty, or of no known form.
+        RowError: the row cannot be used.
     """
-    for column in ("chosen", "rejected"):
-        if row.get(column) is None:
-            found = ", ".join(key for key, value in row.items() if value is not None)
-            raise ConfigError(
-                f"no `{column}`: a row needs chosen and rejected, and prompt unless they hold it; has: {found}"
-            )
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = _parse_transcript(chosen, "chosen"), _parse_transcript(rejected, "rejected")
-    chosen = _to_list(chosen, "assistant", "chosen")
-    rejected = _to_list(rejected, "assistant", "rejected")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":  # whole conversations
-        shared = _shared_prefix(chosen, rejected)
-        if not shared:
-            raise ConfigError(
-                "`chosen` and `rejected`: two conversations that do not begin alike have no common prompt"
-            )
-        messages = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-        if prompt is not None and not _is_same_prompt(prompt, messages["prompt"]):
-            raise ConfigError("`prompt`: differs from the beginning of `chosen`; give one of them, or the same")
-    else:
-        if prompt is None:
-            raise ConfigError("no `prompt`: chosen and rejected hold answers alone")
-        messages = {"prompt": _to_list(prompt, "user", "prompt"), "chosen": chosen, "rejected": rejected}
-    if messages["prompt"][-1]["role"] not in ("user", "tool"):
-        raise ConfigError(
-            f"`prompt`: ends with a turn of `{messages['prompt'][-1]['role']}`; must end with user or tool"
+    try:
+        pairs = layout.read(row, pairing)
+        tools = parse_json(row.get("tools"), list, "tools")
+        kwargs = parse_json(row.get("chat_template_kwargs"), dict, "chat_template_kwargs")
+    except RecursionError:
+        raise RowError("not JSON", "nested too deeply") from None
+    for pair in pairs:
+        pair.tools, pair.chat_template_kwargs = tools, kwargs
+        check_pair(pair)
+    return pairs
+
+
+def rename_columns(row: Row, columns: dict[str, str]) -> Row:
+    """Return a row under our names: each mapped column takes the place of one that had the name before.
+
+    Raises:
+        RowError: the row lacks a mapped column.
+    """
+    for theirs in columns:
+        if theirs not in row:
+            raise RowError("missing column", f"`{theirs}` of data.columns; {suggest(theirs, row)}")
+    taken = set(columns.values())
+    kept = {key: value for key, value in row.items() if key not in columns and key not in taken}
+    return kept | {ours: row[theirs] for theirs, ours in columns.items()}
+
+
+def load_formatter(name: str) -> Callable[[Row], Any]:
+    """Import the function that `data.formatter=package.module:function` names.
+
+    Raises:
+        DataError: there is none, or it is Python's own: those are not meant to see rows.
+    """
+    module_name, _, function_name = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise DataError(f"`data.formatter={name}`: is a module of Python itself; name a function of your own")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"`data.formatter={name}`: {reason}; name it as package.module:function") from None
+    if not callable(function):
+        raise DataError(f"`data.formatter={name}`: is no function")
+    return function  # type: ignore[no-any-return]
+
+
+def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:
+    """Return what the user's function makes of a row: no row, one, or several.
+
+    Raises:
+        RowError: it fails, or returns something else.
+    """
+    try:
+        result = formatter(row)
+    except Exception as error:  # the user's code may raise anything, and it concerns this row alone
+        raise RowError("data.formatter failed", " ".join(f"{type(error).__name__}: {error}".split())) from None
+    rows = [] if result is None else result if isinstance(result, list) else [result]
+    if not all(isinstance(item, dict) for item in rows):
+        raise RowError("data.formatter failed", f"returned {result!r:.60}; a row (dict), a list of rows or None is due")
+    return rows
+
+
+def find_layout(rows: list[Row], name: str, key: str = "data") -> Layout:
+    """Return the layout of a source, judged by its first rows.
+
+    Args:
+        rows: sound rows, at least one, under our names.
+        name: `data.format`; `auto` finds out.
+        key: where the source stands in the configuration, for messages.
+
+    Raises:
+        DataError: no layout fits, or several do.
+    """
+    columns = name_columns(dict.fromkeys(column for row in rows for column, value in row.items() if value is not None))
+    if name != "auto":
+        layout = next(layout for layout in LAYOUTS if layout.name == name)
+        if not any(layout.matches(row) for row in rows):
+            raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows have: {columns}")
+        return layout
+    counts = {layout.name: sum(layout.matches(row) for row in rows) for layout in LAYOUTS}
+    most = max(counts.values())
+    candidates = [layout for layout in LAYOUTS if counts[layout.name] == most]
+    if most == 0:
+        raise DataError(
+            f"`{key}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
+            f"another layout of the README's table); name yours with {key}.columns or {key}.formatter"
         )
-    for column in ("chosen", "rejected"):
-        if not messages[column] or messages[column][-1]["role"] != "assistant":
-            raise ConfigError(f"`{column}`: must end with an assistant turn after the prompt")
-        if any(message["role"] in ("user", "system") for message in messages[column]):
-            raise ConfigError(
-                f"`{column}`: holds a turn that is not the assistant's after the prompt; it would be learned"
-            )
-    return messages
+    if len(candidates) > 1:
+        names = ", ".join(f"{layout.name} ({layout.needs})" for layout in candidates)
+        raise DataError(
+            f"`{key}.format=auto`: the rows could be {names}; set {key}.format={candidates[0].name} or another of them"
+        )
+    return candidates[0]
 
 
-def _to_list(value: Any, role: str, column: str) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"`{column}`: must be a text or a list of messages, not {type(value).__name__} {value!r:.60}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise ConfigError(f"`{column}`: a message needs `role` and a text `content`; got {message!r:.80}")
-        if message["role"] not in ROLES:
-            raise ConfigError(f"`{column}`: no such role `{message['role']}`; choose from {', '.join(ROLES)}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Row | RowError]]:
+    """Join HelpSteer's rows of one response each: neighbours with the same prompt become one scored row.
 
-
-def _is_same_prompt(prompt: Any, shared: list[Message]) -> bool:
-    """Whether an explicit prompt says the same as a conversation's beginning; a text stands for its user turns."""
-    if isinstance(prompt, str):
-        return prompt in [message["content"] for message in shared if message["role"] == "user"]
-    return _to_list(prompt, "user", "prompt") == shared
-
-
-def _parse_transcript(text: str, column: str) -> list[Message]:
-    parts = _HH_TURN.split(text)
-    if len(parts) < 3 or parts[0].strip():
-        raise ConfigError(f"no `prompt`, and `{column}` is no transcript of \\n\\nHuman: and \\n\\nAssistant: turns")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[speaker], "content": content.strip()}
-        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-
-
-def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many first turns both conversations share, the last assistant turn of each left out."""
-    shared = 0
-    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
-        if one != other:
-            break
-        shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
-    return shared
+    Rows that lack a part, and those that cannot be read, stay as they are and part no neighbours.
+    """
+    first, group = 0, None
+    for number, row in rows:
+        if isinstance(row, RowError) or row.get("prompt") is None or row.get("response") is None:
+            yield number, row
+            continue
+        score = row.get("helpfulness") if row.get("score") is None else row["score"]
+        if group is not None and group["prompt"] == row["prompt"]:
+            group["responses"].append(row["response"])
+            group["scores"].append(score)
+            continue
+        if group is not None:
+            yield first, group
+        first, group = number, {**row, "responses": [row["response"]], "scores": [score]}
+    if group is not None:
+        yield first, group

@@ -1,14 +1,25 @@
-"""The rows of a run, tokenized, with an account of every row that was dropped or cut."""
+"""A run's preference pairs: each source prepared, then split, cleaned, mixed, and accounted for."""
 
-from collections import Counter
-from dataclasses import dataclass, field
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.config import RunConf
-from dpo_runner.data.chat_template import apply_chat_template
-from dpo_runner.data.formats import Message, to_messages
-from dpo_runner.data.sources import load_rows
-from dpo_runner.errors import ConfigError
+import numpy as np
+
+from dpo_runner.config import DataConf, RunConf, SourceConf, resolve_sources
+from dpo_runner.data.batches import Outcome
+from dpo_runner.data.chat_template import ChatTemplate, describe_mismatch
+from dpo_runner.data.messages import Message
+from dpo_runner.data.overlap import find_contaminated, find_near_duplicates, load_reference_texts
+from dpo_runner.data.overlong import Limit, cut_rows
+from dpo_runner.data.prepare import Prepared, prepare
+from dpo_runner.data.recipe import Recipe
+from dpo_runner.data.report import DataReport, SourceReport
+from dpo_runner.data.sources import RowSource, open_sources
+from dpo_runner.data.splits import Split, hold_out
+from dpo_runner.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,30 +27,18 @@ if TYPE_CHECKING:
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+NEAR_DUPLICATE, CONTAMINATED = "near-duplicate", "shares text with data.decontaminate"
+
+Progress = Callable[[str, int], None]
+"""Is told a source's name and how many more of its rows are prepared."""
+
 
 @dataclass
-class SplitReport:
-    """What became of one split's rows.
+class SamplePrompt:
+    """A prompt to answer before and after training: its messages, and its tokens as training has them."""
 
-    Attributes:
-        rows: rows in the source.
-        kept: rows the run uses.
-        dropped: rows left out, by reason.
-        cut: rows kept of which a completion loses its end to `training.max_length`.
-        tokens: total tokens of prompt, chosen and rejected of the rows kept.
-    """
-
-    rows: int
-    kept: int
-    dropped: dict[str, int]
-    cut: int
-    tokens: dict[str, int]
-
-    def __str__(self) -> str:
-        parts = [f"{self.kept} of {self.rows} rows", f"{sum(self.tokens.values()):,} tokens"]
-        parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
-        parts += [f"{self.cut} lose the end of an answer to training.max_length"] if self.cut else []
-        return ", ".join(parts)
+    messages: list[Message]
+    ids: list[int]
 
 
 @dataclass
@@ -47,85 +46,270 @@ class PreferenceData:
     """A run's data.
 
     Attributes:
-        train: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
+        train: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int), `prompt` (its messages as JSON) and
+            where the pair comes from.
         eval: the same for evaluation, or None.
-        prompts: the first evaluation prompts (training prompts where there is no evaluation), as messages, each once.
-        reports: by split, what became of its rows.
+        eval_by_source: the parts of `eval`, by source; with one source, that one alone.
+        prompts: the first evaluation prompts (training prompts where there is no evaluation), each once.
+        report: what became of every row.
+        stop_id: the token that the chat template closes an answer with, beside the tokenizer's EOS; or None.
     """
 
     train: "Dataset"
     eval: "Dataset | None"
-    prompts: list[list[Message]]
-    reports: dict[str, SplitReport] = field(default_factory=dict)
+    eval_by_source: "dict[str, Dataset]"
+    prompts: list[SamplePrompt]
+    report: DataReport
+    stop_id: int | None
+    _splits: dict[str, Split]
+    _prepared: list[tuple[str, str, Prepared]]
+
+    def locate(self, split: str, row: int) -> str:
+        """Say where row `row` of `train` or `eval` stands in its source, such as `pairs.jsonl:12`."""
+        return self._splits[split].locate(row)
+
+    def fingerprint(self, split: str) -> str:
+        """Return a digest of a split's token ids, in order."""
+        return self._splits[split].fingerprint()
+
+    def dropped(self) -> Iterator[dict[str, Any]]:
+        """Yield source, split, file, number (line or row), reason and detail of each row that was left out."""
+        for name, split, prepared in self._prepared:
+            for row in prepared.bad_rows():
+                yield {"source": name, "split": split, **row}
+        for name_of_split, pairs in self._splits.items():
+            for source, file, number, reason in pairs.dropped():
+                place = {"source": source, "split": name_of_split, "file": file, "number": number}
+                yield {**place, "reason": reason, "detail": ""}
 
 
-def load_preferences(conf: RunConf, tokenizer: "PreTrainedTokenizerBase") -> PreferenceData:
-    """Load, template and tokenize a run's preference pairs.
+def load_preferences(
+    conf: RunConf,
+    tokenizer: "PreTrainedTokenizerBase",
+    origin: str = "the tokenizer's own",
+    progress: Progress = lambda name, rows: None,
+) -> PreferenceData:
+    """Load, template and tokenize a run's preference pairs, or find them in the cache.
+
+    Args:
+        conf: the run.
+        tokenizer: with its chat template.
+        origin: whose chat template that is, for the report.
+        progress: is told of rows as they are prepared.
 
     Raises:
-        ConfigError: a source cannot be read, a row has no known form, or a split is left without rows.
+        DataError: a source cannot be read, too many of its rows cannot be used, or a split is left without any.
+        RunError: a process that helped died.
     """
-    train_rows, eval_rows = load_rows(conf.data, conf.seed)
-    train, train_report = _tokenize(train_rows, "train", conf, tokenizer)
-    reports = {"train": train_report}
-    evaluation = None
-    if eval_rows is not None:
-        evaluation, reports["eval"] = _tokenize(eval_rows, "eval", conf, tokenizer)
-    prompts = _first_prompts(eval_rows if eval_rows is not None else train_rows, conf.samples.num_prompts)
-    return PreferenceData(train, evaluation, prompts, reports)
-
-
-def _tokenize(
-    rows: "Dataset", split: str, conf: RunConf, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple["Dataset", SplitReport]:
-    max_length, keep_start = conf.training.max_length, conf.training.truncation_mode == "keep_start"
-
-    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            ids = apply_chat_template(row, tokenizer)
-        except ConfigError as error:
-            raise ConfigError(f"data, {split} row {index + 1}: {error}") from None
-        longest = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
-        problem = ""
-        if ids["chosen_ids"] == ids["rejected_ids"]:
-            problem = "chosen equals rejected"
-        elif max_length is not None and keep_start and len(ids["prompt_ids"]) >= max_length:
-            problem = "the prompt alone fills training.max_length"
-        return {**ids, "problem": problem, "cut": max_length is not None and longest > max_length}
-
-    # The cache is off: its key does not see changes of the code that `tokenize` calls.
-    tokenized = rows.map(
-        tokenize,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        num_proc=conf.training.dataset_num_proc,
-        load_from_cache_file=False,
-        desc=f"Tokenizing {split}",
+    data = conf.data
+    template = ChatTemplate(tokenizer, data.system_prompt, data.on_no_system_role)
+    sources = resolve_sources(data)
+    prepared = [
+        (name, split, _prepare(name, rows, source, template, conf, progress))
+        for name, source in sources.items()
+        for split, rows in zip(("train", "eval"), open_sources(source, _key(name, data)), strict=True)
+        if rows is not None
+    ]
+    for name, _, part in prepared:
+        _check_bad_rows(part, data, _key(name, data))
+    splits = _split(list(sources), prepared, data)
+    limit = None
+    if conf.training.max_length is not None:
+        training = conf.training
+        limit = Limit.of(int(training.max_length or 0), data.on_overlong, training.truncation_mode, template)
+    built: dict[str, Dataset] = {}
+    for name in reversed(splits):  # evaluation first: training may have to keep clear of it
+        built[name] = _build(name, splits[name], conf, limit, tokenizer, built.get("eval"))
+    evaluation = built.get("eval")
+    return PreferenceData(
+        train=built["train"],
+        eval=evaluation,
+        eval_by_source=_by_source(evaluation, splits),
+        prompts=_first_prompts(evaluation or built["train"], conf.samples.num_prompts),
+        report=DataReport(
+            template=[origin, *template.describe()],
+            sources=[_report_source(name, split, part) for name, split, part in prepared],
+            splits={name: split.report() for name, split in splits.items()},
+            warnings=_find_warnings(splits, data),
+        ),
+        stop_id=template.end_of_turn,
+        _splits=splits,
+        _prepared=prepared,
     )
-    problems = tokenized["problem"][:]
-    kept = [index for index, problem in enumerate(problems) if not problem]
-    dropped = Counter(problem for problem in problems if problem)
-    if not kept:
-        raise ConfigError(
-            f"data, {split}: no row is left; {', '.join(f'{n} dropped: {p}' for p, n in dropped.items())}"
+
+
+def _key(name: str, data: DataConf) -> str:
+    return f"data.sources.{name}" if data.sources else "data"
+
+
+def _prepare(
+    name: str, rows: RowSource, source: SourceConf, template: ChatTemplate, conf: RunConf, progress: Progress
+) -> Prepared:
+    data = conf.data
+    recipe = Recipe(source, template, [data.system_prompt, data.on_no_system_role], _key(name, data))
+
+    def watch(outcome: Outcome, source: RowSource) -> None:
+        progress(name, outcome.rows)
+        if outcome.bad and data.on_bad_row == "error":
+            file, number, reason, detail = outcome.bad[0]
+            raise DataError(f"{source.locate(file, number)}: {reason}{': ' if detail else ''}{detail}")
+        if outcome.first_mismatch and data.on_template_mismatch == "error":
+            _refuse_mismatch(outcome.first_mismatch, source)
+
+    return prepare(rows, recipe, conf.training.dataset_num_proc, watch)
+
+
+def _refuse_mismatch(first: tuple[int, int, str], source: RowSource) -> None:
+    file, number, mismatch = first
+    raise DataError(f"{source.locate(file, number)}: {describe_mismatch(mismatch)}")
+
+
+def _check_bad_rows(prepared: Prepared, data: DataConf, key: str) -> None:
+    """Stop where a source's bad rows, found now or by an earlier run, are more than the configuration bears."""
+    facts, source = prepared.facts, prepared.source
+    if facts["first_mismatch"] and data.on_template_mismatch == "error":
+        _refuse_mismatch(facts["first_mismatch"], source)
+    bad = sum(facts["bad"].values())
+    if not bad:
+        return
+    file, number, problem = facts["first_bad"]
+    first = f"{source.locate(file, number)}: {problem}"
+    if data.on_bad_row == "error":
+        raise DataError(first)
+    if bad > data.max_bad_fraction * facts["rows"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["bad"].items())
+        raise DataError(
+            f"`{key}`: {bad:,} of {facts['rows']:,} rows cannot be used, more than "
+            f"data.max_bad_fraction={data.max_bad_fraction:g} ({reasons}); the first is {first}"
         )
-    data = tokenized.select(kept)
-    report = SplitReport(
-        rows=len(rows),
-        kept=len(kept),
-        dropped=dict(dropped),
-        cut=sum(data["cut"][:]),
-        tokens={column.removesuffix("_ids"): sum(map(len, data[column][:])) for column in ID_COLUMNS},
-    )
-    return data.remove_columns(["problem", "cut"]), report
 
 
-def _first_prompts(rows: "Dataset", count: int) -> list[list[Message]]:
-    prompts: list[list[Message]] = []
+def _split(names: list[str], prepared: list[tuple[str, str, Prepared]], data: DataConf) -> dict[str, Split]:
+    """Give each pair its side: evaluation rows as the sources bring them, else by a hash of the prompt."""
+    brings = {name for name, split, _ in prepared if split == "eval"}
+    to_split = [name for name, split, _ in prepared if split == "train" and name not in brings]
+    held_out = {}
+    if data.eval_fraction > 0 and to_split:
+        parts = [part for name, split, part in prepared if split == "train" and name in to_split]
+        masks = hold_out([part.rows.data.column("prompt_hash").to_numpy() for part in parts], data.eval_fraction)
+        held_out = dict(zip(to_split, masks, strict=True))
+    sides: dict[str, list[tuple[str, Prepared, Any]]] = {"train": [], "eval": []}
+    for name, split, part in prepared:
+        mask = held_out.get(name, np.zeros(len(part.rows), np.bool_)) if split == "train" else None
+        if mask is None or name in held_out:
+            sides["eval"].append((name, part, np.ones(len(part.rows), np.bool_) if mask is None else mask))
+        if mask is not None:
+            sides["train"].append((name, part, ~mask))
+    return {
+        side: Split([name for name, _, _ in parts], [part for _, part, _ in parts], [mask for _, _, mask in parts])
+        for side, parts in sides.items()
+        if parts
+    }
+
+
+def _build(
+    name: str,
+    split: Split,
+    conf: RunConf,
+    limit: Limit | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    evaluation: "Dataset | None",
+) -> "Dataset":
+    """Clean, cut, draw and mix one split.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    data = conf.data
+    tables = None
+    if limit is not None and limit.apply(split):
+        tables = [cut_rows(source, limit) for source in split.sources]
+        split.drop_equal(tables)
+    if data.deduplicate:
+        split.drop_repeats()
+    if data.deduplicate == "near":
+        rows = split.build(tables)
+        split.drop_among_kept(find_near_duplicates(rows, data.near_duplicate_threshold), NEAR_DUPLICATE)
+    if data.decontaminate and name == "train":
+        rows = split.build(tables)
+        texts = itertools.chain(
+            load_reference_texts([item for item in data.decontaminate if item != "eval"]),
+            _texts_of(evaluation, tokenizer) if "eval" in data.decontaminate and evaluation is not None else (),
+        )
+        mask = find_contaminated(rows, tokenizer, texts, data.decontaminate_ngram)
+        split.drop_among_kept(mask, CONTAMINATED)
+    confs = resolve_sources(data)
+    chosen = [confs[source] for source in split.names]
+    if name == "train":
+        split.take(chosen, data.max_train_samples)
+    else:
+        split.take_for_evaluation(chosen, data.max_eval_samples)
+    if not split.kept.any():
+        report = split.report()
+        reasons = ", ".join(f"{count:,} dropped: {reason}" for reason, count in report.dropped.items())
+        raise DataError(f"data, {name}: no pair is left of {report.pairs:,}; {reasons or 'none could be used'}")
+    return split.build(tables)
+
+
+def _texts_of(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Yield evaluation's questions and both answers to each, as texts."""
+    for row in rows:
+        yield json.loads(row["prompt"])[-1]["content"]
+        yield from tokenizer.batch_decode([row["chosen_ids"], row["rejected_ids"]], skip_special_tokens=True)
+
+
+def _by_source(evaluation: "Dataset | None", splits: dict[str, Split]) -> "dict[str, Dataset]":
+    if evaluation is None:
+        return {}
+    sources = splits["eval"].sources_in_order()
+    names = splits["eval"].names
+    return {
+        name: evaluation.select(np.flatnonzero(sources == index))
+        for index, name in enumerate(names)
+        if (sources == index).any()
+    }
+
+
+def _first_prompts(rows: "Dataset", count: int) -> list[SamplePrompt]:
+    prompts: dict[str, SamplePrompt] = {}
     for row in rows:
         if len(prompts) == count:
             break
-        prompt = to_messages(row)["prompt"]
-        if prompt not in prompts:
-            prompts.append(prompt)
-    return prompts
+        if row["prompt"] not in prompts:
+            prompts[row["prompt"]] = SamplePrompt(json.loads(row["prompt"]), row["prompt_ids"])
+    return list(prompts.values())
+
+
+def _report_source(name: str, split: str, part: Prepared) -> SourceReport:
+    facts = part.facts
+    mismatched = int(np.count_nonzero(part.rows.data.column("mismatched").to_numpy())) if facts["first_mismatch"] else 0
+    return SourceReport(
+        name=name,
+        split=split,
+        files=list(part.source.files),
+        format=facts["format"],
+        rows=facts["rows"],
+        pairs=len(part.rows),
+        bad=facts["bad"],
+        left_out=facts["left_out"],
+        mismatched=mismatched,
+    )
+
+
+def _find_warnings(splits: dict[str, Split], data: DataConf) -> list[str]:
+    warnings = []
+    report = splits["train"].report()
+    for reason in (NEAR_DUPLICATE, CONTAMINATED):
+        if 2 * report.dropped.get(reason, 0) > report.pairs:
+            warnings.append(
+                f"{report.dropped[reason]:,} of {report.pairs:,} training pairs were dropped: {reason}; "
+                "a long text that all prompts share may make them look alike"
+            )
+    if "eval" in splits and "eval" not in data.decontaminate:
+        shared = splits["train"].count_prompts_shared_with(splits["eval"])
+        if shared:
+            warnings.append(
+                f"{shared:,} training pairs have a prompt that is in evaluation too, which makes evaluation look too "
+                "good; data.decontaminate=[eval] leaves them out"
+            )
+    return warnings

@@ -1,114 +1,263 @@
-"""Where rows come from: the bundled pairs, a local file, or the hub. Rows stay memory-mapped on disk."""
+"""Where rows come from: bundled pairs, local files, folders, globs, or the hub. Imports datasets only for the hub."""
 
+import hashlib
 import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dpo_runner.config import DataConf
+from dpo_runner.config import SourceFields
 from dpo_runner.config_checks import suggest
-from dpo_runner.data.formats import to_messages
-from dpo_runner.errors import ConfigError
+from dpo_runner.data.decoding import Batch, decode_rows, reason_of
+from dpo_runner.data.readers import Unreadable, read_file, read_hub
+from dpo_runner.errors import DataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+__all__ = ["BUNDLED_PREFIX", "Batch", "RowSource", "decode_rows", "open_sources"]
 
 BUNDLED_PREFIX = "bundled:"
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_SUFFIXES = (*(text + packing for text in _TEXT for packing in ("", ".gz", ".zst")), ".parquet", ".arrow")
+_FORMATS = f"{', '.join(_TEXT)} (each also with .gz or .zst), .parquet or .arrow"
+_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets`
+_TRAINING = {"train", "training"}
+_EVALUATION = {"test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev"}
+
+_File = tuple[str, Path]  # as shown to people, and where it is
 
 
-def load_rows(conf: DataConf, seed: int) -> tuple["Dataset", "Dataset | None"]:
-    """Return the training rows and the evaluation rows, as they stand in the source.
+@dataclass(frozen=True)
+class RowSource:
+    """Files or a hub dataset, read from the beginning by each call of `batches`.
+
+    Attributes:
+        files: as shown to people.
+        setting: what named them, such as `data.path=pairs.jsonl`.
+        paths: of the files; empty for a hub dataset.
+        dataset: the hub dataset.
+    """
+
+    files: tuple[str, ...]
+    setting: str
+    paths: tuple[Path, ...] = ()
+    dataset: Any = None
+
+    def locate(self, file: int, number: int) -> str:
+        """Say where the row is that `number` of a `Batch` stands for."""
+        name = self.files[file]
+        has_lines = number > 0 and self.dataset is None and _suffix(name) not in (".parquet", ".arrow")
+        return f"{name}:{number}" if has_lines else f"{name}, row {abs(number)}"
+
+    def digest(self) -> str:
+        """Return a hex digest of the content and its formats, whatever the files are called and wherever they are.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        if self.dataset is not None:
+            return str(self.dataset._fingerprint)
+        total = hashlib.sha256()
+        for name, path in zip(self.files, self.paths, strict=True):
+            try:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _mistake(self.setting, name, f"cannot be read; {reason_of(error)}") from None
+            total.update(f"{_suffix(name)} {content}\n".encode())  # the same bytes are other rows as .csv and as .tsv
+        return total.hexdigest()
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all rows in order, at most `size` (at least 1) in a batch.
+
+        Raises:
+            DataError: a file is broken, or there is no row at all.
+        """
+        has_rows = False
+        for index, name in enumerate(self.files):
+            try:
+                for batch in self._read(index, size):
+                    has_rows = True
+                    yield batch
+            except (OSError, EOFError, zlib.error, Unreadable) as error:
+                raise _mistake(self.setting, name, f"cannot be read; {reason_of(error)}") from None
+        if not has_rows:
+            raise DataError(f"`{self.setting}`: holds no rows")
+
+    def _read(self, file: int, size: int) -> Iterator[Batch]:
+        if self.dataset is not None:
+            return read_hub(file, self.dataset, size)
+        return read_file(file, self.paths[file], _suffix(self.files[file]), size)
+
+
+def open_sources(conf: SourceFields, key: str) -> tuple[RowSource, RowSource | None]:
+    """Return the training rows, and the evaluation rows where the source brings them.
+
+    Args:
+        conf: names the source.
+        key: where it stands in the configuration, such as `data` or `data.sources.math`.
 
     Raises:
-        ConfigError: the source is missing, cannot be read, or has no rows.
+        DataError: a file is missing, unreadable or of an unknown format, a folder holds none, a hub dataset is out
+            of reach, or a setting does not go with this kind of source.
     """
+    if not conf.path:
+        raise DataError(f"`{key}.path`: must be set (`{key}.path=VALUE`)")
+    setting, eval_setting = f"{key}.path={conf.path}", f"{key}.eval_path={conf.eval_path}"
+    try:
+        named = _build(_list_files(conf.eval_path, eval_setting), eval_setting) if conf.eval_path else None
+        if is_hub_id(conf.path):
+            train = _open_hub(conf, setting, conf.split)
+            return train, named or (_open_hub(conf, setting, conf.eval_split) if conf.eval_split else None)
+        files, eval_files = _list_local(conf, key, setting)
+        if named and not _expand(conf.path).is_file():  # of a folder or glob, what is evaluated is not trained on
+            held_out = {path.resolve() for path in named.paths}
+            files = [file for file in files if file[1].resolve() not in held_out]
+        if not files:
+            raise DataError(f"`{setting}`: holds evaluation files only; call one of them train.jsonl or alike")
+        return _build(files, setting), named or (_build(eval_files, setting) if eval_files else None)
+    except OSError as error:
+        raise DataError(f"`{setting}`: cannot be read; {reason_of(error)}") from None
+
+
+def _list_local(conf: SourceFields, key: str, setting: str) -> tuple[list[_File], list[_File]]:
+    """Return the files for training, and those for evaluation that the source itself brings."""
+    assert conf.path is not None
+    root = _expand(conf.path)
+    has_splits = (root / "dataset_dict.json").is_file()
+    for name in ("subset", "revision") if has_splits else ("subset", "revision", "split", "eval_split"):
+        value = getattr(conf, name)
+        if value is not None and (name, value) != ("split", "train"):
+            kinds = "hub datasets" + (" and folders saved with splits" if "split" in name else "")
+            cure = f"set {key}.eval_path instead" if name == "eval_split" else "leave it out"
+            raise DataError(f"`{key}.{name}={value}`: is for {kinds}, not for {key}.path={conf.path}; {cure}")
     if conf.path.startswith(BUNDLED_PREFIX):
-        folder = _find_bundled(conf.path)
-        train, evaluation = _load_file(folder / "train.jsonl", conf.path), _load_file(folder / "eval.jsonl", conf.path)
-    elif Path(conf.path).suffix in _LOADERS or Path(conf.path).exists():
-        train, evaluation = _load_file(Path(conf.path).expanduser(), f"data.path={conf.path}"), None
+        folders = {path.parent.name: path.parent for path in Path(__file__).parent.glob("*/train.jsonl")}
+        name = conf.path.removeprefix(BUNDLED_PREFIX)
+        if name not in folders:
+            raise DataError(f"`{setting}`: no such bundled data; {suggest(name, folders)}")
+        train, evaluation = ([(f"{conf.path}/{file}", folders[name] / file)] for file in ("train.jsonl", "eval.jsonl"))
+        return train, evaluation
+    if has_splits:
+        splits = _read_metadata(root / "dataset_dict.json", "splits", setting)
+        for name in ("split", "eval_split"):
+            value = getattr(conf, name)
+            if value is not None and value not in splits:
+                raise DataError(f"`{key}.{name}={value}`: no such split in {conf.path}; {suggest(value, splits)}")
+        train = _list_files(f"{conf.path.rstrip('/')}/{conf.split}", setting)
+        return train, _list_files(f"{conf.path.rstrip('/')}/{conf.eval_split}", setting) if conf.eval_split else []
+    files = _list_files(conf.path, setting)
+    if not root.is_dir() or _is_saved(root):
+        return files, []
+    evaluation = [file for file in files if _is_evaluation(file[1].relative_to(root))]
+    return [file for file in files if file not in evaluation], evaluation
+
+
+def _list_files(text: str, setting: str) -> list[_File]:
+    """Return the files, at least one, that a path, a folder or a glob stands for."""
+    root = _expand(text)
+    if (root / "dataset_dict.json").is_file():
+        raise DataError(f"`{setting}`: the folder holds several splits; name the subfolder of one of them")
+    if root.is_dir():
+        saved = _is_saved(root)
+        names = _read_metadata(root / "state.json", "_data_files", setting) if saved else _walk(root)
+        files = [(str(Path(text, name)), root / name) for name in names]
+        rule = f"the folder holds no file of a known format; use {_FORMATS}"
+    elif root.exists():
+        return [(text, root)]
+    elif any(character in text for character in "*?["):
+        names = sorted(glob(str(root), recursive=True))  # noqa: PTH207 (that of Path takes hidden files too)
+        files = [(name, Path(name)) for name in names if Path(name).is_file()]
+        rule = "no file matches"
     else:
-        train = _load_hub(conf, conf.split)
-        evaluation = _load_hub(conf, conf.eval_split) if conf.eval_split else None
-    if conf.eval_path:
-        evaluation = _load_file(Path(conf.eval_path).expanduser(), f"data.eval_path={conf.eval_path}")
-    if evaluation is None and conf.eval_fraction > 0:
-        train, evaluation = _hold_out(train, conf.eval_fraction, seed)
-    if conf.max_train_samples is not None:
-        train = train.select(range(min(conf.max_train_samples, len(train))))
-    if evaluation is not None and conf.max_eval_samples is not None:
-        evaluation = evaluation.select(range(min(conf.max_eval_samples, len(evaluation))))
-    return train, evaluation
+        near = suggest(root.name, [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else [])
+        files, rule = [], "no such file" + (f"; {near}" if near.startswith("did") else "")
+    if not files:
+        raise DataError(f"`{setting}`: {rule}")
+    return files
 
 
-def _find_bundled(path: str) -> Path:
-    names = [folder.name for folder in Path(__file__).parent.iterdir() if (folder / "train.jsonl").exists()]
-    name = path.removeprefix(BUNDLED_PREFIX)
-    if name not in names:
-        raise ConfigError(f"`data.path={path}`: no such bundled data; {suggest(name, names)}")
-    return Path(__file__).parent / name
+def _walk(root: Path) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that may not be read
+
+    found = []
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".") and name not in _METADATA]
+        found += [str(path.relative_to(root)) for path in paths if _suffix(path.name) in _SUFFIXES]
+    return sorted(found)
 
 
-def _load_file(path: Path, key: str) -> "Dataset":
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` has written a folder with `save_to_disk`."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
-    if not path.is_file():
-        near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
-        raise ConfigError(f"`{key}`: no such file" + (f"; {near}" if near.startswith("did") else ""))
-    if path.suffix not in _LOADERS:
-        raise ConfigError(f"`{key}`: no such format `{path.suffix}`; use {', '.join(_LOADERS)}")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"`{key}`: the file is empty")
+
+def _read_metadata(path: Path, key: str, setting: str) -> list[str]:
     try:
-        rows = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = _find_broken_line(path) or str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"`{key}`: cannot be read; {reason}") from None
-    if len(rows) == 0:
-        raise ConfigError(f"`{key}`: holds no rows")
-    return rows
-
-
-def _find_broken_line(path: Path) -> str | None:
-    """Name the first line that is no JSON, which the loader's own message does not."""
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    json.loads(line) if line.strip() else None
-                except json.JSONDecodeError as error:
-                    return f"line {number}: {error.msg} at column {error.colno}"
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno}: {error.msg} at column {error.colno}"
-    return None
-
-
-def _load_hub(conf: DataConf, split: str) -> "Dataset":
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(conf.path, conf.subset, split=split, revision=conf.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"`data.path={conf.path}` (split {split}): neither a file here nor a hub dataset in reach; {reason}"
+        items = json.loads(path.read_text(encoding="utf-8"))[key]
+        return [item if isinstance(item, str) else item["filename"] for item in items]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"`{setting}`: {path} is not as `datasets` writes it; {type(error).__name__}: {error}"
         ) from None
 
 
-def _hold_out(rows: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
-    """Split off whole prompts, so that no prompt is in both parts (at least one row stays in each)."""
-    import random
+def _is_evaluation(relative: Path) -> bool:
+    """Whether a file's name, or else the name of the nearest folder that says so, has a word for evaluation rows."""
+    for part in reversed(relative.parts):
+        words = set(re.split("[^a-z]+", part.lower()))
+        if words & (_TRAINING | _EVALUATION):
+            return not words & _TRAINING
+    return False
 
-    keys = [json.dumps(to_messages(row)["prompt"]) for row in rows]
-    prompts = sorted(set(keys))
-    if len(prompts) < 2:
-        raise ConfigError(f"`data.eval_fraction={fraction}`: needs rows with at least 2 different prompts; set it to 0")
-    random.Random(seed).shuffle(prompts)
-    held_out = set(prompts[: max(1, min(round(fraction * len(prompts)), len(prompts) - 1))])
-    train = [i for i, key in enumerate(keys) if key not in held_out]
-    evaluation = [i for i, key in enumerate(keys) if key in held_out]
-    return rows.select(train), rows.select(evaluation)
+
+def is_hub_id(text: str) -> bool:
+    """Whether a path can only mean a dataset of the hub: it looks like one, and nothing here is called so."""
+    path = Path(text)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) or path.exists() or _suffix(text) in _SUFFIXES:
+        return False
+    return path.parent == Path() or not path.parent.is_dir()
+
+
+def _expand(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # `~` and a user who does not exist
+        return Path(text)
+
+
+def _suffix(name: str) -> str:
+    parts = Path(name.lower()).suffixes[-2:]
+    return "".join(parts if "".join(parts) in _SUFFIXES or parts[-1:] in ([".gz"], [".zst"]) else parts[-1:])
+
+
+def _build(files: list[_File], setting: str) -> RowSource:
+    for name, path in files:
+        if not path.is_file():
+            raise _mistake(setting, name, "no such regular file")
+        if (suffix := _suffix(name)) not in _SUFFIXES:
+            raise _mistake(setting, name, f"no such format `{suffix}`; use {_FORMATS}")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise _mistake(setting, name, "the file is empty")
+    return RowSource(tuple(name for name, _ in files), setting, tuple(path for _, path in files))
+
+
+def _open_hub(conf: SourceFields, setting: str, split: str) -> RowSource:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(conf.path, conf.subset, split=split, revision=conf.revision)
+    except Exception as error:  # the hub's client passes on whatever its transports and file readers raise
+        reason = f"neither a file here nor a hub dataset in reach; {reason_of(error)}"
+        raise DataError(f"`{setting}` (split {split}): {reason}") from None
+    return RowSource((f"{conf.path} (split {split})",), setting, dataset=dataset)
+
+
+def _mistake(setting: str, name: str, text: str) -> DataError:
+    return DataError(f"`{setting}`: {text}" if setting.endswith(f"={name}") else f"`{setting}`: {name}: {text}")

@@ -1,0 +1,219 @@
+"""Conversations as role/content messages, and the rules that each preference pair of them must keep."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_runner.errors import RowError
+
+Message = dict[str, Any]
+"""`role` and `content`, and what a chat template may want beside them: tool_calls, name, reasoning_content, …"""
+
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass
+class Pair:
+    """One preference: two completions of one prompt.
+
+    Attributes:
+        prompt: ends with a user or tool turn.
+        chosen, rejected: assistant turns, with tool turns between them; each ends with an assistant turn.
+        tools: functions that the chat template offers to the model.
+        chat_template_kwargs: further variables of the chat template.
+        score_gap: score of chosen minus score of rejected, where the row has scores.
+    """
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    score_gap: float | None = None
+
+
+def to_messages(value: Any, role: str, column: str) -> list[Message]:
+    """Return a text as one turn of `role`, and a message or a list of messages in our names.
+
+    Raises:
+        RowError: it is neither, or a message lacks its role or content.
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        value = [value]
+    if value is None:
+        raise RowError("missing column", f"`{column}`")
+    if not isinstance(value, list):
+        raise RowError("not a text", f"`{column}` is {_kind(value)} {value!r:.60}; a text or a list of messages is due")
+    if not value:
+        raise RowError(f"empty {column}", "an empty list of messages")
+    return [_to_message(message, column) for message in value]
+
+
+def _to_message(message: Any, column: str) -> Message:
+    if not isinstance(message, dict):
+        raise RowError("not a message", f"`{column}` holds {_kind(message)} {message!r:.60}")
+    role, content = message.get("role"), message.get("content")  # Parquet may give both names, and one as None
+    role = message.get("from") if role is None else role
+    content = message.get("value") if content is None else content
+    others = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
+    if role is None or (content is None and others.get("tool_calls") is None):
+        raise RowError("not a message", f"`{column}`: a message needs `role` and `content`; got {message!r:.80}")
+    if not isinstance(role, str) or role.lower() not in ALIASES:
+        raise RowError("unknown role", f"`{column}`: {role!r:.40}; known are {', '.join(ROLES)}, human and gpt")
+    return {**_plain(others), "role": ALIASES[role.lower()], "content": _to_text(content, column)}
+
+
+def _to_text(content: Any, column: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, list):  # OpenAI's content parts
+        for part in content:
+            if (
+                not isinstance(part, dict)
+                or (part.get("type") or "text") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise RowError("not a text", f"`{column}`: content part {part!r:.60}; only text can be trained on")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise RowError("not a text", f"`{column}`: content is {_kind(content)} {content!r:.60}")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold, such as a text for Parquet's times, without the None of what an object lacks there."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list) else str(value)
+
+
+def _kind(value: Any) -> str:
+    names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a truth value"}
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def split_conversations(
+    chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Split two whole conversations into the prompt that they share and the two completions.
+
+    Raises:
+        RowError: they do not begin alike.
+    """
+    shared = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        raise RowError(
+            "no common prompt",
+            "`chosen` and `rejected` do not begin alike; both hold the whole conversation, or both the answer alone",
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def check_pair(pair: Pair) -> None:
+    """Check what every pair must keep, whatever layout it comes from.
+
+    Raises:
+        RowError: a turn out of order or on the wrong side, an empty prompt or completion, broken text, or chosen
+            and rejected that say the same.
+    """
+    _check_order(pair.prompt, "prompt")
+    if pair.prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; user or tool is due")
+    for column, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if any(message["role"] in ("user", "system") for message in completion):
+            raise RowError(
+                "completion with a foreign turn",
+                f"`{column}` holds a turn that is not the assistant's after the prompt; it would be learned",
+            )
+        if not completion or completion[-1]["role"] != "assistant":
+            raise RowError("ends on the wrong turn", f"`{column}` must end with an assistant turn after the prompt")
+        _check_order(pair.prompt + completion, column)
+        if not completion[-1]["content"].strip() and not completion[-1].get("tool_calls"):
+            raise RowError(f"empty {column}")
+    if not pair.prompt[-1]["content"].strip():
+        raise RowError("empty prompt")
+    for column, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for message in messages:
+            check_text(message["content"] if len(message) == 2 else message, column)
+    if pair.chosen == pair.rejected:
+        raise RowError("chosen equals rejected")
+
+
+def check_text(value: Any, column: str) -> None:
+    """Refuse what cannot be written as JSON in UTF-8: a byte that was none when it was read, half a surrogate pair.
+
+    Raises:
+        RowError: there is such a thing in a text, or in JSON's values.
+    """
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # Parquet's and a formatter's values may be anything
+        raise RowError("not JSON", f"`{column}`: {error}") from None
+    if _SURROGATE.search(text):
+        raise RowError("invalid UTF-8", f"`{column}` holds bytes that are no text")
+
+
+_FOLLOWERS = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _check_order(messages: list[Message], column: str) -> None:
+    before = None
+    for number, message in enumerate(messages, start=1):
+        if message["role"] not in _FOLLOWERS[before]:
+            raise RowError(
+                "roles out of order",
+                f"`{column}`: turn {number} is {message['role']} after {before or 'nothing'}; "
+                f"{' or '.join(_FOLLOWERS[before])} is due",
+            )
+        before = message["role"]
+
+
+def parse_json(value: Any, kind: type, column: str) -> Any:
+    """Return a column that holds a list or object, or its JSON text, which alone keeps null; None stays None.
+
+    Raises:
+        RowError: it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"no usable {column}", f"`{column}` is no JSON: {error}") from None
+    elif isinstance(value, kind):
+        value = _plain(value)
+    if value is not None and not isinstance(value, kind):
+        due = "a list" if kind is list else "an object"
+        raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; {due}, or its JSON, is due")
+    check_text(value, column)
+    return value or None

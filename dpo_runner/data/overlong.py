@@ -1,0 +1,136 @@
+"""Pairs longer than `training.max_length`: found by their lengths, and cut where the configuration says so."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.data.chat_template import ChatTemplate
+from dpo_runner.data.prepare import ROWS, Prepared
+from dpo_runner.data.splits import Split
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_BATCH = 1000
+_EOS_LOST = "lose an answer's end to training.max_length (EOS lost)"
+_PROMPT_CUT = "lose the prompt's beginning to training.max_length"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a pair may be.
+
+    Attributes:
+        max_length: tokens of prompt and completion together.
+        treatment: `data.on_overlong`.
+        keep_start: `training.truncation_mode=keep_start`, for `trl`.
+        first: tokens at a prompt's beginning that are never cut (BOS).
+        last: tokens at a prompt's end that are never cut (the generation prompt).
+    """
+
+    max_length: int
+    treatment: str
+    keep_start: bool
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, max_length: int, treatment: str, truncation_mode: str, template: ChatTemplate) -> "Limit":
+        first = 0 if template.bos is None else 1
+        return cls(max_length, treatment, truncation_mode == "keep_start", first, template.generation_prompt_length)
+
+    def apply(self, split: Split) -> bool:
+        """Drop from `split` what cannot be used, and count what is going to be cut.
+
+        Returns:
+            Whether the rows have to be cut by `cut_rows`.
+        """
+        prompt, answer = split.lengths["prompt"], np.maximum(split.lengths["chosen"], split.lengths["rejected"])
+        overlong = prompt + answer > self.max_length
+        if self.treatment == "drop":
+            split.drop(overlong, f"longer than training.max_length={self.max_length}")
+            return False
+        if self.treatment == "trl":
+            if self.keep_start:
+                split.drop(prompt >= self.max_length, "the prompt alone fills training.max_length")
+            self._count(split, overlong, _EOS_LOST if self.keep_start else _PROMPT_CUT)
+            return False
+        if self.treatment == "truncate_completion":
+            split.drop(prompt >= self.max_length, "the prompt alone fills training.max_length")
+            self._count(split, overlong, _EOS_LOST)
+            for part in ("chosen", "rejected"):
+                split.lengths[part] = np.minimum(split.lengths[part], np.maximum(self.max_length - prompt, 1))
+        else:
+            split.drop(answer + self.first + self.last >= self.max_length, "an answer alone fills training.max_length")
+            self._count(split, overlong, _PROMPT_CUT)
+            split.lengths["prompt"] = np.minimum(prompt, np.maximum(self.max_length - answer, 1))
+        return bool((overlong & split.kept).any())
+
+    def _count(self, split: Split, overlong: npt.NDArray[np.bool_], what: str) -> None:
+        count = int((overlong & split.kept).sum())
+        if count:
+            split.truncated[what] = count
+
+
+def cut_rows(prepared: Prepared, limit: Limit) -> "Dataset":
+    """Return a source's rows with prompts or completions cut to `limit`, out of the cache where it has them."""
+    from datasets import Dataset
+
+    key = hashlib.sha256(f"{prepared.key} {limit}".encode()).hexdigest()[:32]
+    folder = cache_dir() / "data" / key
+
+    def fill(staging: Any) -> None:
+        import pyarrow as pa
+
+        table = prepared.rows.data.table
+        with pa.OSFile(str(staging / ROWS), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=_BATCH):
+                writer.write_batch(_cut(batch, limit))
+
+    if not (folder / ROWS).exists():
+        write_folder_once(folder, fill)
+    rows = Dataset.from_file(str(folder / ROWS))
+    rows._fingerprint = key
+    return rows
+
+
+def _cut(batch: "pa.RecordBatch", limit: Limit) -> "pa.RecordBatch":
+    prompt, chosen, rejected = (_lengths(batch.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    if limit.treatment == "truncate_prompt_left":
+        room = np.maximum(limit.max_length - np.maximum(chosen, rejected), 1)
+        cut = np.maximum(prompt - room, 0)
+        return batch.set_column(
+            batch.schema.get_field_index("prompt_ids"),
+            "prompt_ids",
+            _keep(batch.column("prompt_ids"), limit.first, limit.first + cut),
+        )
+    room = np.maximum(limit.max_length - prompt, 1)
+    for name, length in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+        index = batch.schema.get_field_index(name)
+        batch = batch.set_column(index, name, _keep(batch.column(name), np.minimum(length, room), length))
+    return batch
+
+
+def _lengths(lists: "pa.ListArray") -> npt.NDArray[np.int64]:
+    offsets: npt.NDArray[np.int32] = lists.offsets.to_numpy()
+    return np.diff(offsets).astype(np.int64)
+
+
+def _keep(lists: "pa.ListArray", first: Any, then: Any) -> "pa.ListArray":
+    """Keep of each list what stands before position `first` and from position `then` on."""
+    import pyarrow as pa
+
+    lengths = _lengths(lists)
+    values = lists.flatten().to_numpy()
+    position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    keep = (position < np.repeat(np.broadcast_to(first, lengths.shape), lengths)) | (
+        position >= np.repeat(np.broadcast_to(then, lengths.shape), lengths)
+    )
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row[keep], minlength=len(lengths)))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[keep]))

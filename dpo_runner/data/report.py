@@ -1,0 +1,179 @@
+"""What became of every row: counts by reason, lengths in tokens, and how much longer the chosen answers are."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PARTS = ("prompt", "chosen", "rejected")
+_BINS = 40
+
+
+@dataclass
+class Lengths:
+    """The lengths of one part of the pairs, in tokens.
+
+    Attributes:
+        total: their sum.
+        mean, median, p95, max: of one row.
+        edges: borders of the histogram's bins, whole numbers, one more than counts; a bin begins at its left border.
+        counts: rows in each bin.
+    """
+
+    total: int
+    mean: float
+    median: float
+    p95: float
+    max: int
+    edges: list[int]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, lengths: npt.NDArray[np.integer[Any]]) -> "Lengths":
+        """Summarize `lengths` (int, shape (rows,), at least one row)."""
+        first, last = int(lengths.min()), int(lengths.max())
+        edges = np.arange(first, last + 1 + (width := (last - first) // _BINS + 1), width)
+        counts, _ = np.histogram(lengths, bins=edges)
+        return cls(
+            total=int(lengths.sum(dtype=np.int64)),
+            mean=round(float(lengths.mean()), 2),
+            median=float(np.median(lengths)),
+            p95=float(np.percentile(lengths, 95)),
+            max=int(lengths.max()),
+            edges=[int(edge) for edge in edges],
+            counts=[int(count) for count in counts],
+        )
+
+
+@dataclass
+class LengthBias:
+    """Whether the chosen answers are the longer ones, from which DPO learns length rather than quality.
+
+    Attributes:
+        chosen_longer, rejected_longer: share of the pairs, in [0, 1]; the rest are of equal length.
+        mean_difference, median_difference: tokens of chosen minus tokens of rejected.
+    """
+
+    chosen_longer: float
+    rejected_longer: float
+    mean_difference: float
+    median_difference: float
+
+    @classmethod
+    def of(cls, chosen: npt.NDArray[np.integer[Any]], rejected: npt.NDArray[np.integer[Any]]) -> "LengthBias":
+        """Compare two arrays of lengths (int, shape (rows,), at least one row)."""
+        difference = chosen.astype(np.int64) - rejected.astype(np.int64)
+        return cls(
+            chosen_longer=round(float((difference > 0).mean()), 4),
+            rejected_longer=round(float((difference < 0).mean()), 4),
+            mean_difference=round(float(difference.mean()), 2),
+            median_difference=float(np.median(difference)),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"chosen is longer in {self.chosen_longer:.0%} of pairs, shorter in {self.rejected_longer:.0%}, "
+            f"by {self.mean_difference:+.1f} tokens on average"
+        )
+
+
+@dataclass
+class SourceReport:
+    """What became of one source's rows before they were split and mixed.
+
+    Attributes:
+        name: its name in `data.sources`, or `data`.
+        split: `train` or `eval`.
+        files: the files or the hub dataset it was read from.
+        format: the layout found.
+        rows: rows read.
+        pairs: pairs made of them.
+        bad: rows that cannot be used, by reason.
+        left_out: sound rows of which no pair was made, by reason.
+        mismatched: pairs whose prompt is cut to the tokens that it shares with prompt and answer together.
+    """
+
+    name: str
+    split: str
+    files: list[str]
+    format: str
+    rows: int
+    pairs: int
+    bad: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    mismatched: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows", self.format, f"{self.pairs:,} pairs"]
+        parts += [f"{count:,} bad: {reason}" for reason, count in self.bad.items()]
+        parts += [f"{count:,} left out: {reason}" for reason, count in self.left_out.items()]
+        parts += [f"{self.mismatched:,} with the prompt cut to its common prefix"] if self.mismatched else []
+        return ", ".join(parts)
+
+
+@dataclass
+class SplitReport:
+    """What became of the pairs of one split.
+
+    Attributes:
+        pairs: pairs of all sources; kept + dropped + unused.
+        kept: pairs the run uses.
+        by_source: the same, by source.
+        dropped: pairs left out, by reason.
+        unused: pairs that weights, `max_train_samples` or `max_eval_samples` leave out.
+        truncated: pairs kept of which something is cut to `training.max_length`, by what is lost.
+        duplicates: pairs found that repeat an earlier one exactly, dropped or not.
+        lengths: by part, of the pairs kept; empty where none is.
+        length_bias: of the pairs kept; None where none is.
+    """
+
+    pairs: int
+    kept: int
+    by_source: dict[str, int]
+    dropped: dict[str, int]
+    unused: int
+    truncated: dict[str, int]
+    duplicates: int
+    lengths: dict[str, Lengths]
+    length_bias: LengthBias | None
+
+    def __str__(self) -> str:
+        tokens = sum(lengths.total for lengths in self.lengths.values())
+        parts = [f"{self.kept:,} of {self.pairs:,} pairs", f"{tokens:,} tokens"]
+        parts += [f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        parts += [f"{self.unused:,} not drawn"] if self.unused else []
+        parts += [f"{count:,} {what}" for what, count in self.truncated.items()]
+        if self.duplicates and not any("duplicate" in reason for reason in self.dropped):
+            parts.append(f"{self.duplicates:,} exact duplicates kept (data.deduplicate=exact drops them)")
+        return ", ".join(parts)
+
+
+@dataclass
+class DataReport:
+    """The whole account; `data_report.json` holds it.
+
+    Attributes:
+        template: which chat template rendered the conversations, and what it needed.
+        sources: before splitting and mixing.
+        splits: `train`, and `eval` where there is one.
+        warnings: what a person should know before training on this, a line each.
+    """
+
+    template: list[str]
+    sources: list[SourceReport]
+    splits: dict[str, SplitReport]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain containers."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> dict[str, str]:
+        """Return it in short, as label and text, for the plan."""
+        lines = {f"  {source.name} ({source.split})": str(source) for source in self.sources}
+        lines |= {f"  {name}": str(split) for name, split in self.splits.items()}
+        bias = self.splits["train"].length_bias
+        lines |= {"  length bias": str(bias)} if bias else {}
+        return {**lines, "  chat template": "; ".join(self.template)}

@@ -1,0 +1,220 @@
+"""Which of the prepared pairs a split takes, in which order, and what becomes of the others."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_runner.config import SourceConf
+from dpo_runner.data.prepare import Prepared
+from dpo_runner.data.report import PARTS, LengthBias, Lengths, SplitReport
+from dpo_runner.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Mask = npt.NDArray[np.bool_]
+
+_KEPT, _UNUSED = 0, 1  # fates; a dropped pair's is 2 or more, an index into the reasons
+
+
+class Split:
+    """The pairs that a split could take.
+
+    Args:
+        names: of the sources.
+        sources: their prepared pairs.
+        masks: for each source, which of its rows belong to this split.
+
+    Attributes:
+        source: of each pair, int16.
+        row: of each pair in its source, int64.
+        lengths: of each pair's prompt, chosen and rejected, in tokens.
+        prompt_hash, pair_hash: uint64.
+    """
+
+    def __init__(self, names: list[str], sources: Sequence[Prepared], masks: Sequence[Mask]) -> None:
+        self.names, self.sources = names, list(sources)
+        rows = [np.flatnonzero(mask) for mask in masks]
+        self.source = np.repeat(np.arange(len(rows), dtype=np.int16), [len(part) for part in rows])
+        self.row = np.concatenate([np.zeros(0, np.int64), *rows])
+        self.prompt_hash = self._gather("prompt_hash", rows)
+        self.pair_hash = self._gather("pair_hash", rows)
+        self.lengths = {part: self._gather_lengths(f"{part}_ids", rows) for part in PARTS}
+        self.order = np.arange(len(self.row))
+        self.truncated: dict[str, int] = {}
+        self.repeats = find_repeats(self.pair_hash)
+        self._fate = np.zeros(len(self.row), np.int8)
+        self._reasons = ["kept", "not drawn"]
+
+    def _gather(self, column: str, rows: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.uint64]:
+        parts = [
+            source.rows.data.column(column).to_numpy()[part] for source, part in zip(self.sources, rows, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+    def _gather_lengths(self, column: str, rows: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int32]:
+        import pyarrow.compute as pc
+
+        parts = []
+        for source, part in zip(self.sources, rows, strict=True):
+            chunks = [pc.list_value_length(chunk).to_numpy() for chunk in source.rows.data.column(column).chunks]
+            parts.append(np.concatenate([np.zeros(0, np.int32), *chunks])[part])
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    @property
+    def kept(self) -> Mask:
+        """Which pairs have not been dropped or passed over so far."""
+        kept: Mask = self._fate == _KEPT
+        return kept
+
+    def drop(self, mask: Mask, reason: str) -> None:
+        """Drop those of the pairs still kept that `mask` names."""
+        self._fate[mask & self.kept] = len(self._reasons)
+        self._reasons.append(reason)
+
+    def drop_repeats(self) -> None:
+        """Drop each pair that is, token for token, an earlier one of this split."""
+        kept = np.flatnonzero(self.kept)
+        self.drop_among_kept(find_repeats(self.pair_hash[kept]), "exact duplicate")
+
+    def drop_among_kept(self, mask: Mask, reason: str) -> None:
+        """Drop what `mask`, of shape (pairs kept,), names of the pairs kept."""
+        whole = self.kept
+        whole[whole] = mask
+        self.drop(whole, reason)
+
+    def drop_equal(self, tables: Sequence["Dataset"]) -> None:
+        """Drop the pairs whose answers became the same when the sources' rows were cut to `tables`."""
+        equal = np.zeros(len(self.row), np.bool_)
+        same_length = self.kept & (self.lengths["chosen"] == self.lengths["rejected"])
+        for index in np.flatnonzero(same_length):
+            row = tables[self.source[index]][int(self.row[index])]
+            equal[index] = row["chosen_ids"] == row["rejected_ids"]
+        self.drop(equal, "chosen equals rejected once cut to training.max_length")
+
+    def take(self, sources: Sequence[SourceConf], limit: int | None) -> None:
+        """Draw from each source what its weight and `max_train_samples` allow, mix evenly, and keep the first ones.
+
+        Args:
+            sources: as configured; the weights hold for what their `max_train_samples` leaves.
+            limit: at most so many in all; None takes all.
+        """
+        self._take([(conf.max_train_samples, conf.weight, conf.seed) for conf in sources], limit)
+
+    def take_for_evaluation(self, sources: Sequence[SourceConf], limit: int | None) -> None:
+        """Draw from each source what its `max_eval_samples` allows; weights are for training."""
+        self._take([(conf.max_eval_samples, None, conf.seed) for conf in sources], limit)
+
+    def _take(self, rules: list[tuple[int | None, float | None, int]], limit: int | None) -> None:
+        counts = [int((self.kept & (self.source == index)).sum()) for index in range(len(rules))]
+        takes = [count if most is None else min(count, most) for count, (most, _, _) in zip(counts, rules, strict=True)]
+        weights = [weight for _, weight, _ in rules]
+        if weights[0] is not None:  # then all have one
+            scale = min(count / weight for count, weight in zip(takes, weights, strict=True) if weight)
+            takes = [int(scale * weight + 1e-9) for weight in weights if weight]
+        drawn: list[npt.NDArray[np.int64]] = []
+        for index, (take, (_, _, seed)) in enumerate(zip(takes, rules, strict=True)):
+            rows = np.flatnonzero(self.kept & (self.source == index))
+            if take < len(rows):
+                rows = np.sort(np.random.default_rng(seed).permutation(rows)[:take])
+            drawn.append(rows)
+        # Evenly mixed, so that the first rows have the mixture's shares too; one source keeps its own order.
+        places = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in drawn])
+        self.order = np.concatenate(drawn)[np.argsort(places, kind="stable")][:limit]
+        passed_over = self.kept
+        passed_over[self.order] = False
+        self._fate[passed_over] = _UNUSED
+
+    def build(self, tables: Sequence["Dataset"] | None = None) -> "Dataset":
+        """Return the pairs kept, in order, as a memory-mapped dataset.
+
+        Args:
+            tables: in the place of the sources' rows, row by row, where these have been cut.
+        """
+        from datasets import concatenate_datasets
+
+        tables = tables or [source.rows for source in self.sources]
+        starts = np.cumsum([0, *(len(table) for table in tables)])
+        order = self.order[self.kept[self.order]]
+        return concatenate_datasets(list(tables)).select(starts[self.source[order]] + self.row[order])
+
+    def sources_in_order(self) -> npt.NDArray[np.int16]:
+        """Return the source of each pair of `build()`."""
+        return self.source[self.order[self.kept[self.order]]]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the pairs of `build()`, in order."""
+        order = self.order[self.kept[self.order]]
+        digest = hashlib.sha256(self.pair_hash[order].tobytes())
+        for part in PARTS:  # what has been cut has another length
+            digest.update(self.lengths[part][order].tobytes())
+        return digest.hexdigest()[:16]
+
+    def count_prompts_shared_with(self, other: "Split") -> int:
+        """Return how many of the pairs kept here have a prompt that a pair kept there has too."""
+        return int(np.isin(self.prompt_hash[self.kept], other.prompt_hash[other.kept]).sum())
+
+    def locate(self, row: int) -> str:
+        """Say where a pair of `build()` stands in its source."""
+        order = self.order[self.kept[self.order]]
+        index = int(self.source[order[row]])
+        found = self.sources[index].rows[int(self.row[order[row]])]
+        place = self.sources[index].source.locate(found["file"], found["number"])
+        return f"{self.names[index]}: {place}" if len(self.names) > 1 else place
+
+    def dropped(self) -> "list[tuple[str, str, int, str]]":
+        """Return source, file, number and reason of each pair that was dropped."""
+        found = []
+        for index in np.flatnonzero(self._fate > _UNUSED):
+            source = self.sources[self.source[index]]
+            row = source.rows[int(self.row[index])]
+            reason = self._reasons[self._fate[index]]
+            found.append((self.names[self.source[index]], source.source.files[row["file"]], abs(row["number"]), reason))
+        return found
+
+    def report(self) -> SplitReport:
+        """Return the account of this split."""
+        kept, codes = self.kept, np.bincount(self._fate, minlength=len(self._reasons))
+        lengths = {part: values[kept] for part, values in self.lengths.items()}
+        return SplitReport(
+            pairs=len(kept),
+            kept=int(kept.sum()),
+            by_source={name: int((kept & (self.source == index)).sum()) for index, name in enumerate(self.names)},
+            dropped={reason: int(n) for reason, n in zip(self._reasons[2:], codes[2:], strict=True) if n},
+            unused=int(codes[_UNUSED]),
+            truncated=self.truncated,
+            duplicates=int(self.repeats.sum()),
+            lengths={part: Lengths.of(values) for part, values in lengths.items()} if kept.any() else {},
+            length_bias=LengthBias.of(lengths["chosen"], lengths["rejected"]) if kept.any() else None,
+        )
+
+
+def find_repeats(hashes: npt.NDArray[np.uint64]) -> Mask:
+    """Return which values stand earlier in the array already."""
+    repeats = np.ones(len(hashes), np.bool_)
+    repeats[np.unique(hashes, return_index=True)[1]] = False
+    return repeats
+
+
+def hold_out(hashes: Sequence[npt.NDArray[Any]], fraction: float) -> list[Mask]:
+    """Choose prompts for evaluation by their hash alone.
+
+    A prompt's side depends on nothing but the prompt: not on the machine, the seed, or the other rows. Only where
+    that would leave a side without any prompt, it gets the one nearest to the border.
+
+    Args:
+        hashes: for each source, the prompt's hash of each row, uint64 of shape (rows,).
+        fraction: share to hold out, in (0, 1).
+
+    Raises:
+        DataError: there are fewer than two different prompts.
+    """
+    everything = np.unique(np.concatenate(hashes))
+    if len(everything) < 2:
+        raise DataError(f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0")
+    border = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    border = min(max(border, everything[1]), everything[-1])
+    return [values < border for values in hashes]

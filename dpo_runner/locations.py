@@ -1,0 +1,58 @@
+"""Where a model and an adapter are: a folder, the hub, or made on this machine first."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpo_runner.config import ModelConf
+from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
+from dpo_runner.errors import ConfigError
+
+
+def resolve_model_path(conf: ModelConf) -> str:
+    """Return the folder or hub id to load, making the default or the random model first where it is meant.
+
+    Raises:
+        ConfigError: the folder holds an adapter, or a local path is not there.
+    """
+    name = conf.model_name_or_path
+    if name.startswith(PYPI_PREFIX):
+        return str(load_default_model_path(name))
+    if name.startswith(RANDOM_PREFIX):
+        return str(load_random_model_path(name))
+    path = Path(name).expanduser()
+    if (path / "adapter_config.json").exists():
+        raise ConfigError(
+            f"`model.model_name_or_path={name}`: is an adapter; put it in model.adapter and its base model here"
+        )
+    if (path.is_absolute() and not path.exists()) or (name.startswith((".", "~")) and not path.exists()):
+        raise ConfigError(f"`model.model_name_or_path={name}`: no such folder")
+    return str(path) if path.exists() else name
+
+
+def resolve_adapter_path(conf: ModelConf) -> str:
+    """Return the local folder of `model.adapter`, fetched from the hub where it is no folder.
+
+    Raises:
+        ConfigError: it is not there, or no adapter.
+    """
+    name = str(conf.adapter)
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / "adapter_config.json").exists():
+            raise ConfigError(f"`model.adapter={name}`: holds no adapter_config.json, so it is no PEFT adapter")
+        return str(path)
+    from huggingface_hub import snapshot_download
+
+    with explain_missing(name, "model.adapter"):
+        return str(snapshot_download(name))
+
+
+@contextmanager
+def explain_missing(name: str, key: str) -> Iterator[None]:
+    """Turn a loader's long message about a missing model into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason}") from None

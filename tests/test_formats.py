@@ -1,0 +1,951 @@
+"""Every known layout of preference rows, and the exact pairs that a row of it becomes."""
+
+import copy
+import functools
+import itertools
+import json
+import math
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_runner.config import FORMATS, SourceConf
+from dpo_runner.data.formats import (
+    find_layout,
+    format_row,
+    group_responses,
+    load_formatter,
+    read_pairs,
+    rename_columns,
+)
+from dpo_runner.data.layouts import LAYOUTS
+from dpo_runner.data.messages import Message, Pair
+from dpo_runner.data.recipe import Recipe
+from dpo_runner.data.sources import decode_rows, open_sources
+from dpo_runner.data.workers import process_all
+from dpo_runner.errors import DataError, RowError
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def tool(content: str) -> Message:
+    return {"role": "tool", "content": content}
+
+
+def human(value: str) -> Message:
+    return {"from": "human", "value": value}
+
+
+def gpt(value: str) -> Message:
+    return {"from": "gpt", "value": value}
+
+
+WHY, SCATTERS, JUST_IS, AND_RED = "Why is the sky blue?", "Air scatters blue light most.", "It just is.", "And red?"
+BRIEF: Message = {"role": "system", "content": "Be brief."}
+PLAIN = Pair([user(WHY)], [bot(SCATTERS)], [bot(JUST_IS)])
+WITH_SYSTEM = Pair([BRIEF, user(WHY)], [bot(SCATTERS)], [bot(JUST_IS)])
+TURNS = [user(WHY), bot(SCATTERS), user(AND_RED)]
+SECOND_TURN = Pair(TURNS, [bot("Dust lets red through.")], [bot("Who knows.")])
+HUMAN, ASSISTANT = f"\n\nHuman: {WHY}", "\n\nAssistant:"
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+
+
+def scored(pair: Pair, gap: float) -> Pair:
+    return Pair(pair.prompt, pair.chosen, pair.rejected, score_gap=gap)
+
+
+ROWS: dict[str, tuple[dict[str, Any], str, list[Pair]]] = {
+    "texts": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS},
+        "preference (texts)",
+        [PLAIN],
+    ),
+    "texts with a system column": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "system": "Be brief."},
+        "preference (texts)",
+        [WITH_SYSTEM],
+    ),
+    "texts with a blank system column": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "system": " "},
+        "preference (texts)",
+        [PLAIN],
+    ),
+    "texts with scores as texts": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "score_chosen": "7.5", "score_rejected": "2"},
+        "preference (texts, scores)",
+        [scored(PLAIN, 5.5)],
+    ),
+    "messages": (
+        {"prompt": [user(WHY)], "chosen": [bot(SCATTERS)], "rejected": [bot(JUST_IS)]},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "one message instead of a list": (
+        {"prompt": user(WHY), "chosen": bot(SCATTERS), "rejected": bot(JUST_IS)},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "text, messages, text": (
+        {"prompt": WHY, "chosen": [bot(SCATTERS)], "rejected": JUST_IS},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "messages, texts": (
+        {"prompt": [BRIEF, user(WHY)], "chosen": SCATTERS, "rejected": JUST_IS},
+        "preference (messages)",
+        [WITH_SYSTEM],
+    ),
+    "a system turn comes before a system column": (
+        {"prompt": [BRIEF, user(WHY)], "chosen": [bot(SCATTERS)], "rejected": [bot(JUST_IS)], "system": "Be long."},
+        "preference (messages)",
+        [WITH_SYSTEM],
+    ),
+    "implicit prompt": (
+        {"chosen": [user(WHY), bot(SCATTERS)], "rejected": [user(WHY), bot(JUST_IS)]},
+        "preference (messages, implicit prompt)",
+        [PLAIN],
+    ),
+    "implicit prompt of several turns": (
+        {"chosen": [*TURNS, bot("Dust lets red through.")], "rejected": [*TURNS, bot("Who knows.")]},
+        "preference (messages, implicit prompt)",
+        [SECOND_TURN],
+    ),
+    "implicit prompt that ends with a tool's answer": (
+        {
+            "chosen": [user("Rain?"), bot(CALL), tool("dry"), bot("No.")],
+            "rejected": [user("Rain?"), bot(CALL), tool("dry"), bot("Yes.")],
+        },
+        "preference (messages, implicit prompt)",
+        [Pair([user("Rain?"), bot(CALL), tool("dry")], [bot("No.")], [bot("Yes.")])],
+    ),
+    "implicit prompt, tools called on both sides": (
+        {
+            "chosen": [user("Rain?"), bot("I look."), tool("dry"), bot("No.")],
+            "rejected": [user("Rain?"), bot("I look twice."), tool("dry"), bot("No.")],
+        },
+        "preference (messages, implicit prompt)",
+        [
+            Pair(
+                [user("Rain?")],
+                [bot("I look."), tool("dry"), bot("No.")],
+                [bot("I look twice."), tool("dry"), bot("No.")],
+            )
+        ],
+    ),
+    "an answer that begins like the other": (
+        {
+            "chosen": [user("Rain?"), bot("I look."), tool("dry"), bot("No.")],
+            "rejected": [user("Rain?"), bot("I look.")],
+        },
+        "preference (messages, implicit prompt)",
+        [Pair([user("Rain?")], [bot("I look."), tool("dry"), bot("No.")], [bot("I look.")])],
+    ),
+    "UltraFeedback binarized": (
+        {
+            "prompt": WHY,
+            "prompt_id": "f0e37e9f7800261167ce91143f98f511f768847236f133f2d0aed60b444ebe57",
+            "chosen": [user(WHY), bot(SCATTERS)],
+            "rejected": [user(WHY), bot(JUST_IS)],
+            "messages": [user(WHY), bot(SCATTERS)],
+            "score_chosen": 8.5,
+            "score_rejected": 6.0,
+        },
+        "preference (messages, scores)",
+        [scored(PLAIN, 2.5)],
+    ),
+    "explicit messages and the conversation": (
+        {"prompt": TURNS, "chosen": [*TURNS, bot("Dust lets red through.")], "rejected": [*TURNS, bot("Who knows.")]},
+        "preference (messages)",
+        [SECOND_TURN],
+    ),
+    "the last question and the conversation": (
+        {"prompt": AND_RED, "chosen": [*TURNS, bot("Dust lets red through.")], "rejected": [*TURNS, bot("Who knows.")]},
+        "preference (messages)",
+        [SECOND_TURN],
+    ),
+    "argilla dpo-mix-7k": (
+        {
+            "dataset": "argilla/distilabel-capybara-dpo-7k-binarized",
+            "chosen": [*TURNS, bot("Dust lets red through.")],
+            "rejected": [*TURNS, bot("Who knows.")],
+            "chosen_rating": 5.0,
+            "rejected_rating": 3.5,
+        },
+        "preference (messages, implicit prompt, scores)",
+        [scored(SECOND_TURN, 1.5)],
+    ),
+    "argilla, named otherwise": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "chosen_avg_rating": 4, "rejected_avg_rating": 5},
+        "preference (texts, scores)",
+        [scored(PLAIN, -1.0)],
+    ),
+    "OpenAI's content parts": (
+        {
+            "prompt": [
+                {"role": "user", "content": [{"type": "text", "text": "Why is "}, {"type": "text", "text": WHY}]}
+            ],
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": SCATTERS}]}],
+            "rejected": [{"role": "assistant", "content": [{"text": JUST_IS}]}],
+        },
+        "preference (messages)",
+        [Pair([user(f"Why is {WHY}")], [bot(SCATTERS)], [bot(JUST_IS)])],
+    ),
+    "fields that are None, as Parquet gives them": (
+        {
+            "prompt": [{**user(WHY), "name": None, "tool_calls": None, "from": None, "value": None}],
+            "chosen": [{"role": None, "content": None, "from": "gpt", "value": SCATTERS, "weight": 1}],
+            "rejected": [{"role": None, "content": None, "from": "gpt", "value": JUST_IS, "weight": None}],
+            "system": None,
+            "tools": None,
+            "score_chosen": None,
+            "score_rejected": None,
+        },
+        "preference (messages)",
+        [Pair([user(WHY)], [{**bot(SCATTERS), "weight": 1}], [bot(JUST_IS)])],
+    ),
+    "tool calls without content": (
+        {
+            "prompt": [user("Rain?")],
+            "chosen": [
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]},
+                {"role": "tool", "name": "weather", "content": "dry"},
+                bot("No."),
+            ],
+            "rejected": [{"role": "assistant", "tool_calls": [{"name": "radio"}]}],
+        },
+        "preference (messages)",
+        [
+            Pair(
+                [user("Rain?")],
+                [{**bot(""), "tool_calls": [{"name": "weather"}]}, {**tool("dry"), "name": "weather"}, bot("No.")],
+                [{**bot(""), "tool_calls": [{"name": "radio"}]}],
+            )
+        ],
+    ),
+    "roles by other names": (
+        {
+            "prompt": [{"role": "System", "content": "Be brief."}, {"role": "prompter", "content": WHY}],
+            "chosen": [{"role": "model", "content": SCATTERS}],
+            "rejected": [{"role": "Bot", "content": JUST_IS}],
+        },
+        "preference (messages)",
+        [WITH_SYSTEM],
+    ),
+    "tools and template variables": (
+        {
+            "prompt": "Rain?",
+            "chosen": "No.",
+            "rejected": "Yes.",
+            "tools": WEATHER,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        "preference (texts)",
+        [Pair([user("Rain?")], [bot("No.")], [bot("Yes.")], WEATHER, {"enable_thinking": False})],
+    ),
+    "tools and template variables as JSON": (
+        {
+            "prompt": "Rain?",
+            "chosen": "No.",
+            "rejected": "Yes.",
+            "tools": json.dumps(WEATHER),
+            "chat_template_kwargs": '{"enable_thinking": false}',
+        },
+        "preference (texts)",
+        [Pair([user("Rain?")], [bot("No.")], [bot("Yes.")], WEATHER, {"enable_thinking": False})],
+    ),
+    "no tools, said in several ways": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "tools": " ", "chat_template_kwargs": "{}"},
+        "preference (texts)",
+        [PLAIN],
+    ),
+    "Anthropic HH": (
+        {
+            "chosen": f"{HUMAN}{ASSISTANT} {SCATTERS}",
+            "rejected": f"{HUMAN}{ASSISTANT} {JUST_IS}",
+        },
+        "hh",
+        [PLAIN],
+    ),
+    "Anthropic HH of several turns": (
+        {
+            "chosen": f"{HUMAN}{ASSISTANT} {SCATTERS}\n\nHuman: {AND_RED}{ASSISTANT} Dust lets red through.",
+            "rejected": f"{HUMAN}{ASSISTANT} {SCATTERS}\n\nHuman: {AND_RED}{ASSISTANT} Who knows.",
+        },
+        "hh",
+        [SECOND_TURN],
+    ),
+    "HH with the words elsewhere in a text": (
+        {
+            "chosen": f"{HUMAN}{ASSISTANT} {SCATTERS}\n\nThe Human: never looks up.",
+            "rejected": f"{HUMAN}{ASSISTANT} {JUST_IS}\nAssistant: yes.",
+        },
+        "hh",
+        [Pair([user(WHY)], [bot(f"{SCATTERS}\n\nThe Human: never looks up.")], [bot(f"{JUST_IS}\nAssistant: yes.")])],
+    ),
+    "HH with the prompt apart": (
+        {
+            "prompt": f"{HUMAN}{ASSISTANT} {SCATTERS}\n\nHuman: {AND_RED}{ASSISTANT}",
+            "response": " Dust lets red through.",
+            "chosen": "Dust lets red through.",
+            "rejected": "Who knows.",
+        },
+        "hh",
+        [SECOND_TURN],
+    ),
+    "ShareGPT": (
+        {"conversations": [human(WHY)], "chosen": gpt(SCATTERS), "rejected": gpt(JUST_IS)},
+        "sharegpt",
+        [PLAIN],
+    ),
+    "ShareGPT with a system turn, answers as lists": (
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, human(WHY)],
+            "chosen": [gpt(SCATTERS)],
+            "rejected": [gpt(JUST_IS)],
+        },
+        "sharegpt",
+        [WITH_SYSTEM],
+    ),
+    "ShareGPT with a system column": (
+        {"conversations": [human(WHY)], "chosen": gpt(SCATTERS), "rejected": gpt(JUST_IS), "system": "Be brief."},
+        "sharegpt",
+        [WITH_SYSTEM],
+    ),
+    "ShareGPT with texts, several turns and scores": (
+        {
+            "conversations": [human(WHY), gpt(SCATTERS), human(AND_RED)],
+            "chosen": "Dust lets red through.",
+            "rejected": "Who knows.",
+            "score_chosen": 3,
+            "score_rejected": 1,
+        },
+        "sharegpt",
+        [scored(SECOND_TURN, 2.0)],
+    ),
+    "ShareGPT with tools": (
+        {
+            "conversations": [
+                human("Rain?"),
+                {"from": "function_call", "value": CALL},
+                {"from": "observation", "value": "dry"},
+            ],
+            "chosen": gpt("No."),
+            "rejected": gpt("Yes."),
+            "tools": json.dumps(WEATHER),
+        },
+        "sharegpt",
+        [Pair([user("Rain?"), bot(CALL), tool("dry")], [bot("No.")], [bot("Yes.")], WEATHER)],
+    ),
+    "ShareGPT whose answers call a tool": (
+        {
+            "conversations": [human("Rain?")],
+            "chosen": {"from": "function_call", "value": CALL},
+            "rejected": gpt("Yes."),
+        },
+        "sharegpt",
+        [Pair([user("Rain?")], [bot(CALL)], [bot("Yes.")])],
+    ),
+    "Alpaca": (
+        {"instruction": WHY, "input": "", "chosen": SCATTERS, "rejected": JUST_IS},
+        "alpaca",
+        [PLAIN],
+    ),
+    "Alpaca with an input": (
+        {"instruction": "Translate.", "input": "hei", "chosen": "hi", "rejected": "hey"},
+        "alpaca",
+        [Pair([user("Translate.\nhei")], [bot("hi")], [bot("hey")])],
+    ),
+    "Alpaca with an output of two": (
+        {"instruction": WHY, "input": None, "output": [SCATTERS, JUST_IS]},
+        "alpaca",
+        [PLAIN],
+    ),
+    "Alpaca with history and system": (
+        {
+            "instruction": AND_RED,
+            "history": [[WHY, SCATTERS]],
+            "system": "Be brief.",
+            "chosen": "Dust lets red through.",
+            "rejected": "Who knows.",
+        },
+        "alpaca",
+        [Pair([BRIEF, *TURNS], SECOND_TURN.chosen, SECOND_TURN.rejected)],
+    ),
+    "Alpaca without history": (
+        {"instruction": WHY, "history": [], "system": "", "chosen": SCATTERS, "rejected": JUST_IS},
+        "alpaca",
+        [PLAIN],
+    ),
+    "Alpaca with scores": (
+        {"instruction": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "chosen_score": 9, "rejected_score": 2},
+        "alpaca",
+        [scored(PLAIN, 7.0)],
+    ),
+    "an instruction beside whole conversations": (
+        {"instruction": WHY, "chosen": [user(WHY), bot(SCATTERS)], "rejected": [user(WHY), bot(JUST_IS)]},
+        "preference (messages, implicit prompt)",
+        [PLAIN],
+    ),
+    "Orca": (
+        {"system": "Be brief.", "question": WHY, "chosen": SCATTERS, "rejected": JUST_IS},
+        "orca",
+        [WITH_SYSTEM],
+    ),
+    "Orca without a system text": (
+        {"system": "", "question": WHY, "chosen": SCATTERS, "rejected": JUST_IS},
+        "orca",
+        [PLAIN],
+    ),
+    "distilabel's Orca": (
+        {"system": "Be brief.", "input": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "status": "unchanged"},
+        "orca",
+        [WITH_SYSTEM],
+    ),
+    "a question with answers as messages": (
+        {"question": WHY, "chosen": [{"role": "model", "content": SCATTERS}], "rejected": [gpt(JUST_IS)]},
+        "orca",
+        [PLAIN],
+    ),
+    "distilabel, scored": (
+        {"instruction": WHY, "generations": [JUST_IS, SCATTERS], "ratings": [2.0, 4.5], "model_name": "x"},
+        "scored",
+        [scored(PLAIN, 2.5)],
+    ),
+    "distilabel, its older names": (
+        {"input": WHY, "generations": [SCATTERS, JUST_IS], "rating": [9, 3]},
+        "scored",
+        [scored(PLAIN, 6.0)],
+    ),
+    "openbmb/UltraFeedback": (
+        {
+            "source": "evol_instruct",
+            "instruction": WHY,
+            "models": ["a", "b"],
+            "completions": [
+                {"model": "a", "response": JUST_IS, "overall_score": 3.5, "fine-grained_score": 5.0},
+                {"model": "b", "response": SCATTERS, "overall_score": 8.0, "fine-grained_score": 1.0},
+            ],
+            "correct_answers": ["None"],
+        },
+        "scored",
+        [scored(PLAIN, 4.5)],
+    ),
+    "candidates with their rewards": (
+        {"question": WHY, "candidates": [{"text": SCATTERS, "reward": 1}, {"text": JUST_IS, "reward": -1}]},
+        "scored",
+        [scored(PLAIN, 2.0)],
+    ),
+    "prompt, responses, scores": (
+        {"prompt": WHY, "responses": [SCATTERS, "So?", JUST_IS], "scores": [3, 2, 1], "system": "Be brief."},
+        "scored",
+        [scored(WITH_SYSTEM, 2.0)],
+    ),
+    "responses as messages": (
+        {"prompt": [BRIEF, user(WHY)], "answers": [[bot(SCATTERS)], [bot(JUST_IS)]], "scores": [1, 0]},
+        "scored",
+        [scored(WITH_SYSTEM, 1.0)],
+    ),
+    "responses that score the same": (
+        {"prompt": WHY, "responses": [SCATTERS, JUST_IS], "scores": [3, 3.0]},
+        "scored",
+        [],
+    ),
+    "HelpSteer3, the first is better": (
+        {"domain": "general", "context": TURNS, "response1": "Dust.", "response2": "Who?", "overall_preference": -2},
+        "helpsteer",
+        [Pair(TURNS, [bot("Dust.")], [bot("Who?")], score_gap=2.0)],
+    ),
+    "HelpSteer3, the second is better": (
+        {"domain": "code", "context": [user(WHY)], "response1": "So.", "response2": SCATTERS, "overall_preference": 3},
+        "helpsteer",
+        [Pair([user(WHY)], [bot(SCATTERS)], [bot("So.")], score_gap=3.0)],
+    ),
+    "HelpSteer3, none is better": (
+        {"context": [user(WHY)], "response1": "So.", "response2": SCATTERS, "overall_preference": 0},
+        "helpsteer",
+        [],
+    ),
+}
+
+
+def describe(row: dict[str, Any]) -> str:
+    return find_layout([row], "auto").describe(row)
+
+
+def read(row: dict[str, Any], pairing: str = "best_vs_worst", name: str = "auto") -> list[Pair]:
+    return read_pairs(row, find_layout([row], name), pairing)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_becomes_exactly_these_pairs(name: str) -> None:
+    row, layout, pairs = ROWS[name]
+    assert (describe(row), read(row)) == (layout, pairs)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_parquet_becomes_the_same_pairs(name: str) -> None:
+    row, layout, pairs = ROWS[name]
+    # the schema of a whole file: messages have the union of all fields, so that most of them are None
+    like = [{key: [*value, {"extra": "x"}] if _is_messages(value) else value for key, value in row.items()}, row]
+    pq.write_table(pa.Table.from_pylist(like), "rows.parquet")
+    source, _ = open_sources(SourceConf(path="rows.parquet"), "data")
+    stored = [row for batch in source.batches(10) for _, row in decode_rows(batch)][1]
+    assert isinstance(stored, dict)
+    assert (describe(stored), read(stored)) == (layout, pairs)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def test_no_layout_is_left_out() -> None:
+    names = {layout.partition(" ")[0] for _, layout, _ in ROWS.values()}
+    assert {"auto", *names} == set(FORMATS) == {"auto", *(layout.name for layout in LAYOUTS)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_layout_may_be_named(name: str) -> None:
+    row, layout, pairs = ROWS[name]
+    assert read(row, name=layout.partition(" ")[0]) == pairs
+
+
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+ODD: list[Any] = [
+    *(None, "", " ", 3, -1.5, True, math.nan, math.inf, 10**400, b"x", (1, 2), datetime(2026, 1, 1), DEEP),
+    *([], {}, [None], [[]], [""], [3], [{}], {"a": 1}, {1: 2}, {(1,): 2}, {"x": DEEP}, "\ud800", "[", '{"a": 1}'),
+    *([{"role": "user"}], [user("")], [{"role": ["x"], "content": "a"}], [{"role": {}, "content": "a"}]),
+    *("\n\nHuman:", "\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b"),
+]
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_whatever_stands_in_a_row_makes_sound_pairs_or_a_bad_row(name: str) -> None:
+    row, layout_name, _ = ROWS[name]
+    layout = next(layout for layout in LAYOUTS if layout.name == layout_name.partition(" ")[0])
+    for at, odd in itertools.product(places(row), ODD):
+        changed = copy.deepcopy(row)
+        functools.reduce(operator.getitem, at[:-1], changed)[at[-1]] = odd
+        try:
+            for pair in read_pairs(changed, layout, "all_pairs"):
+                assert json.dumps(vars(pair), ensure_ascii=False).encode()
+        except RowError as error:
+            message = str(error)
+            assert len(message) < 300 and message.encode() and "\n" not in message
+        with suppress(DataError):
+            describe(changed)
+
+
+def texts(pairs: list[Pair]) -> list[tuple[str, str, float | None]]:
+    return [(pair.chosen[0]["content"], pair.rejected[0]["content"], pair.score_gap) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("pairing", "scores", "expected"),
+    [
+        ("best_vs_worst", [2, 4, 1], [("b", "c", 3.0)]),
+        ("best_vs_rest", [2, 4, 1], [("b", "a", 2.0), ("b", "c", 3.0)]),
+        ("all_pairs", [2, 4, 1], [("b", "a", 2.0), ("b", "c", 3.0), ("a", "c", 1.0)]),
+        # of equal scores the one that comes first stands for them
+        ("best_vs_worst", [4, 4, 1], [("a", "c", 3.0)]),
+        ("best_vs_worst", [4, 1, 1], [("a", "c", 3.0)]),
+        ("best_vs_rest", [4, 4, 1], [("a", "c", 3.0)]),
+        ("best_vs_rest", [4, 1, 1], [("a", "b", 3.0), ("a", "c", 3.0)]),
+        ("all_pairs", [4, 4, 1], [("a", "c", 3.0), ("b", "c", 3.0)]),
+        ("all_pairs", [4, 1, 1], [("a", "b", 3.0), ("a", "c", 3.0)]),
+        ("best_vs_worst", [2, 2, 2], []),
+        ("best_vs_rest", [2, 2, 2], []),
+        ("all_pairs", [2, 2, 2], []),
+        ("all_pairs", [-1, -0.5, -3], [("b", "a", 0.5), ("b", "c", 2.5), ("a", "c", 2.0)]),
+    ],
+)
+def test_pairings(pairing: str, scores: list[float], expected: list[tuple[str, str, float]]) -> None:
+    assert texts(read({"prompt": "q", "responses": ["a", "b", "c"], "scores": scores}, pairing)) == expected
+
+
+def test_the_pairs_of_a_row_share_no_messages() -> None:
+    one, other = read({"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2, 3]}, "best_vs_rest")
+    assert one.prompt == other.prompt and one.prompt is not other.prompt
+
+
+def steer(prompt: Any, response: Any, helpfulness: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "verbosity": 2}
+
+
+def grouped(rows: list[Any]) -> list[tuple[int, Any]]:
+    """The pairs, or the reason why there are none, by the number of a group's first row."""
+    layout = find_layout([row for row in rows if isinstance(row, dict)], "auto")
+    found: list[tuple[int, Any]] = []
+    for number, row in group_responses(enumerate(rows, start=1)):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            found.append((number, texts(read_pairs(row, layout, "best_vs_worst"))))
+        except RowError as error:
+            found.append((number, error.reason))
+    return sorted(found, key=lambda item: item[0])
+
+
+def test_neighbours_with_the_same_prompt_are_one_row() -> None:
+    rows = [
+        steer("q1", "a", 3),
+        steer("q1", "b", 4),
+        steer("q2", "c", 1),
+        RowError("broken JSON"),
+        steer("q2", "d", 0),
+        steer("q3", "e", 2),
+        steer("q1", "f", 2),
+        steer("q1", "g", 2),
+        steer([user("q4")], "h", 1),
+        steer([user("q4")], "i", 4),
+        steer([user("q4")], "j", 3),
+    ]
+    assert grouped(rows) == [
+        (1, [("b", "a", 1.0)]),
+        (3, [("c", "d", 1.0)]),
+        (4, "broken JSON"),
+        (6, "fewer than two answers"),
+        (7, []),  # the same prompt further down is another row; its answers score the same
+        (9, [("i", "h", 3.0)]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"response": "x", "helpfulness": 1}, "missing column"),
+        ({"prompt": "q", "helpfulness": 1}, "missing column"),
+        (steer(None, "x", 1), "missing column"),
+        (steer("q", None, 1), "missing column"),
+        ({}, "missing column"),
+        ({"context": "q", "response1": "x"}, "missing column"),
+        ({"response2": "x", "overall_preference": 1}, "missing column"),
+    ],
+)
+def test_a_row_without_a_part_stands_alone_and_parts_no_neighbours(row: dict[str, Any], reason: str) -> None:
+    assert grouped([row, steer("q", "a", 3), row, steer("q", "b", 4), row]) == [
+        (1, reason),
+        (2, [("b", "a", 1.0)]),
+        (3, reason),
+        (5, reason),
+    ]
+
+
+def test_a_group_with_a_bad_score_is_one_bad_row() -> None:
+    rows = [steer("q", "a", 3), steer("q", "b", None), steer("r", "a", 3), steer("r", "b", "high"), steer("s", "a", 1)]
+    rows += [steer("s", "b", 2)]
+    assert grouped(rows) == [(1, "score is no number"), (3, "score is no number"), (5, [("b", "a", 1.0)])]
+
+
+def test_responses_may_be_grouped_by_another_score() -> None:
+    rows: list[Any] = [{"prompt": "q", "response": text, "score": score} for text, score in (("a", 0.5), ("b", 0.25))]
+    assert grouped(rows) == [(1, [("a", "b", 0.25)])]
+    assert grouped([row | {"helpfulness": 1} for row in rows]) == [(1, [("a", "b", 0.25)])]
+    assert grouped([steer("q", text, n) | {"score": None} for n, text in enumerate("ab")]) == [(1, [("b", "a", 1.0)])]
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe(SourceConf(path="rows.jsonl", **fields), None, [], "data")  # type: ignore[arg-type]
+
+
+def made(row: dict[str, Any], **fields: Any) -> tuple[list[tuple[str, str, float | None]], str]:
+    """The pairs that a source so configured makes of a row, and why there are none."""
+    Path("rows.jsonl").write_text(json.dumps(row))
+    mine = recipe(**fields)
+    source, _ = open_sources(mine.conf, "data")
+    mine.find_layout(next(source.batches(1)), source)
+    pairs, why_none = mine.pairs(row)
+    return texts(pairs), why_none
+
+
+def test_pairs_whose_scores_are_near_are_left_out() -> None:
+    row = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2.5, 1]}
+    assert made(row, pairing="all_pairs", min_score_gap=1.5)[0] == [("a", "c", 2.0), ("b", "c", 1.5)]
+    assert made(row, min_score_gap=2.5) == ([], "the scores differ by less than 2.5")
+    assert made(row | {"scores": [1, 1, 1]}, min_score_gap=2.5) == ([], "all answers score the same")
+    assert made(row | {"scores": [1, 1, 1]}) == ([], "all answers score the same")
+
+
+def test_the_gap_of_scores_of_a_pair_counts_too() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert made(row, min_score_gap=9)[0] == [("a", "b", None)]  # without scores it stays
+    scores = {"score_chosen": 3, "score_rejected": 2.5}
+    assert made(row | scores, min_score_gap=0.5)[0] == [("a", "b", 0.5)]
+    assert made(row | scores, min_score_gap=0.6) == ([], "the scores differ by less than 0.6")
+
+
+def test_columns_are_renamed() -> None:
+    row = {"q": WHY, "good": SCATTERS, "bad": JUST_IS, "id": 3}
+    columns = {"q": "prompt", "good": "chosen", "bad": "rejected"}
+    assert rename_columns(row, columns) == {"id": 3, "prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS}
+    assert made(row, columns=columns)[0] == [(SCATTERS, JUST_IS, None)]
+
+
+def test_a_renamed_column_takes_the_place_of_another() -> None:
+    row = {"prompt": "formatted: q", "raw": "q", "chosen": "a", "rejected": "b"}
+    assert rename_columns(row, {"raw": "prompt"}) == {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert rename_columns(row, {"chosen": "rejected", "rejected": "chosen"}) == row | {"chosen": "b", "rejected": "a"}
+
+
+def test_a_column_that_is_not_there_is_missed_with_the_nearest_name() -> None:
+    row = {"question": "q", "good": "a", "bad": "b"}
+    with pytest.raises(RowError, match=r"missing column: `qestion` of data\.columns; did you mean `question`\?"):
+        rename_columns(row, {"qestion": "prompt"})
+    with pytest.raises(DataError, match=r"none of the first rows can be used; rows\.jsonl:1: missing column: `God`"):
+        made(row, columns={"God": "chosen"})
+
+
+@pytest.mark.xfail(strict=True, reason="workers._group joins rows before data.columns and data.formatter see them")
+def test_responses_of_renamed_columns_are_grouped() -> None:
+    rows = [{"q": "why", "answer": answer, "quality": n} for n, answer in enumerate("ab")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = recipe(columns={"q": "prompt", "answer": "response", "quality": "helpfulness"})
+    source, _ = open_sources(mine.conf, "data")
+    mine.find_layout(next(source.batches(9)), source)
+    mine.template = type(
+        "Template", (), {"encode_batch": staticmethod(lambda pairs: [RowError("seen")] * len(pairs))}
+    )()
+    outcomes = list(process_all(source.batches(9), mine, 1))
+    assert [bad[2] for outcome in outcomes for bad in outcome.bad] == ["seen"]
+
+
+FORMATTERS = """
+def keep(row):
+    return {"prompt": row["q"], "chosen": row["a"], "rejected": row["b"]}
+
+def both(row):
+    return [keep(row), {"prompt": row["q"], "chosen": row["b"], "rejected": row["a"]}]
+
+def only_short(row):
+    return keep(row) if len(row["q"]) < 5 else None
+
+def nothing(row):
+    return []
+
+def scored(row):
+    return {"prompt": row["q"], "responses": [row["a"], row["b"]], "scores": [1, 2]}
+
+def mine(row):
+    return {"p": row["q"], "chosen": row["a"], "rejected": row["b"]}
+
+def text(row):
+    return row["q"]
+
+def texts(row):
+    return [keep(row), row["q"]]
+
+def fails(row):
+    raise ValueError("no such\\n  thing")
+
+def misses(row):
+    return row["nowhere"]
+
+def numbered(row):
+    return {1: row["q"]}
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def formatters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_formatters.py").write_text(FORMATTERS)
+    (tmp_path / "my_broken_formatters.py").write_text("def f(row:\n    return row\n")
+    (tmp_path / "my_failing_formatters.py").write_text("raise RuntimeError('not\\ntoday')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_formatters", raising=False)
+
+
+ROW = {"q": "why", "a": "so", "b": "no"}
+
+
+@pytest.mark.usefixtures("formatters")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("keep", [("so", "no", None)]),
+        ("both", [("so", "no", None), ("no", "so", None)]),
+        ("only_short", [("so", "no", None)]),
+        ("scored", [("no", "so", 1.0)]),
+    ],
+)
+def test_a_formatter_makes_rows_of_a_known_layout(name: str, expected: list[Any]) -> None:
+    assert made(ROW, formatter=f"my_formatters:{name}")[0] == expected
+
+
+@pytest.mark.usefixtures("formatters")
+def test_columns_are_renamed_after_the_formatter() -> None:
+    assert made(ROW, formatter="my_formatters:mine", columns={"p": "prompt"})[0] == [("so", "no", None)]
+
+
+@pytest.mark.usefixtures("formatters")
+def test_a_formatter_leaves_rows_out() -> None:
+    mine = recipe(formatter="my_formatters:only_short")
+    mine.layout = find_layout(mine.rows(ROW), "auto")
+    assert mine.pairs(ROW | {"q": "why, oh why"}) == ([], "data.formatter returned nothing")
+    assert format_row(ROW, load_formatter("my_formatters:nothing")) == []
+    for name in ("only_short", "nothing"):
+        with pytest.raises(DataError, match=r"^`data`: none of the first rows can be used; data\.formatter leaves out"):
+            made(ROW | {"q": "why, oh why"}, formatter=f"my_formatters:{name}")
+
+
+@pytest.mark.usefixtures("formatters")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("text", "returned 'why'; a row (dict), a list of rows or None is due"),
+        ("texts", "; a row (dict), a list of rows or None is due"),
+        ("fails", "ValueError: no such thing"),
+        ("misses", "KeyError: 'nowhere'"),
+    ],
+)
+def test_a_formatter_that_fails_costs_the_row(name: str, problem: str) -> None:
+    with pytest.raises(RowError) as caught:
+        recipe(formatter=f"my_formatters:{name}").rows(ROW)
+    assert caught.value.reason == "data.formatter failed"
+    assert problem in caught.value.detail and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("formatters")
+def test_a_formatter_that_makes_no_known_layout() -> None:
+    with pytest.raises(DataError, match="rows of no known layout, with columns: 1; needed are"):
+        made(ROW, formatter="my_formatters:numbered")
+
+
+@pytest.mark.usefixtures("formatters")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (
+            "my_formaters:keep",
+            "ModuleNotFoundError: No module named 'my_formaters'; name it as package.module:function",
+        ),
+        ("my_formatters:kep", "AttributeError: module 'my_formatters' has no attribute 'kep'"),
+        ("my_formatters:constant", "is no function"),
+        ("my_broken_formatters:f", "SyntaxError: "),
+        ("my_failing_formatters:f", "RuntimeError: not today"),
+        ("os:system", "is a module of Python itself; name a function of your own"),
+        ("builtins:eval", "is a module of Python itself"),
+        ("os.path:join", "is a module of Python itself"),
+    ],
+)
+def test_a_formatter_that_is_not_there(name: str, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        recipe(formatter=name)
+    assert str(caught.value).startswith(f"`data.formatter={name}`: ") and problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "layouts"),
+    [
+        # as argilla/distilabel-intel-orca-dpo-pairs has them: the pair, and what it was chosen from
+        (
+            {"input": "q", "chosen": "a", "rejected": "b", "generations": ["a", "b"], "rating": [9, 3]},
+            ["orca", "scored"],
+        ),
+        (
+            {"instruction": "q", "chosen": "a", "rejected": "b", "generations": ["a", "b"], "ratings": [5, 1]},
+            ["alpaca", "scored"],
+        ),
+        ({"prompt": "p", "question": "q", "chosen": "a", "rejected": "b"}, ["preference", "orca"]),
+        ({"prompt": "p", "instruction": "q", "chosen": "a", "rejected": "b"}, ["preference", "alpaca"]),
+        ({"instruction": "p", "question": "q", "chosen": "a", "rejected": "b"}, ["alpaca", "orca"]),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["a", "b"], "scores": [1, 0]},
+            ["preference", "scored"],
+        ),
+        (
+            {"instruction": "q", "output": ["a", "b"], "responses": ["a", "b"], "scores": [1, 0]},
+            ["alpaca", "scored"],
+        ),
+        (
+            {"prompt": "q", "response": "a", "helpfulness": 4, "chosen": "a", "rejected": "b"},
+            ["preference", "helpsteer"],
+        ),
+    ],
+)
+def test_what_could_be_two_layouts_is_an_error(row: dict[str, Any], layouts: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        find_layout([row], "auto", "data.sources.mine")
+    message = str(caught.value)
+    needs = {layout.name: layout.needs for layout in LAYOUTS}
+    assert message == (
+        "`data.sources.mine.format=auto`: the rows could be "
+        + ", ".join(f"{name} ({needs[name]})" for name in layouts)
+        + f"; set data.sources.mine.format={layouts[0]} or another of them"
+    )
+    for name in layouts:
+        assert find_layout([row], name).name == name
+
+
+def test_most_rows_decide() -> None:
+    odd = {"input": "q", "chosen": "a", "rejected": "b"}
+    both = odd | {"generations": ["a", "b"], "rating": [9, 3]}
+    assert find_layout([odd, both, {"broken": 1}], "auto").name == "orca"
+    assert find_layout([{"broken": 1}, {"other": 2}, both | {"rating": None}], "auto").name == "orca"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"q": "why", "a": "so"}, "q, a"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "prompt, chosen"),
+        ({"chosen": "a", "rejected": "b"}, "chosen, rejected"),
+        ({"prompt": "q", "completion": "a", "label": True}, "prompt, completion, label"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "prompt, completions, labels"),
+        ({"messages": [user("q"), bot("a")]}, "messages"),
+        ({}, "nothing"),
+        # a table without header: its first row is taken for one
+        ({"What is\n1 plus 1?": "q", "It is " + "very " * 99: "a"}, f"'What is\\n1 plus 1?', It is {'very ' * 6}very"),
+        ({f"c{n}": n for n in range(99)}, ", ".join(f"c{n}" for n in range(25)) + ", …"),
+        ({"half \ud83d": 1}, "'half \\ud83d'"),
+    ],
+)
+def test_an_unknown_layout_names_the_columns(row: dict[str, Any], columns: str) -> None:
+    with pytest.raises(DataError) as caught:
+        find_layout([row], "auto", "data.sources.mine")
+    assert str(caught.value) == (
+        f"`data.sources.mine`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and "
+        "rejected (or another layout of the README's table); name yours with data.sources.mine.columns or "
+        "data.sources.mine.formatter"
+    )
+
+
+@pytest.mark.parametrize(("name", "needs"), [(layout.name, layout.needs) for layout in LAYOUTS])
+def test_a_layout_that_is_named_must_fit(name: str, needs: str) -> None:
+    with pytest.raises(DataError) as caught:
+        find_layout([{"q": "why"}, {"a": "so", "b": None}], name)
+    assert str(caught.value) == f"`data.format={name}`: needs {needs}; the rows have: q, a"
+
+
+def test_a_transcript_is_never_taken_for_a_text() -> None:
+    transcript = f"{HUMAN}{ASSISTANT} so"
+    row = {"prompt": WHY, "chosen": transcript, "rejected": f"{HUMAN}{ASSISTANT} no"}
+    with pytest.raises(RowError, match=r"no transcript: `prompt` must begin with \\n\\nHuman:"):
+        read(row)
+    with pytest.raises(DataError, match=r"`data\.format=preference`: needs prompt, chosen, rejected: texts"):
+        read(row, name="preference")
