@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from dpo_runner.config_checks import suggest
 
 if TYPE_CHECKING:
-    from dpo_runner.config import DataConf, RunConf, SourceFields
+    from dpo_runner.config import RunConf
+    from dpo_runner.data_config import DataConf, SourceFields
 
 
 def check_data(conf: "RunConf") -> Iterator[str]:
@@ -31,7 +32,7 @@ def check_data(conf: "RunConf") -> Iterator[str]:
 
 
 def _check_sources(data: "DataConf") -> Iterator[str]:
-    from dpo_runner.config import SourceFields
+    from dpo_runner.data_config import SourceFields
 
     if not data.sources:
         if data.path is None:
@@ -57,7 +58,7 @@ def _check_sources(data: "DataConf") -> Iterator[str]:
 
 
 def _check_source(source: "SourceFields", key: str) -> Iterator[str]:
-    from dpo_runner.config import COLUMNS
+    from dpo_runner.data_config import COLUMNS
 
     if source.eval_path and source.eval_split:
         yield f"`{key}.eval_split={source.eval_split}`: contradicts {key}.eval_path={source.eval_path}; set one of them"

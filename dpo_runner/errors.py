@@ -34,8 +34,13 @@ class RowError(DataError):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        detail = " ".join(detail.split())  # what a template or a row itself says may have lines
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+class LeftOut(RowError):
+    """One sound row of which no pair is made, because the configuration says so."""
 
 
 class RunError(DpoRunnerError):

@@ -4,8 +4,9 @@ import math
 import os
 from pathlib import Path
 
-from dpo_runner.config import LoraConf, QuantConf, RunConf, resolve_sources
+from dpo_runner.config import LoraConf, QuantConf, RunConf
 from dpo_runner.data import PreferenceData
+from dpo_runner.data_config import resolve_sources
 
 
 def build_plan(conf: RunConf, data: PreferenceData, run_dir: Path, reference: str) -> dict[str, str]:

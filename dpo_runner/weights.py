@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from dpo_runner import __version__
 from dpo_runner.artifacts import RunDirectory, mask_secrets, write_folder
-from dpo_runner.config import RunConf, resolve_sources
+from dpo_runner.config import RunConf
+from dpo_runner.data_config import resolve_sources
 from dpo_runner.model import Policy
 
 if TYPE_CHECKING:

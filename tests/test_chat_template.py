@@ -152,7 +152,8 @@ def test_the_promises_hold_over_random_conversations(name: str, data: Any) -> No
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN.get(name, tokenizer.eos_token))
     for pair, encoded in zip(batch, results, strict=True):
         if not isinstance(encoded, Encoded):
-            assert encoded.reason == "chosen equals rejected"  # once trimmed, or by what the tokenizer does not know
+            # Once trimmed, or by what the tokenizer does not know; the other where a token's name is drawn as text.
+            assert encoded.reason in ("chosen equals rejected", "control token in the text")
             continue
         for answer, ids in ((pair.chosen, encoded.chosen_ids), (pair.rejected, encoded.rejected_ids)):
             assert encoded.prompt_ids + ids == whole(tokenizer, pair.prompt + answer)

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from dpo_runner.command_line import find_override_mistakes
-from dpo_runner.config import DataConf, ModelConf, RunConf, load_conf
+from dpo_runner.config import ModelConf, RunConf, load_conf
+from dpo_runner.data_config import DataConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.training_fields import TrainingConf
 

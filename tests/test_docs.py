@@ -114,8 +114,8 @@ def test_the_tables_list_every_group_option_and_module() -> None:
 
 
 def test_the_data_docs_list_every_layout_and_the_cited_formatter_works() -> None:
-    from dpo_runner.config import FORMATS
     from dpo_runner.data.formats import find_layout, format_row, read_pairs
+    from dpo_runner.data_config import FORMATS
 
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z]+)` \|", text, flags=re.MULTILINE)[: len(FORMATS) - 1] == list(FORMATS[1:])

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROWS
 
-from dpo_runner.config import SourceFields
 from dpo_runner.data import readers
 from dpo_runner.data.sources import RowSource, decode_rows, open_sources
+from dpo_runner.data_config import SourceFields
 from dpo_runner.errors import DataError, RowError
 
 

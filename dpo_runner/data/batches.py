@@ -14,7 +14,7 @@ from dpo_runner.data.chat_template import Encoded
 from dpo_runner.data.messages import Pair
 from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.sources import Batch, decode_rows
-from dpo_runner.errors import RowError
+from dpo_runner.errors import LeftOut, RowError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,12 +40,13 @@ def process_batch(batch: Batch, recipe: Recipe) -> Outcome:
     for index, (number, row) in enumerate(decode_rows(batch)):
         outcome.rows += 1
         try:
-            made, why_none = recipe.pairs(row)
+            made = recipe.pairs(row)
+        except LeftOut as error:
+            outcome.left_out[error.reason] += 1
+            continue
         except RowError as error:
             outcome.bad.append((batch.file, number, error.reason, error.detail))
             continue
-        if not made:
-            outcome.left_out[why_none] += 1
         pairs += made
         rows += [index] * len(made)
     encoded = recipe.template.encode_batch(pairs)

@@ -44,7 +44,7 @@ def _decode(row: bytes | str | dict[str, Any] | RowError) -> dict[str, Any] | Ro
     except UnicodeDecodeError as error:
         return RowError("invalid UTF-8", f"byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return RowError("broken JSON", f"{error.msg} at column {error.pos + 1}")
+        return RowError("broken JSON", f"{error.msg.removesuffix(' at')} at column {error.pos + 1}")
     except RecursionError:
         return RowError("broken JSON", "nested too deeply")
     except ValueError:  # the one that is left: Python's limit for integers

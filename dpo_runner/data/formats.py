@@ -2,11 +2,12 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from dpo_runner.config_checks import suggest
-from dpo_runner.data.layouts import LAYOUTS, Layout, Row, name_columns
+from dpo_runner.data.columns import Row, name_columns
+from dpo_runner.data.layouts import LAYOUTS, Layout
 from dpo_runner.data.messages import Pair, check_pair, parse_json
 from dpo_runner.errors import DataError, RowError
 
@@ -81,13 +82,14 @@ def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:
     return rows
 
 
-def find_layout(rows: list[Row], name: str, key: str = "data") -> Layout:
+def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "data") -> Layout:
     """Return the layout of a source, judged by its first rows.
 
     Args:
         rows: sound rows, at least one, under our names.
         name: `data.format`; `auto` finds out.
         key: where the source stands in the configuration, for messages.
+        source: what it is, such as `data.path=pairs.jsonl`, for messages.
 
     Raises:
         DataError: no layout fits, or several do.
@@ -96,41 +98,20 @@ def find_layout(rows: list[Row], name: str, key: str = "data") -> Layout:
     if name != "auto":
         layout = next(layout for layout in LAYOUTS if layout.name == name)
         if not any(layout.matches(row) for row in rows):
-            raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows have: {columns}")
+            raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows of {source} have: {columns}")
         return layout
     counts = {layout.name: sum(layout.matches(row) for row in rows) for layout in LAYOUTS}
     most = max(counts.values())
     candidates = [layout for layout in LAYOUTS if counts[layout.name] == most]
     if most == 0:
         raise DataError(
-            f"`{key}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
-            f"another layout of the README's table); name yours with {key}.columns or {key}.formatter"
+            f"`{source}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
+            f"another layout of docs/data.md); name yours with {key}.columns or {key}.formatter"
         )
     if len(candidates) > 1:
         names = ", ".join(f"{layout.name} ({layout.needs})" for layout in candidates)
         raise DataError(
-            f"`{key}.format=auto`: the rows could be {names}; set {key}.format={candidates[0].name} or another of them"
+            f"`{key}.format=auto`: the rows of {source} could be {names}; "
+            f"set {key}.format={candidates[0].name} or another of them"
         )
     return candidates[0]
-
-
-def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Row | RowError]]:
-    """Join HelpSteer's rows of one response each: neighbours with the same prompt become one scored row.
-
-    Rows that lack a part, and those that cannot be read, stay as they are and part no neighbours.
-    """
-    first, group = 0, None
-    for number, row in rows:
-        if isinstance(row, RowError) or row.get("prompt") is None or row.get("response") is None:
-            yield number, row
-            continue
-        score = row.get("helpfulness") if row.get("score") is None else row["score"]
-        if group is not None and group["prompt"] == row["prompt"]:
-            group["responses"].append(row["response"])
-            group["scores"].append(score)
-            continue
-        if group is not None:
-            yield first, group
-        first, group = number, {**row, "responses": [row["response"]], "scores": [score]}
-    if group is not None:
-        yield first, group

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_runner.config import DataConf, RunConf, SourceConf, resolve_sources
+from dpo_runner.config import RunConf
+from dpo_runner.data.bad_rows import check_bad_rows, check_outcome
 from dpo_runner.data.batches import Outcome
-from dpo_runner.data.chat_template import ChatTemplate, describe_mismatch
+from dpo_runner.data.chat_template import ChatTemplate
 from dpo_runner.data.messages import Message
 from dpo_runner.data.overlap import find_contaminated, find_near_duplicates, load_reference_texts
 from dpo_runner.data.overlong import Limit, cut_rows
@@ -19,6 +20,7 @@ from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.sources import RowSource, open_sources
 from dpo_runner.data.splits import Split, hold_out
+from dpo_runner.data_config import DataConf, SourceConf, resolve_sources
 from dpo_runner.errors import DataError
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def load_preferences(
         if rows is not None
     ]
     for name, _, part in prepared:
-        _check_bad_rows(part, data, _key(name, data))
+        check_bad_rows(part, data, _key(name, data))
     splits = _split(list(sources), prepared, data)
     limit = None
     if conf.training.max_length is not None:
@@ -150,38 +152,9 @@ def _prepare(
 
     def watch(outcome: Outcome, source: RowSource) -> None:
         progress(name, outcome.rows)
-        if outcome.bad and data.on_bad_row == "error":
-            file, number, reason, detail = outcome.bad[0]
-            raise DataError(f"{source.locate(file, number)}: {reason}{': ' if detail else ''}{detail}")
-        if outcome.first_mismatch and data.on_template_mismatch == "error":
-            _refuse_mismatch(outcome.first_mismatch, source)
+        check_outcome(outcome, source, data)
 
     return prepare(rows, recipe, conf.training.dataset_num_proc, watch)
-
-
-def _refuse_mismatch(first: tuple[int, int, str], source: RowSource) -> None:
-    file, number, mismatch = first
-    raise DataError(f"{source.locate(file, number)}: {describe_mismatch(mismatch)}")
-
-
-def _check_bad_rows(prepared: Prepared, data: DataConf, key: str) -> None:
-    """Stop where a source's bad rows, found now or by an earlier run, are more than the configuration bears."""
-    facts, source = prepared.facts, prepared.source
-    if facts["first_mismatch"] and data.on_template_mismatch == "error":
-        _refuse_mismatch(facts["first_mismatch"], source)
-    bad = sum(facts["bad"].values())
-    if not bad:
-        return
-    file, number, problem = facts["first_bad"]
-    first = f"{source.locate(file, number)}: {problem}"
-    if data.on_bad_row == "error":
-        raise DataError(first)
-    if bad > data.max_bad_fraction * facts["rows"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["bad"].items())
-        raise DataError(
-            f"`{key}`: {bad:,} of {facts['rows']:,} rows cannot be used, more than "
-            f"data.max_bad_fraction={data.max_bad_fraction:g} ({reasons}); the first is {first}"
-        )
 
 
 def _split(names: list[str], prepared: list[tuple[str, str, Prepared]], data: DataConf) -> dict[str, Split]:

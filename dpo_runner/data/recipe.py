@@ -4,18 +4,19 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config import SourceFields
 from dpo_runner.data.chat_template import ChatTemplate
+from dpo_runner.data.columns import Row
 from dpo_runner.data.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
-from dpo_runner.data.layouts import Layout, Row
+from dpo_runner.data.layouts import Layout
 from dpo_runner.data.messages import Pair
 from dpo_runner.data.sources import Batch, RowSource, decode_rows
-from dpo_runner.errors import DataError, RowError
+from dpo_runner.data_config import SourceFields
+from dpo_runner.errors import DataError, LeftOut, RowError
 
 
 @dataclass
@@ -54,15 +55,22 @@ class Recipe:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
+    def without_mapping(self) -> "Recipe":
+        """Return a recipe for rows that have been through `rows` already."""
+        return replace(self, conf=replace(self.conf, columns={}, formatter=None))
+
     def rows(self, row: Row | RowError) -> list[Row]:
-        """Return what the user's columns and formatter make of a decoded row.
+        """Return what the user's columns and formatter make of a decoded row: one row or several.
 
         Raises:
+            LeftOut: the formatter leaves it out.
             RowError: the row cannot be used.
         """
         if isinstance(row, RowError):
             raise row
         rows = format_row(row, self.formatter) if self.formatter else [row]
+        if not rows:
+            raise LeftOut("data.formatter returned nothing")
         return [rename_columns(row, self.conf.columns) for row in rows] if self.conf.columns else rows
 
     def find_layout(self, batch: Batch, source: RowSource) -> str:
@@ -75,29 +83,35 @@ class Recipe:
         for number, row in decode_rows(batch):
             try:
                 rows += self.rows(row)
+            except LeftOut:
+                continue
             except RowError as error:
                 first = first or f"{source.locate(batch.file, number)}: {error}"
         if not rows:
             raise DataError(
                 f"`{self.key}`: none of the first rows can be used; {first or 'data.formatter leaves out all'}"
             )
-        self.layout = find_layout(rows, self.conf.format, self.key)
+        self.layout = find_layout(rows, self.conf.format, self.key, source.setting)
         return self.layout.describe(next(row for row in rows if self.layout.matches(row)))
 
-    def pairs(self, row: Row | RowError) -> tuple[list[Pair], str]:
-        """Return a row's pairs, and where there are none, why.
+    def pairs(self, row: Row | RowError) -> list[Pair]:
+        """Return a row's pairs, at least one.
 
         Raises:
+            LeftOut: its scores make none.
             RowError: the row cannot be used.
         """
         assert self.layout is not None
-        rows = self.rows(row)
-        if not rows:
-            return [], "data.formatter returned nothing"
-        pairs = [pair for item in rows for pair in read_pairs(item, self.layout, self.conf.pairing)]
+        pairs = [pair for item in self.rows(row) for pair in read_pairs(item, self.layout, self.conf.pairing)]
+        if not pairs:
+            raise LeftOut("all answers score the same")
         gap = self.conf.min_score_gap
         kept = [pair for pair in pairs if pair.score_gap is None or pair.score_gap >= gap]
-        return kept, "all answers score the same" if not pairs else f"the scores differ by less than {gap:g}"
+        if not kept and all(pair.score_gap is not None and pair.score_gap < 0 for pair in pairs):
+            raise LeftOut("rejected scores higher than chosen")
+        if not kept:
+            raise LeftOut(f"the scores differ by less than {gap:g}")
+        return kept
 
 
 def _digest_tokenizer(tokenizer: Any) -> str:

@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from typing import Any
 
 from dpo_runner.data.batches import Outcome, process_batch
-from dpo_runner.data.formats import group_responses
-from dpo_runner.data.layouts import Row
+from dpo_runner.data.columns import Row
 from dpo_runner.data.recipe import Recipe
+from dpo_runner.data.scored import group_responses
 from dpo_runner.data.sources import Batch, decode_rows
 from dpo_runner.errors import RowError, RunError
 
@@ -37,7 +37,7 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
     """
     assert recipe.layout is not None
     if recipe.layout.name == "helpsteer":
-        batches = _group(batches)
+        batches, recipe = _group(batches, recipe), recipe.without_mapping()
     workers = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     for count, batch in enumerate(batches, start=1):
         yield process_batch(batch, recipe)
@@ -65,9 +65,9 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
             pool.shutdown(cancel_futures=True)
 
 
-def _group(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _group(batches: Iterator[Batch], recipe: Recipe) -> Iterator[Batch]:
     """Join rows of one response each into rows of several; it takes one process, since neighbours belong together."""
-    for file, rows in _by_file(batches):
+    for file, rows in _by_file(batches, recipe):
         numbers: list[int] = []
         grouped: list[Any] = []
         for number, row in group_responses(rows):
@@ -80,9 +80,17 @@ def _group(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield Batch(file, numbers, grouped)
 
 
-def _by_file(batches: Iterator[Batch]) -> Iterator[tuple[int, Iterator[tuple[int, Row | RowError]]]]:
+def _by_file(batches: Iterator[Batch], recipe: Recipe) -> Iterator[tuple[int, Iterator[tuple[int, Row | RowError]]]]:
     for file, group in itertools.groupby(batches, key=lambda batch: batch.file):
-        yield file, (item for batch in group for item in decode_rows(batch))
+        decoded = (item for batch in group for item in decode_rows(batch))
+        yield file, ((number, made) for number, row in decoded for made in _map(row, recipe))
+
+
+def _map(row: Row | RowError, recipe: Recipe) -> list[Row] | list[RowError]:
+    try:
+        return recipe.rows(row)
+    except RowError as error:
+        return [error]
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""How many rows that cannot be used a run bears, and what it says when it bears no more."""
+
+from dpo_runner.data.batches import Outcome
+from dpo_runner.data.chat_template import describe_mismatch
+from dpo_runner.data.prepare import Prepared
+from dpo_runner.data.sources import RowSource
+from dpo_runner.data_config import DataConf
+from dpo_runner.errors import DataError
+
+
+def check_outcome(outcome: Outcome, source: RowSource, data: DataConf) -> None:
+    """Stop at the first bad row, or prompt that is cut, as soon as it is found, where the configuration bears none.
+
+    Raises:
+        DataError: naming its place.
+    """
+    if outcome.bad and data.on_bad_row == "error":
+        file, number, reason, detail = outcome.bad[0]
+        raise DataError(f"{source.locate(file, number)}: {reason}{': ' if detail else ''}{detail}")
+    if outcome.first_mismatch and data.on_template_mismatch == "error":
+        _refuse_mismatch(outcome.first_mismatch, source)
+
+
+def _refuse_mismatch(first: tuple[int, int, str], source: RowSource) -> None:
+    file, number, mismatch = first
+    raise DataError(f"{source.locate(file, number)}: {describe_mismatch(mismatch)}")
+
+
+def check_bad_rows(prepared: Prepared, data: DataConf, key: str) -> None:
+    """Stop where a source's bad rows, found now or by an earlier run, are more than the configuration bears.
+
+    Raises:
+        DataError: with the reasons counted, and the first place.
+    """
+    facts, source = prepared.facts, prepared.source
+    if facts["first_mismatch"] and data.on_template_mismatch == "error":
+        _refuse_mismatch(facts["first_mismatch"], source)
+    bad = sum(facts["bad"].values())
+    if not bad:
+        return
+    file, number, problem = facts["first_bad"]
+    first = f"{source.locate(file, number)}: {problem}"
+    if data.on_bad_row == "error":
+        raise DataError(first)
+    if bad / facts["rows"] > data.max_bad_fraction:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["bad"].items())
+        raise DataError(
+            f"`{key}`: {bad:,} of {facts['rows']:,} rows cannot be used, more than "
+            f"data.max_bad_fraction={data.max_bad_fraction:g} ({reasons}); the first is {first}"
+        )
