@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")
     parser.add_argument("--prompt", help="answer this once, and end")
     parser.add_argument("--compare", action="store_true", help="show the untuned and the tuned answer side by side")
-    parser.add_argument("--system", help="a system prompt")
+    parser.add_argument("--system", help="a system prompt (default: the one of training, if any)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer's length limit (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) answers greedily")
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ class RowError(DataError):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        detail = " ".join(detail.split())  # what a template or a row itself says may have lines
+        detail = " ".join(line.strip() for line in detail.splitlines())  # a template's words, say, may have several
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 

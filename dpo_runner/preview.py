@@ -106,7 +106,8 @@ def show_report(report: DataReport, console: Console) -> None:
     for source in report.sources:
         not_used = _tally(source.bad, "bad: ") + _tally(source.left_out, "left out: ")
         if source.mismatched:
-            not_used.append(f"{source.mismatched:,} with the prompt cut to its common prefix")
+            cut = f"{source.mismatched:,} with the prompt cut to its common prefix"
+            not_used.append(f"{cut}; {source.first_mismatch}")
         table.add_row(
             _text(f"{source.name} ({source.split})"),
             _text(shorten_list(source.files)),

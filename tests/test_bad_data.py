@@ -571,7 +571,7 @@ def check_costs_one_row(
     assert (source.rows, source.pairs, source.bad, source.left_out) == (25, 24, {reason: 1}, {})
     assert len(data.train) == data.report.splits["train"].kept == 24
     (dropped,) = data.dropped()
-    place_of_it = {"source": "data", "split": "train", "file": path, "number": number}
+    place_of_it = {"source": "data", "split": "train", "file": path, "line" if has_lines else "row": number}
     assert dropped == {**place_of_it, "reason": reason, "detail": dropped["detail"]}
     assert detail in dropped["detail"] and "\n" not in dropped["detail"]
     assert json.dumps(dropped, ensure_ascii=False).encode()  # as dropped_rows.jsonl has it
@@ -797,7 +797,7 @@ def test_bad_rows_of_every_reason_are_counted(load: Load) -> None:
     assert source.bad == expected and source.rows == 24 + len(bad)
     assert list(source.bad.values()) == sorted(expected.values(), reverse=True)
     dropped = list(data.dropped())
-    assert [row["number"] for row in dropped] == list(range(13, 13 + len(bad)))
+    assert [row["line"] for row in dropped] == list(range(13, 13 + len(bad)))
     assert [row["reason"] for row in dropped] == [reason for _, reason in bad]
 
 
@@ -806,7 +806,7 @@ def test_bad_rows_for_evaluation_are_accounted_for_too(load: Load) -> None:
     line = write_rows("held_out.jsonl", GOOD["preference"], [pair(prompt="")])
     data = load("rows.jsonl", eval_path="held_out.jsonl")
     (dropped,) = data.dropped()
-    assert (dropped["split"], dropped["file"], dropped["number"]) == ("eval", "held_out.jsonl", line)
+    assert (dropped["split"], dropped["file"], dropped["line"]) == ("eval", "held_out.jsonl", line)
     assert [(source.split, source.bad) for source in data.report.sources] == [
         ("train", {}),
         ("eval", {"empty prompt": 1}),

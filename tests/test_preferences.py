@@ -71,6 +71,23 @@ def test_bundled_data_is_there_in_size_and_shape(tokenizer: Any) -> None:
         assert tokenizer.decode(row["chosen_ids"]).endswith((".<|im_end|>\n", "!<|im_end|>\n"))
 
 
+def test_a_prompt_that_is_cut_is_counted_with_its_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    import copy
+
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = tokenizer.chat_template.replace("assistant\\n'", "assistant\\n<think>'")
+    assert thinking.chat_template != tokenizer.chat_template
+    path = write(tmp_path / "a.jsonl", make_rows(4))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt becomes other tokens.*'<think>' became 'good"):
+        load(thinking, path, *NO_EVAL)
+    data = load(thinking, path, *NO_EVAL, "data.on_template_mismatch=longest_common_prefix")
+    source = data.report.sources[0]
+    assert source.mismatched == 4 and source.first_mismatch.startswith(f"{path}:1: from token 22 on, '<think>' became")
+    assert str(source).count("4 with the prompt cut to its common prefix") == 1
+    with pytest.raises(DataError, match="the prompt becomes other tokens"):  # found in the cache, and refused the same
+        load(thinking, path, *NO_EVAL)
+
+
 # --- evaluation rows
 
 
@@ -210,7 +227,7 @@ def test_exact_duplicates_are_counted_and_on_request_dropped(tmp_path: Path, tok
     assert "2 exact duplicates kept (data.deduplicate=exact drops them)" in str(data.report.splits["train"])
     data = load(tokenizer, path, *NO_EVAL, "data.deduplicate=exact")
     assert data.report.splits["train"].dropped == {"exact duplicate": 2}
-    assert [row["number"] for row in data.dropped()] == [6, 7]
+    assert [row["line"] for row in data.dropped()] == [6, 7]
     check_account(data)
 
 
@@ -219,7 +236,7 @@ def test_near_duplicates_are_dropped_on_request(tmp_path: Path, tokenizer: Any) 
     rows = [*make_rows(3), *({"prompt": f"Tell {n}", "chosen": text, "rejected": text[:-30]} for n in range(2))]
     data = load(tokenizer, write(tmp_path / "a.jsonl", rows), *NO_EVAL, "data.deduplicate=near")
     assert data.report.splits["train"].dropped == {"near-duplicate": 1}
-    assert [row["number"] for row in data.dropped()] == [5]
+    assert [row["line"] for row in data.dropped()] == [5]
     check_account(data)
 
 
@@ -231,7 +248,7 @@ def test_training_keeps_clear_of_evaluation_and_of_named_texts(tmp_path: Path, t
     with_eval = f"data.eval_path={evaluation}"
     data = load(tokenizer, train, with_eval, f"data.decontaminate=[eval,{texts}]")
     assert data.report.splits["train"].dropped == {"shares text with data.decontaminate": 3}
-    assert [row["number"] for row in data.dropped()] == [1, 2, 6]
+    assert [row["line"] for row in data.dropped()] == [1, 2, 6]
     assert data.report.warnings == []
     check_account(data)
 
@@ -362,7 +379,7 @@ def test_several_processes_give_the_same_rows_in_the_same_order(
     assert list(alone.train) == list(together.train) and list(alone.eval) == list(together.eval)
     assert alone.report == together.report
     assert list(alone.dropped()) == list(together.dropped())
-    assert [row["number"] for row in together.dropped()] == [61]
+    assert [row["line"] for row in together.dropped()] == [61]
 
 
 def test_a_process_that_dies_is_an_error_and_leaves_no_half_cache(

@@ -273,8 +273,8 @@ def test_the_command_shows_the_data_and_loads_no_weights(few_pairs, no_weights, 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>few.jsonl</h1>" in page and page.count('<article class="row">') == 2
     dropped = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["number"] for row in dropped] == [39, 40]
-    assert {"source", "split", "file", "number", "reason", "detail"} == set(dropped[0])
+    assert [row["line"] for row in dropped] == [39, 40]
+    assert {"source", "split", "file", "line", "reason", "detail"} == set(dropped[0])
 
 
 def test_no_rows_and_no_files_are_asked_for(pairs, no_weights, tmp_path, capsys) -> None:
@@ -322,7 +322,7 @@ def test_a_file_that_cannot_be_written_is_one_line(pairs, no_weights, capsys, mo
 def test_dropped_rows_with_half_a_character_can_be_written(pairs, no_weights, tmp_path, monkeypatch) -> None:
     from dpo_runner.data import PreferenceData
 
-    row = {"source": "data", "split": "train", "file": "\udc80.jsonl", "number": 1, "reason": "日本", "detail": ""}
+    row = {"source": "data", "split": "train", "file": "\udc80.jsonl", "line": 1, "reason": "日本", "detail": ""}
     monkeypatch.setattr(PreferenceData, "dropped", lambda self: iter([row]))
     assert run_preview("data=local_file", f"data.path={pairs}", "--dropped", "dropped.jsonl") == 0
     text = (tmp_path / "dropped.jsonl").read_text(encoding="utf-8")

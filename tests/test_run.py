@@ -64,7 +64,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert environment["seed"] == 42
     assert environment["commit"] is None or len(environment["commit"]) == 40
     assert environment["hardware"]["torch_threads"] == torch.get_num_threads()
-    assert environment["data"]["train"]["rows"] == 22
+    assert environment["data"]["train"]["rows"] == 21
     assert environment["model"]["fingerprint"] and environment["data"]["eval"]["fingerprint"]
 
     events = read_events(finished)
@@ -88,7 +88,7 @@ def test_the_account_of_the_data_is_kept_and_logged(tiny_run: list[str], tmp_pat
     assert report["sources"][0]["bad"] == {"broken JSON": 1, "chosen equals rejected": 1}
     assert report["splits"]["train"]["kept"] + report["splits"]["eval"]["kept"] == 24
     dropped = [json.loads(line) for line in (tmp_path / "r" / "dropped_rows.jsonl").read_text().splitlines()]
-    assert [(Path(row["file"]).name, row["number"], row["reason"]) for row in dropped] == [
+    assert [(Path(row["file"]).name, row["line"], row["reason"]) for row in dropped] == [
         ("pairs.jsonl", 25, "broken JSON"),
         ("pairs.jsonl", 26, "chosen equals rejected"),
     ]

@@ -334,7 +334,7 @@ def test_a_file_laid_out_otherwise_is_not_loaded_whole(
 BAD_LINES = [
     (b'{"a": }', "broken JSON: Expecting value at column 7"),
     (b'{"a": 1', "broken JSON: Expecting ',' delimiter at column 8"),
-    (b'{"a": "x', "broken JSON: Unterminated string starting at at column 7"),
+    (b'{"a": "x', "broken JSON: Unterminated string starting at column 7"),
     (b'  {"a": 1} x', "broken JSON: Extra data at column 12"),
     (b"text", "broken JSON: Expecting value at column 1"),
     (b'{"a": "\xff"}', "invalid UTF-8: byte 8 of the line"),

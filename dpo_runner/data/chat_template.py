@@ -99,6 +99,8 @@ class ChatTemplate:
             notes.append(f"ends an answer with {name(self.end_of_turn)}, not with the tokenizer's EOS {name(self.eos)}")
         else:
             notes.append(f"ends an answer with {name(self.eos)}")
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            notes.append("writes the date of the day on which rows are tokenized into them")
         return notes + self._renderer.describe_system_role()
 
     def encode(self, pair: Pair) -> Encoded:

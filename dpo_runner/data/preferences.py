@@ -75,14 +75,13 @@ class PreferenceData:
         return self._splits[split].fingerprint()
 
     def dropped(self) -> Iterator[dict[str, Any]]:
-        """Yield source, split, file, number (line or row), reason and detail of each row that was left out."""
+        """Yield source, split, file, line (or row), reason and detail of each row that was left out."""
         for name, split, prepared in self._prepared:
             for row in prepared.bad_rows():
                 yield {"source": name, "split": split, **row}
         for name_of_split, pairs in self._splits.items():
-            for source, file, number, reason in pairs.dropped():
-                place = {"source": source, "split": name_of_split, "file": file, "number": number}
-                yield {**place, "reason": reason, "detail": ""}
+            for source, place, reason in pairs.dropped():
+                yield {"source": source, "split": name_of_split, **place, "reason": reason, "detail": ""}
 
 
 def load_preferences(
@@ -255,7 +254,11 @@ def _first_prompts(rows: "Dataset", count: int) -> list[SamplePrompt]:
 
 def _report_source(name: str, split: str, part: Prepared) -> SourceReport:
     facts = part.facts
-    mismatched = int(np.count_nonzero(part.rows.data.column("mismatched").to_numpy())) if facts["first_mismatch"] else 0
+    mismatched, mismatch = 0, ""
+    if facts["first_mismatch"]:
+        file, number, text = facts["first_mismatch"]
+        mismatched = int(np.count_nonzero(part.rows.data.column("mismatched").to_numpy()))
+        mismatch = f"{part.source.locate(file, number)}: {text}"
     return SourceReport(
         name=name,
         split=split,
@@ -266,6 +269,7 @@ def _report_source(name: str, split: str, part: Prepared) -> SourceReport:
         bad=facts["bad"],
         left_out=facts["left_out"],
         mismatched=mismatched,
+        first_mismatch=mismatch,
     )
 
 

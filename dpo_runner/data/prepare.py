@@ -45,11 +45,11 @@ class Prepared:
     facts: dict[str, Any]
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield file, number, reason and detail of each row that cannot be used."""
+        """Yield file, line (or row), reason and detail of each row that cannot be used."""
         with (self.folder / BAD).open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
-                yield {**row, "file": self.source.files[row["file"]], "number": abs(row["number"])}
+                yield self.source.place(row.pop("file"), row.pop("number")) | row
 
 
 def prepare(source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watch) -> Prepared:

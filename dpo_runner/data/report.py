@@ -93,6 +93,7 @@ class SourceReport:
         bad: rows that cannot be used, by reason.
         left_out: sound rows of which no pair was made, by reason.
         mismatched: pairs whose prompt is cut to the tokens that it shares with prompt and answer together.
+        first_mismatch: where the first of them is, and which tokens became which.
     """
 
     name: str
@@ -104,12 +105,14 @@ class SourceReport:
     bad: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     mismatched: int = 0
+    first_mismatch: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.rows:,} rows", self.format, f"{self.pairs:,} pairs"]
         parts += [f"{count:,} bad: {reason}" for reason, count in self.bad.items()]
         parts += [f"{count:,} left out: {reason}" for reason, count in self.left_out.items()]
-        parts += [f"{self.mismatched:,} with the prompt cut to its common prefix"] if self.mismatched else []
+        if self.mismatched:
+            parts.append(f"{self.mismatched:,} with the prompt cut to its common prefix ({self.first_mismatch})")
         return ", ".join(parts)
 
 

@@ -48,9 +48,14 @@ class RowSource:
 
     def locate(self, file: int, number: int) -> str:
         """Say where the row is that `number` of a `Batch` stands for."""
+        place = self.place(file, number)
+        return f"{place['file']}:{place['line']}" if "line" in place else f"{place['file']}, row {place['row']}"
+
+    def place(self, file: int, number: int) -> dict[str, Any]:
+        """Return the same as `file`, and `line` or, where a file has no lines, `row`."""
         name = self.files[file]
         has_lines = number > 0 and self.dataset is None and _suffix(name) not in (".parquet", ".arrow")
-        return f"{name}:{number}" if has_lines else f"{name}, row {abs(number)}"
+        return {"file": name, "line": number} if has_lines else {"file": name, "row": abs(number)}
 
     def digest(self) -> str:
         """Return a hex digest of the content and its formats, whatever the files are called and wherever they are.

@@ -1,7 +1,7 @@
 """Which of the prepared pairs a split takes, in which order, and what becomes of the others."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,15 +165,14 @@ class Split:
         place = self.sources[index].source.locate(found["file"], found["number"])
         return f"{self.names[index]}: {place}" if len(self.names) > 1 else place
 
-    def dropped(self) -> "list[tuple[str, str, int, str]]":
-        """Return source, file, number and reason of each pair that was dropped."""
-        found = []
-        for index in np.flatnonzero(self._fate > _UNUSED):
-            source = self.sources[self.source[index]]
-            row = source.rows[int(self.row[index])]
-            reason = self._reasons[self._fate[index]]
-            found.append((self.names[self.source[index]], source.source.files[row["file"]], abs(row["number"]), reason))
-        return found
+    def dropped(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yield source, place and reason of each pair that was dropped."""
+        for index, source in enumerate(self.sources):
+            files, numbers = (source.rows.data.column(name).to_numpy() for name in ("file", "number"))
+            for pair in np.flatnonzero((self._fate > _UNUSED) & (self.source == index)):
+                row = self.row[pair]
+                place = source.source.place(int(files[row]), int(numbers[row]))
+                yield self.names[index], place, self._reasons[self._fate[pair]]
 
     def report(self) -> SplitReport:
         """Return the account of this split."""
