@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo check format clean
+.PHONY: help setup demo test test-demo check format bench-data clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ check: setup  ## lint, format, types, and the docs test
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)
+	$(BIN)/python scripts/bench_data.py
 
 clean:  ## remove .venv and caches (outputs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -19,7 +19,7 @@ from dpo_runner.data.prepare import Prepared, prepare
 from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.sources import RowSource, open_sources
-from dpo_runner.data.splits import Split, hold_out
+from dpo_runner.data.splits import Mask, Split, hold_out
 from dpo_runner.data_config import DataConf, SourceConf, resolve_sources
 from dpo_runner.errors import DataError
 
@@ -113,7 +113,7 @@ def load_preferences(
     ]
     for name, _, part in prepared:
         check_bad_rows(part, data, _key(name, data))
-    splits = _split(list(sources), prepared, data)
+    splits = _split(prepared, data)
     limit = None
     if conf.training.max_length is not None:
         training = conf.training
@@ -156,27 +156,24 @@ def _prepare(
     return prepare(rows, recipe, conf.training.dataset_num_proc, watch)
 
 
-def _split(names: list[str], prepared: list[tuple[str, str, Prepared]], data: DataConf) -> dict[str, Split]:
+def _split(prepared: list[tuple[str, str, Prepared]], data: DataConf) -> dict[str, Split]:
     """Give each pair its side: evaluation rows as the sources bring them, else by a hash of the prompt."""
-    brings = {name for name, split, _ in prepared if split == "eval"}
-    to_split = [name for name, split, _ in prepared if split == "train" and name not in brings]
-    held_out = {}
-    if data.eval_fraction > 0 and to_split:
-        parts = [part for name, split, part in prepared if split == "train" and name in to_split]
-        masks = hold_out([part.rows.data.column("prompt_hash").to_numpy() for part in parts], data.eval_fraction)
-        held_out = dict(zip(to_split, masks, strict=True))
-    sides: dict[str, list[tuple[str, Prepared, Any]]] = {"train": [], "eval": []}
+    bring_evaluation = {name for name, split, _ in prepared if split == "eval"}
+    undivided = [part for name, _, part in prepared if name not in bring_evaluation]
+    held_out: list[Mask] = []
+    if undivided and data.eval_fraction > 0:
+        hashes = [part.rows.data.column("prompt_hash").to_numpy() for part in undivided]
+        held_out = hold_out(hashes, data.eval_fraction)
+    masks = iter(held_out)
+    sides: dict[str, list[tuple[str, Prepared, Mask]]] = {"train": [], "eval": []}
     for name, split, part in prepared:
-        mask = held_out.get(name, np.zeros(len(part.rows), np.bool_)) if split == "train" else None
-        if mask is None or name in held_out:
-            sides["eval"].append((name, part, np.ones(len(part.rows), np.bool_) if mask is None else mask))
-        if mask is not None:
+        if name in bring_evaluation or not held_out:
+            sides[split].append((name, part, np.ones(len(part.rows), np.bool_)))
+        else:
+            mask = next(masks)
             sides["train"].append((name, part, ~mask))
-    return {
-        side: Split([name for name, _, _ in parts], [part for _, part, _ in parts], [mask for _, _, mask in parts])
-        for side, parts in sides.items()
-        if parts
-    }
+            sides["eval"].append((name, part, mask))
+    return {side: Split(parts) for side, parts in sides.items() if parts}
 
 
 def _build(

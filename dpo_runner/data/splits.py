@@ -24,9 +24,7 @@ class Split:
     """The pairs that a split could take.
 
     Args:
-        names: of the sources.
-        sources: their prepared pairs.
-        masks: for each source, which of its rows belong to this split.
+        parts: of each source its name, its prepared pairs, and which of these belong to this split.
 
     Attributes:
         source: of each pair, int16.
@@ -35,9 +33,10 @@ class Split:
         prompt_hash, pair_hash: uint64.
     """
 
-    def __init__(self, names: list[str], sources: Sequence[Prepared], masks: Sequence[Mask]) -> None:
-        self.names, self.sources = names, list(sources)
-        rows = [np.flatnonzero(mask) for mask in masks]
+    def __init__(self, parts: Sequence[tuple[str, Prepared, Mask]]) -> None:
+        self.names = [name for name, _, _ in parts]
+        self.sources = [source for _, source, _ in parts]
+        rows = [np.flatnonzero(mask) for _, _, mask in parts]
         self.source = np.repeat(np.arange(len(rows), dtype=np.int16), [len(part) for part in rows])
         self.row = np.concatenate([np.zeros(0, np.int64), *rows])
         self.prompt_hash = self._gather("prompt_hash", rows)
@@ -211,9 +210,10 @@ def hold_out(hashes: Sequence[npt.NDArray[Any]], fraction: float) -> list[Mask]:
     Raises:
         DataError: there are fewer than two different prompts.
     """
-    everything = np.unique(np.concatenate(hashes))
-    if len(everything) < 2:
+    everything = np.concatenate(hashes)
+    if len(everything) == 0 or (everything == everything[0]).all():
         raise DataError(f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0")
     border = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-    border = min(max(border, everything[1]), everything[-1])
+    second = everything[everything > everything.min()].min()
+    border = min(max(border, second), everything.max())
     return [values < border for values in hashes]
