@@ -30,6 +30,11 @@ def test_an_answer_streams_and_the_conversation_is_remembered(run_dir: Path) -> 
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
 
+    config = (run_dir / "config.yaml").read_text()  # of a run that trained with a system prompt
+    (run_dir / "config.yaml").write_text(config.replace("system_prompt: null", "system_prompt: Be kind."))
+    assert Chat(run_dir, max_new_tokens=6).messages == [{"role": "system", "content": "Be kind."}]
+    assert Chat(run_dir, max_new_tokens=6, system="Be brief.").messages[0]["content"] == "Be brief."
+
 
 def test_compare_answers_with_and_without_the_adapter(run_dir: Path) -> None:
     chat = Chat(run_dir, max_new_tokens=6)

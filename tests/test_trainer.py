@@ -10,6 +10,7 @@ from test_model import build, gradients
 
 from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
+from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
 from dpo_runner.plan import count_steps
 from dpo_runner.step0 import completion_logps
@@ -147,3 +148,29 @@ def test_losses_train(loss: str, tiny_run, tmp_path) -> None:
     trainer = build([*tiny_run, f"training.loss_type={loss}"], tmp_path)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, tokenizer, tmp_path) -> None:
+    """Where TRL's own templating is sound, ours gives the same."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    from dpo_runner.data import apply_chat_template
+
+    rows = [
+        {
+            "prompt": [
+                *([{"role": "system", "content": "Be brief."}] if number % 2 else []),
+                {"role": "user", "content": f"{row['prompt']} 🙂"},
+            ],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for number, row in enumerate(ROWS[:6])
+    ]
+    args = DPOConfig(output_dir=str(tmp_path), max_length=None, bf16=False, report_to="none")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    for row, made in zip(rows, trainer.train_dataset, strict=True):
+        assert apply_chat_template(row, tokenizer) == {name: made[name] for name in ID_COLUMNS}
