@@ -225,7 +225,7 @@ Examples:
   python -m dpo_runner -m training.beta=0.05,0.1,0.3
   python -m dpo_runner run_dir=outputs/mine          # the same command continues what was interrupted
   python -m dpo_runner dry_run=true                  # the plan, and nothing else
-  python -m dpo_runner.preview data.path=pairs.jsonl # what it would be trained on, row by row
+  python -m dpo_runner.preview data=local_file data.path=pairs.jsonl   # what it would be trained on
   python -m dpo_runner.chat outputs/mine             # talk with the result
 """
 

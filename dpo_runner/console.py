@@ -1,6 +1,7 @@
 """What a person sees of a run: the plan, a progress bar, and the before and after."""
 
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ _BEFORE_AND_AFTER = (
     ("response_tokens", "tokens per answer"),
 )
 
+_REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def visible(text: str) -> str:
+    """Return `text` with everything shown that could command a terminal, reorder a line or break an encoding.
+
+    C0 controls become their pictures (ESC is ␛), C1 controls, surrogates and the controls of writing direction
+    their escapes; newlines and tabs stay.
+    """
+    return "".join(map(_visible_character, text))
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if (code < 0x20 and character not in "\n\t") or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 or unicodedata.bidirectional(character) in _REORDERING:
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return character
+
 
 class RunConsole:
     """Prints one run.
@@ -34,15 +55,15 @@ class RunConsole:
         self._source: str | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(visible(text)))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(text)}")
+        self.console.print(f"[yellow]warning:[/] {escape(visible(text))}")
 
     def show_plan(self, plan: dict[str, str]) -> None:
         table = Table.grid(padding=(0, 2))
         for key, value in plan.items():
-            table.add_row(f"[bold]{escape(key)}[/]", escape(value))
+            table.add_row(f"[bold]{escape(key)}[/]", escape(visible(value)))
         self.console.print(table)
 
     def show_preparing(self, source: str, rows: int) -> None:
@@ -98,12 +119,12 @@ class RunConsole:
 
     def show_samples(self, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
-            question = escape(sample["prompt"][-1]["content"])
+            question = escape(visible(sample["prompt"][-1]["content"]))
             table = Table(title=question, title_justify="left", expand=True, show_lines=True)
             for column, answer in (("before", sample["reference"]), ("after", sample["policy"])):
                 cut = "" if answer["complete"] else ", cut off"
                 table.add_column(f"{column} ({answer['tokens']} tokens{cut})", ratio=1)
-            table.add_row(escape(sample["reference"]["text"]), escape(sample["policy"]["text"]))
+            table.add_row(*(escape(visible(sample[who]["text"])) for who in ("reference", "policy")))
             self.console.print(table)
 
     def show_summary(self, summary: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from dpo_runner.artifacts import mask_override, write_text
 from dpo_runner.config import load_conf
-from dpo_runner.console import RunConsole
+from dpo_runner.console import RunConsole, visible
 from dpo_runner.data.report import PARTS, DataReport
 from dpo_runner.errors import ConfigError, DpoRunnerError
-from dpo_runner.preview_page import Piece, Row, build_page, shorten_list, visible
+from dpo_runner.preview_page import Piece, Row, build_page, shorten_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,12 +3,12 @@
 import html
 import math
 import secrets
-import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from dpo_runner.console import visible
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _COLOURS = {
 _LONGEST_LABEL = 60
 _LONGEST_NAMES = 3
 _BAR_HEIGHT = 44
-_REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,6 @@ class Plot:
     note: str
     figure: "go.Figure"
     height: int
-
-
-def visible(text: str) -> str:
-    """Return `text` with everything shown that could command a terminal, reorder a line or break an encoding.
-
-    C0 controls become their pictures (ESC is ␛), C1 controls, surrogates and the controls of writing direction
-    their escapes; newlines and tabs stay.
-    """
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if (code < 0x20 and character not in "\n\t") or code == 0x7F:
-        return chr(0x2421 if code == 0x7F else 0x2400 + code)
-    if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 or unicodedata.bidirectional(character) in _REORDERING:
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-    return character
 
 
 def name_data(report: DataReport) -> str:

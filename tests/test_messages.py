@@ -129,3 +129,11 @@ def test_a_pair_must_be_writable() -> None:
     for odd in ({(1, 2): 3}, [b"a"]):
         with pytest.raises(RowError, match=r"^not JSON: `prompt`: "):
             check_pair(Pair([{**user("a"), "odd": odd}], [bot("b")], [bot("c")]))
+
+
+def test_messages_written_as_text_are_messages_and_never_learned_literally() -> None:
+    messages = [{"role": "user", "content": "Why?"}]
+    assert to_messages(json.dumps(messages), "user", "prompt") == messages
+    with pytest.raises(RowError, match="not a text: `prompt` holds messages that are not JSON"):
+        to_messages(str(messages), "user", "prompt")
+    assert to_messages("[{'a': 1}] is a list", "user", "prompt")[0]["content"] == "[{'a': 1}] is a list"

@@ -122,3 +122,15 @@ def test_two_runs_may_prepare_the_same_rows_at_once(tmp_path: Path, tokenizer: A
     for process in processes:
         process.join()
         assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "facts.json"])
+def test_a_damaged_entry_is_made_anew(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.jsonl", make_rows(20, name))
+    before = list(load(tokenizer, path).train)
+    (entry,) = (tmp_path / "cache" / "data").iterdir()
+    (entry / name).write_bytes((entry / name).read_bytes()[:-300])
+    assert list(load(tokenizer, path).train) == before

@@ -121,6 +121,17 @@ def test_several_sources_are_evaluated_each_and_together(tiny_run: list[str], tm
     assert summary["before"]["eval_logps/chosen"] == pytest.approx(events[0]["eval_logps/chosen"], rel=1e-5)
 
 
+def test_nothing_that_data_holds_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from dpo_runner.console import RunConsole
+
+    answer = {"text": "\x1b[31mred\x07", "tokens": 3, "complete": True}
+    prompt = [{"role": "user", "content": "\x1b]0;pwned\x07Why?"}]
+    RunConsole().show_samples([{"prompt": prompt, "reference": answer, "policy": answer}])
+    RunConsole().show_plan({"data": "\x1b[2J.jsonl"})
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x07" not in shown and "␛" in shown and "pwned" in shown
+
+
 def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> None:
     names = {path.name for path in (finished / "adapter").iterdir()}
     assert {

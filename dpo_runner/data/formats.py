@@ -96,7 +96,11 @@ def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "da
     """
     columns = name_columns(dict.fromkeys(column for row in rows for column, value in row.items() if value is not None))
     if name != "auto":
-        layout = next(layout for layout in LAYOUTS if layout.name == name)
+        layout = next((layout for layout in LAYOUTS if layout.name == name), None)
+        if layout is None:
+            raise DataError(
+                f"`{key}.format={name}`: no such layout; {suggest(name, [known.name for known in LAYOUTS])}"
+            )
         if not any(layout.matches(row) for row in rows):
             raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows of {source} have: {columns}")
         return layout

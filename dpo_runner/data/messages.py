@@ -24,6 +24,8 @@ ALIASES = {
     "function": "tool",
     "ipython": "tool",
 }
+_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+"""A list of messages written as text, as in a CSV file; as a plain text it would be learned literally."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,13 +50,18 @@ class Pair:
 
 
 def to_messages(value: Any, role: str, column: str) -> list[Message]:
-    """Return a text as one turn of `role`, and a message or a list of messages in our names.
+    """Return a text as one turn of `role`, and a message or a list of messages (or its JSON) in our names.
 
     Raises:
         RowError: it is neither, or a message lacks its role or content.
     """
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        if not _LOOKS_LIKE_MESSAGES.match(value):
+            return [{"role": role, "content": value}]
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError("not a text", f"`{column}` holds messages that are not JSON: {value!r:.60}") from None
     if isinstance(value, dict):
         value = [value]
     if value is None:

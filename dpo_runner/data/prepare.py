@@ -6,6 +6,7 @@ code. Paths, times and training settings are not in it, so a sweep over beta or 
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,16 +66,25 @@ def prepare(source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watc
         DataError: the source cannot be read, or its layout is not clear.
         RunError: a process died.
     """
-    from datasets import Dataset
-
     key = recipe.digest(source)
     folder = cache_dir() / "data" / key
     if not (folder / FACTS).exists():
         write_folder_once(folder, lambda staging: _write(staging, source, recipe, num_proc, watch))
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    rows = Dataset.from_file(str(folder / ROWS))
+    try:
+        facts, rows = _load(folder)
+    except (ValueError, OSError):  # Arrow's and JSON's complaints are such: a damaged entry is made anew
+        shutil.rmtree(folder)
+        write_folder_once(folder, lambda staging: _write(staging, source, recipe, num_proc, watch))
+        facts, rows = _load(folder)
     rows._fingerprint = key  # by content, so that what is computed from these rows can be found again
     return Prepared(source, key, rows, folder, facts)
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], "Dataset"]:
+    from datasets import Dataset
+
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return facts, Dataset.from_file(str(folder / ROWS))
 
 
 def _write(folder: Path, source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watch) -> None:

@@ -212,7 +212,10 @@ def hold_out(hashes: Sequence[npt.NDArray[Any]], fraction: float) -> list[Mask]:
     """
     everything = np.concatenate(hashes)
     if len(everything) == 0 or (everything == everything[0]).all():
-        raise DataError(f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0")
+        raise DataError(
+            f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0, "
+            "and training.eval_strategy=no"
+        )
     border = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
     second = everything[everything > everything.min()].min()
     border = min(max(border, second), everything.max())
