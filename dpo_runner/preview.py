@@ -14,6 +14,7 @@ from rich.text import Text
 from dpo_runner.artifacts import mask_override, write_text
 from dpo_runner.config import load_conf
 from dpo_runner.console import RunConsole, visible
+from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport
 from dpo_runner.errors import ConfigError, DpoRunnerError
 from dpo_runner.preview_page import Piece, Row, build_page, shorten_list
@@ -66,12 +67,6 @@ def split_pieces(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", befor
         if complete or not decode(group).endswith("\ufffd"):
             close()
     return pieces
-
-
-def find_special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the ids of all special tokens: of BOS, EOS and such, and of a chat template's own."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
 
 
 def pick_rows(data: "PreferenceData", tokenizer: "PreTrainedTokenizerBase", count: int) -> list[Row]:

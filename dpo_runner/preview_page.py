@@ -12,7 +12,7 @@ from dpo_runner.console import visible
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go  # type: ignore[import-untyped, unused-ignore]
+    import plotly.graph_objects as go
 
 _TEMPLATE = "preview_page.html"
 _COLOURS = {
@@ -99,7 +99,7 @@ def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> st
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, unused-ignore]
+    from plotly.offline import get_plotlyjs
 
     def finalize(value: Any) -> Any:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -662,7 +662,7 @@ def test_responses_may_be_grouped_by_another_score() -> None:
 
 
 def recipe(**fields: Any) -> Recipe:
-    return Recipe(SourceConf(path="rows.jsonl", **fields), None, [], "data")  # type: ignore[arg-type]
+    return Recipe(SourceConf(path="rows.jsonl", **fields), None, [], "data")
 
 
 def made(row: dict[str, Any], **fields: Any) -> tuple[list[tuple[str, str, float | None]], str]:

@@ -14,8 +14,9 @@ from markupsafe import escape
 from rich.console import Console
 
 from dpo_runner.console import visible
+from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths, SourceReport, SplitReport
-from dpo_runner.preview import draw_bars, find_special_ids, main, show_report, show_rows, split_pieces
+from dpo_runner.preview import draw_bars, main, show_report, show_rows, split_pieces
 from dpo_runner.preview_page import Piece, Row, build_page, escape_label
 
 SCRIPT = "<script>document.title='pwned'</script>"

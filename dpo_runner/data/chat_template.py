@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_runner.data.formats import find_layout, read_pairs
 from dpo_runner.data.messages import Message, Pair
-from dpo_runner.data.rendering import Rendered, Renderer, any_of
+from dpo_runner.data.rendering import Rendered, Renderer, any_of, find_special_ids
 from dpo_runner.errors import ConfigError, DpoRunnerError, RowError
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ class ChatTemplate:
             if not any(token in other for other in added if other != token)
         )
         self._tails: dict[tuple[str, str], Ids] = {}
-        special = {
-            *tokenizer.all_special_ids,
-            *(i for i, kind in tokenizer.added_tokens_decoder.items() if kind.special),
-        }
+        special = find_special_ids(tokenizer)
         self.end_of_turn = next((i for i in self._tokenize([self._renderer.ending])[0] if i in special), None)
         self.generation_prompt_length = len(self._tokenize([self._renderer.generation_prompt])[0])
 

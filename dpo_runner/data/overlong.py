@@ -2,14 +2,16 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.artifacts import cache_dir
+from dpo_runner.config import RunConf
 from dpo_runner.data.chat_template import ChatTemplate
-from dpo_runner.data.prepare import ROWS, Prepared
+from dpo_runner.data.prepare import ROWS, Prepared, load_rows, open_entry
 from dpo_runner.data.splits import Split
 
 if TYPE_CHECKING:
@@ -40,9 +42,18 @@ class Limit:
     last: int
 
     @classmethod
-    def of(cls, max_length: int, treatment: str, truncation_mode: str, template: ChatTemplate) -> "Limit":
-        first = 0 if template.bos is None else 1
-        return cls(max_length, treatment, truncation_mode == "keep_start", first, template.generation_prompt_length)
+    def of(cls, conf: RunConf, template: ChatTemplate) -> "Limit | None":
+        """Return a run's limit; None where `training.max_length` is null."""
+        training = conf.training
+        if training.max_length is None:
+            return None
+        return cls(
+            max_length=training.max_length,
+            treatment=conf.data.on_overlong,
+            keep_start=training.truncation_mode == "keep_start",
+            first=0 if template.bos is None else 1,
+            last=template.generation_prompt_length,
+        )
 
     def apply(self, split: Split) -> bool:
         """Drop from `split` what cannot be used, and count what is going to be cut.
@@ -79,12 +90,10 @@ class Limit:
 
 def cut_rows(prepared: Prepared, limit: Limit) -> "Dataset":
     """Return a source's rows with prompts or completions cut to `limit`, out of the cache where it has them."""
-    from datasets import Dataset
-
     key = hashlib.sha256(f"{prepared.key} {limit}".encode()).hexdigest()[:32]
     folder = cache_dir() / "data" / key
 
-    def fill(staging: Any) -> None:
+    def fill(staging: Path) -> None:
         import pyarrow as pa
 
         table = prepared.rows.data.table
@@ -92,11 +101,7 @@ def cut_rows(prepared: Prepared, limit: Limit) -> "Dataset":
             for batch in table.to_batches(max_chunksize=_BATCH):
                 writer.write_batch(_cut(batch, limit))
 
-    if not (folder / ROWS).exists():
-        write_folder_once(folder, fill)
-    rows = Dataset.from_file(str(folder / ROWS))
-    rows._fingerprint = key
-    return rows
+    return open_entry(folder, fill, lambda: load_rows(folder))
 
 
 def _cut(batch: "pa.RecordBatch", limit: Limit) -> "pa.RecordBatch":

@@ -114,10 +114,7 @@ def load_preferences(
     for name, _, part in prepared:
         check_bad_rows(part, data, _key(name, data))
     splits = _split(prepared, data)
-    limit = None
-    if conf.training.max_length is not None:
-        training = conf.training
-        limit = Limit.of(int(training.max_length or 0), data.on_overlong, training.truncation_mode, template)
+    limit = Limit.of(conf, template)
     built: dict[str, Dataset] = {}
     for name in reversed(splits):  # evaluation first: training may have to keep clear of it
         built[name] = _build(name, splits[name], conf, limit, tokenizer, built.get("eval"))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_runner.artifacts import cache_dir, write_folder_once
 from dpo_runner.data.batches import Outcome, schema
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROWS, BAD, FACTS = "rows.arrow", "bad.jsonl", "facts.json"
 Watch = Callable[[Outcome, RowSource], None]
+Entry = TypeVar("Entry")
 
 
 @dataclass
@@ -68,23 +69,39 @@ def prepare(source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watc
     """
     key = recipe.digest(source)
     folder = cache_dir() / "data" / key
-    if not (folder / FACTS).exists():
-        write_folder_once(folder, lambda staging: _write(staging, source, recipe, num_proc, watch))
-    try:
-        facts, rows = _load(folder)
-    except (ValueError, OSError):  # Arrow's and JSON's complaints are such: a damaged entry is made anew
-        shutil.rmtree(folder)
-        write_folder_once(folder, lambda staging: _write(staging, source, recipe, num_proc, watch))
-        facts, rows = _load(folder)
-    rows._fingerprint = key  # by content, so that what is computed from these rows can be found again
+
+    def fill(staging: Path) -> None:
+        _write(staging, source, recipe, num_proc, watch)
+
+    facts, rows = open_entry(folder, fill, lambda: (_load_facts(folder), load_rows(folder)))
     return Prepared(source, key, rows, folder, facts)
 
 
-def _load(folder: Path) -> tuple[dict[str, Any], "Dataset"]:
+def open_entry(folder: Path, fill: Callable[[Path], None], load: Callable[[], Entry]) -> Entry:
+    """Return what `load` finds in a folder of the cache, which `fill` makes where it is not there, or damaged."""
+    if not folder.exists():
+        write_folder_once(folder, fill)
+    try:
+        return load()
+    except (ValueError, OSError):  # Arrow's and JSON's complaints are such
+        shutil.rmtree(folder)
+        write_folder_once(folder, fill)
+        return load()
+
+
+def load_rows(folder: Path) -> "Dataset":
+    """Map the rows of a folder of the cache, whose name is the digest of all that decides them."""
     from datasets import Dataset
 
+    rows = Dataset.from_file(str(folder / ROWS))
+    rows._fingerprint = folder.name  # so that what is computed from these rows can be found again
+    return rows
+
+
+def _load_facts(folder: Path) -> dict[str, Any]:
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return facts, Dataset.from_file(str(folder / ROWS))
+    assert isinstance(facts, dict)
+    return facts
 
 
 def _write(folder: Path, source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watch) -> None:

@@ -46,8 +46,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self._system_prompt, self._on_no_system_role = system_prompt, on_no_system_role
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._control = any_of(special | set(tokenizer.all_special_tokens))
+        self._control = any_of(tokenizer.convert_ids_to_tokens(sorted(find_special_ids(tokenizer))))
         self.knows_system, self.generation_prompt, self.ending = False, "", ""
         if tokenizer.chat_template is not None:
             self._probe()
@@ -133,6 +132,12 @@ class Renderer:
             self.knows_system = _PROBE in self._render([{"role": "system", "content": _PROBE}, question], True, {})
         except RowError:
             self.knows_system = False
+
+
+def find_special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids of all special tokens: of BOS, EOS and such, and of a chat template's own."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
 
 
 def any_of(tokens: Iterable[str]) -> "re.Pattern[str]":

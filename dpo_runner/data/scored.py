@@ -86,7 +86,7 @@ def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tupl
 
     Rows that lack a part, and those that cannot be read, stay as they are and part no neighbours.
     """
-    first, group = 0, None
+    start, group = 0, None
     for number, row in rows:
         if isinstance(row, RowError) or row.get("prompt") is None or row.get("response") is None:
             yield number, row
@@ -97,7 +97,7 @@ def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tupl
             group["scores"].append(score)
             continue
         if group is not None:
-            yield first, group
-        first, group = number, {**row, "responses": [row["response"]], "scores": [score]}
+            yield start, group
+        start, group = number, {**row, "responses": [row["response"]], "scores": [score]}
     if group is not None:
-        yield first, group
+        yield start, group

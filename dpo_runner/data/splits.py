@@ -137,19 +137,23 @@ class Split:
 
         tables = tables or [source.rows for source in self.sources]
         starts = np.cumsum([0, *(len(table) for table in tables)])
-        order = self.order[self.kept[self.order]]
-        return concatenate_datasets(list(tables)).select(starts[self.source[order]] + self.row[order])
+        taken = self._taken()
+        return concatenate_datasets(list(tables)).select(starts[self.source[taken]] + self.row[taken])
+
+    def _taken(self) -> npt.NDArray[np.int64]:
+        """Return which pairs `build()` returns, in order."""
+        return self.order[self.kept[self.order]]
 
     def sources_in_order(self) -> npt.NDArray[np.int16]:
         """Return the source of each pair of `build()`."""
-        return self.source[self.order[self.kept[self.order]]]
+        return self.source[self._taken()]
 
     def fingerprint(self) -> str:
         """Return a digest of the pairs of `build()`, in order."""
-        order = self.order[self.kept[self.order]]
-        digest = hashlib.sha256(self.pair_hash[order].tobytes())
+        taken = self._taken()
+        digest = hashlib.sha256(self.pair_hash[taken].tobytes())
         for part in PARTS:  # what has been cut has another length
-            digest.update(self.lengths[part][order].tobytes())
+            digest.update(self.lengths[part][taken].tobytes())
         return digest.hexdigest()[:16]
 
     def count_prompts_shared_with(self, other: "Split") -> int:
@@ -158,9 +162,9 @@ class Split:
 
     def locate(self, row: int) -> str:
         """Say where a pair of `build()` stands in its source."""
-        order = self.order[self.kept[self.order]]
-        index = int(self.source[order[row]])
-        found = self.sources[index].rows[int(self.row[order[row]])]
+        pair = self._taken()[row]
+        index = int(self.source[pair])
+        found = self.sources[index].rows[int(self.row[pair])]
         place = self.sources[index].source.locate(found["file"], found["number"])
         return f"{self.names[index]}: {place}" if len(self.names) > 1 else place
 
