@@ -2,23 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-
-from dpo_runner.artifacts import read_status
-from dpo_runner.errors import ConfigError, DpoRunnerError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from dpo_runner.errors import DpoRunnerError
 
 Message = dict[str, str]
 
-_REFERENCE = "reference"
 HELP = "/reset forgets the conversation, /quit ends it"
 
 
@@ -36,17 +28,15 @@ class Chat:
     """
 
     def __init__(self, run_dir: Path, max_new_tokens: int, temperature: float = 0.0, system: str | None = None) -> None:
-        status = read_status(run_dir)
-        if status is None:
-            raise ConfigError(f"{run_dir}: holds no run (no status.json)")
-        if status["state"] != "finished":
-            raise ConfigError(f"{run_dir}: the run is {status['state']}, not finished; there is no tuned model yet")
+        from dpo_runner.tuned import check_finished, load_tuned_model, read_run_conf
+
+        check_finished(run_dir)
         from dpo_runner.data.chat_template import ChatTemplate
 
         self.model, self.tokenizer = load_tuned_model(run_dir)
-        trained = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["data"]
-        system = system if system is not None else trained.get("system_prompt")
-        self._template = ChatTemplate(self.tokenizer, None, trained.get("on_no_system_role", "fold"))
+        trained = read_run_conf(run_dir).data
+        system = system if system is not None else trained.system_prompt
+        self._template = ChatTemplate(self.tokenizer, None, trained.on_no_system_role)
         self._max_new_tokens, self._temperature, self._system = max_new_tokens, temperature, system
         self.reset()
 
@@ -66,6 +56,8 @@ class Chat:
             *(message for message in self.messages if message["role"] == "system"),
             {"role": "user", "content": text},
         ]
+        from dpo_runner.tuned import untuned
+
         with untuned(self.model):
             before = self._answer(messages, lambda piece: None)
         return before, self._answer(messages, lambda piece: None)
@@ -108,43 +100,6 @@ class Chat:
         if failure:
             raise failure[0]
         return "".join(pieces).strip()
-
-
-def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the model a run ended with, on the base and quantization that it was trained on."""
-    from peft import PeftModel
-
-    from dpo_runner.config import ModelConf, QuantConf
-    from dpo_runner.locations import resolve_adapter_path
-    from dpo_runner.model import load_base_model
-    from dpo_runner.tokenizer import load_tokenizer
-
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    conf = ModelConf(**config["model"])
-    if (run_dir / "model").is_dir():
-        conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
-        return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
-    base, _ = load_base_model(conf, QuantConf(**config["quant"]) if config["quant"] else None)
-    model = PeftModel.from_pretrained(base, run_dir / "adapter")
-    if conf.adapter is not None and conf.adapter_mode == "continue":
-        model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
-    return model.eval(), load_tokenizer(conf)
-
-
-@contextmanager
-def untuned(model: Any) -> Iterator[None]:
-    """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
-    if not hasattr(model, "disable_adapter"):
-        raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
-    if _REFERENCE not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter(_REFERENCE)
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -126,6 +126,20 @@ class SamplesConf:
 
 
 @dataclass
+class JudgeConf:
+    """The OpenAI-compatible endpoint that `python -m dpo_runner.evaluate` asks which of two answers is better."""
+
+    base_url: str | None = None
+    """Such as `http://127.0.0.1:8000/v1`; null: no win rate."""
+    model: str | None = None
+    """The judge's name at that endpoint."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; where it is not set, none is sent."""
+    timeout: float = 60.0
+    """Seconds to wait for one verdict."""
+
+
+@dataclass
 class RunConf:
     """Everything that defines one run.
 
@@ -141,6 +155,7 @@ class RunConf:
     wandb: WandbConf = field(default_factory=WandbConf)
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
+    judge: JudgeConf = field(default_factory=JudgeConf)
     run_name: str = "dpo"
     """Names the directory under outputs/ and the W&B run."""
     run_dir: str | None = None

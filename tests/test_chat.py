@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dpo_runner import load_conf, run
-from dpo_runner.chat import Chat, main, untuned
+from dpo_runner.chat import Chat, main
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import load_policy
+from dpo_runner.tuned import untuned
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""The model that a finished run ended with, and the one that it began with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from dpo_runner.artifacts import read_status
+from dpo_runner.config import ModelConf, RunConf
+from dpo_runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REFERENCE = "reference"
+
+
+def check_finished(run_dir: Path) -> None:
+    """Refuse a directory without a tuned model.
+
+    Raises:
+        ConfigError: it holds no run, or one that has not finished.
+    """
+    status = read_status(run_dir)
+    if status is None:
+        raise ConfigError(f"{run_dir}: holds no run (no status.json)")
+    if status["state"] != "finished":
+        raise ConfigError(f"{run_dir}: the run is {status['state']}, not finished; there is no tuned model yet")
+
+
+def read_run_conf(run_dir: Path) -> RunConf:
+    """Return the configuration that a run was started with, from its config.yaml."""
+    written = OmegaConf.load(run_dir / "config.yaml")
+    conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConf), written))
+    assert isinstance(conf, RunConf)
+    return conf
+
+
+def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model a run ended with, on the base and quantization that it was trained on."""
+    from peft import PeftModel
+
+    from dpo_runner.locations import resolve_adapter_path
+    from dpo_runner.model import load_base_model
+    from dpo_runner.tokenizer import load_tokenizer
+
+    run = read_run_conf(run_dir)
+    conf = run.model
+    if (run_dir / "model").is_dir():
+        conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
+        return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
+    base, _ = load_base_model(conf, run.quant)
+    model = PeftModel.from_pretrained(base, run_dir / "adapter")
+    if conf.adapter is not None and conf.adapter_mode == "continue":
+        model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
+    return model.eval(), load_tokenizer(conf)
+
+
+@contextmanager
+def untuned(model: Any) -> Iterator[None]:
+    """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
+    if not hasattr(model, "disable_adapter"):
+        raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
+    if _REFERENCE not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(_REFERENCE)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
