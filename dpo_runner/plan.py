@@ -3,20 +3,24 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
-from dpo_runner.config import LoraConf, QuantConf, RunConf
+from dpo_runner.config import LoraConf, RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data_config import resolve_sources
+from dpo_runner.quantization import describe_quantization
 
 
-def build_plan(conf: RunConf, data: PreferenceData, run_dir: Path, reference: str) -> dict[str, str]:
+def build_plan(
+    conf: RunConf, data: PreferenceData, run_dir: Path, reference: str, own_quantization: Any = None
+) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown."""
     model, training = conf.model, conf.training
     remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
     loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
     return {
         "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
-        "quantization": _describe_quantization(conf.quant),
+        "quantization": describe_quantization(conf.quant, own_quantization),
         "adapter": _describe_adapter(conf),
         "reference": reference,
         "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
@@ -53,23 +57,21 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _describe_quantization(quant: QuantConf | None) -> str:
-    if quant is None:
-        return "none"
-    if quant.load_in_8bit:
-        return "int8 (LLM.int8())"
-    double = ", double quantization" if quant.bnb_4bit_use_double_quant else ""
-    return f"{quant.bnb_4bit_quant_type}, computes in {quant.bnb_4bit_compute_dtype}{double}"
-
-
 def _describe_adapter(conf: RunConf) -> str:
+    model = conf.model
     if conf.lora is not None:
-        return f"new LoRA, {_describe_lora(conf.lora)}"
-    if conf.model.adapter is not None and conf.model.adapter_mode == "continue":
-        return f"continues {conf.model.adapter}, in its own shape"
+        on_top = f" on top of the frozen {model.adapter}" if model.adapter and model.adapter_mode == "stack" else ""
+        return f"new {_describe_lora(conf.lora)}{on_top}"
+    if model.adapter is not None and model.adapter_mode == "continue":
+        return f"continues {model.adapter}, in its own shape"
     return "none: all weights are trained"
 
 
 def _describe_lora(lora: LoraConf) -> str:
     modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    return f"r={lora.r}, lora_alpha={lora.lora_alpha}, lora_dropout={lora.lora_dropout:g}, on {modules}"
+    if lora.peft_type != "LORA":
+        given = "".join(f", {key}={value}" for key, value in lora.config.items())
+        return f"{lora.peft_type}{given}, on {modules}"
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    start = "" if lora.init_lora_weights is True else f", {lora.init_lora_weights} initialization"
+    return f"{kind}, r={lora.r}, lora_alpha={lora.lora_alpha}, lora_dropout={lora.lora_dropout:g}{start}, on {modules}"

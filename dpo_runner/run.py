@@ -22,7 +22,7 @@ with quiet_imports():
 
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
-    from dpo_runner.model import describe_reference, load_policy
+    from dpo_runner.model import check_model, describe_reference, load_policy
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
@@ -73,10 +73,13 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
         return read_summary(path)
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
+        model_config = check_model(conf)
         tokenizer = load_tokenizer(conf.model)
         origin = describe_chat_template(conf.model, tokenizer)
         data = load_preferences(conf, tokenizer, origin, console.show_preparing)
-    console.show_plan(build_plan(conf, data, path, describe_reference(conf)))
+    console.show_plan(
+        build_plan(conf, data, path, describe_reference(conf), getattr(model_config, "quantization_config", None))
+    )
     for warning in data.report.warnings:
         console.warn(warning)
     if conf.dry_run:
@@ -145,7 +148,8 @@ def _train(
 
     if conf.checks.step0:
         check_trainable(trainer)
-        check_reference(trainer)
+        difference = check_reference(trainer, is_initial=conf.model.reference == "initial")
+        console.say(f"step-0 check: the reference, {describe_reference(conf)}, differs by {difference:.2g} per token")
 
     checkpoint = find_last_checkpoint(directory.checkpoints)
     if checkpoint is not None and conf.training.sync_ref_model:

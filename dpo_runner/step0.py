@@ -3,6 +3,7 @@
 Most ways of training nothing, or training against the wrong reference, show in one of these.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -44,8 +45,15 @@ def completion_logps(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor, 
     return policy, reference, (labels != -100).sum(dim=1)
 
 
-def check_reference(trainer: DPOTrainer) -> None:
+def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     """Verify that policy and reference agree before the first step.
+
+    Args:
+        trainer: before training.
+        is_initial: whether the reference is the model that training starts from; any other one may differ.
+
+    Returns:
+        The largest difference, in nats per token.
 
     Raises:
         RunError: they differ by more than the dtype's rounding explains.
@@ -53,12 +61,13 @@ def check_reference(trainer: DPOTrainer) -> None:
     policy, reference, tokens = completion_logps(trainer)
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
     difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
-    if not difference <= TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]):
+    if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):
         raise RunError(
             f"step-0 check: policy and reference differ by {difference:.4g} per token before training (tolerance "
             f"{TOLERANCE.get(dtype):g} for {dtype}); likely the reference is not the model that training starts from, "
             "or the forward is not deterministic. checks.step0=false skips this check"
         )
+    return float(difference)
 
 
 def check_trainable(trainer: DPOTrainer) -> None:

@@ -1,43 +1,75 @@
 """From a RunConf to TRL's `DPOConfig` and a `DPOTrainer`, with the trainer's silent traps closed."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from peft import PeftModel, initialize_lora_eva_weights
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from dpo_runner.adapters import put_reference
 from dpo_runner.artifacts import write_json
 from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import Policy
+from dpo_runner.model import Policy, describe_reference
+
+_EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
-for _name in ("_prepare_dataset", "_save_checkpoint", "_prepare_inputs", "_load_from_checkpoint"):
+for _name in (
+    "_prepare_dataset",
+    "_precompute_ref_logps",
+    "_save_checkpoint",
+    "_prepare_inputs",
+    "_load_from_checkpoint",
+):
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
 class RunTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
-    def __init__(self, model: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, reference_adapter: str | None = None, reference: str = "", **kwargs: Any) -> None:
         self.attention = model.config._attn_implementation
         self._evaluates_part = False
+        self._reference_adapter, self._reference = reference_adapter, reference
         super().__init__(model=model, **kwargs)
+        self._settle_reference()
+
+    def _settle_reference(self) -> None:
+        if isinstance(self.model, PeftModel) and self.ref_model is None:
+            put_reference(self.model, self._reference_adapter)
+            self._reference_adapter = None
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._settle_reference()  # TRL calls this from its constructor
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         assert set(ID_COLUMNS) <= set(dataset.column_names), dataset.column_names
         # TRL files precomputed reference log-probabilities under the fingerprint of the rows and the weights alone,
         # though they depend on these too, and returns the wrong ones after any of them has changed.
         prepared = dataset.select_columns(list(ID_COLUMNS))
-        settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16, self.attention)
+        settings = (
+            args.max_length,
+            args.truncation_mode,
+            args.ld_alpha,
+            args.bf16,
+            args.fp16,
+            self.attention,
+            self._reference,
+        )
         prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
         return prepared
 
@@ -150,7 +182,7 @@ def build_trainer(
         ConfigError: TRL or peft refuses the combination of model and settings.
     """
     loaded: dict[str, torch.Tensor] = {}
-    if policy.peft_config is None and policy.ref_model is None:  # an SFT adapter that is continued
+    if isinstance(policy.model, PeftModel):  # an adapter whose weights are not those of a new one
         loaded = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
     try:
         trainer = RunTrainer(
@@ -162,14 +194,48 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=policy.peft_config,
             callbacks=callbacks,
+            reference_adapter=policy.reference_adapter,
+            reference=_identify_reference(conf, policy),
         )
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"`training`, `lora` or `model`: {str(error).strip().splitlines()[0]}") from None
     trainer.remove_callback(PrinterCallback)
-    if policy.ref_model is None:
+    if isinstance(trainer.model, PeftModel):
+        if conf.lora is not None and conf.lora.init_lora_weights == "eva":
+            _initialize_eva(trainer)
         _cast_adapter_to_fp32(trainer.model, loaded)
     _silence_dropout_in_reference(trainer.model)
     return trainer
+
+
+def _identify_reference(conf: RunConf, policy: Policy) -> str:
+    """Tell references apart by more than their path; TRL hashes only what it has loaded itself."""
+    digests = [
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(Path(policy.reference_adapter).glob("adapter_*") if policy.reference_adapter else ())
+    ]
+    return " ".join([describe_reference(conf), *digests])
+
+
+def _initialize_eva(trainer: RunTrainer) -> None:
+    """Set lora_A from the activations of the first training rows (EVA, arXiv 2410.07170); B stays 0.
+
+    Raises:
+        ConfigError: PEFT cannot, as where there are too few tokens for the rank.
+    """
+    args = trainer.args
+    rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), _EVA_ROWS)))
+    loader = DataLoader(rows, args.per_device_train_batch_size, collate_fn=trainer.data_collator)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for batch in loader:
+            kept = {key: batch[key].to(trainer.model.device) for key in ("input_ids", "attention_mask")}
+            yield {**kept, "use_cache": False}
+
+    try:
+        initialize_lora_eva_weights(trainer.model, list(batches()), show_progress_bar=False)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"`lora.init_lora_weights=eva`: {str(error).strip().splitlines()[0]}") from None
 
 
 def _cast_adapter_to_fp32(model: torch.nn.Module, loaded: dict[str, torch.Tensor]) -> None:

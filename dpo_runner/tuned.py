@@ -53,7 +53,7 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
     base, _ = load_base_model(conf, run.quant)
     model = PeftModel.from_pretrained(base, run_dir / "adapter")
-    if conf.adapter is not None and conf.adapter_mode == "continue":
+    if conf.adapter is not None and conf.adapter_mode in ("continue", "stack"):
         model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
     return model.eval(), load_tokenizer(conf)
 

@@ -7,6 +7,7 @@ import yaml
 from peft import PeftModel
 
 from dpo_runner import __version__
+from dpo_runner.adapters import combined_adapter
 from dpo_runner.artifacts import RunDirectory, mask_secrets, write_folder
 from dpo_runner.config import RunConf
 from dpo_runner.data_config import resolve_sources
@@ -35,7 +36,12 @@ def save_weights(
     def fill(staging: Path) -> None:
         if is_adapter:
             # TRL keeps the reference as a second adapter beside ours; it is no result.
-            model.save_pretrained(staging, selected_adapters=["default"])
+            with combined_adapter(model, policy.result) as name:
+                model.save_pretrained(staging, selected_adapters=[name])
+            if name != "default":  # PEFT puts it into a folder of its name
+                for file in (staging / name).iterdir():
+                    file.rename(staging / file.name)
+                (staging / name).rmdir()
         else:
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

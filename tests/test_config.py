@@ -100,7 +100,7 @@ def test_one_mistake_names_key_value_rule_and_cure(override: str, expected: str)
     ("overrides", "expected"),
     [
         (["quant=nf4", "lora=none"], "quantized weights cannot be trained without an adapter"),
-        (["quant=nf4", "quant.load_in_8bit=true"], "both of load_in_4bit and load_in_8bit"),
+        (["quant=nf4", "quant.load_in_8bit=true"], "load_in_4bit and load_in_8bit set"),
         (
             ["lora.lora_dropout=0.1", "training.disable_dropout=true"],
             "has no effect with training.disable_dropout=true",

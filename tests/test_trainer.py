@@ -108,9 +108,9 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
     conf = load_conf(tiny_run)
     rows = load_preferences(conf, load_tokenizer(conf.model)).train
 
-    def fingerprint(*overrides: str) -> str:
+    def fingerprint(*overrides: str, reference: str = "") -> str:
         args = build_dpo_config(load_conf([*tiny_run, "data.on_overlong=trl", *overrides]), tmp_path)
-        trainer = types.SimpleNamespace(attention="sdpa")
+        trainer = types.SimpleNamespace(attention="sdpa", _reference=reference)
         return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
 
     changes = [
@@ -121,6 +121,7 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
     ]
     assert len({fingerprint(), *map(fingerprint, changes)}) == 1 + len(changes)
     assert fingerprint() == fingerprint("training.beta=0.7", "training.learning_rate=1e-3")
+    assert fingerprint() != fingerprint(reference="another adapter")
 
 
 @pytest.mark.parametrize(

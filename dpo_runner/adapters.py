@@ -1,0 +1,251 @@
+"""PEFT adapters: the `lora` group as PEFT's config, checks of names and files, and one adapter on top of another."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_runner.config import LoraConf
+from dpo_runner.config_checks import suggest
+from dpo_runner.errors import ConfigError
+
+SFT = "sft"
+"""The frozen SFT adapter's name where another is trained on top of it."""
+
+
+def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
+    """Return PEFT's config for the `lora` group.
+
+    Raises:
+        ConfigError: `lora.config` has a field that the method lacks, or a value of the wrong type.
+    """
+    if conf is None:
+        return None
+    fields: dict[str, Any] = {"target_modules": conf.target_modules, "task_type": "CAUSAL_LM"}
+    if conf.peft_type == "LORA":
+        ours = {field.name for field in dataclasses.fields(LoraConf)} - {"config", "peft_type"}
+        fields |= {name: getattr(conf, name) for name in ours} | {"bias": "none"}
+    known = {name.value: config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if conf.peft_type not in known:
+        raise ConfigError(
+            f"`lora.peft_type={conf.peft_type}`: no such method in PEFT; {suggest(conf.peft_type, known)}"
+        )
+    cls = known[conf.peft_type]
+    _check_config_fields(conf, cls, fields)
+    if "target_modules" not in {field.name for field in dataclasses.fields(cls)}:
+        del fields["target_modules"]
+    try:
+        config = cls(**fields, **conf.config)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"`lora`: {str(error).strip().splitlines()[0]}") from None
+    if config.is_prompt_learning:
+        raise ConfigError(
+            f"`lora.peft_type={conf.peft_type}`: learns virtual tokens, with which a policy does not begin as its "
+            "reference; use a method that adapts weights, such as LORA"
+        )
+    return config
+
+
+def _check_config_fields(conf: LoraConf, cls: type, fields: dict[str, Any]) -> None:
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in conf.config.items():
+        if name in fields:
+            raise ConfigError(f"`lora.config.{name}`: has a key of its own; set lora.{name}={value}")
+        if name not in known:
+            raise ConfigError(f"`lora.config.{name}`: {cls.__name__} has no such field; {suggest(name, known)}")
+        default = known[name].default
+        kinds = (int, float) if type(default) is float else (type(default),)
+        if isinstance(default, (bool, int, float, str)) and (
+            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ConfigError(f"`lora.config.{name}={value}`: must be {type(default).__name__}, such as {default}")
+
+
+def changes_base(config: PeftConfig | None) -> bool:
+    """Whether an initialization takes its share out of the base weights, which are then no reference any more.
+
+    PiSSA (arXiv 2404.02948, Eq. 3-5) and OLoRA (arXiv 2406.01775) leave W - s·B0·A0 in the place of W.
+    """
+    initialization = config.init_lora_weights if isinstance(config, LoraConfig) else True
+    return isinstance(initialization, str) and initialization.startswith(("pissa", "olora"))
+
+
+def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
+    """Verify that each module that `lora` names is in the model; PEFT passes over a wrong name in a list silently.
+
+    Raises:
+        ConfigError: naming the first that is not, and the nearest that are.
+    """
+    from peft.utils.other import match_target_against_key
+
+    paths = [path for path, _ in meta.named_modules() if path]
+    leaves = {path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = getattr(conf, key)
+        if (
+            isinstance(value, str)
+            and value != "all-linear"
+            and not any(match_target_against_key(value, p) for p in paths)
+        ):
+            raise ConfigError(
+                f"`lora.{key}={value}`: matches no module of {name}; its modules are {', '.join(sorted(leaves))}"
+            )
+        for module in value if isinstance(value, list) else []:
+            if not any(path == module or path.endswith(f".{module}") for path in paths):
+                near = get_close_matches(module, sorted(leaves), n=3) or sorted(leaves)
+                raise ConfigError(f"`lora.{key}`: {name} has no module `{module}`; the nearest are {', '.join(near)}")
+    depth = getattr(meta.config.get_text_config(), "num_hidden_layers", None)
+    for index in conf.layers_to_transform or []:
+        if depth is not None and not 0 <= index < depth:
+            raise ConfigError(f"`lora.layers_to_transform={index}`: {name} has layers 0 to {depth - 1}")
+
+
+def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensors: bool) -> None:
+    """Verify that an adapter fits the model, by the names and shapes in its file, and that it does anything.
+
+    PEFT loads an adapter for another base without its weights, with a warning at most.
+
+    Args:
+        folder: the adapter's.
+        meta: the base model on the meta device, unquantized.
+        name: the base, for messages.
+        use_safetensors: refuse a pickled file.
+
+    Raises:
+        ConfigError: a name or a shape does not fit, all of its lora_B are 0, or it is pickled.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        if (folder / "adapter_model.bin").exists() and not use_safetensors:
+            return
+        why = "holds no adapter_model.safetensors"
+        if (folder / "adapter_model.bin").exists():
+            why += ", only a pickle, which may run code; model.use_safetensors=false allows it"
+        raise ConfigError(f"`model.adapter={folder}`: {why}")
+    modules = dict(meta.named_modules())
+    moved = None
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            path, found, part = key.removeprefix("base_model.model.").partition(".lora_")
+            if not found or part.split(".")[0] not in ("A", "B"):
+                continue
+            module = modules.get(path)
+            if module is None:
+                near = get_close_matches(path, modules, n=1)
+                hint = f"; the nearest there is {near[0]}" if near else ""
+                raise ConfigError(f"`model.adapter={folder}`: is for another base: {name} has no module {path}{hint}")
+            _check_shape(folder, name, path, module, part[0], list(tensors.get_slice(key).get_shape()))
+            if part[0] == "B":
+                moved = moved or bool(tensors.get_tensor(key).any())
+    if moved is False:
+        raise ConfigError(
+            f"`model.adapter={folder}`: all of its lora_B weights are 0, so it changes nothing; it was saved before "
+            "training, or its training never moved it"
+        )
+
+
+def _check_shape(folder: Path, name: str, path: str, module: torch.nn.Module, part: str, shape: list[int]) -> None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (torch.nn.Linear, Conv1D)) or weight is None:
+        return
+    inputs, outputs = (weight.shape[0], weight.shape[1]) if isinstance(module, Conv1D) else weight.shape[::-1]
+    has, wants = (shape[-1], inputs) if part == "A" else (shape[0], outputs)
+    if has != wants:
+        side = "inputs" if part == "A" else "outputs"
+        raise ConfigError(
+            f"`model.adapter={folder}`: is for another base: its lora_{part} of {path} has {has} {side}, that layer of "
+            f"{name} has {wants}"
+        )
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """Return the base model that an adapter names in its adapter_config.json, or None."""
+    value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return value if isinstance(value, str) else None
+
+
+class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
+    """A model whose adapter `sft` is always on and frozen, beneath the one that is active.
+
+    TRL makes its reference by a copy `ref` of the untrained `default`, which adds 0, and switches between the two:
+    policy = base + sft + default, reference = base + sft. With adapters disabled it is the bare base.
+    """
+
+    stacked: tuple[str, ...] = ("default", "ref")
+    """The adapters that stand on `sft`; a reference of one's own may stand on the bare base."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapter that is trained: Trainer loads checkpoints into the first of these."""
+        return [self.active_adapter]
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        if adapter_name in self.stacked:
+            self.base_model.set_adapter([SFT, adapter_name], inference_mode)
+            self._freeze_sft()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        with super().disable_adapter():
+            yield
+        self._freeze_sft()  # PEFT makes whatever it enables again trainable
+
+    def _freeze_sft(self) -> None:
+        self.set_requires_grad(SFT, False)
+
+
+def stack_adapter(base: torch.nn.Module, folder: str, config: PeftConfig) -> StackedPeftModel:
+    """Put a new adapter `default` on top of the frozen SFT adapter in `folder`."""
+    model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
+    model.__class__ = StackedPeftModel  # from_pretrained makes the class of the task type
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    return model  # type: ignore[no-any-return]
+
+
+def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
+    """Make another adapter the reference that TRL finds in the model.
+
+    Args:
+        model: the trainer's.
+        folder: of the adapter; `""`: none, so that the bare base is the reference; None: leave TRL's choice.
+    """
+    if folder is None:
+        return
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    if isinstance(model, StackedPeftModel):
+        model.stacked = ("default",)
+    if folder:
+        model.load_adapter(folder, "ref", is_trainable=False)
+    model.set_adapter("default")
+
+
+@contextmanager
+def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> Iterator[str]:
+    """Make one adapter out of several: ranks add up, and so do the updates, weighted (`cat` in PEFT).
+
+    Yields:
+        The name of the adapter, gone again afterwards.
+    """
+    if list(parts.items()) == [("default", 1.0)]:
+        yield "default"
+        return
+    name = "result"
+    model.base_model.add_weighted_adapter(list(parts), list(parts.values()), name, combination_type="cat")
+    try:
+        yield name
+    finally:
+        model.delete_adapter(name)
+        model.set_adapter("default")

@@ -1,0 +1,354 @@
+"""A finished run's result as one folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dpo_runner import __version__
+from dpo_runner.artifacts import mask_secrets, write_folder, write_json, write_text
+from dpo_runner.config import ModelConf, RunConf
+from dpo_runner.data.decoding import reason_of
+from dpo_runner.data.sources import is_hub_id
+from dpo_runner.data_config import resolve_sources
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ROUNDING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
+"""How far a saved dtype may move the logits, relative to the largest: its precision over dozens of layers, and room."""
+
+_FIXED_PROMPT = [{"role": "user", "content": "Name three things that a good explanation has, and say why."}]
+_PROMPTS, _PROMPT_TOKENS, _COMPARED_TOKENS = 4, 256, 64
+_WEIGHTS = ("config.json", "generation_config.json", "adapter_*", "*.safetensors*")
+_CITATIONS = """\
+- Rafael Rafailov, Archit Sharma, Eric Mitchell, Christopher D. Manning, Stefano Ermon, Chelsea Finn: *Direct
+  Preference Optimization: Your Language Model is Secretly a Reward Model*. NeurIPS 2023. arXiv:2305.18290
+- Leandro von Werra et al.: *TRL: Transformers Reinforcement Learning*. 2020. https://github.com/huggingface/trl
+"""
+
+
+def export_run(
+    run_dir: Path,
+    out: Path,
+    *,
+    adapter_only: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    name: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write a finished run's model, or its adapter alone, with tokenizer, model card and lineage.json.
+
+    Args:
+        run_dir: the run's directory.
+        out: the folder to write, whole or not at all; there must be none, or an empty one.
+        adapter_only: copy the adapter instead of merging it into the unquantized base.
+        dtype: of the saved weights; None takes the base checkpoint's own (full fine-tuning: the tuned weights').
+        max_shard_size: the largest weight file, such as `5GB`.
+        name: what the model card calls the folder in code; None takes `out`'s name.
+        say: is told what the check of the weights measured.
+
+    Returns:
+        `out`, as an absolute path.
+
+    Raises:
+        ConfigError: there is no finished run, `out` is taken, or a model that the run names is missing.
+        RunError: the merged model's logits are not the adapter's, or writing failed. Nothing was written.
+    """
+    from dpo_runner.tuned import check_finished, read_run_conf
+
+    check_finished(run_dir)
+    out = out.expanduser().resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
+    tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
+    if adapter_only and tuned.name == "model":
+        raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
+    conf = read_run_conf(run_dir)
+    environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    if commit := environment["model"]["commit"]:  # the branch may have moved since
+        conf.model = replace(conf.model, revision=commit)
+    lineage = _trace(conf, run_dir, tuned, environment)
+    model = None
+    if not adapter_only:
+        model, measured = _build_model(conf, run_dir, tuned, dtype, say)
+        lineage["export"] |= measured
+
+    def fill(staging: Path) -> None:
+        left_out = shutil.ignore_patterns("README.md", *(() if model is None else _WEIGHTS))
+        shutil.copytree(tuned, staging, ignore=left_out, dirs_exist_ok=True)
+        if model is not None:
+            model.save_pretrained(staging, max_shard_size=max_shard_size)
+        lineage["export"]["sha256"] = _digest(staging)
+        write_json(staging / "lineage.json", lineage)
+        body = (tuned / "README.md").read_text(encoding="utf-8")
+        write_text(staging / "README.md", _build_card(conf, body, mask_secrets(lineage), name or out.name))
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, fill)
+    except (OSError, ValueError) as error:  # ValueError: a generation config that transformers does not save
+        raise RunError(f"--out {out}: cannot be written; {reason_of(error)}") from None
+    return out
+
+
+def _build_model(
+    conf: RunConf, run_dir: Path, tuned: Path, dtype: str | None, say: Callable[[str], None]
+) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """Return the tuned model, merged in float32 and cast to the dtype to save, and what was measured on the way."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from dpo_runner.data.chat_template import ChatTemplate
+    from dpo_runner.locations import resolve_model_path
+    from dpo_runner.model import load_base_model
+    from dpo_runner.samples import find_stop_ids
+
+    full, trust = tuned.name == "model", conf.model.trust_remote_code
+    source = ModelConf(model_name_or_path=str(tuned), trust_remote_code=trust) if full else conf.model
+    # In the dtype of training: an SFT adapter merged in another one would make another base.
+    model: Any = load_base_model(source, None)[0]
+    if getattr(model.config, "quantization_config", None) is not None:
+        key = f"`model.model_name_or_path={source.model_name_or_path}`"
+        raise ConfigError(f"{key}: is itself quantized, so nothing can be merged into it; use --adapter-only")
+    path = resolve_model_path(source)
+    saved = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=trust).get_text_config()
+    dtype = dtype or str(saved.dtype or model.dtype).removeprefix("torch.")
+    usual, loaded = model.dtype, {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    model.float()
+
+    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=trust)
+    template = ChatTemplate(tokenizer, None, conf.data.on_no_system_role)
+    lines = (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()[:_PROMPTS]
+    messages = [json.loads(line)["prompt"] for line in lines] or [_FIXED_PROMPT]
+    prompts = [torch.tensor([template.render_prompt(prompt)[-_PROMPT_TOKENS:]]) for prompt in messages]
+    check: dict[str, Any] = {"prompts": len(prompts)}
+    if not full:
+        model, check["merge"] = _merge(model, tuned, prompts, say)
+    expected = _compute_logits(model, prompts)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():  # what the model keeps in another dtype than the rest of it stays so
+            tensor.data = tensor.data.to(getattr(torch, dtype) if loaded.get(key, usual) == usual else loaded[key])
+    moved, scale = _largest(_compute_logits(model, prompts) - expected), _largest(expected)
+    allowed = ROUNDING_TOLERANCE[dtype] * scale
+    check["rounding"] = {"largest_difference": moved, "tolerance": allowed, "largest_logit": scale}
+    say(f"saving as {dtype} moves the logits by at most {moved:.3g} (tolerance {allowed:.3g}, largest {scale:.3g})")
+    if not moved <= allowed:  # NaN included
+        raise RunError(
+            f"--dtype {dtype}: moves logits by {moved:.3g} > {allowed:.3g}, nothing written; use --dtype float32"
+        )
+    # So that a plain `generate` ends an answer where the run's own samples and chat do.
+    stops = find_stop_ids(model, tokenizer, template.end_of_turn)
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return model, {"dtype": dtype, "check": check}
+
+
+def _merge(
+    base: Any, adapter: Path, prompts: "list[Tensor]", say: Callable[[str], None]
+) -> "tuple[PreTrainedModel, dict[str, float]]":
+    """Merge the adapter and make sure, in float32, that the model computes what it did with the adapter on it.
+
+    The tolerance is 1% of what the adapter moves the logits by, so that one merged not at all, twice or wrongly scaled
+    is found however little was trained; at most 1e-3 of the largest logit, and no less than float32's noise.
+    """
+    from peft import PeftModel
+
+    model: Any = PeftModel.from_pretrained(base, adapter).eval()
+    expected = _compute_logits(model, prompts)
+    with model.disable_adapter():
+        effect = _largest(_compute_logits(model, prompts) - expected)
+    try:
+        model = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RunError(f"{adapter}: cannot be merged; {reason_of(error)}; nothing was written") from None
+    moved, scale = _largest(_compute_logits(model, prompts) - expected), _largest(expected)
+    allowed = min(max(effect / 100, scale * 1e-5), scale * 1e-3)
+    say(
+        f"merging, in float32, moves the logits of {len(prompts)} prompts by at most {moved:.3g} "
+        f"(tolerance {allowed:.3g}; the adapter itself moves them by {effect:.3g})"
+    )
+    if not moved <= allowed:  # NaN included
+        raise RunError(
+            f"{adapter}: merged, logits differ by {moved:.3g} > {allowed:.3g}; nothing was written; try --adapter-only"
+        )
+    return model, {"largest_difference": moved, "tolerance": allowed, "adapter_effect": effect, "largest_logit": scale}
+
+
+def _compute_logits(model: Any, prompts: "list[Tensor]") -> "Tensor":
+    """Return the logits at each prompt's last positions, one after another."""
+    import torch
+
+    with torch.no_grad():
+        each = [model(input_ids=ids.to(model.device), use_cache=False).logits[0, -_COMPARED_TOKENS:] for ids in prompts]
+    return torch.cat(each).float().cpu()
+
+
+def _largest(logits: "Tensor") -> float:
+    return float(logits.abs().max())  # NaN where there is one
+
+
+def _trace(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """Return where the weights come from, base to run, with what identifies each."""
+    from dpo_runner.locations import resolve_adapter_path, resolve_model_path
+
+    model, quant, sft = conf.model, conf.quant, None
+    if model.adapter is not None:
+        sft = {"name": model.adapter, "mode": model.adapter_mode, **_identify(resolve_adapter_path(model), None)}
+    quantization = None
+    if quant is not None:
+        other = "int8" if quant.load_in_8bit else str(quant.config.get("quant_method"))
+        quantization = quant.bnb_4bit_quant_type if quant.load_in_4bit else other
+    run = {
+        "name": conf.run_name,
+        "path": str(run_dir.resolve()),
+        "dpo_runner": environment["dpo_runner"],
+        "commit": environment["commit"],
+        "config_sha256": _hash(run_dir / "config.yaml"),
+        "quantization": quantization,
+        "sha256": _digest(tuned),
+    }
+    base = {"name": model.model_name_or_path, **_identify(resolve_model_path(model), model.revision)}
+    return {"base": base, "sft_adapter": sft, "dpo_run": run, "export": {"dpo_runner": __version__}}
+
+
+def _identify(location: str, revision: str | None) -> dict[str, Any]:
+    """Return folder, hub commit and weights' digests of a folder, or of what the cache has of a hub repository."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(location)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(location, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return {"path": None, "commit": revision, "sha256": {}}
+        folder = Path(cached).parent
+    commit = folder.name if folder.parent.name == "snapshots" else None  # so the hub's cache is laid out
+    return {"path": str(folder.resolve()), "commit": commit, "sha256": _digest(folder)}
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that decides what a model computes."""
+    names = ("config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
+    return {path.name: _hash(path) for path in sorted(path for name in names for path in folder.glob(name))}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build_card(conf: RunConf, run_card: str, lineage: dict[str, Any], name: str) -> str:
+    """Return README.md: metadata that the hub accepts, the run's own card, how to load it, and what it came from."""
+    base, sft, run, merged = lineage["base"], lineage["sft_adapter"], lineage["dpo_run"], "dtype" in lineage["export"]
+    front: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
+    front["tags"] = ["dpo", "trl", "dpo_runner", *([] if merged else ["lora"])]
+    # The hub refuses metadata with ids that cannot be one, such as a folder's path.
+    if is_hub_id(base["name"]):
+        front["base_model"] = base["name"]
+    if data := [path for source in resolve_sources(conf.data).values() if is_hub_id(path := str(source.path))]:
+        front["datasets"] = data
+    code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    code += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+    code += [f'model = AutoModelForCausalLM.from_pretrained("{name if merged else base["name"]}", dtype="auto")']
+    if not merged:
+        code.insert(0, "from peft import PeftModel")
+        if sft and sft["mode"] == "merge":
+            code += [f'model = PeftModel.from_pretrained(model, "{sft["name"]}").merge_and_unload()']
+        code += [f'model = PeftModel.from_pretrained(model, "{name}")']
+    origins = []
+    for title, step in (("base", base), (f"SFT adapter ({sft['mode']})" if sft else "", sft), ("DPO run", run)):
+        if step:
+            digests = (digest[:16] for file, digest in step["sha256"].items() if not file.endswith("config.json"))
+            origins += [f"| {title} | {step['name']} | {step['commit'] or ''} | {', '.join(digests)} |"]
+    if run["quantization"]:
+        origins += ["", f"Trained on a base quantized to {run['quantization']}, of which this export holds nothing:"]
+        origins += ["answers on the unquantized base may differ from the run's own."]
+    body = (
+        str(mask_secrets(run_card)).split("---\n", 2)[-1].partition("```python")[0]
+    )  # its code loads the run's folder
+    lines = [f"---\n{yaml.safe_dump(mask_secrets(front), sort_keys=False)}---", body.rstrip()]
+    lines += ["\n## Use\n\n```python", *code, "```\n\n## Where it comes from\n"]
+    lines += ["| | name | commit | sha256 of the weights begins |", "|---|---|---|---|", *origins]
+    lines += [f"\nThe run's configuration has sha256 {run['config_sha256']}. Everything else is in lineage.json."]
+    return "\n".join([*lines, "\n## Citations\n", _CITATIONS])
+
+
+def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Upload what `export_run` has written to a model repository, made (private unless `public`) where there is none.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RunError: the hub refused it or is out of reach; `folder` stays.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repo_id, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of dpo_runner")
+    except Exception as error:  # the hub's client passes on whatever its transports raise
+        reason = mask_secrets(reason_of(error))
+        raise RunError(f"--push-to-hub {repo_id}: {reason}; {folder} is written and stays") from None
+    return str(url)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exits with 2 where an argument or the run is of no use, with 1 where exporting failed."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_runner.export", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="a finished run's directory")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; not there yet, or empty")
+    parser.add_argument("--adapter-only", action="store_true", help="the adapter by itself, not merged")
+    parser.add_argument("--dtype", choices=list(ROUNDING_TOLERANCE), help="default: the base checkpoint's own")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="the largest weight file (default 5GB)")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the folder; a new repository is private")
+    parser.add_argument("--public", action="store_true", help="with --push-to-hub: a new repository is public")
+    args = parser.parse_args(argv)
+    try:
+        _export(args)
+    except DpoRunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was left half written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.adapter_only and (args.dtype or args.max_shard_size):
+        raise ConfigError("--adapter-only: copies the adapter as it is; leave out --dtype and --max-shard-size")
+    if args.max_shard_size and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", args.max_shard_size):
+        raise ConfigError(f"--max-shard-size {args.max_shard_size}: must be a number and KB, MB, GB or TB, as in 5GB")
+    if args.public and args.push_to_hub is None:
+        raise ConfigError("--public: goes with --push-to-hub REPO_ID")
+    if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
+        raise ConfigError(f"--push-to-hub {args.push_to_hub}: must be a repository id, such as me/my-model")
+
+    from dpo_runner.logs import quiet_imports
+
+    with quiet_imports():
+        from dpo_runner import model, samples  # noqa: F401
+        from dpo_runner.logs import route_library_logs
+
+    with route_library_logs(None):
+        size = args.max_shard_size or "5GB"
+        options = {"adapter_only": args.adapter_only, "dtype": args.dtype, "max_shard_size": size}
+        out = export_run(args.run_dir, args.out, **options, name=args.push_to_hub)
+        print(f"exported to {out}")
+        if args.push_to_hub is not None:
+            print(f"uploaded to {push_to_hub(out, args.push_to_hub, args.public)}")
+
+
+if __name__ == "__main__":
+    main()

