@@ -8,7 +8,8 @@ from dpo_runner import __version__
 from dpo_runner.artifacts import mask_file
 from dpo_runner.command_line import build_help, check_command_line
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, build_run_conf, expand_overrides
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.exits import honest_exit, report
 
 
 def main() -> None:
@@ -23,11 +24,13 @@ def main() -> None:
     if "--version" in argv:
         print(f"dpo_runner {__version__}")
         return
-    mistakes = check_command_line(argv)
-    sys.exit(_report(ConfigError(mistakes)) if mistakes else _run_with_hydra())
+    with honest_exit("interrupted"):
+        if mistakes := check_command_line(argv):
+            raise ConfigError(mistakes)
+        _run_with_hydra()
 
 
-def _run_with_hydra() -> int:
+def _run_with_hydra() -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -55,37 +58,21 @@ def _run_with_hydra() -> int:
         try:
             run(conf, typed)
         except RunInterrupted as error:
-            sys.exit(_report(error))  # ends the whole sweep
+            sys.exit(report(error))  # ends the whole sweep
         except DpoRunnerError as error:
             if os.getpid() != main_process:
                 raise  # under a launcher with processes of its own, which reports it
             failures_in_sweep.append(f"  {conf.run_dir}: {error}")
-            _report(error)
+            report(error)
 
     sys.argv[1:] = expand_overrides(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
-    try:
-        application()
-    except DpoRunnerError as error:
-        return _report(error)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    application()
     if failure_alone:
-        return _report(failure_alone[0])
+        raise failure_alone[0]
     if failures_in_sweep:
-        print(f"error: {len(failures_in_sweep)} runs of the sweep failed:", file=sys.stderr)
-        print("\n".join(failures_in_sweep), file=sys.stderr)
-        return 1
-    return 0
-
-
-def _report(error: DpoRunnerError) -> int:
-    lines = error.mistakes if isinstance(error, ConfigError) else [str(error)]
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return error.exit_code
+        raise RunError("\n".join([f"{len(failures_in_sweep)} runs of the sweep failed:", *failures_in_sweep]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Talk with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dpo_runner.errors import DpoRunnerError
+from dpo_runner.exits import honest_exit
 
 Message = dict[str, str]
 
@@ -103,7 +102,10 @@ class Chat:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 where the run directory is of no use."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed, 2 the run directory or an argument is of no use, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.chat", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")
     parser.add_argument("--prompt", help="answer this once, and end")
@@ -112,13 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer's length limit (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) answers greedily")
     args = parser.parse_args(argv)
-    try:
+    with honest_exit("interrupted"):
         _talk(args)
-    except DpoRunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, EOFError):
-        print()
 
 
 def _talk(args: argparse.Namespace) -> None:
@@ -126,10 +123,7 @@ def _talk(args: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dpo_runner.logs import quiet_imports
-
-    with quiet_imports():
-        from dpo_runner.logs import route_library_logs
+    from dpo_runner.logs import route_library_logs
 
     with route_library_logs(None):
         chat = Chat(args.run_dir, args.max_new_tokens, args.temperature, args.system)
@@ -150,7 +144,11 @@ def _talk(args: argparse.Namespace) -> None:
             return
         console.print(f"[dim]{HELP}[/]")
         while True:
-            text = input("you> ").strip()
+            try:
+                text = input("you> ").strip()
+            except EOFError:
+                print()
+                return
             if text == "/quit":
                 return
             if text == "/reset":

@@ -56,6 +56,7 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.num_prompts", 0, True, None, False),
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),
+    ("judge.timeout", 0, False, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
 _SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dpo_runner.artifacts import cache_dir
 from dpo_runner.data.templates import resolve_chat_template
 from dpo_runner.errors import ConfigError
-from dpo_runner.gguf import write_converted, write_model
+from dpo_runner.gguf import read_gguf, write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
     gguf_file = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.suffix == ".gguf")
     folder = cache_dir() / f"smollm2-135m-instruct-{package.version}"
     if not (folder / "config.json").exists():
-        write_converted(gguf_file, folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
+        write_model(folder, *read_gguf(gguf_file, "HuggingFaceTB/SmolLM2-135M-Instruct"))
     return folder
 
 

@@ -1,11 +1,9 @@
 """A finished run's result as one folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dpo_runner import __version__
 from dpo_runner.artifacts import mask_secrets, write_folder, write_json, write_text
 from dpo_runner.config import ModelConf, RunConf
 from dpo_runner.data.decoding import reason_of
 from dpo_runner.data.sources import is_hub_id
 from dpo_runner.data_config import resolve_sources
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.exits import honest_exit
+from dpo_runner.lineage import digest_weights, trace_origins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +78,7 @@ def export_run(
     environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     if commit := environment["model"]["commit"]:  # the branch may have moved since
         conf.model = replace(conf.model, revision=commit)
-    lineage = _trace(conf, run_dir, tuned, environment)
+    lineage = trace_origins(conf, run_dir, tuned, environment)
     model = None
     if not adapter_only:
         model, measured = _build_model(conf, run_dir, tuned, dtype, say)
@@ -90,7 +89,7 @@ def export_run(
         shutil.copytree(tuned, staging, ignore=left_out, dirs_exist_ok=True)
         if model is not None:
             model.save_pretrained(staging, max_shard_size=max_shard_size)
-        lineage["export"]["sha256"] = _digest(staging)
+        lineage["export"]["sha256"] = digest_weights(staging)
         write_json(staging / "lineage.json", lineage)
         body = (tuned / "README.md").read_text(encoding="utf-8")
         write_text(staging / "README.md", _build_card(conf, body, mask_secrets(lineage), name or out.name))
@@ -198,55 +197,6 @@ def _largest(logits: "Tensor") -> float:
     return float(logits.abs().max())  # NaN where there is one
 
 
-def _trace(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return where the weights come from, base to run, with what identifies each."""
-    from dpo_runner.locations import resolve_adapter_path, resolve_model_path
-
-    model, quant, sft = conf.model, conf.quant, None
-    if model.adapter is not None:
-        sft = {"name": model.adapter, "mode": model.adapter_mode, **_identify(resolve_adapter_path(model), None)}
-    quantization = None
-    if quant is not None:
-        other = "int8" if quant.load_in_8bit else str(quant.config.get("quant_method"))
-        quantization = quant.bnb_4bit_quant_type if quant.load_in_4bit else other
-    run = {
-        "name": conf.run_name,
-        "path": str(run_dir.resolve()),
-        "dpo_runner": environment["dpo_runner"],
-        "commit": environment["commit"],
-        "config_sha256": _hash(run_dir / "config.yaml"),
-        "quantization": quantization,
-        "sha256": _digest(tuned),
-    }
-    base = {"name": model.model_name_or_path, **_identify(resolve_model_path(model), model.revision)}
-    return {"base": base, "sft_adapter": sft, "dpo_run": run, "export": {"dpo_runner": __version__}}
-
-
-def _identify(location: str, revision: str | None) -> dict[str, Any]:
-    """Return folder, hub commit and weights' digests of a folder, or of what the cache has of a hub repository."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(location)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(location, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return {"path": None, "commit": revision, "sha256": {}}
-        folder = Path(cached).parent
-    commit = folder.name if folder.parent.name == "snapshots" else None  # so the hub's cache is laid out
-    return {"path": str(folder.resolve()), "commit": commit, "sha256": _digest(folder)}
-
-
-def _digest(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that decides what a model computes."""
-    names = ("config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
-    return {path.name: _hash(path) for path in sorted(path for name in names for path in folder.glob(name))}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _build_card(conf: RunConf, run_card: str, lineage: dict[str, Any], name: str) -> str:
     """Return README.md: metadata that the hub accepts, the run's own card, how to load it, and what it came from."""
     base, sft, run, merged = lineage["base"], lineage["sft_adapter"], lineage["dpo_run"], "dtype" in lineage["export"]
@@ -305,7 +255,10 @@ def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 where an argument or the run is of no use, with 1 where exporting failed."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 exporting failed, 2 an argument or the run is of no use, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.export", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; not there yet, or empty")
@@ -315,14 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the folder; a new repository is private")
     parser.add_argument("--public", action="store_true", help="with --push-to-hub: a new repository is public")
     args = parser.parse_args(argv)
-    try:
+    with honest_exit("interrupted; nothing was left half written"):
         _export(args)
-    except DpoRunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was left half written", file=sys.stderr)
-        sys.exit(130)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -335,11 +282,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.push_to_hub is not None and not is_hub_id(args.push_to_hub):
         raise ConfigError(f"--push-to-hub {args.push_to_hub}: must be a repository id, such as me/my-model")
 
-    from dpo_runner.logs import quiet_imports
-
-    with quiet_imports():
-        from dpo_runner import model, samples  # noqa: F401
-        from dpo_runner.logs import route_library_logs
+    from dpo_runner.logs import route_library_logs
 
     with route_library_logs(None):
         size = args.max_shard_size or "5GB"

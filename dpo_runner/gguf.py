@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_runner.artifacts import cache_dir, write_folder_once
-from dpo_runner.errors import ConfigError
+from dpo_runner.data.decoding import reason_of
+from dpo_runner.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ def load_gguf_path(file: Path) -> Path:
 
     Raises:
         ConfigError: transformers cannot read it.
+        RunError: the cache cannot be written to.
     """
     stat = file.stat()
     with file.open("rb") as opened:
@@ -27,19 +29,19 @@ def load_gguf_path(file: Path) -> Path:
     folder = cache_dir() / f"gguf-{digest.hexdigest()[:16]}"
     if not (folder / "config.json").exists():
         try:
-            write_converted(file, folder, str(file))
+            model, tokenizer = read_gguf(file, str(file))
         except (ValueError, OSError, NotImplementedError, KeyError, struct.error) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason_of(error)
             raise ConfigError(f"`model.model_name_or_path={file}`: cannot be read as GGUF; {reason}") from None
+        write_model(folder, model, tokenizer)
     return folder
 
 
-def write_converted(file: Path, folder: Path, name: str) -> None:
-    """Dequantize a GGUF file to bf16 and write it as a transformers folder.
+def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model in a GGUF file, dequantized to bf16, and its tokenizer.
 
     Args:
         file: the GGUF file.
-        folder: where the model goes; of several processes at it, the first to finish wins.
         name: what the model's config calls its origin.
     """
     import torch
@@ -55,14 +57,21 @@ def write_converted(file: Path, folder: Path, name: str) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.config._name_or_path = name
-    write_model(folder, model, tokenizer)
+    return model, tokenizer
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write a model and its tokenizer into a folder of the cache."""
+    """Write a model and its tokenizer into a folder of the cache; of several processes, the first to finish wins.
+
+    Raises:
+        RunError: the cache cannot be written to.
+    """
 
     def fill(staging: Path) -> None:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 
-    write_folder_once(folder, fill)
+    try:
+        write_folder_once(folder, fill)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written; {reason_of(error)}") from None

@@ -15,7 +15,8 @@ import numpy as np
 from dpo_runner.artifacts import MASK, mask_secrets
 from dpo_runner.config import JudgeConf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.measures import Floats, JsonLines, draw_weights, estimate_ratios, to_estimate
+from dpo_runner.json_lines import JsonLines
+from dpo_runner.measures import Floats, draw_weights, estimate_ratios, to_estimate
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try, where an endpoint is busy, failing, slow or gone."""
@@ -44,8 +45,6 @@ def check_judge(conf: JudgeConf) -> None:
         mistakes.append(f"`judge.base_url={_show_url(conf)}`: must begin with http:// or https://, and end with /v1")
     if not conf.model:
         mistakes.append("`judge.model`: must be set with judge.base_url (`judge.model=NAME`), the judge's name there")
-    if not conf.timeout > 0:
-        mistakes.append(f"`judge.timeout={conf.timeout:g}`: must be above 0")
     key = os.environ.get(conf.api_key_env, "")
     if not key.isascii() or not key.isprintable():
         mistakes.append(f"`judge.api_key_env={conf.api_key_env}`: that variable holds no key, but control characters")

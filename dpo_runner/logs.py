@@ -31,8 +31,9 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
     Args:
         log: the file to add to; None drops all below errors, which go to the terminal.
     """
-    import datasets
-    import transformers
+    with quiet_imports():
+        import datasets
+        import transformers
 
     handler: logging.Handler = logging.FileHandler(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if log else logging.ERROR)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ from dpo_runner.config import load_conf
 from dpo_runner.console import RunConsole, visible
 from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport
-from dpo_runner.errors import ConfigError, DpoRunnerError
+from dpo_runner.errors import ConfigError
+from dpo_runner.exits import honest_exit
 from dpo_runner.preview_page import Piece, Row, build_page, shorten_list
 
 if TYPE_CHECKING:
@@ -189,7 +189,10 @@ def show_rows(rows: list[Row], console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 where configuration or data are of no use."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed, 2 the configuration or data are of no use, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.preview", description=__doc__, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for a run")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="show so many training pairs (default 3)")
@@ -197,15 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dropped", type=Path, metavar="FILE", help="write every dropped row as JSON lines")
     parser.add_argument("--config-dir", metavar="DIR", help="look for GROUP/OPTION.yaml in DIR first")
     args = parser.parse_intermixed_args(argv)
-    try:
+    with honest_exit("interrupted"):
         _preview(args)
-    except DpoRunnerError as error:
-        for line in error.mistakes if isinstance(error, ConfigError) else [str(error)]:
-            print(f"error: {visible(line)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _preview(args: argparse.Namespace) -> None:

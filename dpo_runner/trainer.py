@@ -20,6 +20,7 @@ from dpo_runner.artifacts import write_json
 from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
+from dpo_runner.data.decoding import reason_of
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy, describe_reference
@@ -165,7 +166,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
             report_to="none",
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"`training`: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"`training`: {reason_of(error)}") from None
 
 
 def build_trainer(
@@ -197,8 +198,9 @@ def build_trainer(
             reference_adapter=policy.reference_adapter,
             reference=_identify_reference(conf, policy),
         )
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"`training`, `lora` or `model`: {str(error).strip().splitlines()[0]}") from None
+    except (ValueError, NotImplementedError) as error:  # so TRL and peft refuse, anywhere in a constructor of theirs
+        # with its cause, so that run.log has a traceback where it was no refusal
+        raise ConfigError(f"`training`, `lora` or `model`: {reason_of(error)}") from error
     trainer.remove_callback(PrinterCallback)
     if isinstance(trainer.model, PeftModel):
         if conf.lora is not None and conf.lora.init_lora_weights == "eva":
@@ -235,7 +237,7 @@ def _initialize_eva(trainer: RunTrainer) -> None:
     try:
         initialize_lora_eva_weights(trainer.model, list(batches()), show_progress_bar=False)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"`lora.init_lora_weights=eva`: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"`lora.init_lora_weights=eva`: {reason_of(error)}") from None
 
 
 def _cast_adapter_to_fp32(model: torch.nn.Module, loaded: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -63,22 +64,26 @@ def tokenizer(tiny_model: str):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-@pytest.fixture(scope="session")
-def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
+def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: Any) -> str:
+    """Write a LoRA adapter whose lora_B has random weights of that deviation, and return its folder."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
-    for name, parameter in model.named_parameters():
+    torch.manual_seed(seed)
+    config = LoraConfig(lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("sft")
-    model.save_pretrained(folder)
+            torch.nn.init.normal_(parameter, std=std)
+    adapted.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
 
 
 @pytest.fixture

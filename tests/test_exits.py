@@ -1,0 +1,76 @@
+"""How commands end: lines that a person can act on, and exit codes that a script can trust."""
+
+import subprocess
+import sys
+from importlib import import_module
+from unittest.mock import Mock
+
+import pytest
+
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.exits import honest_exit, report
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (ConfigError(["`a=1`: no", "`b=2`: no"]), 2, ["error: `a=1`: no", "error: `b=2`: no"]),
+        (RunError("two\nlines"), 1, ["error: two", "lines"]),
+        (RunInterrupted("stopped", 15), 143, ["error: stopped"]),
+        (ConfigError("\x1b]0;x\x07\x9b2J\u202e.jsonl"), 2, ["error: ␛]0;x␇\\x9b2J\\u202e.jsonl"]),
+    ],
+)
+def test_an_error_ends_in_its_lines_and_its_code(error: DpoRunnerError, code: int, lines: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught, honest_exit("not said"):
+        raise error
+    assert caught.value.code == code
+    output = capsys.readouterr()
+    assert (output.out, output.err.splitlines()) == ("", lines)
+    assert report(error) == code and capsys.readouterr().err == output.err
+
+
+def test_what_ends_well_or_is_no_mistake_of_a_person_is_left_alone(capsys) -> None:
+    with honest_exit("not said"):
+        pass
+    with pytest.raises(ZeroDivisionError), honest_exit("not said"):
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit, match="3"), honest_exit("not said"):
+        sys.exit(3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_ends_with_130_and_the_commands_own_words(terminal: bool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(SystemExit) as caught, honest_exit("interrupted; it goes on"):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "\n" * terminal + "error: interrupted; it goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "words"),
+    [
+        ("chat", "_talk", "interrupted"),
+        ("preview", "_preview", "interrupted"),
+        ("export", "_export", "interrupted; nothing was left half written"),
+        ("evaluate", "evaluate", "interrupted; the same command goes on from there"),
+    ],
+)
+def test_every_command_ends_so(command: str, work: str, words: str, capsys, monkeypatch) -> None:
+    module = import_module(f"dpo_runner.{command}")
+    arguments = ["r", "--out", "x"] if command == "export" else ["r"]
+    for stopped, code, said in (
+        (KeyboardInterrupt(), 130, words),
+        (ConfigError(["one\x1b", "two"]), 2, "one␛\nerror: two"),
+        (RunError("three"), 1, "three"),
+    ):
+        monkeypatch.setattr(module, work, Mock(side_effect=stopped))
+        with pytest.raises(SystemExit) as caught:
+            module.main(arguments)
+        assert (caught.value.code, capsys.readouterr().err) == (code, f"error: {said}\n")
+
+
+def test_a_command_that_ends_well_pays_nothing_for_it() -> None:
+    code = "import sys, dpo_runner.exits; assert not {'rich', 'torch', 'omegaconf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

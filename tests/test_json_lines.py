@@ -1,0 +1,27 @@
+"""Records on disk: any text, and what a kill leaves."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_runner.errors import RunError
+from dpo_runner.json_lines import JsonLines
+
+
+def test_lines_hold_any_text(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "x.jsonl")
+    texts = ["\u2028 \x85 \ud800", "line\nbreak", ""]
+    lines.append([{"text": text} for text in texts])
+    assert [record["text"] for record in JsonLines(tmp_path / "x.jsonl").records] == texts
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped_and_any_other_fault_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n"')
+    assert [record["n"] for record in JsonLines(path).records] == [1, 2]
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n'
+    JsonLines(path).keep(1)
+    assert path.read_text() == '{"n": 1}\n'
+    path.write_text('{"n": 1}\n{"n"\n{"n": 3}\n')
+    with pytest.raises(RunError, match=r"x\.jsonl:2: is no JSON"):
+        JsonLines(path)

@@ -1,0 +1,72 @@
+"""Scores and samples against the long way, and the reference that a policy lends."""
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dpo_runner.scoring import Compared, sample_completions, score_completions
+from dpo_runner.tuned import untuned
+
+
+@pytest.fixture
+def model(tiny_model: str, sft_adapter: str):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), sft_adapter).eval()
+
+
+def test_batches_score_as_rows_do_one_by_one(model, tokenizer) -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        (generator.integers(3, 200, prompt).tolist(), generator.integers(3, 200, completion).tolist())
+        for prompt, completion in ((5, 3), (1, 9), (12, 1), (3, 20))
+    ]
+    slow = []
+    for prompt, completion in rows:
+        total, ids = 0.0, list(prompt)
+        for token in completion:
+            with torch.no_grad():
+                total += torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)[token].item()
+            ids.append(token)
+        slow.append(total)
+    assert score_completions(model, rows, tokenizer.pad_token_id) == pytest.approx(slow, abs=1e-4)
+    assert len({round(value, 3) for value in slow}) == len(rows)
+
+
+def test_the_reference_leaves_the_policy_as_it_was(model) -> None:
+    ids = torch.tensor([[1, 2, 3, 4]])
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with torch.no_grad():
+        tuned = model(ids).logits
+        with untuned(model):
+            expected = model(ids).logits
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        with pytest.raises(KeyError), Compared(model).reference() as reference:
+            assert torch.equal(reference(ids).logits, expected)
+            raise KeyError
+        assert torch.equal(model(ids).logits, tuned)
+    assert not torch.allclose(tuned, expected, atol=1e-3)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not model.training
+
+
+def test_samples_follow_the_models_distribution_whatever_their_batch(model, tokenizer) -> None:
+    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0  # must not count
+    prompts = [[5, 6, 7], [9], [10, 11]]
+    together = sample_completions(model, prompts, [1, 2, 3], 6, [], tokenizer.pad_token_id)
+    for prompt, seed, expected in zip(prompts, [1, 2, 3], together, strict=True):
+        assert sample_completions(model, [prompt], [seed], 6, [], tokenizer.pad_token_id) == [expected]
+    stop = together[0][2]
+    first = together[0].index(stop)
+    stopped = sample_completions(model, prompts, [1, 2, 3], 6, [stop], tokenizer.pad_token_id)
+    assert stopped[0] == together[0][: first + 1]
+
+    with torch.no_grad():
+        wanted = torch.softmax(model(torch.tensor([[5, 6, 7]])).logits[0, -1].float(), -1).numpy()
+    drawn = np.concatenate(
+        [sample_completions(model, [[5, 6, 7]] * 500, range(i, i + 500), 1, [], 0) for i in range(0, 4000, 500)]
+    )
+    found = np.bincount(drawn.ravel(), minlength=len(wanted)) / len(drawn)
+    assert np.abs(found - wanted).max() < 5 * np.sqrt(wanted.max() / len(drawn))
+    assert (found > 0).sum() > 50
