@@ -27,7 +27,8 @@ _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|(?<![\w-])sk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[A-Z0-9]{16}"
     r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
-_COMMIT_KEYS = ("revision", "commit")  # a commit is 40 hexadecimal digits too, as is a W&B key; it is no secret
+_COMMIT_KEYS = ("revision", "adapter_revision", "commit")
+"""A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
 
 HEARTBEAT_SECONDS = 10
 

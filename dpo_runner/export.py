@@ -9,13 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from dpo_runner.artifacts import mask_secrets, write_folder, write_json, write_text
+from dpo_runner.artifacts import mask_secrets, read_summary, write_folder, write_json, write_text
 from dpo_runner.config import ModelConf, RunConf
 from dpo_runner.data.decoding import reason_of
 from dpo_runner.data.sources import is_hub_id
-from dpo_runner.data_config import resolve_sources
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.exits import honest_exit
 from dpo_runner.lineage import digest_weights, trace_origins
@@ -24,17 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from dpo_runner.card_facts import RunFacts
+
 ROUNDING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 """How far a saved dtype may move the logits, relative to the largest: its precision over dozens of layers, and room."""
 
 _FIXED_PROMPT = [{"role": "user", "content": "Name three things that a good explanation has, and say why."}]
 _PROMPTS, _PROMPT_TOKENS, _COMPARED_TOKENS = 4, 256, 64
 _WEIGHTS = ("config.json", "generation_config.json", "adapter_*", "*.safetensors*")
-_CITATIONS = """\
-- Rafael Rafailov, Archit Sharma, Eric Mitchell, Christopher D. Manning, Stefano Ermon, Chelsea Finn: *Direct
-  Preference Optimization: Your Language Model is Secretly a Reward Model*. NeurIPS 2023. arXiv:2305.18290
-- Leandro von Werra et al.: *TRL: Transformers Reinforcement Learning*. 2020. https://github.com/huggingface/trl
-"""
 
 
 def export_run(
@@ -65,6 +59,9 @@ def export_run(
         ConfigError: there is no finished run, `out` is taken, or a model that the run names is missing.
         RunError: the merged model's logits are not the adapter's, or writing failed. Nothing was written.
     """
+    from dpo_runner.card import PLOTS, write_card
+    from dpo_runner.card_facts import read_facts
+    from dpo_runner.model import describe_reference
     from dpo_runner.tuned import check_finished, read_run_conf
 
     check_finished(run_dir)
@@ -75,24 +72,25 @@ def export_run(
     if adapter_only and tuned.name == "model":
         raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
     conf = read_run_conf(run_dir)
-    environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    if commit := environment["model"]["commit"]:  # the branch may have moved since
-        conf.model = replace(conf.model, revision=commit)
-    lineage = trace_origins(conf, run_dir, tuned, environment)
+    facts = read_facts(run_dir, conf, describe_reference(conf), read_summary(run_dir))
+    if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
+        conf = replace(conf, model=replace(conf.model, revision=commit))
+    lineage = trace_origins(conf, run_dir, tuned, facts.environment)
     model = None
     if not adapter_only:
         model, measured = _build_model(conf, run_dir, tuned, dtype, say)
         lineage["export"] |= measured
 
     def fill(staging: Path) -> None:
-        left_out = shutil.ignore_patterns("README.md", *(() if model is None else _WEIGHTS))
+        left_out = shutil.ignore_patterns("README.md", PLOTS, *(() if model is None else _WEIGHTS))
         shutil.copytree(tuned, staging, ignore=left_out, dirs_exist_ok=True)
         if model is not None:
             model.save_pretrained(staging, max_shard_size=max_shard_size)
+        else:
+            _name_base(staging / "adapter_config.json", facts)
         lineage["export"]["sha256"] = digest_weights(staging)
         write_json(staging / "lineage.json", lineage)
-        body = (tuned / "README.md").read_text(encoding="utf-8")
-        write_text(staging / "README.md", _build_card(conf, body, mask_secrets(lineage), name or out.name))
+        write_card(staging, facts, name or out.name, lineage)
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +98,20 @@ def export_run(
     except (OSError, ValueError) as error:  # ValueError: a generation config that transformers does not save
         raise RunError(f"--out {out}: cannot be written; {reason_of(error)}") from None
     return out
+
+
+def _name_base(adapter_config: Path, facts: "RunFacts") -> None:
+    """Let adapter_config.json name the base by its hub id, not as this machine or the SFT adapter's had it.
+
+    One on top of a merged SFT adapter keeps its folder: on the bare base it would be wrong, and nothing would say so.
+    """
+    from dpo_runner.card_facts import hub_base
+
+    base, model = hub_base(facts.conf, facts.environment), facts.conf.model
+    if base is None or (model.adapter is not None and model.adapter_mode == "merge"):
+        return
+    config = json.loads(adapter_config.read_text(encoding="utf-8"))
+    write_text(adapter_config, json.dumps(config | {"base_model_name_or_path": base}, indent=2))
 
 
 def _build_model(
@@ -195,42 +207,6 @@ def _compute_logits(model: Any, prompts: "list[Tensor]") -> "Tensor":
 
 def _largest(logits: "Tensor") -> float:
     return float(logits.abs().max())  # NaN where there is one
-
-
-def _build_card(conf: RunConf, run_card: str, lineage: dict[str, Any], name: str) -> str:
-    """Return README.md: metadata that the hub accepts, the run's own card, how to load it, and what it came from."""
-    base, sft, run, merged = lineage["base"], lineage["sft_adapter"], lineage["dpo_run"], "dtype" in lineage["export"]
-    front: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
-    front["tags"] = ["dpo", "trl", "dpo_runner", *([] if merged else ["lora"])]
-    # The hub refuses metadata with ids that cannot be one, such as a folder's path.
-    if is_hub_id(base["name"]):
-        front["base_model"] = base["name"]
-    if data := [path for source in resolve_sources(conf.data).values() if is_hub_id(path := str(source.path))]:
-        front["datasets"] = data
-    code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    code += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
-    code += [f'model = AutoModelForCausalLM.from_pretrained("{name if merged else base["name"]}", dtype="auto")']
-    if not merged:
-        code.insert(0, "from peft import PeftModel")
-        if sft and sft["mode"] == "merge":
-            code += [f'model = PeftModel.from_pretrained(model, "{sft["name"]}").merge_and_unload()']
-        code += [f'model = PeftModel.from_pretrained(model, "{name}")']
-    origins = []
-    for title, step in (("base", base), (f"SFT adapter ({sft['mode']})" if sft else "", sft), ("DPO run", run)):
-        if step:
-            digests = (digest[:16] for file, digest in step["sha256"].items() if not file.endswith("config.json"))
-            origins += [f"| {title} | {step['name']} | {step['commit'] or ''} | {', '.join(digests)} |"]
-    if run["quantization"]:
-        origins += ["", f"Trained on a base quantized to {run['quantization']}, of which this export holds nothing:"]
-        origins += ["answers on the unquantized base may differ from the run's own."]
-    body = (
-        str(mask_secrets(run_card)).split("---\n", 2)[-1].partition("```python")[0]
-    )  # its code loads the run's folder
-    lines = [f"---\n{yaml.safe_dump(mask_secrets(front), sort_keys=False)}---", body.rstrip()]
-    lines += ["\n## Use\n\n```python", *code, "```\n\n## Where it comes from\n"]
-    lines += ["| | name | commit | sha256 of the weights begins |", "|---|---|---|---|", *origins]
-    lines += [f"\nThe run's configuration has sha256 {run['config_sha256']}. Everything else is in lineage.json."]
-    return "\n".join([*lines, "\n## Citations\n", _CITATIONS])
 
 
 def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:

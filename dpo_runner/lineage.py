@@ -34,7 +34,6 @@ def trace_origins(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[s
         quantization = quant.bnb_4bit_quant_type if quant.load_in_4bit else other
     run = {
         "name": conf.run_name,
-        "path": str(run_dir.resolve()),
         "dpo_runner": environment["dpo_runner"],
         "commit": environment["commit"],
         "config_sha256": _hash(run_dir / "config.yaml"),
@@ -46,17 +45,17 @@ def trace_origins(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[s
 
 
 def _identify(location: str, revision: str | None) -> dict[str, Any]:
-    """Return folder, hub commit and weights' digests of a folder, or of what the cache has of a hub repository."""
+    """Return hub commit and weights' digests of a folder, or of what the cache has of a hub repository."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(location)
     if not folder.is_dir():
         cached = try_to_load_from_cache(location, "config.json", revision=revision)
         if not isinstance(cached, str):
-            return {"path": None, "commit": revision, "sha256": {}}
+            return {"commit": revision, "sha256": {}}
         folder = Path(cached).parent
     commit = folder.name if folder.parent.name == "snapshots" else None  # so the hub's cache is laid out
-    return {"path": str(folder.resolve()), "commit": commit, "sha256": digest_weights(folder)}
+    return {"commit": commit, "sha256": digest_weights(folder)}
 
 
 def digest_weights(folder: Path) -> dict[str, str]:

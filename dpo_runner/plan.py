@@ -21,7 +21,7 @@ def build_plan(
     return {
         "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
         "quantization": describe_quantization(conf.quant, own_quantization),
-        "adapter": _describe_adapter(conf),
+        "adapter": describe_adapter(conf),
         "reference": reference,
         "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
         **data.report.lines(),
@@ -57,7 +57,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _describe_adapter(conf: RunConf) -> str:
+def describe_adapter(conf: RunConf) -> str:
     model = conf.model
     if conf.lora is not None:
         on_top = f" on top of the frozen {model.adapter}" if model.adapter and model.adapter_mode == "stack" else ""

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]
 FURTHER = ["docs/data.md", "docs/models.md"]
 NOT_RUN = "<!-- not run: needs a GPU and the hub -->"
+SERVERS = ("<!-- not run: needs vLLM -->", "<!-- not run: needs Ollama -->")
 
 # What makes a documented run small enough for a test, where the command itself does not say otherwise.
 SMALL = [
@@ -31,17 +32,20 @@ SMALL = [
 ]
 
 
-def read_blocks(document: str) -> list[tuple[str, bool]]:
-    """Return (code, is marked as not run) for each bash block."""
+def read_blocks(document: str) -> list[tuple[str, str]]:
+    """Return (code, its mark as not run or "") for each bash block."""
     text = (ROOT / document).read_text(encoding="utf-8")
     found = re.finditer(r"(?P<mark><!-- not run:[^>]*-->\n)?```bash\n(?P<code>.*?)```", text, flags=re.DOTALL)
-    blocks = [(match["code"], match["mark"] is not None) for match in found]
-    assert all(match.strip() == NOT_RUN for match in re.findall(r"<!-- not run:[^>]*-->", text))
+    blocks = [(match["code"], (match["mark"] or "").strip()) for match in found]
+    assert {mark for _, mark in blocks} <= {"", NOT_RUN, *SERVERS}
+    assert sum(mark != "" for _, mark in blocks) == text.count("<!-- not run:")
     return blocks
 
 
-def read_commands(document: str, marked: bool = False) -> list[str]:
-    return [line for code, mark in read_blocks(document) if mark == marked for line in code.splitlines() if line]
+def read_commands(document: str, *marks: str) -> list[str]:
+    return [
+        line for code, mark in read_blocks(document) if mark in (marks or ("",)) for line in code.splitlines() if line
+    ]
 
 
 def test_every_documented_command_runs(tmp_path: Path, tiny_model: str) -> None:
@@ -66,10 +70,25 @@ def test_every_documented_command_runs(tmp_path: Path, tiny_model: str) -> None:
             command.replace("python ", f"{python} ", 1), shell=True, capture_output=True, text=True, timeout=240
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    check_served_folders()
+
+
+def check_served_folders() -> None:
+    """What the servers are pointed at is what the commands before have written, and what each of them reads."""
+    commands = read_commands("README.md", *SERVERS)
+    merged = {"outputs/" + path for line in commands for path in re.findall(r"FROM \./(\w+)", line)}
+    merged |= {path for line in commands for path in re.findall(r"vllm serve (outputs/\w+)", line)}
+    adapters = {"outputs/" + path for line in commands for path in re.findall(r"ADAPTER \./(\w+)", line)}
+    adapters |= {path for line in commands for path in re.findall(r"--lora-modules mine=(outputs/\w+)", line)}
+    assert (merged, adapters) == ({"outputs/merged"}, {"outputs/adapter"})
+    names = ("config.json", "model.safetensors"), ("adapter_config.json", "adapter_model.safetensors")
+    for folder, wanted in zip(("outputs/merged", "outputs/adapter"), names, strict=True):
+        for name in (*wanted, "tokenizer.json", "chat_template.jinja"):
+            assert Path(folder, name).is_file(), f"{folder}/{name}"
 
 
 def test_commands_for_the_gpu_pass_every_check() -> None:
-    commands = read_commands("README.md", marked=True)
+    commands = read_commands("README.md", NOT_RUN)
     assert commands
     for command in commands:
         assert check_command_line(shlex.split(command)[3:]) == []

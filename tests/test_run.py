@@ -146,7 +146,8 @@ def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> N
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
     assert AutoTokenizer.from_pretrained(finished / "adapter").chat_template
     card = (finished / "adapter" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: random:tiny-llama") and "eval_rewards/margins" in card
+    assert card.startswith("---\nlibrary_name: peft") and "`eval_rewards/margins`" in card
+    assert (finished / "adapter" / "plots" / "loss.png").exists()
 
 
 def test_a_finished_run_is_finished(finished: Path, tiny_run: list[str]) -> None:
