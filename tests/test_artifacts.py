@@ -27,6 +27,7 @@ WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
         ([WANDB_KEY, ["sk-" + "a" * 30]], ["***", ["***"]]),
         ({"path": "https://me:pass@example.com/x"}, {"path": "https://***@example.com/x"}),
         ({"revision": WANDB_KEY}, {"revision": WANDB_KEY}),  # a commit looks like a key
+        ({"adapter_revision": WANDB_KEY}, {"adapter_revision": WANDB_KEY}),
         (
             {"commit": WANDB_KEY, "base": f"/hub/snapshots/{WANDB_KEY}"},
             {"commit": WANDB_KEY, "base": f"/hub/snapshots/{WANDB_KEY}"},
