@@ -1,15 +1,13 @@
-"""PEFT adapters: the `lora` group as PEFT's config, checks of names and files, and one adapter on top of another."""
+"""PEFT adapters: the `lora` group as PEFT's config, checks of names and files."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -18,9 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from dpo_runner.config import LoraConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.errors import ConfigError
-
-SFT = "sft"
-"""The frozen SFT adapter's name where another is trained on top of it."""
 
 
 def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
@@ -172,80 +167,3 @@ def read_adapter_base(folder: Path) -> str | None:
     """Return the base model that an adapter names in its adapter_config.json, or None."""
     value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     return value if isinstance(value, str) else None
-
-
-class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
-    """A model whose adapter `sft` is always on and frozen, beneath the one that is active.
-
-    TRL makes its reference by a copy `ref` of the untrained `default`, which adds 0, and switches between the two:
-    policy = base + sft + default, reference = base + sft. With adapters disabled it is the bare base.
-    """
-
-    stacked: tuple[str, ...] = ("default", "ref")
-    """The adapters that stand on `sft`; a reference of one's own may stand on the bare base."""
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapter that is trained: Trainer loads checkpoints into the first of these."""
-        return [self.active_adapter]
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        if adapter_name in self.stacked:
-            self.base_model.set_adapter([SFT, adapter_name], inference_mode)
-            self._freeze_sft()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        with super().disable_adapter():
-            yield
-        self._freeze_sft()  # PEFT makes whatever it enables again trainable
-
-    def _freeze_sft(self) -> None:
-        self.set_requires_grad(SFT, False)
-
-
-def stack_adapter(base: torch.nn.Module, folder: str, config: PeftConfig) -> StackedPeftModel:
-    """Put a new adapter `default` on top of the frozen SFT adapter in `folder`."""
-    model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
-    model.__class__ = StackedPeftModel  # from_pretrained makes the class of the task type
-    model.add_adapter("default", config)
-    model.set_adapter("default")
-    return model  # type: ignore[no-any-return]
-
-
-def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
-    """Make another adapter the reference that TRL finds in the model.
-
-    Args:
-        model: the trainer's.
-        folder: of the adapter; `""`: none, so that the bare base is the reference; None: leave TRL's choice.
-    """
-    if folder is None:
-        return
-    if "ref" in model.peft_config:
-        model.delete_adapter("ref")
-    if isinstance(model, StackedPeftModel):
-        model.stacked = ("default",)
-    if folder:
-        model.load_adapter(folder, "ref", is_trainable=False)
-    model.set_adapter("default")
-
-
-@contextmanager
-def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> Iterator[str]:
-    """Make one adapter out of several: ranks add up, and so do the updates, weighted (`cat` in PEFT).
-
-    Yields:
-        The name of the adapter, gone again afterwards.
-    """
-    if list(parts.items()) == [("default", 1.0)]:
-        yield "default"
-        return
-    name = "result"
-    model.base_model.add_weighted_adapter(list(parts), list(parts.values()), name, combination_type="cat")
-    try:
-        yield name
-    finally:
-        model.delete_adapter(name)
-        model.set_adapter("default")

@@ -58,6 +58,10 @@ class ModelConf:
     or of an adapter for the same base."""
     chat_template: str | None = None
     """For models whose tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
+    pad_token: str | None = None
+    """A token of the vocabulary; null takes the tokenizer's, else one made for padding, else EOS."""
+    added_tokens: list[str] = field(default_factory=list)
+    """Special tokens that the tokenizer must have. Those it lacks are added, and their embeddings trained and saved."""
 
 
 @dataclass

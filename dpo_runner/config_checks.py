@@ -193,6 +193,11 @@ def _check_model(conf: "RunConf") -> Iterator[str]:
                 "`model.adapter_mode=stack`: the new adapter must be plain LoRA that begins at 0, to be joined with "
                 "the SFT adapter in the result; use model.adapter_mode=merge for DoRA, PiSSA and other methods"
             )
+        elif lora.modules_to_save:
+            yield (
+                "`lora.modules_to_save`: model.adapter_mode=stack joins two adapters into one, and PEFT keeps whole "
+                "modules of the first alone; use model.adapter_mode=merge"
+            )
     if lora is not None and lora.lora_dropout > 0 and conf.training.disable_dropout:
         yield (
             f"`lora.lora_dropout={lora.lora_dropout}`: has no effect with training.disable_dropout=true; "

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -21,7 +22,7 @@ def load_merged_path(conf: ModelConf, base: str, adapter: str, load_base: Callab
         conf: the `model` group.
         base: the base's folder or hub id.
         adapter: the adapter's folder.
-        load_base: loads the unquantized base.
+        load_base: loads the unquantized base, its embeddings of the adapter's size.
     """
     digest = hashlib.sha256(repr((base, conf.revision, conf.dtype)).encode())
     sources = [*Path(adapter).glob("adapter_*"), *(Path(base).glob("*") if Path(base).is_dir() else ())]
@@ -32,7 +33,8 @@ def load_merged_path(conf: ModelConf, base: str, adapter: str, load_base: Callab
             digest.update(path.read_bytes())
     folder = cache_dir() / f"merged-{digest.hexdigest()[:16]}"
     if not folder.exists():
-        model = PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
+        with torch.random.fork_rng():  # PEFT draws weights before it loads them, on the first use only
+            model = PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
         revision = conf.revision if base == conf.model_name_or_path else None
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=conf.trust_remote_code)
 

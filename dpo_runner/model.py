@@ -12,14 +12,25 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets, stack_adapter
+from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets
 from dpo_runner.config import ModelConf, QuantConf, RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path, resolve_model_path
 from dpo_runner.merge import load_merged_path
 from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
+from dpo_runner.stacking import stack_adapter
+from dpo_runner.tokenizer import settle_vocabulary
+from dpo_runner.vocabulary import (
+    build_meta_model,
+    count_rows,
+    free_pad_row,
+    load_model_config,
+    read_brought_rows,
+    resize_embeddings,
+    train_new_rows,
+)
 
 
 @dataclass
@@ -34,6 +45,8 @@ class Policy:
         reference_adapter: folder of an adapter on the same base that is the reference, `""` for none at all (the
             bare base), None where TRL's choice is right: the initial model.
         result: the adapters that make up the result, each with its weight.
+        rows: how many rows the embeddings of `base` are resized to beneath the result, None where they are not.
+        saves_embeddings: whether the result must hold the embeddings that an SFT adapter has put into the base.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -42,6 +55,8 @@ class Policy:
     base: str
     reference_adapter: str | None = None
     result: dict[str, float] = field(default_factory=lambda: {"default": 1.0})
+    rows: int | None = None
+    saves_embeddings: bool = False
 
 
 def check_model(conf: RunConf) -> PretrainedConfig:
@@ -70,30 +85,15 @@ def check_model(conf: RunConf) -> PretrainedConfig:
         check_adapter(Path(resolve_adapter_path(conf.model)), meta, name, conf.model.use_safetensors)
     if conf.lora is not None:
         check_targets(conf.lora, meta, name)
+    new_ids = settle_vocabulary(conf.model).new_ids
+    if new_ids and conf.model.adapter is not None and conf.model.adapter_mode != "merge":
+        raise ConfigError(
+            f"`model.added_tokens`: {len(new_ids)} of them are new to the tokenizer of {conf.model.adapter}, whose "
+            "embeddings are its own; use model.adapter_mode=merge"
+        )
+    train_new_rows(peft_config, meta, new_ids)
     check_quantized(meta, quantization_config, name)
     return config
-
-
-def load_model_config(conf: ModelConf) -> PretrainedConfig:
-    """Load the config of the model beneath all adapters.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    base = resolve_model_path(conf)
-    with explain_missing(base, "model.model_name_or_path"):
-        return AutoConfig.from_pretrained(
-            base, revision=_revision(conf, base), trust_remote_code=conf.trust_remote_code
-        )
-
-
-def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedModel:
-    """Return the model without weights, on the meta device."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"), explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
-        return AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
 
 
 def load_policy(conf: RunConf) -> Policy:
@@ -109,6 +109,10 @@ def load_policy(conf: RunConf) -> Policy:
         model_conf = replace(model_conf, dtype="float32")  # in 16 bits most small updates of the weights are lost
     base, path = load_base_model(model_conf, conf.quant)
     policy = Policy(base, build_peft_config(conf.lora), None, path)
+    vocabulary = settle_vocabulary(conf.model)
+    train_new_rows(policy.peft_config, base, vocabulary.new_ids)
+    policy.rows = vocabulary.rows if mode != "merge" or vocabulary.new_ids else None  # a merged base has them already
+    policy.saves_embeddings = vocabulary.replaces_base and mode in ("continue", "stack")
     if mode in ("continue", "stack"):
         folder = resolve_adapter_path(conf.model)
         with explain_missing(str(conf.model.adapter), "model.adapter"):
@@ -120,6 +124,7 @@ def load_policy(conf: RunConf) -> Policy:
                 policy.model = stack_adapter(base, folder, policy.peft_config)
                 policy.peft_config = None
                 policy.result = {"sft": 1.0, "default": 1.0}
+                policy.saves_embeddings |= policy.model.absorbed
     elif changes_base(policy.peft_config):
         # TRL gets both adapters: without any, the base is not the one that training starts from.
         policy.model = get_peft_model(base, policy.peft_config)
@@ -142,17 +147,29 @@ def _settle_reference(conf: RunConf, model_conf: ModelConf, policy: Policy, trai
     elif reference != "base" and is_adapter(reference):
         adapter = replace(conf.model, adapter=reference, adapter_revision=None)
         folder = resolve_adapter_path(adapter)
-        check_adapter(Path(folder), build_meta_model(load_model_config(conf.model), conf.model), policy.base, True)
+        meta = build_meta_model(load_model_config(conf.model), conf.model)
+        check_adapter(Path(folder), meta, policy.base, True)
+        if read_brought_rows(Path(folder), meta)[1]:
+            raise ConfigError(
+                f"`model.reference={reference}`: brings embeddings of its own, which would be the policy's too; merge "
+                "it into its base, and name that model"
+            )
         policy.reference_adapter = folder
     else:
-        other = replace(model_conf, adapter=None, adapter_mode="continue")
+        other = replace(model_conf, adapter=None, adapter_mode="continue", added_tokens=[])
         if reference != "base":
             other = replace(other, model_name_or_path=reference, revision=None, gguf_file=None)
-        policy.ref_model = load_base_model(other, conf.quant)[0].eval().requires_grad_(False)
+        rows = settle_vocabulary(conf.model).rows or 0
+        policy.ref_model = load_base_model(other, conf.quant, rows)[0].eval().requires_grad_(False)
 
 
-def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTrainedModel, str]:
+def load_base_model(conf: ModelConf, quant: QuantConf | None, min_rows: int = 0) -> tuple[PreTrainedModel, str]:
     """Load the model beneath the trained adapter, the SFT adapter merged into it where `adapter_mode` says so.
+
+    Args:
+        conf: the `model` group; its tokens decide about the size of the embeddings.
+        quant: the `quant` group.
+        min_rows: how many rows the embeddings must have at least.
 
     Returns:
         The model, and the folder or hub id of its unquantized weights.
@@ -161,7 +178,7 @@ def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTraine
         ConfigError: it cannot be loaded.
     """
     base = resolve_model_path(conf)
-    own = getattr(load_model_config(conf), "quantization_config", None)
+    own, vocabulary = getattr(load_model_config(conf), "quantization_config", None), settle_vocabulary(conf)
     if conf.adapter is not None and conf.adapter_mode == "merge":
         if own is not None:
             raise ConfigError(
@@ -169,8 +186,16 @@ def load_base_model(conf: ModelConf, quant: QuantConf | None) -> tuple[PreTraine
                 "the merged weights; name the unquantized model, or use model.adapter_mode=stack"
             )
         adapter = resolve_adapter_path(conf)
-        base = str(load_merged_path(conf, base, adapter, lambda: load_weights(conf, base, None)))
-    return load_weights(conf, base, settle_quantization(quant, own, conf.model_name_or_path)), base
+        base = str(load_merged_path(conf, base, adapter, lambda: _load_beneath(conf, base, vocabulary.brought)))
+    model = load_weights(conf, base, settle_quantization(quant, own, conf.model_name_or_path))
+    resize_embeddings(model, max(vocabulary.rows or count_rows(model), min_rows))
+    return model, base
+
+
+def _load_beneath(conf: ModelConf, base: str, rows: int | None) -> PreTrainedModel:
+    model = load_weights(conf, base, None)
+    resize_embeddings(model, rows or count_rows(model))
+    return model
 
 
 def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTrainedModel:
@@ -211,6 +236,7 @@ def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTra
             f"`model.model_name_or_path={base}`: is an adapter; put it in model.adapter and its base model here"
         )
     close_4bit_trap(model)
+    free_pad_row(model)
     return model
 
 

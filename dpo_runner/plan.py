@@ -12,7 +12,7 @@ from dpo_runner.quantization import describe_quantization
 
 
 def build_plan(
-    conf: RunConf, data: PreferenceData, run_dir: Path, reference: str, own_quantization: Any = None
+    conf: RunConf, data: PreferenceData, run_dir: Path, reference: str, padding: str, own_quantization: Any = None
 ) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown."""
     model, training = conf.model, conf.training
@@ -23,6 +23,8 @@ def build_plan(
         "quantization": describe_quantization(conf.quant, own_quantization),
         "adapter": describe_adapter(conf),
         "reference": reference,
+        **({"added tokens": ", ".join(model.added_tokens)} if model.added_tokens else {}),
+        "padding": padding,
         "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
         **data.report.lines(),
         "loss": f"{loss}, beta {training.beta:g}",

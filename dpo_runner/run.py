@@ -27,6 +27,7 @@ with quiet_imports():
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
+    from dpo_runner.vocabulary import describe_padding
     from dpo_runner.weights import save_weights
 
 from dpo_runner.allocator import keep_freed_memory
@@ -77,9 +78,9 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
         tokenizer = load_tokenizer(conf.model)
         origin = describe_chat_template(conf.model, tokenizer)
         data = load_preferences(conf, tokenizer, origin, console.show_preparing)
-    console.show_plan(
-        build_plan(conf, data, path, describe_reference(conf), getattr(model_config, "quantization_config", None))
-    )
+    padding = describe_padding(tokenizer, data.stop_id)
+    own_quantization = getattr(model_config, "quantization_config", None)
+    console.show_plan(build_plan(conf, data, path, describe_reference(conf), padding, own_quantization))
     for warning in data.report.warnings:
         console.warn(warning)
     if conf.dry_run:

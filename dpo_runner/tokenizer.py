@@ -1,14 +1,23 @@
-"""The tokenizer, and the chat template that counts: the configured one, the SFT adapter's, or the model's own."""
+"""The tokenizer, what it asks of the embeddings, and the chat template that counts: whose of three it is."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dpo_runner.config import ModelConf
 from dpo_runner.data.templates import resolve_chat_template
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, resolve_adapter_path, resolve_model_path
+from dpo_runner.vocabulary import (
+    Vocabulary,
+    add_tokens,
+    build_meta_model,
+    count_rows,
+    load_model_config,
+    read_brought_rows,
+    settle_pad_token,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,8 +27,33 @@ def load_tokenizer(conf: ModelConf) -> "PreTrainedTokenizerBase":
     """Load the tokenizer: the SFT adapter's, where it brings one, with the chat template that it was tuned with.
 
     Raises:
-        ConfigError: there is no such model, or the adapter's tokenizer has tokens that the model has no room for.
+        ConfigError: there is no such model, the adapter's tokenizer has tokens that no embeddings are there for, or
+            `model.pad_token` is no token.
     """
+    return _load_with_added(conf)[0]
+
+
+def settle_vocabulary(conf: ModelConf) -> Vocabulary:
+    """Find out which embeddings the run's tokens need, from the adapter's file and the tokenizer.
+
+    Raises:
+        ConfigError: as `load_tokenizer`; or the adapter's file has embeddings for a part of its tokens only.
+    """
+    if conf.adapter is None and not conf.added_tokens:
+        return Vocabulary()
+    meta = build_meta_model(load_model_config(conf), conf)
+    vocabulary, has = Vocabulary(), count_rows(meta)
+    if conf.adapter is not None:
+        vocabulary.brought, vocabulary.replaces_base = read_brought_rows(Path(resolve_adapter_path(conf)), meta)
+    vocabulary.rows = vocabulary.brought
+    if conf.added_tokens:
+        tokenizer, vocabulary.new_ids = _load_with_added(conf)
+        if len(tokenizer) > (vocabulary.rows or has):
+            vocabulary.rows = len(tokenizer)
+    return vocabulary
+
+
+def _load_with_added(conf: ModelConf) -> "tuple[PreTrainedTokenizerBase, list[int]]":
     adapter = _find_adapter_tokenizer(conf)
     if adapter is None:
         tokenizer = _load_base_tokenizer(conf)
@@ -31,9 +65,9 @@ def load_tokenizer(conf: ModelConf) -> "PreTrainedTokenizerBase":
             tokenizer.chat_template = _load_base_tokenizer(conf).chat_template
     if conf.chat_template is not None:
         tokenizer.chat_template = resolve_chat_template(conf.chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked in loss and attention, so any token will do
-    return tokenizer
+    new_ids = add_tokens(tokenizer, conf.added_tokens)
+    settle_pad_token(tokenizer, conf.pad_token)
+    return tokenizer, new_ids
 
 
 def describe_chat_template(conf: ModelConf, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -64,14 +98,14 @@ def _find_adapter_tokenizer(conf: ModelConf) -> str | None:
 
 
 def _check_vocabulary(tokenizer: Any, conf: ModelConf) -> None:
-    """Refuse a tokenizer whose ids reach beyond the base model's embeddings."""
-    with explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
-        config = AutoConfig.from_pretrained(
-            resolve_model_path(conf), revision=conf.revision, trust_remote_code=conf.trust_remote_code
-        )
+    """Refuse a tokenizer whose ids reach beyond the embeddings, the base model's or those the adapter brings."""
+    config = load_model_config(conf)
     room = config.get_text_config().vocab_size
+    if len(tokenizer) > room:
+        room = read_brought_rows(Path(resolve_adapter_path(conf)), build_meta_model(config, conf))[0] or room
     if len(tokenizer) > room:
         raise ConfigError(
             f"`model.adapter={conf.adapter}`: its tokenizer has {len(tokenizer)} tokens, {conf.model_name_or_path} has "
-            f"room for {room}; merge the adapter into a model with resized embeddings first"
+            f"room for {room}, and the adapter brings no embeddings for the rest; save it with "
+            "save_embedding_layers=True, or merge it into a model with resized embeddings first"
         )

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from dpo_runner.adapters import put_reference
 from dpo_runner.artifacts import write_json
 from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
@@ -24,6 +23,8 @@ from dpo_runner.data.decoding import reason_of
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy, describe_reference
+from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
+from dpo_runner.vocabulary import open_head
 
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
@@ -41,7 +42,15 @@ for _name in (
 class RunTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
-    def __init__(self, model: Any, reference_adapter: str | None = None, reference: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loaded: dict[str, torch.Tensor],
+        reference_adapter: str | None = None,
+        reference: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self._loaded = loaded
         self.attention = model.config._attn_implementation
         self._evaluates_part = False
         self._reference_adapter, self._reference = reference_adapter, reference
@@ -49,7 +58,10 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
         self._settle_reference()
 
     def _settle_reference(self) -> None:
+        if isinstance(self.model, PeftModel):
+            open_head(self.model)
         if isinstance(self.model, PeftModel) and self.ref_model is None:
+            complete_reference(self.model, self._loaded)
             put_reference(self.model, self._reference_adapter)
             self._reference_adapter = None
 
@@ -188,6 +200,7 @@ def build_trainer(
     try:
         trainer = RunTrainer(
             model=policy.model,
+            loaded=loaded,
             ref_model=policy.ref_model,
             args=args,
             train_dataset=data.train,
@@ -205,7 +218,7 @@ def build_trainer(
     if isinstance(trainer.model, PeftModel):
         if conf.lora is not None and conf.lora.init_lora_weights == "eva":
             _initialize_eva(trainer)
-        _cast_adapter_to_fp32(trainer.model, loaded)
+        _cast_adapter_to_fp32(trainer.model, loaded or read_initial_weights(trainer.model))
     _silence_dropout_in_reference(trainer.model)
     return trainer
 

@@ -44,6 +44,7 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
 
     from dpo_runner.locations import resolve_adapter_path
     from dpo_runner.model import load_base_model
+    from dpo_runner.stacking import load_lora_alone
     from dpo_runner.tokenizer import load_tokenizer
 
     run = read_run_conf(run_dir)
@@ -53,8 +54,10 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
     base, _ = load_base_model(conf, run.quant)
     model = PeftModel.from_pretrained(base, run_dir / "adapter")
-    if conf.adapter is not None and conf.adapter_mode in ("continue", "stack"):
+    if conf.adapter is not None and conf.adapter_mode == "continue":
         model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
+    elif conf.adapter is not None and conf.adapter_mode == "stack":  # the result has put its embeddings into the base
+        load_lora_alone(model, resolve_adapter_path(conf), _REFERENCE)
     return model.eval(), load_tokenizer(conf)
 
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
-from dpo_runner.adapters import combined_adapter
 from dpo_runner.artifacts import RunDirectory, write_folder
 from dpo_runner.card import write_card
 from dpo_runner.card_facts import read_facts
 from dpo_runner.config import RunConf
 from dpo_runner.model import Policy, describe_reference
+from dpo_runner.stacking import combined_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ def save_weights(
         if is_adapter:
             # TRL keeps the reference as a second adapter beside ours; it is no result.
             with combined_adapter(model, policy.result) as name:
-                model.save_pretrained(staging, selected_adapters=[name])
+                # PEFT's own choice looks for the base's config, on the hub if need be, and goes by its size alone
+                model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=policy.saves_embeddings)
             if name != "default":  # PEFT puts it into a folder of its name
                 for file in (staging / name).iterdir():
                     file.rename(staging / file.name)

@@ -1,0 +1,170 @@
+"""Several adapters in one model: a new one on top of the SFT adapter, the reference beside the policy, one of many."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftConfig, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_runner.errors import ConfigError
+
+SFT = "sft"
+"""The frozen SFT adapter's name where another is trained on top of it."""
+
+
+class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
+    """A model whose adapter `sft` is always on and frozen, beneath the one that is active.
+
+    TRL makes its reference by a copy `ref` of the untrained `default`, which adds 0, and switches between the two:
+    policy = base + sft + default, reference = base + sft. With adapters disabled it is the bare base.
+    """
+
+    stacked: tuple[str, ...] = ("default", "ref")
+    """The adapters that stand on `sft`; a reference of one's own may stand on the bare base."""
+    absorbed: bool = False
+    """Whether embeddings that `sft` has trained are now the base's own."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapter that is trained: Trainer loads checkpoints into the first of these."""
+        return [self.active_adapter]
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        if adapter_name in self.stacked:
+            self.base_model.set_adapter([SFT, adapter_name], inference_mode)
+            self._freeze_sft()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        with super().disable_adapter():
+            yield
+        self._freeze_sft()  # PEFT makes whatever it enables again trainable
+
+    def _freeze_sft(self) -> None:
+        self.set_requires_grad(SFT, False)
+
+
+def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> StackedPeftModel:
+    """Put a new adapter `default` on top of the frozen SFT adapter in `folder`."""
+    if (
+        config.target_modules == "all-linear"
+    ):  # beneath an SFT adapter PEFT would take its copies of the head for layers
+        head = base.get_output_embeddings()
+        config.target_modules = {
+            name
+            for name, layer in base.named_modules()
+            if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
+        }
+    model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
+    model.__class__ = StackedPeftModel  # from_pretrained makes the class of the task type
+    _absorb_embeddings(model)
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    return model  # type: ignore[no-any-return]
+
+
+def _absorb_embeddings(model: StackedPeftModel) -> None:
+    """Make the embeddings that `sft` brings the base's: PEFT can neither stack nor join adapters that have such.
+
+    Raises:
+        ConfigError: it brings other modules than the embeddings and the head, or parts tied ones.
+    """
+    base = model.get_base_model()
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    for path, module in [*base.named_modules()]:
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        parts = isinstance(module, ModulesToSaveWrapper) and base.config.tie_word_embeddings
+        if parts or not any(module is each for each in embeddings):
+            raise ConfigError(
+                f"`model.adapter_mode=stack`: the SFT adapter has {path} as a module of its own, which cannot be "
+                "joined with another adapter; use model.adapter_mode=continue"
+            )
+        parent, _, name = path.rpartition(".")
+        own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[SFT])
+        setattr(base.get_submodule(parent), name, own.requires_grad_(False))
+        model.absorbed = True
+    model.peft_config[SFT].modules_to_save = model.peft_config[SFT].trainable_token_indices = None
+
+
+def load_lora_alone(model: PeftModelForCausalLM, folder: str, name: str) -> None:
+    """Load an adapter's LoRA beside others, without the embeddings that it brings."""
+    config = PeftConfig.from_pretrained(folder, inference_mode=True)
+    config.modules_to_save = config.trainable_token_indices = None
+    model.add_adapter(name, config)
+    weights = {key: value for key, value in load_peft_weights(folder, device="cpu").items() if ".lora_" in key}
+    set_peft_model_state_dict(model, weights, name)
+
+
+def complete_reference(model: PeftModelForCausalLM, loaded: dict[str, torch.Tensor]) -> None:
+    """Copy into TRL's reference `ref` what TRL leaves out: weights whose name ends with that of their adapter.
+
+    Those are trained rows of the embeddings, LoRA on embeddings, and most methods other than LoRA; in their place the
+    reference has new ones, which is to say the bare base.
+
+    Args:
+        model: the trainer's.
+        loaded: the weights of `default` before training, by name.
+    """
+    if "ref" in model.peft_config:
+        weights = dict(model.named_parameters())
+        for name, value in loaded.items():
+            if name.endswith(".default"):
+                weights[f"{name.removesuffix('default')}ref"].data.copy_(value)
+
+
+def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
+    """Make another adapter the reference that TRL finds in the model.
+
+    Args:
+        model: the trainer's.
+        folder: of the adapter; `""`: none, so that the bare base is the reference; None: leave TRL's choice.
+    """
+    if folder is None:
+        return
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    if isinstance(model, StackedPeftModel):
+        model.stacked = ("default",)
+    if folder:
+        model.load_adapter(folder, "ref", is_trainable=False)
+    model.set_adapter("default")
+
+
+def read_initial_weights(model: PeftModelForCausalLM) -> dict[str, torch.Tensor]:
+    """Return by name what a new adapter's copies of base weights began as; TRL has rounded them on a quantized base."""
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    began = {
+        name: name.replace("trainable_tokens_delta.", "trainable_tokens_original.").replace(
+            "modules_to_save.default", "original_module"
+        )
+        for name in weights
+    }
+    return {name: weights[source] for name, source in began.items() if source != name and source in weights}
+
+
+@contextmanager
+def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> Iterator[str]:
+    """Make one adapter out of several: ranks add up, and so do the updates, weighted (`cat` in PEFT).
+
+    Yields:
+        The name of the adapter, gone again afterwards.
+    """
+    if list(parts.items()) == [("default", 1.0)]:
+        yield "default"
+        return
+    name = "result"
+    model.base_model.add_weighted_adapter(list(parts), list(parts.values()), name, combination_type="cat")
+    weights = dict(model.named_parameters())
+    for path, weight in weights.items():  # trained rows are no sum, and PEFT gives the new adapter the base's
+        if path.endswith(f".trainable_tokens_delta.{name}"):
+            weight.data.copy_(weights[path.removesuffix(name) + "default"])
+    try:
+        yield name
+    finally:
+        model.delete_adapter(name)
+        model.set_adapter("default")
