@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dpo_runner.config import LoraConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.errors import ConfigError
+from dpo_runner.model_config import LoraConf
 
 
 def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:

@@ -59,7 +59,10 @@ def _load_adapter(facts: RunFacts, name: str) -> list[str]:
     base, pinned = _quote(model.model_name_or_path), "" if revision is None else f", revision={json.dumps(revision)}"
     imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if _is_made(facts):
-        imports[:0] = ["from dpo_runner.config import ModelConf", "from dpo_runner.locations import resolve_model_path"]
+        imports[:0] = [
+            "from dpo_runner.model_config import ModelConf",
+            "from dpo_runner.locations import resolve_model_path",
+        ]
         file = "" if model.gguf_file is None else f", gguf_file={_quote(model.gguf_file)}"
         base, pinned = f"resolve_model_path(ModelConf({base}{pinned}{file}))", ""
     # In the dtype of training: an SFT adapter merged in another one would make another base.

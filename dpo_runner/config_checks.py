@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
 
 if TYPE_CHECKING:
-    from dpo_runner.config import LoraConf, RunConf
+    from dpo_runner.config import RunConf
+    from dpo_runner.model_config import LoraConf
 
 # (key, lowest, is the lowest allowed, highest, is the highest allowed); None: no bound
 _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [

@@ -12,9 +12,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_runner.config import CONF_DIR, CONFIG_NAME, LoraConf, QuantConf, RunConf
+from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.data_config import SourceConf
+from dpo_runner.model_config import LoraConf, QuantConf
 from dpo_runner.training_rules import OWNED_FIELDS
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_runner.config import ModelConf
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
 from dpo_runner.errors import ConfigError
 from dpo_runner.gguf import load_gguf_path
+from dpo_runner.model_config import ModelConf
 
 
 def resolve_model_path(conf: ModelConf) -> str:

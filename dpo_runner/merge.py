@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo_runner.artifacts import cache_dir, write_folder_once
-from dpo_runner.config import ModelConf
+from dpo_runner.model_config import ModelConf
 
 
 def load_merged_path(conf: ModelConf, base: str, adapter: str, load_base: Callable[[], PreTrainedModel]) -> Path:

@@ -15,10 +15,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets
-from dpo_runner.config import ModelConf, QuantConf, RunConf
+from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path, resolve_model_path
 from dpo_runner.merge import load_merged_path
+from dpo_runner.model_config import ModelConf, QuantConf
 from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
 from dpo_runner.stacking import stack_adapter
 from dpo_runner.tokenizer import settle_vocabulary

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config import LoraConf, RunConf
+from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data_config import resolve_sources
+from dpo_runner.model_config import LoraConf
 from dpo_runner.quantization import describe_quantization
 
 

@@ -9,9 +9,9 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-from dpo_runner.config import QuantConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.errors import ConfigError
+from dpo_runner.model_config import QuantConf
 
 LEAST_QUANTIZED = 0.9
 """Below this share of the eligible weights a model is quantized in name only, and the run is refused."""

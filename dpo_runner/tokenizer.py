@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from dpo_runner.config import ModelConf
 from dpo_runner.data.templates import resolve_chat_template
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, resolve_adapter_path, resolve_model_path
+from dpo_runner.model_config import ModelConf
 from dpo_runner.vocabulary import (
     Vocabulary,
     add_tokens,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from dpo_runner.artifacts import read_status
-from dpo_runner.config import ModelConf, RunConf
+from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.model_config import ModelConf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

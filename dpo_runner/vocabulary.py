@@ -13,9 +13,9 @@ from peft.utils.other import TrainableTokensWrapper, match_target_against_key
 from safetensors import safe_open
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dpo_runner.config import ModelConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, resolve_model_path
+from dpo_runner.model_config import ModelConf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,9 +6,10 @@ import sys
 import pytest
 
 from dpo_runner.command_line import find_override_mistakes
-from dpo_runner.config import ModelConf, RunConf, load_conf
+from dpo_runner.config import RunConf, load_conf
 from dpo_runner.data_config import DataConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.model_config import ModelConf
 from dpo_runner.training_fields import TrainingConf
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_runner.config import ModelConf
 from dpo_runner.data.templates import CHAT_TEMPLATES
 from dpo_runner.errors import ConfigError
+from dpo_runner.model_config import ModelConf
 from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
 
 MODEL = "random:tiny-llama"
