@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo check format bench-data clean
+.PHONY: help setup demo test test-demo check format bench-data bench-memory clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ format: setup  ## format the code
 
 bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)
 	$(BIN)/python scripts/bench_data.py
+
+bench-memory: setup  ## measure the memory of training, and how near its estimate is (10 minutes, 13 GB of memory)
+	$(BIN)/python scripts/bench_memory.py
 
 clean:  ## remove .venv and caches (outputs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

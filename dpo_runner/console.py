@@ -3,12 +3,15 @@
 import time
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from dpo_runner.estimate import MemoryEstimate
 
 _LINES_WITHOUT_TERMINAL = 20
 _SECONDS_BETWEEN_REPORTS = 10
@@ -65,6 +68,24 @@ class RunConsole:
         for key, value in plan.items():
             table.add_row(f"[bold]{escape(key)}[/]", escape(visible(value)))
         self.console.print(table)
+
+    def show_memory(self, estimate: "MemoryEstimate") -> None:
+        """Show what a run will hold at its peak beside what the device has free, and warn where that is too little."""
+        title = f"estimated peak memory, with {estimate.length:,} tokens to the longest row"
+        table = Table("", title=title, title_justify="left")
+        table.add_column("GB", justify="right")
+        for label, size in estimate.rows.items():
+            if size:
+                table.add_row(label, f"{size / 1e9:.2f}")
+        table.add_section()
+        table.add_row(f"at the peak ({estimate.phase})", f"{estimate.total / 1e9:.2f}")
+        table.add_row(f"free on {escape(visible(estimate.device))}", f"{estimate.device_free / 1e9:.2f}")
+        self.console.print(table)
+        if not estimate.fits:
+            self.warn(
+                f"about {estimate.total / 1e9:.1f} GB are needed, {estimate.device_free / 1e9:.1f} GB are free on "
+                f"{estimate.device} ({estimate.device_total / 1e9:.1f} GB in all); {estimate.advice}"
+            )
 
     def show_preparing(self, source: str, rows: int) -> None:
         """Report that `rows` more rows of a source have been tokenized, every few seconds where there are many."""

@@ -35,7 +35,7 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "hardware": {
-            "cpu": _read_cpu_name(),
+            "cpu": read_cpu_name(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -77,7 +77,7 @@ def _read_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _read_cpu_name() -> str:
+def read_cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():

@@ -13,28 +13,44 @@ from dpo_runner.quantization import describe_quantization
 
 
 def build_plan(
-    conf: RunConf, data: PreferenceData, run_dir: Path, reference: str, padding: str, own_quantization: Any = None
+    conf: RunConf,
+    data: PreferenceData | None,
+    run_dir: Path,
+    reference: str,
+    padding: str | None,
+    own_quantization: Any = None,
 ) -> dict[str, str]:
-    """Return the plan as label and text, ready to be shown."""
+    """Return the plan as label and text, ready to be shown.
+
+    Args:
+        conf: the run.
+        data: its data; None where there is no tokenizer to read them with.
+        run_dir: where the run will write.
+        reference: what the policy is compared with, in words.
+        padding: the pad token, in words; None where there is no tokenizer.
+        own_quantization: what the checkpoint's config says of its quantization.
+    """
     model, training = conf.model, conf.training
     remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
     loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
+    rows = len(data.train) if data is not None else 0
+    steps = str(count_steps(conf, rows)) if rows or training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     return {
         "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
         "quantization": describe_quantization(conf.quant, own_quantization),
         "adapter": describe_adapter(conf),
         "reference": reference,
         **({"added tokens": ", ".join(model.added_tokens)} if model.added_tokens else {}),
-        "padding": padding,
+        **({"padding": padding} if padding is not None else {}),
         "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
-        **data.report.lines(),
+        **(data.report.lines() if data is not None else {"": "not checked: the model's folder has no tokenizer"}),
         "loss": f"{loss}, beta {training.beta:g}",
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "batch": (
             f"{count_pairs_per_step(conf)} pairs a step ({training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulation x {_world_size()} process)"
         ),
-        "steps": f"{count_steps(conf, len(data.train))}",
+        "steps": steps,
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }

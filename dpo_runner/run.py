@@ -25,7 +25,7 @@ with quiet_imports():
     from dpo_runner.model import check_model, describe_reference, load_policy
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
-    from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
+    from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
     from dpo_runner.vocabulary import describe_padding
     from dpo_runner.weights import save_weights
@@ -75,20 +75,37 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
         model_config = check_model(conf)
-        tokenizer = load_tokenizer(conf.model)
-        origin = describe_chat_template(conf.model, tokenizer)
-        data = load_preferences(conf, tokenizer, origin, console.show_preparing)
-    padding = describe_padding(tokenizer, data.stop_id)
+        tokenizer = data = padding = None
+        if not conf.dry_run or has_tokenizer(conf.model):
+            tokenizer = load_tokenizer(conf.model)
+            origin = describe_chat_template(conf.model, tokenizer)
+            data = load_preferences(conf, tokenizer, origin, console.show_preparing)
+            padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
     console.show_plan(build_plan(conf, data, path, describe_reference(conf), padding, own_quantization))
-    for warning in data.report.warnings:
+    for warning in data.report.warnings if data is not None else ():
         console.warn(warning)
     if conf.dry_run:
+        _show_memory(conf, data, console)
         return None
+    assert data is not None
     with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
         summary = _train(directory, conf, args, tokenizer, data, console, tracker)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     return summary
+
+
+def _show_memory(conf: RunConf, data: PreferenceData | None, console: RunConsole) -> None:
+    """Say whether the run will fit into memory."""
+    from dpo_runner.estimate import estimate_memory
+
+    try:
+        with route_library_logs(None):
+            estimate = estimate_memory(conf, data.longest() if data is not None else None)
+    except ConfigError as error:
+        console.warn(f"the memory that this run takes is not known: {error}")
+    else:
+        console.show_memory(estimate)
 
 
 @contextmanager

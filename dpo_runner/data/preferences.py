@@ -74,6 +74,10 @@ class PreferenceData:
         """Return a digest of a split's token ids, in order."""
         return self._splits[split].fingerprint()
 
+    def longest(self) -> int:
+        """Return the tokens of the longest conversation, prompt and the longer answer, over all splits."""
+        return max(split.longest() for split in self._splits.values())
+
     def dropped(self) -> Iterator[dict[str, Any]]:
         """Yield source, split, file, line (or row), reason and detail of each row that was left out."""
         for name, split, prepared in self._prepared:

@@ -79,6 +79,11 @@ class Split:
         kept = np.flatnonzero(self.kept)
         self.drop_among_kept(find_repeats(self.pair_hash[kept]), "exact duplicate")
 
+    def longest(self) -> int:
+        """Return the tokens of the longest pair kept: its prompt and the longer answer; 0 without pairs."""
+        answer = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
+        return int((self.lengths["prompt"] + answer)[self.kept].max(initial=0))
+
     def drop_among_kept(self, mask: Mask, reason: str) -> None:
         """Drop what `mask`, of shape (pairs kept,), names of the pairs kept."""
         whole = self.kept

@@ -1,0 +1,197 @@
+"""Measure a few training runs' peak memory and compare it with what `dpo_runner.estimate` says beforehand.
+
+Each setting runs in a fresh process: rows as long as max_length are written, the default model is loaded, two real
+optimizer steps are made. *Measured* is the kernel's own record of the process's resident memory (VmHWM, set back
+right before the model is loaded) less what was resident then. It counts mapped files too, since unquantized weights
+stay mapped from their safetensors file, and it misses no short peak, which sampling would.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SETTINGS = {
+    "LoRA r=16, batch 4, 512 tokens": ["training.max_length=512"],
+    "the same, gradient_checkpointing": ["training.max_length=512", "training.gradient_checkpointing=true"],
+    "nf4, batch 4, 512 tokens": ["quant=nf4", "training.max_length=512"],
+    "int8, batch 2, 256 tokens": ["quant=int8", "training.max_length=256", "training.per_device_train_batch_size=2"],
+    "LoRA r=16, batch 2, 256 tokens": ["training.max_length=256", "training.per_device_train_batch_size=2"],
+    "LoRA r=16, batch 2, 1024 tokens": ["training.max_length=1024", "training.per_device_train_batch_size=2"],
+    "LoRA r=16, batch 1, 256 tokens": ["training.max_length=256", "training.per_device_train_batch_size=1"],
+    "full fine-tuning, batch 2, 256 tokens": [
+        "lora=none",
+        "training.max_length=256",
+        "training.per_device_train_batch_size=2",
+        "training.learning_rate=1e-6",
+    ],
+}
+QUANTS = {
+    "none (bf16)": [],
+    "nf4": ["quant=nf4", "quant.bnb_4bit_use_double_quant=false"],
+    "nf4, double quantization": ["quant=nf4", "quant.bnb_4bit_use_double_quant=true"],
+    "fp4": ["quant=fp4", "quant.bnb_4bit_use_double_quant=false"],
+    "int8": ["quant=int8"],
+}
+COMMON = [
+    "data=local_file",
+    "data.on_overlong=truncate_completion",
+    "training.max_steps=2",
+    "training.gradient_accumulation_steps=1",
+    "training.eval_strategy=no",
+    "training.per_device_eval_batch_size=1",  # nothing is evaluated here
+    "training.save_strategy=no",
+    "wandb=disabled",
+]
+
+
+def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
+    """Return the bytes that loading the model, or training it for two steps, takes at most in this process."""
+    from dpo_runner.allocator import keep_freed_memory
+    from dpo_runner.config import load_conf
+    from dpo_runner.data import load_preferences
+    from dpo_runner.model import load_policy
+    from dpo_runner.tokenizer import load_tokenizer
+    from dpo_runner.trainer import build_dpo_config, build_trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        conf = load_conf([*COMMON, *overrides, f"data.path={_write_rows(Path(folder))}"])
+        args = build_dpo_config(conf, Path(folder) / "checkpoints")
+        tokenizer = load_tokenizer(conf.model)
+        data = load_preferences(conf, tokenizer)
+        if not load_only:
+            keep_freed_memory()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        before = _read_status("VmRSS")
+        policy = load_policy(conf)
+        for tensor in policy.model.parameters():
+            tensor.detach().max()  # reads every page of a weight that is only mapped so far
+        gc.collect()
+        loaded = _read_status("VmRSS") - before
+        if load_only:
+            return {"loaded": loaded, "longest": 0}
+        build_trainer(conf, args, policy, data, tokenizer, []).train()
+        rows = data.train
+        longest = max(
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in (rows[i] for i in range(len(rows)))
+        )
+        return {"loaded": loaded, "measured": _read_status("VmHWM") - before, "longest": longest}
+
+
+def _write_rows(folder: Path) -> Path:
+    """Write pairs whose chosen answer is longer than any max_length here, and whose rejected one is a bit shorter."""
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for n in range(40):
+            words = [f"word{n}" if at % 7 == 0 else "memory" for at in range(1200)]
+            row = {"prompt": f"Question {n}?", "chosen": " ".join(words), "rejected": " ".join(words[: 200 - n])}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def _read_status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
+    """Measure in a fresh process."""
+    flags = ["--load-only"] if load_only else []
+    command = [sys.executable, __file__, "--measure", *flags, *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(overrides)}: {result.stderr[-2000:]}")
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert isinstance(measured, dict)
+    return measured
+
+
+def compare(only: str) -> list[str]:
+    """Measure and estimate each setting whose name contains `only`, and return the rows of a table."""
+    from dpo_runner.config import load_conf
+    from dpo_runner.estimate import estimate_memory
+
+    rows = []
+    for name, overrides in SETTINGS.items():
+        if only in name:
+            measured = run_child(overrides)
+            conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
+            estimated = estimate_memory(conf, measured["longest"]).total
+            ratio = estimated / measured["measured"]
+            rows.append(f"| {name} | {estimated / 1e9:.2f} | {measured['measured'] / 1e9:.2f} | {ratio:.2f} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def compare_weights() -> list[str]:
+    """Measure and estimate the loaded model under each quantization, and return the rows of a table."""
+    from dpo_runner.config import load_conf
+    from dpo_runner.estimate import estimate_memory
+
+    rows = []
+    for name, overrides in QUANTS.items():
+        conf = load_conf([*COMMON, *overrides, "training.max_length=64", "data.path=rows.jsonl"])
+        estimate = estimate_memory(conf, None)
+        held = estimate.rows["weights"] + estimate.rows["quantization state"]
+        loaded = run_child(overrides, load_only=True)["loaded"]
+        rows.append(f"| {name} | {held / 1e6:.0f} | {loaded / 1e6:.0f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Print the tables and write them into a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="measure one setting in this process, as JSON")
+    parser.add_argument("--load-only", action="store_true", help="with --measure: load the model and stop")
+    parser.add_argument("--only", default="", help="settings whose name contains this; writes no file")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "memory.md")
+    parser.add_argument("overrides", nargs="*", help="with --measure: Hydra overrides")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.overrides, arguments.load_only)))
+        return
+    runs = compare(arguments.only)
+    if arguments.only:
+        return
+    arguments.out.write_text(_format_report(runs, compare_weights()), encoding="utf-8")
+
+
+def _format_report(runs: list[str], weights: list[str]) -> str:
+    from importlib import metadata
+
+    from dpo_runner.environment import read_cpu_name
+
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"""# Estimated and measured memory
+
+`make bench-memory`: SmolLM2-135M-Instruct on the CPU, each setting in a fresh process, two optimizer steps, rows as \
+long as max_length. *Estimated* is what `dry_run=true` says, from the model's config alone. *Measured* is the peak of \
+resident memory (VmHWM) less what was resident before the model was loaded; mapped files count, because unquantized \
+weights stay mapped from their file. Where glibc's heap has its gaps depends on every small block in between, so the \
+same setting differs by up to a tenth from one process to the next.
+
+{os.cpu_count()} cores of an {read_cpu_name()}, {memory:.0f} GB, {versions}.
+
+| setting | estimated, GB | measured, GB | estimated / measured |
+|---|---|---|---|
+{chr(10).join(runs)}
+
+The model once it is loaded. *Measured* is what resident memory has grown by then; it has what the loader and the \
+libraries keep in it too.
+
+| quantization | estimated, MB | measured, MB |
+|---|---|---|
+{chr(10).join(weights)}
+"""
+
+
+if __name__ == "__main__":
+    main()
