@@ -106,7 +106,7 @@ class RunConf:
     resume: str = field(default="auto", metadata={"choices": ("auto", "never")})
     """`auto` continues what `run_dir` holds; `never` refuses a `run_dir` that holds anything."""
     dry_run: bool = False
-    """Compose, check, load tokenizer and data, print the plan, and stop."""
+    """Compose, check, load tokenizer and data, print the plan and an estimate of peak memory, and stop."""
 
     def __post_init__(self) -> None:
         from dpo_runner.config_checks import find_mistakes

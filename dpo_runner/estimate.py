@@ -28,7 +28,7 @@ from dpo_runner.vocabulary import load_model_config
 _FULL_DEPTH = 8
 """Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
 
-_HEAP_GAPS = {ACTIVATIONS: 0.14, LOGITS: 0.6}
+_HEAP_GAPS = {ACTIVATIONS: 0.14, LOGITS: 0.7}
 """What glibc's heap holds beyond the tensors that are alive, as a share of them: a freed block's place is too small
 for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks (benchmarks/memory.md), for where
 they fall depends on every small block in between."""
