@@ -106,3 +106,24 @@ def tiny_run(pairs: str) -> list[str]:
         "samples.max_new_tokens=4",
         "wandb=disabled",
     ]
+
+
+@pytest.fixture(scope="session")
+def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The directory and the summary of a short run of the default model."""
+    from dpo_runner import load_conf, run
+
+    folder = tmp_path_factory.mktemp("real") / "r"
+    overrides = [
+        f"run_dir={folder}",
+        "data.max_train_samples=24",
+        "data.max_eval_samples=8",
+        "training.eval_strategy=no",
+        "training.learning_rate=2e-4",
+        "samples.num_prompts=2",
+        "samples.max_new_tokens=8",
+        "wandb=disabled",
+    ]
+    summary = run(load_conf(overrides))
+    assert summary is not None
+    return folder, summary

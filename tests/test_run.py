@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -322,18 +323,8 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(num
 
 
 @pytest.mark.real_model
-def test_the_real_model_learns(tmp_path: Path) -> None:
-    overrides = [
-        "run_dir=r",
-        "data.max_train_samples=24",
-        "data.max_eval_samples=8",
-        "training.eval_strategy=no",
-        "training.learning_rate=2e-4",
-        "samples.num_prompts=2",
-        "samples.max_new_tokens=8",
-    ]
-    summary = run(load_conf(overrides))
-    assert summary is not None
+def test_the_real_model_learns(real_run: tuple[Path, dict[str, Any]]) -> None:
+    summary = real_run[1]
     assert summary["before"]["eval_rewards/accuracies"] == 0.0
     assert summary["after"]["eval_rewards/accuracies"] >= 0.75
     assert summary["after"]["eval_loss"] < 0.65
