@@ -123,6 +123,7 @@ def _talk(args: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from dpo_runner.console import visible
     from dpo_runner.logs import route_library_logs
 
     with route_library_logs(None):
@@ -133,10 +134,10 @@ def _talk(args: argparse.Namespace) -> None:
             if args.compare:
                 before, after = chat.compare(text)
                 table = Table("untuned", "tuned", expand=True)
-                table.add_row(escape(before), escape(after))
+                table.add_row(escape(visible(before)), escape(visible(after)))
                 console.print(table)
                 return
-            chat.ask(text, lambda piece: print(piece, end="", flush=True))
+            chat.ask(text, lambda piece: print(visible(piece), end="", flush=True))
             print()
 
         if args.prompt is not None:

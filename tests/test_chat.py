@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,26 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "the run is failed, not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--compare"]], ids=["streamed", "compared"])
+def test_no_answer_commands_the_terminal(arguments, run_dir, monkeypatch, capsys) -> None:
+    """Streamed as it comes, and side by side; new lines and tabs stay."""
+    said = "one\n\ttwo \x1b]0;owned\x07 \x9b31m \u202e"
+
+    def answer(self: Chat, messages: object, show: Callable[[str], None]) -> str:
+        for piece in (said[:10], said[10:12], said[12:]):
+            show(piece)
+        return said
+
+    monkeypatch.setattr(Chat, "_answer", answer)
+    monkeypatch.setenv("COLUMNS", "200")
+    main([str(run_dir), "--prompt", "Hello.", *arguments])
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
+    assert "␛]0;owned␇ \\x9b31m \\u202e" in shown and "two" in shown
+    if not arguments:
+        assert shown == "one\n\ttwo ␛]0;owned␇ \\x9b31m \\u202e\n"
 
 
 def test_the_program_talks_in_the_terminal(run_dir: Path) -> None:
