@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_runner import __version__, load_conf, run
 from dpo_runner.chat import Chat
 from dpo_runner.export import ROUNDING_TOLERANCE, main
+from dpo_runner.weights import save_weights
 
 SECRET = "hf_" + "A1b2C3d4" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -169,6 +170,34 @@ def test_a_merged_sft_adapter_is_in_it_beneath_the_new_one(finished, tiny_model,
     assert_same(weights_of(load("x")), merge_by_hand(tiny_model, sft_adapter, run_dir / "adapter"), atol=1e-5)
     main([str(run_dir), "--out", "y", "--adapter-only"])
     assert f'PeftModel.from_pretrained(model, "{sft_adapter}").merge_and_unload()' in Path("y/README.md").read_text()
+
+
+@pytest.mark.parametrize("start", [["model.adapter=SFT", "model.adapter_mode=stack"], ["lora.init_lora_weights=pissa"]])
+def test_an_adapter_made_of_several_is_exported_as_one_on_the_plain_base(
+    start, finished, tiny_model, sft_adapter, monkeypatch
+) -> None:
+    trained = []
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+    def save(directory: Any, model: Any, *rest: Any) -> Path:
+        with torch.no_grad():
+            trained.append(model.eval()(ids).logits)
+        return save_weights(directory, model, *rest)
+
+    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", save)
+    named = [text.replace("SFT", sft_adapter) for text in start]
+    run_dir = finished("training.bf16=false", "lora.r=4", "training.max_steps=2", *named)
+    main([str(run_dir), "--out", "merged"])
+    main([str(run_dir), "--out", "adapter", "--adapter-only"])
+    base = load(tiny_model)
+    with torch.no_grad():
+        before = base(ids).logits
+        served = PeftModel.from_pretrained(base, "adapter").eval()(ids).logits
+        merged = load("merged")(ids).logits
+    [expected] = trained
+    torch.testing.assert_close(served, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-2)
 
 
 def test_full_fine_tuning_is_exported_as_it_is(finished, capsys) -> None:
