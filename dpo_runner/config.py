@@ -56,7 +56,7 @@ class ChecksConf:
 
 @dataclass
 class SamplesConf:
-    """Greedy answers to evaluation prompts, by the reference before training and by the policy after."""
+    """Greedy answers to evaluation prompts, by the model before training and after."""
 
     num_prompts: int = 24
     """The first so many evaluation prompts are answered; `response_tokens` is the mean length over them."""

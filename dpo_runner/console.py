@@ -138,14 +138,16 @@ class RunConsole:
             self._progress.stop()
             self._progress = None
 
-    def show_samples(self, samples: list[dict[str, Any]]) -> None:
+    def show_samples(self, samples: list[dict[str, Any]], who: tuple[str, str] = ("before", "after")) -> None:
+        """Show each sample's two answers, which it has under the names in `who`, side by side."""
         for sample in samples:
             question = escape(visible(sample["prompt"][-1]["content"]))
             table = Table(title=question, title_justify="left", expand=True, show_lines=True)
-            for column, answer in (("before", sample["reference"]), ("after", sample["policy"])):
+            for name in who:
+                answer = sample[name]
                 cut = "" if answer["complete"] else ", cut off"
-                table.add_column(f"{column} ({answer['tokens']} tokens{cut})", ratio=1)
-            table.add_row(*(escape(visible(sample[who]["text"])) for who in ("reference", "policy")))
+                table.add_column(f"{name} ({answer['tokens']} tokens{cut})", ratio=1)
+            table.add_row(*(escape(visible(sample[name]["text"])) for name in who))
             self.console.print(table)
 
     def show_summary(self, summary: dict[str, Any]) -> None:

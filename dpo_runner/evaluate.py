@@ -18,7 +18,7 @@ from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole, visible
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluation_config import ALLOWED, compose, is_foreign
-from dpo_runner.evaluation_work import Task, answer_prompts, load_compared, score_pairs
+from dpo_runner.evaluation_work import Task, answer_prompts, load_compared, name_autocast, score_pairs
 from dpo_runner.exits import honest_exit
 from dpo_runner.json_lines import JsonLines
 from dpo_runner.judge import judge_answers, name_judge, summarize_verdicts
@@ -27,7 +27,7 @@ from dpo_runner.measures import summarize_pairs, summarize_samples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1  # part of a result's name: raise it where the same settings begin to give other figures
+_VERSION = 2  # part of a result's name: raise it where the same settings begin to give other figures
 
 _ROWS = (
     ("reward_accuracy", "reward accuracy"),
@@ -80,7 +80,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
             result = _measure(run_dir, task, tokenizer, console)
             write_json(target, result)
         answers = JsonLines(task.folder / "answers.jsonl").records
-        RunConsole(console).show_samples(answers[: conf.samples.show])
+        RunConsole(console).show_samples(answers[: conf.samples.show], ("reference", "policy"))
         show_result(result, console)
         console.print(escape(visible(f"results in {target}")))
     return result
@@ -106,7 +106,7 @@ def _prepare(run_dir: Path, conf: RunConf, foreign: bool, console: Console) -> "
     depends_on = [
         *(_VERSION, (run_dir / "summary.json").read_text(encoding="utf-8"), data.fingerprint(split), len(rows)),
         *([prompt.ids for prompt in data.prompts], conf.samples.max_new_tokens, conf.training.beta, conf.seed),
-        *(conf.training.max_length, conf.training.truncation_mode),
+        *(conf.training.max_length, conf.training.truncation_mode, name_autocast(conf)),
     ]
     name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
     return Task(conf, data, split, rows, run_dir / "evaluations" / name), tokenizer

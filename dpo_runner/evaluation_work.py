@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_runner.config import RunConf
 from dpo_runner.data_config import resolve_sources
-from dpo_runner.errors import ConfigError
 from dpo_runner.json_lines import JsonLines
 from dpo_runner.scoring import Compared, derive_seed, sample_completions, score_completions
 
@@ -39,7 +38,12 @@ class Task:
 
     def describe(self) -> dict[str, Any]:
         """Return what an evaluation depends on, for evaluation.json."""
+        from dpo_runner.model import describe_reference
+
+        autocast, moves = name_autocast(self.conf), self.conf.training.sync_ref_model
         return {
+            "reference": describe_reference(self.conf) + (", as it was before training moved it" if moves else ""),
+            "autocast": autocast,
             "data": [str(source.path) for source in resolve_sources(self.conf.data).values()],
             "split": self.split if self.split == "eval" else "all",
             "pairs": len(self.rows),
@@ -50,32 +54,42 @@ class Task:
         }
 
 
+def name_autocast(conf: RunConf) -> str | None:
+    """Return the dtype that a run casts to when it scores, such as `bfloat16`; None where it has no autocast."""
+    from dpo_runner.precision import choose_autocast
+
+    dtype = choose_autocast(conf.training)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     """Load a run's policy and reference, in evaluation mode, on the GPU where there is one.
 
     Raises:
-        ConfigError: the run's reference was another model than the one that training started from.
+        ConfigError: a model or adapter that the run names is not there any more.
     """
-    if conf.model.reference != "initial":
-        raise ConfigError(
-            f"`model.reference={conf.model.reference}`: only runs whose reference is the model that training started "
-            "from (initial) can be evaluated so far"
-        )
     import torch
 
     from dpo_runner.allocator import keep_freed_memory
-    from dpo_runner.model import load_base_model
-    from dpo_runner.tuned import load_tuned_model
+    from dpo_runner.model import is_initial, load_base_model, load_reference, settle_dtype, trains_all
+    from dpo_runner.precision import choose_autocast
+    from dpo_runner.tuned import INITIAL, load_tuned_model
 
     keep_freed_memory()
-    policy, base = load_tuned_model(run_dir)[0], None
-    if (run_dir / "model").is_dir():
-        model = conf.model
-        # as training has it: all weights are trained in float32, whatever the checkpoint's own dtype
-        base = load_base_model(replace(model, dtype="float32") if model.dtype == "auto" else model, None)[0].eval()
+    policy: Any = load_tuned_model(run_dir)[0]
+    folder, own = load_reference(conf)
+    adapter = None
+    if folder:
+        adapter = "reference"
+        policy.load_adapter(folder, adapter)
+        policy.eval()
+    elif is_initial(conf) and trains_all(conf):
+        own = load_base_model(settle_dtype(conf), conf.quant)[0].eval()
+    elif is_initial(conf) and INITIAL in policy.peft_config:
+        adapter = INITIAL
     if torch.cuda.is_available() and not conf.training.use_cpu and conf.quant is None:
-        policy, base = policy.to("cuda"), base and base.to("cuda")
-    return Compared(policy, base)
+        policy, own = policy.to("cuda"), own and own.to("cuda")
+    return Compared(policy, own, adapter, choose_autocast(conf.training))
 
 
 def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, progress: Callable[[int], None]) -> None:
@@ -86,8 +100,9 @@ def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, pr
         completions = [
             _cut(row["prompt_ids"], row[f"{part}_ids"], task.conf) for row in rows for part in ("chosen", "rejected")
         ]
-        policy = score_completions(compared.policy, completions, pad_id)
-        with compared.reference() as model:
+        with compared.as_in_the_run():
+            policy = score_completions(compared.policy, completions, pad_id)
+        with compared.reference() as model, compared.as_in_the_run():
             reference = score_completions(model, completions, pad_id)
         scores = [
             {"tokens": len(completion), "policy_logp": tuned, "reference_logp": before}
@@ -148,12 +163,14 @@ def answer_prompts(
         ids = [prompt.ids for prompt in prompts]
         seeds = [derive_seed(conf.seed, start + index) for index in range(len(prompts))]
         policy = generate_answers(compared.policy, tokenizer, prompts, length, size, stop_id)
-        samples = sample_completions(compared.policy, ids, seeds, length, stop_ids, pad_id)
-        rows = list(zip(ids, samples, strict=True))
-        policy_logps = score_completions(compared.policy, rows, pad_id)
+        with compared.as_in_the_run():  # drawn from the very distribution that they are scored with
+            samples = sample_completions(compared.policy, ids, seeds, length, stop_ids, pad_id)
+            rows = list(zip(ids, samples, strict=True))
+            policy_logps = score_completions(compared.policy, rows, pad_id)
         with compared.reference() as model:
             reference = generate_answers(model, tokenizer, prompts, length, size, stop_id)
-            reference_logps = score_completions(model, rows, pad_id)
+            with compared.as_in_the_run():
+                reference_logps = score_completions(model, rows, pad_id)
         records = [
             {
                 "prompt": prompt.messages,

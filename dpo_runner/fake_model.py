@@ -21,6 +21,7 @@ from dpo_runner.adapters import build_peft_config, changes_base
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path
+from dpo_runner.model import holds_reference, is_initial, trains_all
 from dpo_runner.model_config import ModelConf
 from dpo_runner.quantization import build_quantization_config, close_4bit_trap
 from dpo_runner.stacking import SFT
@@ -52,7 +53,7 @@ def build_fake_models(
     Raises:
         ConfigError: the checkpoint is quantized by another method than bitsandbytes', or a layer is not covered.
     """
-    full = conf.lora is None and (conf.model.adapter is None or conf.model.adapter_mode != "continue")
+    full = trains_all(conf)
     dtype = _find_dtype(config, conf, full)
     quantization = _find_quantization(config, conf)
     policy, base = _build_on_meta(config, conf.model, dtype, quantization, lambda model: _put_adapters(model, conf))
@@ -80,13 +81,13 @@ def _build_reference(
     """Return the reference where it is a model of its own, as `dpo_runner.model` has it, and the bytes it holds."""
     name = conf.model.reference
     quantization = None
-    if name == "initial" or (name == "base" and conf.model.adapter is None):
+    if is_initial(conf):
         if not full or precomputed:
             return None, 0  # inside the policy, or gone before training
-    elif (name == "base" and not full and conf.model.adapter_mode != "merge") or is_adapter(name):
+    elif (name == "base" or is_adapter(name)) and holds_reference(conf):
         return None, 0
     else:
-        if name != "base":
+        if name != "base" and not is_adapter(name):
             config = load_model_config(replace(conf.model, model_name_or_path=name, revision=None, gguf_file=None))
         quantization = _find_quantization(config, conf)
     dtype = _find_dtype(config, conf, full)
@@ -240,18 +241,18 @@ def _put_adapters(model: nn.Module, conf: RunConf) -> nn.Module:
     if config is None and mode != "continue":
         return model.requires_grad_(True)
     sft = _read_adapter(resolve_adapter_path(conf.model)) if mode in ("continue", "stack") else None
+    taken_from_base = changes_base(config)
     if mode == "continue":
         policy, reference = get_peft_model(model, sft), sft
     else:
-        taken_from_base = changes_base(config)
         if isinstance(config, LoraConfig):
             config.init_lora_weights = True  # other ways to begin end in the same shapes
         policy, reference = get_peft_model(model, config), config if mode == "stack" or taken_from_base else None
         if mode == "stack":
             policy.add_adapter(SFT, sft)
-    if is_adapter(conf.model.reference):
+    if is_adapter(conf.model.reference) and holds_reference(conf):
         reference = _read_adapter(conf.model.reference)
-    elif conf.model.reference == "base":
+    elif not is_initial(conf) and not taken_from_base:
         reference = None
     if reference is not None:
         policy.add_adapter("ref", reference)

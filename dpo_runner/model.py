@@ -21,7 +21,7 @@ from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_pa
 from dpo_runner.merge import load_merged_path
 from dpo_runner.model_config import ModelConf, QuantConf
 from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
-from dpo_runner.stacking import stack_adapter
+from dpo_runner.stacking import copy_adapter, stack_adapter
 from dpo_runner.tokenizer import settle_vocabulary
 from dpo_runner.vocabulary import (
     build_meta_model,
@@ -104,11 +104,7 @@ def load_policy(conf: RunConf) -> Policy:
         ConfigError: a model or adapter cannot be loaded.
     """
     mode = conf.model.adapter_mode if conf.model.adapter is not None else None
-    trains_all = conf.lora is None and mode != "continue"
-    model_conf = conf.model
-    if trains_all and model_conf.dtype == "auto":
-        model_conf = replace(model_conf, dtype="float32")  # in 16 bits most small updates of the weights are lost
-    base, path = load_base_model(model_conf, conf.quant)
+    base, path = load_base_model(settle_dtype(conf), conf.quant)
     policy = Policy(base, build_peft_config(conf.lora), None, path)
     vocabulary = settle_vocabulary(conf.model)
     train_new_rows(policy.peft_config, base, vocabulary.new_ids)
@@ -132,36 +128,73 @@ def load_policy(conf: RunConf) -> Policy:
         policy.model.peft_config["default"].init_lora_weights = True  # its copy must not take from the base again
         policy.peft_config = None
         policy.result = {"default": 1.0, "ref": -1.0}  # what it has become on top of the base as published
-    _settle_reference(conf, model_conf, policy, trains_all)
+    policy.reference_adapter, policy.ref_model = load_reference(conf)
+    if policy.ref_model is not None and "ref" in policy.result:
+        copy_adapter(policy.model, "default", "ref")  # TRL does so only where that is its reference
+    if is_initial(conf) and trains_all(conf) and not conf.training.precompute_ref_log_probs:
+        policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
     return policy
 
 
-def _settle_reference(conf: RunConf, model_conf: ModelConf, policy: Policy, trains_all: bool) -> None:
-    reference = conf.model.reference
-    if reference == "base" and conf.model.adapter is None:
-        reference = "initial"  # the same thing
-    if reference == "initial":
-        if trains_all and not conf.training.precompute_ref_log_probs:
-            policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
-    elif reference == "base" and conf.model.adapter_mode != "merge" and not trains_all:
-        policy.reference_adapter = ""
-    elif reference != "base" and is_adapter(reference):
-        adapter = replace(conf.model, adapter=reference, adapter_revision=None)
-        folder = resolve_adapter_path(adapter)
+def trains_all(conf: RunConf) -> bool:
+    """Whether a run trains the model's own weights, and no adapter."""
+    return conf.lora is None and (conf.model.adapter is None or conf.model.adapter_mode != "continue")
+
+
+def settle_dtype(conf: RunConf) -> ModelConf:
+    """Return the `model` group with the dtype that a run loads its weights in."""
+    if trains_all(conf) and conf.model.dtype == "auto":
+        return replace(conf.model, dtype="float32")  # in 16 bits most small updates of the weights are lost
+    return conf.model
+
+
+def is_initial(conf: RunConf) -> bool:
+    """Whether the reference is the model that training starts from."""
+    return conf.model.reference == "initial" or (conf.model.reference == "base" and conf.model.adapter is None)
+
+
+def holds_reference(conf: RunConf) -> bool:
+    """Whether a reference that is the bare base, or an adapter on it, is within the policy's own model.
+
+    It is not where the policy has no adapter, or has it on another base: one that an SFT adapter was merged into, or
+    that an initialization has taken its share out of.
+    """
+    merged = conf.model.adapter is not None and conf.model.adapter_mode == "merge"
+    return not (trains_all(conf) or merged or changes_base(build_peft_config(conf.lora)))
+
+
+def load_reference(conf: RunConf) -> tuple[str | None, PreTrainedModel | None]:
+    """Load what `model.reference` names.
+
+    Returns:
+        The folder of an adapter that is the reference on the policy's base, `""` for that base with no adapter on;
+        or the reference as a model of its own, in evaluation mode. Neither where it is the initial model.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is an adapter for another base.
+    """
+    name, other = conf.model.reference, settle_dtype(conf)
+    if is_initial(conf):
+        return None, None
+    if name == "base" and holds_reference(conf):
+        return "", None
+    other = replace(other, adapter=None, adapter_mode="continue", adapter_revision=None, added_tokens=[])
+    if is_adapter(name):
+        other = replace(other, adapter=name, adapter_mode="merge")
+        folder = resolve_adapter_path(other)
         meta = build_meta_model(load_model_config(conf.model), conf.model)
-        check_adapter(Path(folder), meta, policy.base, True)
-        if read_brought_rows(Path(folder), meta)[1]:
-            raise ConfigError(
-                f"`model.reference={reference}`: brings embeddings of its own, which would be the policy's too; merge "
-                "it into its base, and name that model"
-            )
-        policy.reference_adapter = folder
-    else:
-        other = replace(model_conf, adapter=None, adapter_mode="continue", added_tokens=[])
-        if reference != "base":
-            other = replace(other, model_name_or_path=reference, revision=None, gguf_file=None)
-        rows = settle_vocabulary(conf.model).rows or 0
-        policy.ref_model = load_base_model(other, conf.quant, rows)[0].eval().requires_grad_(False)
+        check_adapter(Path(folder), meta, conf.model.model_name_or_path, True)
+        if holds_reference(conf):
+            if read_brought_rows(Path(folder), meta)[1]:
+                raise ConfigError(
+                    f"`model.reference={name}`: brings embeddings of its own, which would be the policy's too; merge "
+                    "it into its base, and name that model"
+                )
+            return folder, None
+    elif name != "base":
+        other = replace(other, model_name_or_path=name, revision=None, gguf_file=None)
+    rows = settle_vocabulary(conf.model).rows or 0
+    return None, load_base_model(other, conf.quant, rows)[0].eval().requires_grad_(False)
 
 
 def load_base_model(conf: ModelConf, quant: QuantConf | None, min_rows: int = 0) -> tuple[PreTrainedModel, str]:

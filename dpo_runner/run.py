@@ -22,7 +22,7 @@ with quiet_imports():
 
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
-    from dpo_runner.model import check_model, describe_reference, load_policy
+    from dpo_runner.model import check_model, describe_reference, is_initial, load_policy
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer
@@ -166,7 +166,7 @@ def _train(
 
     if conf.checks.step0:
         check_trainable(trainer)
-        difference = check_reference(trainer, is_initial=conf.model.reference == "initial")
+        difference = check_reference(trainer, is_initial=is_initial(conf))
         console.say(f"step-0 check: the reference, {describe_reference(conf)}, differs by {difference:.2g} per token")
 
     checkpoint = find_last_checkpoint(directory.checkpoints)
@@ -178,7 +178,7 @@ def _train(
 
     console.say("measuring the model as it is")
     events.silent = checkpoint is not None  # a resumed run has logged this before
-    before, reference_answers = _measure(trainer, tokenizer, data, conf)
+    before, first_answers = _measure(trainer, tokenizer, data, conf)
     events.silent = False
 
     if checkpoint is not None:
@@ -186,9 +186,9 @@ def _train(
     trained = _train_steps(trainer, count_steps(conf, len(data.train)), checkpoint)
 
     console.say("measuring the tuned model")
-    after, policy_answers = _measure(trainer, tokenizer, data, conf)
+    after, last_answers = _measure(trainer, tokenizer, data, conf)
 
-    samples = pair_answers(data.prompts, reference_answers, policy_answers)
+    samples = pair_answers(data.prompts, first_answers, last_answers)
     directory.write_samples(samples)
     tracker.log_samples(samples)
 

@@ -78,10 +78,10 @@ def summarize_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pair_answers(
-    prompts: list[SamplePrompt], reference: list[dict[str, Any]], policy: list[dict[str, Any]]
+    prompts: list[SamplePrompt], before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return one record for each prompt, with the reference's and the policy's answer to it."""
+    """Return one record for each prompt, with the answers to it before and after training."""
     return [
-        {"prompt": prompt.messages, "reference": before, "policy": after}
-        for prompt, before, after in zip(prompts, reference, policy, strict=True)
+        {"prompt": prompt.messages, "before": untuned, "after": tuned}
+        for prompt, untuned, tuned in zip(prompts, before, after, strict=True)
     ]

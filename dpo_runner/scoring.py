@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -18,28 +19,33 @@ class Compared:
 
     Attributes:
         policy: the tuned model, in evaluation mode.
-        base: the reference of full fine-tuning, a model of its own; None: it is `policy` with its tuning off.
+        own: the reference where it is a model of its own.
+        adapter: where it is not, the adapter of `policy` that is the reference in the place of the tuned one; None:
+            it is `policy` without any.
+        autocast: what the run has cast to when it scored; None: to nothing.
     """
 
     policy: "PreTrainedModel"
-    base: "PreTrainedModel | None" = None
+    own: "PreTrainedModel | None" = None
+    adapter: str | None = None
+    autocast: "torch.dtype | None" = None
 
     @contextmanager
     def reference(self) -> "Iterator[PreTrainedModel]":
         """Lend the reference; afterwards `policy` is as it was."""
-        from dpo_runner.tuned import untuned
+        from dpo_runner.tuned import switched
 
-        if self.base is not None:
-            yield self.base
+        if self.own is not None:
+            yield self.own
             return
-        # peft unfreezes an adapter whenever it is switched on again
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.policy.parameters()]
-        try:
-            with untuned(self.policy):
-                yield self.policy
-        finally:
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+        with switched(self.policy, self.adapter):
+            yield self.policy
+
+    def as_in_the_run(self) -> AbstractContextManager[None]:
+        """Compute in the precision that the run was scored in."""
+        from dpo_runner.precision import autocast
+
+        return autocast(self.policy.device, self.autocast)
 
 
 def score_completions(

@@ -117,6 +117,16 @@ def complete_reference(model: PeftModelForCausalLM, loaded: dict[str, torch.Tens
                 weights[f"{name.removesuffix('default')}ref"].data.copy_(value)
 
 
+def copy_adapter(model: PeftModelForCausalLM, name: str, copy: str) -> None:
+    """Add a frozen copy of an adapter beside it, under the name `copy`."""
+    model.add_adapter(copy, model.peft_config[name])
+    weights = dict(model.named_parameters())
+    for path, weight in weights.items():
+        if f".{name}" in path:
+            weights[path.replace(f".{name}", f".{copy}")].data.copy_(weight)
+    model.set_adapter(name)
+
+
 def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
     """Make another adapter the reference that TRL finds in the model.
 

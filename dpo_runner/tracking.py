@@ -64,14 +64,14 @@ class Tracker:
         def log_table() -> None:
             import wandb
 
-            columns = ["prompt", "reference", "policy", "reference_tokens", "policy_tokens"]
+            columns = ["prompt", "before", "after", "before_tokens", "after_tokens"]
             rows = [
                 [
                     "\n".join(f"{message['role']}: {message['content']}" for message in sample["prompt"]),
-                    sample["reference"]["text"],
-                    sample["policy"]["text"],
-                    sample["reference"]["tokens"],
-                    sample["policy"]["tokens"],
+                    sample["before"]["text"],
+                    sample["after"]["text"],
+                    sample["before"]["tokens"],
+                    sample["after"]["tokens"],
                 ]
                 for sample in samples
             ]

@@ -23,6 +23,7 @@ from dpo_runner.data.decoding import reason_of
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import Policy, describe_reference
+from dpo_runner.precision import choose_autocast
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
 
@@ -147,14 +148,6 @@ def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) 
     return merged
 
 
-def has_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu = torch.cpu
-    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
 def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     """Return TRL's `DPOConfig` for a run.
 
@@ -168,7 +161,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
     fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is refused on CPUs
     if fields["bf16"] is None:
-        fields["bf16"] = has_bf16() and not fields["fp16"]
+        fields["bf16"] = choose_autocast(conf.training) == torch.bfloat16
     try:
         return DPOConfig(
             **fields | {"disable_tqdm": True},  # the run shows its own progress, unless training.disable_tqdm=true

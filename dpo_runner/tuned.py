@@ -15,7 +15,8 @@ from dpo_runner.model_config import ModelConf
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_REFERENCE = "reference"
+INITIAL = "initial"
+"""The frozen adapter beside the tuned one that training began with: the SFT adapter."""
 
 
 def check_finished(run_dir: Path) -> None:
@@ -56,9 +57,9 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     base, _ = load_base_model(conf, run.quant)
     model = PeftModel.from_pretrained(base, run_dir / "adapter")
     if conf.adapter is not None and conf.adapter_mode == "continue":
-        model.load_adapter(resolve_adapter_path(conf), _REFERENCE)
+        model.load_adapter(resolve_adapter_path(conf), INITIAL)
     elif conf.adapter is not None and conf.adapter_mode == "stack":  # the result has put its embeddings into the base
-        load_lora_alone(model, resolve_adapter_path(conf), _REFERENCE)
+        load_lora_alone(model, resolve_adapter_path(conf), INITIAL)
     return model.eval(), load_tokenizer(conf)
 
 
@@ -67,12 +68,25 @@ def untuned(model: Any) -> Iterator[None]:
     """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
     if not hasattr(model, "disable_adapter"):
         raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
-    if _REFERENCE not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter(_REFERENCE)
-    try:
+    with switched(model, INITIAL if INITIAL in model.peft_config else None):
         yield
+
+
+@contextmanager
+def switched(model: Any, adapter: str | None) -> Iterator[None]:
+    """Compute with another adapter in the tuned one's place, or with none; afterwards the model is as it was."""
+    # peft unfreezes an adapter whenever it is switched on again
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter)
+            try:
+                yield
+            finally:
+                model.set_adapter("default")
     finally:
-        model.set_adapter("default")
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)

@@ -92,7 +92,7 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
     assert trainable and all(".default." in name for name in trainable)
 
 
-@pytest.mark.parametrize("mode", ["continue", "stack"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_reference_can_be_the_bare_base(mode, tiny_run, tiny_model, sft_adapter, tmp_path) -> None:
     overrides = [*tiny_run, *EXACT, *MODES[mode], f"model.adapter={sft_adapter}", "model.reference=base"]
     trainer = build(overrides, tmp_path)
@@ -105,11 +105,13 @@ def test_the_reference_can_be_the_bare_base(mode, tiny_run, tiny_model, sft_adap
 
 
 @pytest.mark.parametrize("precompute", ["false", "true"])
-@pytest.mark.parametrize("mode", ["new", "continue", "stack"])
+@pytest.mark.parametrize("mode", [*MODES, "new", "full", "pissa"])
 def test_the_reference_can_be_another_adapter(
     mode, precompute, tiny_run, tiny_model, sft_adapter, other_adapter, tmp_path
 ) -> None:
-    start = [] if mode == "new" else [*MODES[mode], f"model.adapter={sft_adapter}"]
+    """On the base as published, whatever the policy's own stands on."""
+    alone = {"new": [], "full": ["lora=none"], "pissa": ["lora.init_lora_weights=pissa"]}
+    start = alone[mode] if mode in alone else [*MODES[mode], f"model.adapter={sft_adapter}"]
     precomputed = [f"training.precompute_ref_log_probs={precompute}"]
     trainer = build([*tiny_run, *EXACT, *start, *precomputed, f"model.reference={other_adapter}"], tmp_path)
     rows = rows_of(trainer)

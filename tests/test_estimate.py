@@ -131,6 +131,10 @@ STARTS = {
     "against the base": ["model.adapter=SFT", "model.reference=base"],
     "against an adapter": ["model.reference=SFT"],
     "against another model": ["model.reference=MODEL"],
+    "continue, against another model": ["model.adapter=SFT", "model.reference=MODEL"],
+    "full, against an adapter": ["lora=none", "model.reference=SFT"],
+    "merge, against an adapter": ["model.adapter=SFT", "model.adapter_mode=merge", "lora=r16", "model.reference=SFT"],
+    "pissa, against an adapter": ["lora.init_lora_weights=pissa", "model.reference=SFT"],
 }
 
 

@@ -150,6 +150,7 @@ def test_a_half_written_line_and_half_a_batch_are_done_again(trained: Path, caps
     capsys.readouterr()
     evaluate(trained, arguments)
     shown = capsys.readouterr().out
+    assert "reference (5 tokens" in shown and "policy (5 tokens" in shown
     assert "is finished" in shown and "reward margin" in shown and "KL to the reference" in shown
 
     (folder / "evaluation.json").unlink()

@@ -22,10 +22,11 @@ from dpo_runner.data import load_preferences
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import resolve_model_path
 from dpo_runner.model import load_policy
+from dpo_runner.precision import has_bf16
 from dpo_runner.quantization import build_quantization_config, linear4bit_modules
 from dpo_runner.step0 import completion_logps
 from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.trainer import build_dpo_config, build_trainer, has_bf16
+from dpo_runner.trainer import build_dpo_config, build_trainer
 
 
 def build(overrides: list[str], tmp_path: Path):

@@ -74,7 +74,8 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert "rewards/margins" in events[1]
 
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 and samples[0]["reference"]["tokens"] <= 4
+    assert len(samples) == 2 and samples[0].keys() == {"prompt", "before", "after"}
+    assert samples[0]["before"]["tokens"] <= 4
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
     assert not list(finished.rglob("*.tmp")) and not list(finished.glob(".*"))
 
@@ -127,9 +128,10 @@ def test_nothing_that_data_holds_commands_the_terminal(capsys: pytest.CaptureFix
 
     answer = {"text": "\x1b[31mred\x07", "tokens": 3, "complete": True}
     prompt = [{"role": "user", "content": "\x1b]0;pwned\x07Why?"}]
-    RunConsole().show_samples([{"prompt": prompt, "reference": answer, "policy": answer}])
+    RunConsole().show_samples([{"prompt": prompt, "before": answer, "after": answer}])
     RunConsole().show_plan({"data": "\x1b[2J.jsonl"})
     shown = capsys.readouterr().out
+    assert "before (3 tokens)" in shown and "after (3 tokens)" in shown
     assert "\x1b" not in shown and "\x07" not in shown and "␛" in shown and "pwned" in shown
 
 

@@ -44,5 +44,5 @@ def test_pairs_of_answers() -> None:
     before, after = [{"text": "a"}, {"text": "b"}], [{"text": "c"}, {"text": "d"}]
     prompts = [SamplePrompt(messages, [1]) for messages in MESSAGES]
     paired = pair_answers(prompts, before, after)
-    assert paired[1] == {"prompt": MESSAGES[1], "reference": before[1], "policy": after[1]}
+    assert paired[1] == {"prompt": MESSAGES[1], "before": before[1], "after": after[1]}
     assert summarize_answers([]) == {}

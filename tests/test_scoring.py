@@ -40,8 +40,6 @@ def test_the_reference_leaves_the_policy_as_it_was(model) -> None:
         tuned = model(ids).logits
         with untuned(model):
             expected = model(ids).logits
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
         with pytest.raises(KeyError), Compared(model).reference() as reference:
             assert torch.equal(reference(ids).logits, expected)
             raise KeyError

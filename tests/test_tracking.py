@@ -34,6 +34,10 @@ def test_an_offline_run_holds_curves_config_samples_and_no_secret(tiny_run, tmp_
     for name in ("train/loss", "train/rewards/margins", "train/rewards/accuracies", "eval/loss", "train/global_step"):
         assert name in text
     assert "samples" in text and "per_device_train_batch_size" in text and "after/eval_loss" in text
+    table = json.loads(next((tmp_path / "r" / "wandb").rglob("samples*.table.json")).read_text())
+    assert table["columns"] == ["prompt", "before", "after", "before_tokens", "after_tokens"]
+    answers = json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])
+    assert table["data"][0][1:3] == [answers["before"]["text"], answers["after"]["text"]]
     everything = b"".join(path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file())
     assert SECRET.encode() not in everything
 

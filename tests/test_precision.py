@@ -1,0 +1,41 @@
+"""The dtype of autocast: the configuration's, or what the hardware multiplies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_runner import precision
+from dpo_runner.config import load_conf
+from dpo_runner.evaluation_work import name_autocast
+from dpo_runner.precision import autocast, choose_autocast
+from dpo_runner.trainer import build_dpo_config
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {False: None, True: "bfloat16"}),
+        (["training.bf16=true"], {False: "bfloat16", True: "bfloat16"}),
+        (["training.bf16=false"], {False: None, True: None}),
+    ],
+)
+def test_the_hardware_decides_where_the_configuration_does_not(overrides, expected, hardware, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda: hardware)
+    conf = load_conf(["training.use_cpu=true", *overrides])
+    assert name_autocast(conf) == expected[hardware]
+    assert build_dpo_config(conf, Path("x")).bf16 == (expected[hardware] is not None)  # what the run itself does
+
+
+def test_fp16_leaves_nothing_to_the_hardware(monkeypatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    assert choose_autocast(load_conf(["training.fp16=true"]).training) == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_products_are_made_in_that_dtype(dtype) -> None:
+    ones = torch.ones(2, 2)
+    with autocast(ones.device, dtype):
+        assert (ones @ ones).dtype == (dtype or torch.float32)
+    assert (ones @ ones).dtype == torch.float32
