@@ -144,12 +144,6 @@ class TrainingConf:
     """Enable float16 (FP16) mixed precision training. Consider using BF16 instead if your hardware supports
     it."""
 
-    bf16_full_eval: bool = False
-    """Use full BF16 precision for evaluation (not just mixed precision). Faster and saves memory."""
-
-    fp16_full_eval: bool = False
-    """Use full FP16 precision for evaluation (not just mixed precision). Faster and saves memory."""
-
     tf32: bool | None = None
     """Enable TF32 mode on Ampere and newer GPUs. Provides up to 8x speedup with negligible accuracy loss."""
 
