@@ -1,7 +1,7 @@
 """PEFT adapters: the `lora` group as PEFT's config, checks of names and files."""
 
 import dataclasses
-import json
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,14 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dpo_runner.config import read_adapter_base
 from dpo_runner.config_checks import suggest
-from dpo_runner.errors import ConfigError
-from dpo_runner.model_config import LoraConf
+from dpo_runner.default_model import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
+from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.locations import is_adapter, resolve_adapter_path, resolve_model_path
+from dpo_runner.model_config import LoraConf, ModelConf
+
+_SAYS_NOTHING = re.compile(r"model|merged|checkpoint-\d+")  # folders that results of any base are in
 
 
 def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
@@ -42,7 +47,7 @@ def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
     try:
         config = cls(**fields, **conf.config)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"`lora`: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"`lora`: {reason_of(error)}") from None
     if config.is_prompt_learning:
         raise ConfigError(
             f"`lora.peft_type={conf.peft_type}`: learns virtual tokens, with which a policy does not begin as its "
@@ -163,7 +168,39 @@ def _check_shape(folder: Path, name: str, path: str, module: torch.nn.Module, pa
         )
 
 
-def read_adapter_base(folder: Path) -> str | None:
-    """Return the base model that an adapter names in its adapter_config.json, or None."""
-    value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return value if isinstance(value, str) else None
+def find_other_bases(conf: ModelConf) -> list[str]:
+    """Return a warning for each adapter that was made on another base than the one it is put on.
+
+    Names are compared as given, as folders, as hub ids in the hub's cache, and by their last part, so that the same
+    base under two names does not count.
+
+    Raises:
+        ConfigError: an adapter or the model is not there.
+    """
+    origin = {DEFAULT_MODEL_ORIGIN} if conf.model_name_or_path == DEFAULT_MODEL else set()
+    base = {
+        spelling for name in (conf.model_name_or_path, resolve_model_path(conf), *origin) for spelling in _spell(name)
+    }
+    adapters = {} if conf.adapter is None else {"model.adapter": (conf.adapter, resolve_adapter_path(conf))}
+    if conf.reference not in ("initial", "base") and is_adapter(conf.reference):
+        adapters["model.reference"] = (conf.reference, conf.reference)
+    warnings = []
+    for key, (name, folder) in adapters.items():
+        named = read_adapter_base(Path(folder).expanduser() / "adapter_config.json")
+        if named is not None and not base & _spell(named):
+            warnings.append(
+                f"{key}={name}: its adapter_config.json names {named} as its base, and it is put on "
+                f"{conf.model_name_or_path}; on any other base than its own an adapter does not do what it was made for"
+            )
+    return warnings
+
+
+def _spell(name: str) -> set[str]:
+    """Return what a base may be called by those who mean `name`, in lower case."""
+    path = Path(name).expanduser()
+    spellings = {name, str(path)}
+    for each in (path, path.resolve()) if path.exists() else (path,):
+        cached = next((part for part in each.parts if part.startswith("models--")), None)  # the hub's cache
+        hub_id = None if cached is None else cached.removeprefix("models--").replace("--", "/")
+        spellings |= {str(each), hub_id or name, (hub_id or each.name).rpartition("/")[2]}
+    return {each.lower() for each in spellings if each and not _SAYS_NOTHING.fullmatch(each)}

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.data_config import DataConf
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.model_config import LoraConf, ModelConf, QuantConf
 from dpo_runner.training_fields import TrainingConf
 
@@ -176,9 +176,22 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     try:
         conf = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"`{error.full_key}`: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
     assert isinstance(conf, RunConf)
     return conf
+
+
+def read_adapter_base(adapter_config: Path) -> str | None:
+    """Return the base model that an adapter_config.json names, or None.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    try:
+        value = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{adapter_config}: cannot be read as an adapter's config; {reason_of(error)}") from None
+    return value if isinstance(value, str) and value else None
 
 
 def _recognise_adapter(config: DictConfig) -> None:
@@ -187,7 +200,7 @@ def _recognise_adapter(config: DictConfig) -> None:
     file = Path(name).expanduser() / "adapter_config.json"
     if not file.is_file():
         return
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_adapter_base(file)
     if config.model.adapter is not None:
         raise ConfigError(
             f"`model.model_name_or_path={name}`: is an adapter, and model.adapter names another one; put its base "

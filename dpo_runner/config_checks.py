@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
 
 if TYPE_CHECKING:
     from dpo_runner.config import RunConf
-    from dpo_runner.model_config import LoraConf
 
 # (key, lowest, is the lowest allowed, highest, is the highest allowed); None: no bound
 _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
@@ -69,18 +67,11 @@ _SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
 }
 
 
-_ZERO_INITIALIZATIONS = (True, "gaussian", "orthogonal", "eva")
-_NEED_MORE = {
-    "loftq": "replaces the base by quantized weights, on which no published model and no reference stands",
-    "corda": "needs covariances from a pass over data of its own",
-    "lora_ga": "needs gradients from a pass over data of its own",
-}
-
-
 def find_mistakes(conf: "RunConf") -> list[str]:
     """Return one line for each rule that `conf` breaks; an empty list means the run may start."""
     values = dict(walk_fields(conf))
     from dpo_runner.data_checks import check_data
+    from dpo_runner.model_checks import check_model_groups
 
     mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
     ranges = [*_RANGES]
@@ -89,7 +80,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
     mistakes += [line for rule in ranges if rule[0] in values for line in _check_range(*rule, values[rule[0]][1])]
     if not mistakes:  # contradictions between fields make sense only where each field does
         mistakes = [
-            *_check_model(conf),
+            *check_model_groups(conf),
             *check_data(conf),
             *_check_training(conf),
             *_check_evaluation(conf),
@@ -165,73 +156,6 @@ def _check_range(
         if high is not None:
             rules.append(f"{'at most' if with_high else 'below'} {high:g}")
         yield f"`{key}={value}`: must be {' and '.join(rules)}"
-
-
-def _check_model(conf: "RunConf") -> Iterator[str]:
-    model, quant, lora = conf.model, conf.quant, conf.lora
-    trains_adapter = lora is not None or (model.adapter is not None and model.adapter_mode == "continue")
-    if quant is not None:
-        chosen = [name for name in ("load_in_4bit", "load_in_8bit", "config") if getattr(quant, name)]
-        if len(chosen) != 1:
-            yield (
-                f"`quant`: {' and '.join(chosen) or 'none of load_in_4bit, load_in_8bit and config'} set; use exactly "
-                "one of them: quant=nf4, fp4, int8 or none, or quant=other with quant.config"
-            )
-    if quant is not None and not trains_adapter:
-        yield "`lora=null`: quantized weights cannot be trained without an adapter; use lora=r16, or quant=none"
-    if model.adapter and model.adapter_mode == "continue" and lora is not None:
-        yield (
-            f"`lora`: model.adapter_mode=continue trains the adapter {model.adapter} as it is, so there is no new one "
-            "for `lora` to describe; use lora=none, or model.adapter_mode=stack or merge to put a new adapter on top"
-        )
-    if not model.adapter and model.adapter_mode != "continue":
-        yield f"`model.adapter_mode={model.adapter_mode}`: needs model.adapter, the adapter to {model.adapter_mode}"
-    if model.adapter and model.adapter_mode == "stack":
-        if lora is None:
-            yield "`lora=null`: model.adapter_mode=stack trains a new adapter on top; use lora=r16"
-        elif lora.use_dora or lora.peft_type != "LORA" or lora.init_lora_weights not in _ZERO_INITIALIZATIONS:
-            yield (
-                "`model.adapter_mode=stack`: the new adapter must be plain LoRA that begins at 0, to be joined with "
-                "the SFT adapter in the result; use model.adapter_mode=merge for DoRA, PiSSA and other methods"
-            )
-        elif lora.modules_to_save:
-            yield (
-                "`lora.modules_to_save`: model.adapter_mode=stack joins two adapters into one, and PEFT keeps whole "
-                "modules of the first alone; use model.adapter_mode=merge"
-            )
-    if lora is not None and lora.lora_dropout > 0 and conf.training.disable_dropout:
-        yield (
-            f"`lora.lora_dropout={lora.lora_dropout}`: has no effect with training.disable_dropout=true; "
-            "set training.disable_dropout=false, or lora.lora_dropout=0"
-        )
-    if lora is not None:
-        yield from _check_lora(lora)
-    if lora is not None and not lora.target_modules:
-        yield f"`lora.target_modules={lora.target_modules}`: must name at least one module, such as all-linear"
-    if trains_adapter and conf.training.sync_ref_model:
-        yield "`training.sync_ref_model=True`: needs full fine-tuning; the reference of an adapter has no copy to move"
-
-
-def _check_lora(lora: "LoraConf") -> Iterator[str]:
-    start = lora.init_lora_weights
-    if start is False:
-        yield "`lora.init_lora_weights=False`: begins with a random B, away from the reference; use true"
-    elif start in _NEED_MORE:
-        yield f"`lora.init_lora_weights={start}`: {_NEED_MORE[start]}; use true, eva, olora or pissa"
-    elif start not in (*_ZERO_INITIALIZATIONS, "pissa", "olora") and not re.fullmatch(r"pissa_niter_\d+", str(start)):
-        names = ("gaussian", "orthogonal", "eva", "pissa", "pissa_niter_16", "olora")
-        yield f"`lora.init_lora_weights={start}`: no such initialization; {suggest(start, names)}"
-    elif lora.use_dora and start not in _ZERO_INITIALIZATIONS:
-        yield f"`lora.use_dora=True`: cannot be converted to plain LoRA with init_lora_weights={start}; use true"
-    if lora.peft_type != "LORA":
-        kept = ("peft_type", "config", "target_modules")
-        for field in dataclasses.fields(lora):
-            default = field.default if field.default is not dataclasses.MISSING else {}
-            if field.name not in kept and getattr(lora, field.name) != default:
-                yield (
-                    f"`lora.{field.name}={getattr(lora, field.name)}`: is LoRA's; {lora.peft_type} takes its fields "
-                    f"from lora.config ({{{field.name}: …}})"
-                )
 
 
 def _check_training(conf: "RunConf") -> Iterator[str]:

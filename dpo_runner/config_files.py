@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf
 from dpo_runner.config_checks import suggest
 from dpo_runner.data_config import SourceConf
+from dpo_runner.errors import reason_of
 from dpo_runner.model_config import LoraConf, QuantConf
 from dpo_runner.training_rules import OWNED_FIELDS
 
@@ -75,7 +76,7 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
         else:
             OmegaConf.update(_blank_config(), key, value, force_add=False)
     except OmegaConfBaseException as error:
-        return [f"`{key}={value}`: {_describe_type_error(str(error).splitlines()[0])}"]
+        return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}"]
     return []
 
 
@@ -219,7 +220,7 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, str |
         values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or reason_of(error)
         return [f"{path.parent.name}/{path.name}:{mark.line + 1 if mark else 1}: {reason}"], []
     if not isinstance(values.get("defaults", []), list):
         return [f"{path.parent.name}/{path.name}: `defaults` must be a list, such as [dpo, _self_]"], []

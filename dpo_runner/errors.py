@@ -57,3 +57,11 @@ class RunInterrupted(DpoRunnerError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's message that is not blank, else the name of its class."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.strerror} ({error.filename})"
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_runner.artifacts import cache_dir, write_folder_once
-from dpo_runner.data.decoding import reason_of
-from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.errors import ConfigError, RunError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_runner.config import read_adapter_base
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.gguf import load_gguf_path
 from dpo_runner.model_config import ModelConf
 
@@ -72,6 +73,32 @@ def resolve_adapter_path(conf: ModelConf) -> str:
         return str(snapshot_download(name, revision=conf.adapter_revision))
 
 
+def refuse_hub_adapter(conf: ModelConf) -> None:
+    """Refuse a hub id of an adapter in the model's place, with the overrides to use instead.
+
+    A local folder is recognised when the configuration is built, which asks nothing of the hub. transformers would
+    put the adapter's layers into the model itself, where no reference can be told from it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    name = conf.model_name_or_path
+    if name.startswith((PYPI_PREFIX, RANDOM_PREFIX)) or Path(name).expanduser().exists():
+        return
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with explain_missing(name, "model.model_name_or_path"):
+        file = find_adapter_config_file(name, revision=conf.revision)
+    if file is None:
+        return
+    base = f"model.model_name_or_path={read_adapter_base(Path(file)) or 'ITS_BASE'}"
+    pinned = "" if conf.revision is None else f" model.adapter_revision={conf.revision} model.revision=null"
+    instead = f"{base} model.adapter={name}{pinned}"
+    if conf.adapter is not None:
+        instead = f"{base}, since model.adapter names another one"
+    raise ConfigError(f"`model.model_name_or_path={name}`: is an adapter, no model; use {instead}")
+
+
 @contextmanager
 def explain_missing(name: str, key: str) -> Iterator[None]:
     """Turn a loader's long message about a missing model into one line."""
@@ -83,5 +110,4 @@ def explain_missing(name: str, key: str) -> Iterator[None]:
                 f"`{key}={name}`: has no safetensors weights, perhaps pickled ones, which may run code; "
                 "model.use_safetensors=false allows them"
             ) from None
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason}") from None
+        raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason_of(error)}") from None

@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path, resolve_model_path
+from dpo_runner.locations import (
+    explain_missing,
+    is_adapter,
+    refuse_hub_adapter,
+    resolve_adapter_path,
+    resolve_model_path,
+)
 from dpo_runner.merge import load_merged_path
 from dpo_runner.model_config import ModelConf, QuantConf
 from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
@@ -70,6 +76,7 @@ def check_model(conf: RunConf) -> PretrainedConfig:
         ConfigError: something does not fit.
     """
     name = conf.model.model_name_or_path
+    refuse_hub_adapter(conf.model)
     config = load_model_config(conf.model)
     own = getattr(config, "quantization_config", None)
     quantization_config = settle_quantization(conf.quant, own, name)

@@ -69,7 +69,7 @@ class QuantConf:
     """Modules left unquantized, 4-bit too."""
     config: dict[str, Any] = field(default_factory=dict)
     """Another of transformers' quantizers: `quant_method` and the fields of its config class, such as
-    `{quant_method: hqq, nbits: 4}`; needs load_in_4bit and load_in_8bit false."""
+    `{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`; needs load_in_4bit and load_in_8bit false."""
 
 
 @dataclass

@@ -1,17 +1,16 @@
 """The `quant` group as transformers' objects, what a checkpoint brings of its own, and how much is really quantized."""
 
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from dpo_runner.config_checks import suggest
 from dpo_runner.errors import ConfigError
 from dpo_runner.model_config import QuantConf
+from dpo_runner.other_quantizers import build_other_quantization, check_other_quantization
 
 LEAST_QUANTIZED = 0.9
 """Below this share of the eligible weights a model is quantized in name only, and the run is refused."""
@@ -35,7 +34,7 @@ def build_quantization_config(conf: QuantConf | None) -> Any:
     if conf is None:
         return None
     if conf.config:
-        return _build_other(conf.config)
+        return build_other_quantization(conf.config)
     if conf.load_in_8bit:
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -50,32 +49,6 @@ def build_quantization_config(conf: QuantConf | None) -> Any:
         bnb_4bit_quant_storage=getattr(torch, conf.bnb_4bit_quant_storage),
         llm_int8_skip_modules=conf.llm_int8_skip_modules,
     )
-
-
-def _build_other(config: dict[str, Any]) -> Any:
-    method = config.get("quant_method")
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise ConfigError(
-            f"`quant.config.quant_method={method}`: no such method; {suggest(method, AUTO_QUANTIZATION_CONFIG_MAPPING)}"
-        )
-    cls = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-    fields = {key: value for key, value in config.items() if key != "quant_method"}
-    # Most of these classes swallow what they do not know.
-    known = {
-        name
-        for base in cls.__mro__
-        if "__init__" in vars(base)
-        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    } - {"self"}
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"`quant.config.{name}`: {cls.__name__} has no such field; {suggest(name, known)}")
-    try:
-        built = cls(**fields)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"`quant.config`: {str(error).strip().splitlines()[0]}") from None
-    return built
 
 
 def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> Any:
@@ -97,7 +70,9 @@ def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> Any:
         return asked
     brought = own if isinstance(own, dict) else own.to_dict()
     wanted = asked.to_dict()
-    keys = _SAID_BY_CHECKPOINT if isinstance(asked, BitsAndBytesConfig) else tuple(conf.config if conf else ())
+    keys: tuple[str, ...] = _SAID_BY_CHECKPOINT
+    if not isinstance(asked, BitsAndBytesConfig):  # HQQ files what it is given under quant_config
+        keys = tuple(key for key in (*(conf.config if conf else ()), "quant_config") if key in wanted)
     if brought.get("quant_method") != wanted["quant_method"]:
         keys = ("quant_method",)
     for key in keys:
@@ -135,13 +110,17 @@ def check_quantized(meta: PreTrainedModel, quantization_config: Any, name: str) 
 
     Args:
         meta: the model on the meta device, unquantized; its layers are replaced here.
-        quantization_config: what it will be loaded with; other methods than bitsandbytes' are not judged.
+        quantization_config: what it will be loaded with, or None; of other methods than bitsandbytes' only whether
+            they can be trained upon is judged.
         name: the model, for messages.
 
     Raises:
-        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out.
+        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out. Or another method that
+            cannot be used here.
     """
     if not isinstance(quantization_config, BitsAndBytesConfig):
+        if quantization_config is not None:
+            check_other_quantization(quantization_config)
         return
     quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=meta, device_map=None)

@@ -20,6 +20,7 @@ with quiet_imports():
     from transformers import TrainerState, set_seed
     from trl import DPOConfig
 
+    from dpo_runner.adapters import find_other_bases
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
     from dpo_runner.model import check_model, describe_reference, is_initial, load_policy
@@ -83,7 +84,7 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
             padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
     console.show_plan(build_plan(conf, data, path, describe_reference(conf), padding, own_quantization))
-    for warning in data.report.warnings if data is not None else ():
+    for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
     if conf.dry_run:
         _show_memory(conf, data, console)

@@ -63,6 +63,14 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
     model.__class__ = StackedPeftModel  # from_pretrained makes the class of the task type
     _absorb_embeddings(model)
     model.add_adapter("default", config)
+    both = {name: model.peft_config[name] for name in (SFT, "default")}
+    if len({isinstance(each.target_modules, str) for each in both.values()}) > 1:
+        for name, each in both.items():  # PEFT joins adapters that name modules in the same way only
+            each.target_modules = {
+                path
+                for path, layer in base.named_modules()
+                if name in {**getattr(layer, "lora_A", {}), **getattr(layer, "lora_embedding_A", {})}
+            }
     model.set_adapter("default")
     return model  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The step-0 check: before training the policy is the reference; after the first steps the adapter has moved.
+"""The step-0 check: before training the policy is the reference; after the first steps what is trained has moved.
 
 Most ways of training nothing, or training against the wrong reference, show in one of these.
 """
@@ -14,6 +14,8 @@ from dpo_runner.errors import RunError
 
 Fingerprint = tuple[float, float]
 
+_WHOLE_MODULE = ".modules_to_save.default."
+_AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
 _MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
 
 # Largest difference per token between two forwards of the same weights. They differ at all only where
@@ -71,54 +73,57 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
 
 
 def check_trainable(trainer: DPOTrainer) -> None:
-    """Verify that there is something to train, and that each adapted layer trains in fp32.
+    """Verify that there is something to train, that no part of the adapter is frozen, and that all of it is fp32.
 
     Raises:
-        RunError: naming the first layer that is frozen or not in fp32.
+        RunError: naming the first weight that is frozen or not in fp32.
     """
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+    weights = dict(trainer.model.named_parameters())
+    if not any(parameter.requires_grad for parameter in weights.values()):
         raise RunError("step-0 check: no parameter is trainable; likely the adapter was loaded frozen")
-    for name, layer in _adapted_layers(trainer.model):
-        for part, parameter in _parts(layer):
-            if not parameter.requires_grad:
-                raise RunError(
-                    f"step-0 check: {name}.{part} is frozen; likely the adapter was loaded without is_trainable"
-                )
-            if parameter.dtype != torch.float32:
-                raise RunError(
-                    f"step-0 check: {name}.{part} trains in {parameter.dtype}; must be torch.float32, "
-                    "in less most small updates round to nothing"
-                )
+    for name in (*_find_lora(trainer.model), *(name for name in weights if _WHOLE_MODULE in name)):
+        if not weights[name].requires_grad:
+            raise RunError(f"step-0 check: {name} is frozen; likely the adapter was loaded without is_trainable")
+    for name, parameter in weights.items():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise RunError(
+                f"step-0 check: {name} trains in {parameter.dtype}; must be torch.float32, "
+                "in less most small updates round to nothing"
+            )
 
 
-def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and "default" in getattr(module, "lora_A", {})
-    ]
-
-
-def _parts(layer: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(part, getattr(layer, part)["default"].weight) for part in ("lora_A", "lora_B")]
+def _find_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return by the names of lora_A and lora_B, in the model's order, the layers that they belong to."""
+    return {
+        f"{path}.{part}.default.weight": module
+        for path, module in model.named_modules()
+        for part in ("lora_A", "lora_B")
+        if isinstance(getattr(module, part, None), torch.nn.ModuleDict)  # other methods have bare parameters there
+        and "default" in getattr(module, part)
+    }
 
 
 class MovementCheck(TrainerCallback):  # type: ignore[misc]
-    """Verify that lora_B has moved after the first step with a learning rate above 0, and lora_A after the second.
+    """Verify that training moves weights, in the first steps with a learning rate above 0.
 
-    B starts at 0, so A's gradient is 0 in the first such step. Layers that no token reached (idle experts) are exempt.
+    Each lora_B must have moved after the first such step and each lora_A after the second: B starts at 0, so A's
+    gradient is 0 in the first. Layers that no token reached (idle experts) are exempt. Of everything that is trained,
+    and of whole modules beside an adapter (`modules_to_save`), at least one weight must have moved after the second:
+    in other methods and in full fine-tuning a single tensor may rightly stay, as what no token uses does.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._skipped = 0
+        self._highest_rate = 0.0
         self._start: dict[str, Fingerprint] = {}
+        self._last: dict[str, Fingerprint] = {}
         self._reached: set[str] = set()
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        for name, layer in _adapted_layers(model):
-            self._start |= {f"{name}.{part}": _fingerprint(parameter) for part, parameter in _parts(layer)}
+        self._start = self._last = _take_fingerprints(model)
+        for name, layer in _find_lora(model).items():
             self._hooks.append(layer.register_forward_pre_hook(self._note(name)))
 
     def _note(self, name: str) -> Any:
@@ -131,32 +136,61 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: torch.nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
-        if not self._start or optimizer.param_groups[0]["lr"] == 0:
+        rate = optimizer.param_groups[0]["lr"]
+        if not self._start or rate == 0:
             return
-        self._steps += 1
-        part = "lora_B" if self._steps == 1 else "lora_A"
-        stuck = [
-            f"{name}.{part}"
-            for name, layer in _adapted_layers(model)
-            if name in self._reached and _fingerprint(dict(_parts(layer))[part]) == self._start[f"{name}.{part}"]
-        ]
-        if args.fp16 and len(stuck) == len(self._reached) and self._skipped < _MOST_SKIPPED_STEPS:
-            self._steps -= 1  # the loss scaler has skipped the step
-            self._skipped += 1
+        now = _take_fingerprints(model)
+        if args.fp16 and now == self._last and self._skipped < _MOST_SKIPPED_STEPS:
+            self._skipped += 1  # the loss scaler has skipped the step
             return
-        if self._steps == 2:
+        self._steps, self._last = self._steps + 1, now
+        self._highest_rate = max(self._highest_rate, rate)
+        if self._steps <= 2:
+            part = ".lora_B." if self._steps == 1 else ".lora_A."
+            stuck = [name for name in now if part in name and name in self._reached and not self._moved(name)]
+            self._refuse(args, stuck, f"{len(stuck)} adapter weights have")
+        if self._steps < 2:
+            return
+        trained, whole = list(now), [name for name in now if _WHOLE_MODULE in name]
+        still = [group for group in (whole, trained) if group and not any(map(self._moved, group))]
+        if not still:
             self._start.clear()
             for handle in self._hooks:
                 handle.remove()
+        weights = dict(model.named_parameters())
+        for group in still:
+            # In warm-up a step may be too small for any of them, as for a method's factors that begin at 1.
+            highest = self._highest_rate
+            if highest >= args.learning_rate or any(_can_move(weights[name], highest) for name in group):
+                what = "weights in modules_to_save" if group is whole else "trainable weights"
+                self._refuse(args, group, f"all {len(group)} {what} have")
+
+    def _moved(self, name: str) -> bool:
+        return self._last[name] != self._start[name]
+
+    def _refuse(self, args: Any, stuck: list[str], which: str) -> None:
         if stuck:
             raise RunError(
-                f"step-0 check: {len(stuck)} adapter weights have not moved in {self._steps} step(s) with a learning "
-                f"rate above 0, the first is {stuck[0]}; likely gradients do not reach them, or "
-                f"training.learning_rate={args.learning_rate:g} is too small to change them"
+                f"step-0 check: {which} not moved in {self._steps} step(s) with a learning rate above 0, the first is "
+                f"{stuck[0]}; likely gradients do not reach them, or training.learning_rate={args.learning_rate:g} is "
+                "too small to change them. checks.step0=false skips this check"
             )
 
 
-def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
-    """Sums in fp64: they change if any weight does, for all practical purposes, and cost no copy of the adapter."""
-    values = parameter.detach().double()
-    return values.sum().item(), values.square().sum().item()
+def _take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
+    """Return the fingerprint of each weight that is trained, by name."""
+    return {name: _fingerprint(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _fingerprint(weight: torch.Tensor) -> Fingerprint:
+    """Sums in fp64: they change if any value does, for all practical purposes, and cost no copy of the weights."""
+    total = squares = 0.0
+    for part in weight.detach().reshape(-1).split(_AT_ONCE):
+        values = part.double()
+        total, squares = total + values.sum().item(), squares + values.square().sum().item()
+    return total, squares
+
+
+def _can_move(weight: torch.Tensor, rate: float) -> bool:
+    """Whether an update as large as the learning rate, as Adam's are, changes any value."""
+    return bool((weight.detach() - rate != weight.detach()).any())

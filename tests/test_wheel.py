@@ -23,9 +23,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_installed(installed: Path, *arguments: str) -> str:
+def run_installed(installed: Path, *arguments: str, program: str = "dpo-runner") -> str:
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [str(installed / "bin" / "dpo-runner"), *arguments]
+    command = [str(installed / "bin" / program), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -42,5 +42,17 @@ def test_the_command_composes_from_the_packaged_conf(installed: Path) -> None:
 
 def test_the_command_trains_on_the_packaged_data(installed: Path, tmp_path: Path) -> None:
     sizes = ["data.max_train_samples=4", "data.max_eval_samples=2", "samples.num_prompts=1", "samples.max_new_tokens=4"]
-    run_installed(installed, "model=tiny_random", "training=smoke", "wandb=disabled", "run_dir=r", *sizes)
+    said = run_installed(installed, "model=tiny_random", "training=smoke", "wandb=disabled", "run_dir=r", *sizes)
     assert (tmp_path / "r" / "adapter" / "adapter_model.safetensors").exists()
+    for next_step in ("chat r\n", "chat r --compare\n", "evaluate r\n", "export r --out DIR\n"):
+        assert f"python -m dpo_runner.{next_step}" in said
+
+
+def test_every_command_is_installed_and_named_in_the_help(installed: Path) -> None:
+    text = run_installed(installed, "--help")
+    modules = [file.stem for file in (ROOT / "dpo_runner").glob("*.py") if "\ndef main(argv" in file.read_text()]
+    assert sorted(modules) == ["chat", "evaluate", "export", "preview"]
+    for module in modules:
+        assert f"python -m dpo_runner.{module} " in text
+        answer = run_installed(installed, "--help", program=f"dpo-runner-{module}")
+        assert f"python -m dpo_runner.{module} " in answer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_runner.errors import RowError
+from dpo_runner.errors import RowError, reason_of
 
 _KINDS = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 
@@ -100,10 +100,3 @@ def _unpack(value: Any, kind: Any) -> Any:
 
 def quote(name: str) -> str:
     return f"`{repr(name)[1:-1]:.60}`"  # on one line, and without the lone surrogates that no terminal takes
-
-
-def reason_of(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.strerror} ({error.filename})"
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

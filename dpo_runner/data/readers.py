@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from dpo_runner.data.decoding import Batch, quote, reason_of
-from dpo_runner.errors import RowError
+from dpo_runner.data.decoding import Batch, quote
+from dpo_runner.errors import RowError, reason_of
 
 _CHUNK = 1 << 20  # bytes read at once
 _BATCH_BYTES = 32 << 20  # a batch of long rows ends early, so that memory stays flat whatever the rows are like

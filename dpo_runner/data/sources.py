@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.config_checks import suggest
-from dpo_runner.data.decoding import Batch, decode_rows, reason_of
+from dpo_runner.data.decoding import Batch, decode_rows
 from dpo_runner.data.readers import Unreadable, read_file, read_hub
 from dpo_runner.data_config import SourceFields
-from dpo_runner.errors import DataError
+from dpo_runner.errors import DataError, reason_of
 
 __all__ = ["BUNDLED_PREFIX", "Batch", "RowSource", "decode_rows", "open_sources"]
 
