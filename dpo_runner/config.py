@@ -51,7 +51,7 @@ class ChecksConf:
     """What is verified while the run goes on."""
 
     step0: bool = True
-    """Before training: policy = reference, trainable fp32 adapters; after the first steps: they moved."""
+    """Before training: policy = reference, what is trained is fp32; after the first steps: it has moved."""
 
 
 @dataclass
