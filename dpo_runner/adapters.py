@@ -48,6 +48,11 @@ def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
         config = cls(**fields, **conf.config)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"`lora`: {reason_of(error)}") from None
+    if conf.peft_type == "ADALORA":
+        raise ConfigError(
+            "`lora.peft_type=ADALORA`: moves ranks between layers by a schedule that DPOTrainer does not call, so it "
+            "would train as a plain adapter of lora.config.init_r; use LORA, or lora.rank_pattern"
+        )
     if config.is_prompt_learning:
         raise ConfigError(
             f"`lora.peft_type={conf.peft_type}`: learns virtual tokens, with which a policy does not begin as its "

@@ -38,7 +38,7 @@ class Task:
 
     def describe(self) -> dict[str, Any]:
         """Return what an evaluation depends on, for evaluation.json."""
-        from dpo_runner.model import describe_reference
+        from dpo_runner.reference import describe_reference
 
         autocast, moves = name_autocast(self.conf), self.conf.training.sync_ref_model
         return {
@@ -71,8 +71,9 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     import torch
 
     from dpo_runner.allocator import keep_freed_memory
-    from dpo_runner.model import is_initial, load_base_model, load_reference, settle_dtype, trains_all
+    from dpo_runner.base_model import load_base_model
     from dpo_runner.precision import choose_autocast
+    from dpo_runner.reference import is_initial, load_reference, settle_dtype, trains_all
     from dpo_runner.tuned import INITIAL, load_tuned_model
 
     keep_freed_memory()

@@ -62,7 +62,7 @@ def export_run(
     """
     from dpo_runner.card import PLOTS, write_card
     from dpo_runner.card_facts import read_facts
-    from dpo_runner.model import describe_reference
+    from dpo_runner.reference import describe_reference
     from dpo_runner.tuned import check_finished, read_run_conf
 
     check_finished(run_dir)
@@ -122,9 +122,9 @@ def _build_model(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from dpo_runner.base_model import load_base_model
     from dpo_runner.data.chat_template import ChatTemplate
     from dpo_runner.locations import resolve_model_path
-    from dpo_runner.model import load_base_model
     from dpo_runner.samples import find_stop_ids
 
     full, trust = tuned.name == "model", conf.model.trust_remote_code

@@ -21,9 +21,9 @@ from dpo_runner.adapters import build_peft_config, changes_base
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import explain_missing, is_adapter, resolve_adapter_path
-from dpo_runner.model import holds_reference, is_initial, trains_all
 from dpo_runner.model_config import ModelConf
 from dpo_runner.quantization import build_quantization_config, close_4bit_trap
+from dpo_runner.reference import holds_reference, is_initial, trains_all
 from dpo_runner.stacking import SFT
 from dpo_runner.vocabulary import load_model_config
 

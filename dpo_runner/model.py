@@ -6,36 +6,28 @@ copy in full fine-tuning.
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets
+from dpo_runner.base_model import load_base_model
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import (
     explain_missing,
-    is_adapter,
     refuse_hub_adapter,
     resolve_adapter_path,
-    resolve_model_path,
 )
-from dpo_runner.merge import load_merged_path
-from dpo_runner.model_config import ModelConf, QuantConf
-from dpo_runner.quantization import check_quantized, close_4bit_trap, settle_quantization
+from dpo_runner.quantization import check_quantized, settle_quantization
+from dpo_runner.reference import is_initial, load_reference, settle_dtype, trains_all
 from dpo_runner.stacking import copy_adapter, stack_adapter
 from dpo_runner.tokenizer import settle_vocabulary
 from dpo_runner.vocabulary import (
     build_meta_model,
-    count_rows,
-    free_pad_row,
     load_model_config,
-    read_brought_rows,
-    resize_embeddings,
     train_new_rows,
 )
 
@@ -141,166 +133,3 @@ def load_policy(conf: RunConf) -> Policy:
     if is_initial(conf) and trains_all(conf) and not conf.training.precompute_ref_log_probs:
         policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
     return policy
-
-
-def trains_all(conf: RunConf) -> bool:
-    """Whether a run trains the model's own weights, and no adapter."""
-    return conf.lora is None and (conf.model.adapter is None or conf.model.adapter_mode != "continue")
-
-
-def settle_dtype(conf: RunConf) -> ModelConf:
-    """Return the `model` group with the dtype that a run loads its weights in."""
-    if trains_all(conf) and conf.model.dtype == "auto":
-        return replace(conf.model, dtype="float32")  # in 16 bits most small updates of the weights are lost
-    return conf.model
-
-
-def is_initial(conf: RunConf) -> bool:
-    """Whether the reference is the model that training starts from."""
-    return conf.model.reference == "initial" or (conf.model.reference == "base" and conf.model.adapter is None)
-
-
-def holds_reference(conf: RunConf) -> bool:
-    """Whether a reference that is the bare base, or an adapter on it, is within the policy's own model.
-
-    It is not where the policy has no adapter, or has it on another base: one that an SFT adapter was merged into, or
-    that an initialization has taken its share out of.
-    """
-    merged = conf.model.adapter is not None and conf.model.adapter_mode == "merge"
-    return not (trains_all(conf) or merged or changes_base(build_peft_config(conf.lora)))
-
-
-def load_reference(conf: RunConf) -> tuple[str | None, PreTrainedModel | None]:
-    """Load what `model.reference` names.
-
-    Returns:
-        The folder of an adapter that is the reference on the policy's base, `""` for that base with no adapter on;
-        or the reference as a model of its own, in evaluation mode. Neither where it is the initial model.
-
-    Raises:
-        ConfigError: it cannot be loaded, or is an adapter for another base.
-    """
-    name, other = conf.model.reference, settle_dtype(conf)
-    if is_initial(conf):
-        return None, None
-    if name == "base" and holds_reference(conf):
-        return "", None
-    other = replace(other, adapter=None, adapter_mode="continue", adapter_revision=None, added_tokens=[])
-    if is_adapter(name):
-        other = replace(other, adapter=name, adapter_mode="merge")
-        folder = resolve_adapter_path(other)
-        meta = build_meta_model(load_model_config(conf.model), conf.model)
-        check_adapter(Path(folder), meta, conf.model.model_name_or_path, True)
-        if holds_reference(conf):
-            if read_brought_rows(Path(folder), meta)[1]:
-                raise ConfigError(
-                    f"`model.reference={name}`: brings embeddings of its own, which would be the policy's too; merge "
-                    "it into its base, and name that model"
-                )
-            return folder, None
-    elif name != "base":
-        other = replace(other, model_name_or_path=name, revision=None, gguf_file=None)
-    rows = settle_vocabulary(conf.model).rows or 0
-    return None, load_base_model(other, conf.quant, rows)[0].eval().requires_grad_(False)
-
-
-def load_base_model(conf: ModelConf, quant: QuantConf | None, min_rows: int = 0) -> tuple[PreTrainedModel, str]:
-    """Load the model beneath the trained adapter, the SFT adapter merged into it where `adapter_mode` says so.
-
-    Args:
-        conf: the `model` group; its tokens decide about the size of the embeddings.
-        quant: the `quant` group.
-        min_rows: how many rows the embeddings must have at least.
-
-    Returns:
-        The model, and the folder or hub id of its unquantized weights.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    base = resolve_model_path(conf)
-    own, vocabulary = getattr(load_model_config(conf), "quantization_config", None), settle_vocabulary(conf)
-    if conf.adapter is not None and conf.adapter_mode == "merge":
-        if own is not None:
-            raise ConfigError(
-                f"`model.adapter_mode=merge`: {conf.model_name_or_path} is quantized, and merging into it would round "
-                "the merged weights; name the unquantized model, or use model.adapter_mode=stack"
-            )
-        adapter = resolve_adapter_path(conf)
-        base = str(load_merged_path(conf, base, adapter, lambda: _load_beneath(conf, base, vocabulary.brought)))
-    model = load_weights(conf, base, settle_quantization(quant, own, conf.model_name_or_path))
-    resize_embeddings(model, max(vocabulary.rows or count_rows(model), min_rows))
-    return model, base
-
-
-def _load_beneath(conf: ModelConf, base: str, rows: int | None) -> PreTrainedModel:
-    model = load_weights(conf, base, None)
-    resize_embeddings(model, rows or count_rows(model))
-    return model
-
-
-def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTrainedModel:
-    """Load a model's weights from a folder or the hub.
-
-    Raises:
-        ConfigError: it cannot be loaded, or only as a pickle.
-    """
-    device_map = conf.device_map
-    if device_map is None and quantization_config is not None and torch.cuda.is_available():
-        device_map = {"": torch.cuda.current_device()}  # bitsandbytes quantizes where the weights are to stay
-    folder = Path(base)
-    if (
-        conf.use_safetensors
-        and folder.is_dir()
-        and not list(folder.glob("*.safetensors"))
-        and list(folder.glob("*.bin"))
-    ):
-        raise ConfigError(
-            f"`model.model_name_or_path={base}`: holds its weights only as a pickle, which may run code; "
-            "model.use_safetensors=false allows it"
-        )
-    with explain_missing(base, "model.model_name_or_path"):
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=_revision(conf, base),
-            dtype=conf.dtype if conf.dtype == "auto" else getattr(torch, conf.dtype),
-            attn_implementation=conf.attn_implementation,
-            trust_remote_code=conf.trust_remote_code,
-            use_safetensors=True if conf.use_safetensors else None,
-            device_map=device_map,
-            # None, passed on, would override what the checkpoint says of itself
-            **({} if quantization_config is None else {"quantization_config": quantization_config}),
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        # transformers has put the adapter's layers into the model itself, where no reference can be told from it.
-        raise ConfigError(
-            f"`model.model_name_or_path={base}`: is an adapter; put it in model.adapter and its base model here"
-        )
-    close_4bit_trap(model)
-    free_pad_row(model)
-    return model
-
-
-def _revision(conf: ModelConf, base: str) -> str | None:
-    return conf.revision if base == conf.model_name_or_path else None
-
-
-def describe_reference(conf: RunConf) -> str:
-    """Say in one line what the policy is compared with, for the plan."""
-    model = conf.model
-    if model.reference == "base" and model.adapter:
-        return f"the bare {model.model_name_or_path}, without {model.adapter}"
-    if model.reference not in ("initial", "base"):
-        on_base = f", on {model.model_name_or_path}" if is_adapter(model.reference) else ""
-        return f"{model.reference}{on_base} (model.reference)"
-    if model.adapter and model.adapter_mode == "merge":
-        return f"the SFT model: {model.adapter} merged into the unquantized {model.model_name_or_path}"
-    if model.adapter:
-        frozen = "with a frozen copy of" if model.adapter_mode == "continue" else "with the frozen"
-        return f"the SFT model: {model.model_name_or_path} {frozen} {model.adapter}"
-    if conf.lora is None:
-        how = "as it is before training" if conf.training.precompute_ref_log_probs else "a frozen copy of"
-        return f"{model.model_name_or_path} {how}" if "before" in how else f"{how} {model.model_name_or_path}"
-    if changes_base(build_peft_config(conf.lora)):
-        return f"{model.model_name_or_path}: a frozen copy of the {conf.lora.init_lora_weights} adapter as it begins"
-    return f"{model.model_name_or_path} without the adapter"

@@ -23,7 +23,8 @@ with quiet_imports():
     from dpo_runner.adapters import find_other_bases
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
-    from dpo_runner.model import check_model, describe_reference, is_initial, load_policy
+    from dpo_runner.model import check_model, load_policy
+    from dpo_runner.reference import describe_reference, is_initial
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer

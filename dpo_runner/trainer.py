@@ -21,8 +21,9 @@ from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError, reason_of
-from dpo_runner.model import Policy, describe_reference
+from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
+from dpo_runner.reference import describe_reference
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
 

@@ -44,8 +44,8 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     """Load the model a run ended with, on the base and quantization that it was trained on."""
     from peft import PeftModel
 
+    from dpo_runner.base_model import load_base_model
     from dpo_runner.locations import resolve_adapter_path
-    from dpo_runner.model import load_base_model
     from dpo_runner.stacking import load_lora_alone
     from dpo_runner.tokenizer import load_tokenizer
 

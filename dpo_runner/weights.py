@@ -9,7 +9,8 @@ from dpo_runner.artifacts import RunDirectory, write_folder
 from dpo_runner.card import write_card
 from dpo_runner.card_facts import read_facts
 from dpo_runner.config import RunConf
-from dpo_runner.model import Policy, describe_reference
+from dpo_runner.model import Policy
+from dpo_runner.reference import describe_reference
 from dpo_runner.stacking import combined_adapter
 
 if TYPE_CHECKING:

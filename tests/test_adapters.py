@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from dpo_runner.adapters import build_peft_config, check_adapter, find_other_bases
 from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import build_meta_model, check_model, load_model_config
+from dpo_runner.model import check_model
 from dpo_runner.quantization import build_quantization_config
 from dpo_runner.run import run
 from dpo_runner.stacking import combined_adapter
 from dpo_runner.step0 import check_reference, completion_logps
+from dpo_runner.vocabulary import build_meta_model, load_model_config
 
 EXACT = ["training.bf16=false", "model.dtype=float32"]
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GP
 
 from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import build_meta_model, check_model, load_model_config, load_policy
+from dpo_runner.model import check_model, load_policy
 from dpo_runner.quantization import (
     build_quantization_config,
     count_quantized,
@@ -21,6 +21,7 @@ from dpo_runner.quantization import (
     settle_quantization,
 )
 from dpo_runner.step0 import completion_logps
+from dpo_runner.vocabulary import build_meta_model, load_model_config
 
 
 @pytest.mark.parametrize(

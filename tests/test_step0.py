@@ -85,7 +85,6 @@ KINDS = {
     "LOHA": ["lora.peft_type=LOHA", "lora.config.r=4"],
     "LN_TUNING": ["lora.peft_type=LN_TUNING", "lora.target_modules=[input_layernorm]"],
     "VERA": ["lora.peft_type=VERA", "lora.config.r=8"],
-    "ADALORA": ["lora.peft_type=ADALORA", "lora.config.total_step=4"],  # its lora_A and lora_B are no modules
     "modules": ["lora.modules_to_save=[lm_head,norm]"],
 }
 

@@ -14,11 +14,12 @@ from test_adapters import EXACT, MODES, close, load_by_hand, rows_of
 from test_model import build, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from dpo_runner.base_model import load_base_model
 from dpo_runner.chat import Chat
 from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.export import export_run
-from dpo_runner.model import check_model, load_base_model
+from dpo_runner.model import check_model
 from dpo_runner.model_config import ModelConf
 from dpo_runner.run import run
 from dpo_runner.step0 import check_reference, completion_logps
