@@ -261,6 +261,7 @@ def test_fields_of_lora_run_and_reach_peft(extra: list[str], tiny_run, tmp_path)
         (["lora.peft_type=LOHA", "lora.config.rr=4"], r"`lora\.config\.rr`: LoHaConfig has no such field"),
         (["lora.peft_type=LOHA", "lora.config.r=four"], r"`lora\.config\.r=four`: must be int"),
         (["lora.peft_type=LOHAA"], "no such method in PEFT; did you mean `LOHA`"),
+        (["lora.peft_type=ADALORA", "lora.config.total_step=4"], "a schedule that DPOTrainer does not call"),
         (["lora.peft_type=PROMPT_TUNING", "lora.config.num_virtual_tokens=4"], "learns virtual tokens"),
         (["lora.config.r=4"], r"`lora\.config\.r`: has a key of its own; set lora\.r=4"),
     ],
