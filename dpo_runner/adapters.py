@@ -140,7 +140,7 @@ def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensor
     modules = dict(meta.named_modules())
     moved = None
     with safe_open(file, "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for key in sorted(tensors.keys()):
             path, found, part = key.removeprefix("base_model.model.").partition(".lora_")
             if not found or part.split(".")[0] not in ("A", "B"):
                 continue

@@ -142,7 +142,7 @@ def _make_fake(model: nn.Module, base: set[int]) -> list[torch.Tensor]:
 
     Built as fake ones right away, they could not be moved and cast as PEFT does.
     """
-    made: dict[int, torch.Tensor] = {}
+    made: dict[int, Any] = {}
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -150,7 +150,7 @@ def _make_fake(model: nn.Module, base: set[int]) -> list[torch.Tensor]:
                     if id(parameter) not in made:
                         fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                         made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                    module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+                    module._parameters[name] = made[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     made[id(buffer)] = made.get(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))

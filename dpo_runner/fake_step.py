@@ -67,7 +67,7 @@ def run_phase(
 
 
 def _score_reference(
-    policy: nn.Module, reference: nn.Module | None, score: Callable[[nn.Module], torch.Tensor]
+    policy: Any, reference: nn.Module | None, score: Callable[[nn.Module], torch.Tensor]
 ) -> torch.Tensor:
     if reference is not None:
         return score(reference).sum(dim=1)
@@ -75,7 +75,7 @@ def _score_reference(
     # Linear8bitLt in evaluation mode finds outliers by value, which fake tensors lack; without dropout and gradient
     # the two modes hold the same.
     policy.train(training or any(isinstance(layer, bnb.nn.Linear8bitLt) for layer in policy.modules()))
-    with policy.disable_adapter():  # type: ignore[operator]
+    with policy.disable_adapter():
         scores = score(policy).sum(dim=1)
     policy.train(training)
     return scores

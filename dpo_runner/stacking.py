@@ -72,7 +72,8 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
                 if name in {**getattr(layer, "lora_A", {}), **getattr(layer, "lora_embedding_A", {})}
             }
     model.set_adapter("default")
-    return model  # type: ignore[no-any-return]
+    assert isinstance(model, StackedPeftModel)
+    return model
 
 
 def _absorb_embeddings(model: StackedPeftModel) -> None:

@@ -194,7 +194,7 @@ def read_brought_rows(folder: Path, meta: PreTrainedModel) -> tuple[int | None, 
     single: dict[str, set[int]] = {}
     replaces_base = False
     with safe_open(file, "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for key in sorted(tensors.keys()):
             path = next((p for p in embeddings if key.startswith(f"base_model.model.{p}.")), None)
             if path is None or ".lora_" in key:
                 continue

@@ -34,15 +34,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name, the config class of transformers and its arguments."""
 
 
-def make_family(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Write a tiny random model of a family and return its folder."""
+def make_family(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, **changes: Any) -> str:
+    """Write a tiny random model of a family, its config changed so, and return its folder."""
     kind, arguments = FAMILIES[name]
     config = getattr(transformers, kind)(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **arguments,
+        **(arguments | changes),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_family
 from rich.console import Console
 from test_cli import run_program
 from test_model import build
@@ -82,18 +83,11 @@ def test_a_7b_folder_needs_no_weights_and_little_time(tmp_path: Path) -> None:
     assert 0.5 * parameters < rows["weights"] + rows["quantization state"] < 0.6 * parameters
 
 
-def test_extrapolation_over_layers_equals_the_full_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MistralConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    config.save_pretrained(tmp_path / "deep")
-    overrides = [f"model.model_name_or_path={tmp_path / 'deep'}"]
+def test_extrapolation_over_layers_equals_the_full_simulation(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = make_family("llama", tokenizer, tmp_path / "deep", num_hidden_layers=12)
+    overrides = [f"model.model_name_or_path={deep}"]
     extrapolated = run(*overrides)
     monkeypatch.setattr(estimate, "_FULL_DEPTH", 12)
     full = run(*overrides)

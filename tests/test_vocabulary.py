@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_adapters import EXACT, MODES, close, load_by_hand, rows_of
 from test_model import build, logps_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_runner.base_model import load_base_model
 from dpo_runner.chat import Chat
@@ -46,20 +46,7 @@ def added(tmp_path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def tied_model(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny Llama with its head tied to the embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return make_family("llama", tokenizer, tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
 def on(model: str, overrides: list[str]) -> list[str]:
@@ -384,7 +371,7 @@ def test_tokens_can_be_added_to_a_merged_adapter(added, tiny_run, tiny_model, tm
     assert (vocabulary.brought, vocabulary.rows, vocabulary.new_ids) == (261, 262, [261])
     run(conf)
     with safe_open(tmp_path / "r" / "adapter" / "adapter_model.safetensors", "pt") as file:
-        shapes = {tuple(file.get_slice(key).get_shape()) for key in file.keys() if "delta" in key}  # noqa: SIM118
+        shapes = {tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys()) if "delta" in key}
     assert shapes == {(1, 64)}
     assert "resize_token_embeddings(262)" in (tmp_path / "r" / "adapter" / "README.md").read_text()
 
