@@ -1,5 +1,6 @@
 """What a person sees of a run: the plan, a progress bar, and the before and after."""
 
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -22,6 +23,7 @@ _BEFORE_AND_AFTER = (
     ("response_tokens", "tokens per answer"),
 )
 
+_NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 _REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
@@ -31,7 +33,7 @@ def visible(text: str) -> str:
     C0 controls become their pictures (ESC is ␛), C1 controls, surrogates and the controls of writing direction
     their escapes; newlines and tabs stay.
     """
-    return "".join(map(_visible_character, text))
+    return _NOT_PLAIN.sub(lambda match: _visible_character(match[0]), text)
 
 
 def _visible_character(character: str) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_runner.artifacts import mask_override, write_text
+from dpo_runner.artifacts import mask_override
 from dpo_runner.config import load_conf
 from dpo_runner.console import RunConsole, visible
 from dpo_runner.data.rendering import find_special_ids
@@ -18,6 +18,7 @@ from dpo_runner.data.report import PARTS, DataReport
 from dpo_runner.errors import ConfigError
 from dpo_runner.exits import honest_exit
 from dpo_runner.preview_page import Piece, Row, build_page, shorten_list
+from dpo_runner.report_files import check_targets, write_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +210,7 @@ def _preview(args: argparse.Namespace) -> None:
         raise ConfigError(f"--rows {args.rows}: must be 0 or more")
     conf = load_conf(args.overrides, args.config_dir)
     targets = {flag: path for flag, path in (("--html", args.html), ("--dropped", args.dropped)) if path is not None}
-    _check_targets(targets)
+    check_targets(targets)
 
     from dpo_runner.logs import quiet_imports
 
@@ -235,30 +236,12 @@ def _preview(args: argparse.Namespace) -> None:
                 "longest pair": f"training.max_length={conf.training.max_length}",
                 "overrides": " ".join(map(mask_override, args.overrides)) or "none",
             }
-            _write("--html", args.html, build_page(data.report, rows, facts), console)
+            write_report("--html", args.html, build_page(data.report, rows, facts), console)
         if args.dropped is not None:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.dropped()]
             # A lone surrogate has no UTF-8, but its escape is JSON.
             text = "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
-            _write("--dropped", args.dropped, text, console)
-
-
-def _check_targets(targets: dict[str, Path]) -> None:
-    """Refuse files that cannot be written, before minutes of work.
-
-    Raises:
-        ConfigError: with a line for each.
-    """
-    mistakes = []
-    for flag, path in targets.items():
-        if path.is_dir():
-            mistakes.append(f"{flag} {path}: is a folder; name a file")
-        elif not path.parent.is_dir():
-            mistakes.append(f"{flag} {path}: no such folder {path.parent}")
-    if len(targets) == 2 and len({path.resolve() for path in targets.values()}) == 1:
-        mistakes.append(f"--html and --dropped: both name {targets['--html']}")
-    if mistakes:
-        raise ConfigError(mistakes)
+            write_report("--dropped", args.dropped, text, console)
 
 
 def _check_overwriting(targets: dict[str, Path], report: DataReport) -> None:
@@ -267,14 +250,6 @@ def _check_overwriting(targets: dict[str, Path], report: DataReport) -> None:
     for flag, path in targets.items():
         if path.exists() and any(file.exists() and file.samefile(path) for file in files):
             raise ConfigError(f"{flag} {path}: is the data itself; name another file")
-
-
-def _write(flag: str, path: Path, text: str, console: Console) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be written; {error.strerror}") from None
-    console.print(_text(f"{flag.removeprefix('--')} written to {path}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

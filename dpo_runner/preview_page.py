@@ -1,15 +1,13 @@
 """The data's report and some of its rows as one HTML page that needs no network and runs nothing out of the data."""
 
-import html
 import math
-import secrets
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.console import visible
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths
+from dpo_runner.html_page import escape_label, render_page
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,7 +22,6 @@ _COLOURS = {
     "left out": "#d9a12e",
     "bad": "#c9455b",
 }
-_LONGEST_LABEL = 60
 _LONGEST_NAMES = 3
 _BAR_HEIGHT = 44
 
@@ -97,23 +94,9 @@ def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> st
         rows: the training rows to show.
         facts: label and text of lines beneath the title, such as the model.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["names"] = shorten_list
-    return environment.get_template(_TEMPLATE).render(
+    return render_page(
+        _TEMPLATE,
+        {"names": shorten_list},
         title=name_data(report),
         facts=facts,
         counts=_count(report),
@@ -121,8 +104,6 @@ def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> st
         rows=rows,
         mixed=any(len(split.by_source) > 1 for split in report.splits.values()),
         plots=_build_plots(report),
-        plotlyjs=Markup(get_plotlyjs()),
-        nonce=secrets.token_urlsafe(16),
     )
 
 
@@ -171,12 +152,6 @@ def _build_plots(report: DataReport) -> dict[str, list[Plot]]:
     if biased:
         plots["bias"].append(_plot_bias(biased))
     return plots
-
-
-def escape_label(text: str) -> str:
-    """Return data's text as one line of a plot, where plotly takes some tags and entities as markup."""
-    line = " ".join(visible(text).split())
-    return html.escape(line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…", quote=False)
 
 
 def _plot_counts(heading: str, bars: list[tuple[str, int, str]]) -> Plot:

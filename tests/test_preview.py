@@ -3,21 +3,21 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import open_page
 from markupsafe import escape
 from rich.console import Console
 
 from dpo_runner.console import visible
 from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths, SourceReport, SplitReport
+from dpo_runner.html_page import escape_label
 from dpo_runner.preview import draw_bars, main, show_report, show_rows, split_pieces
-from dpo_runner.preview_page import Piece, Row, build_page, escape_label
+from dpo_runner.preview_page import Piece, Row, build_page
 
 SCRIPT = "<script>document.title='pwned'</script>"
 IMAGE = "</script><img src=x onerror=\"document.title='pwned'\">"
@@ -195,21 +195,10 @@ def test_plot_labels_are_one_short_line_without_markup() -> None:
 
 
 def test_a_real_browser_draws_the_page_and_runs_nothing_of_the_data(report, rows, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser; install Debian's chromium")
-    page = tmp_path / "page.html"
-    page.write_text(build_page(report, rows, {"model": SCRIPT}), encoding="utf-8")
-    switches = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=5000 --enable-logging=stderr --dump-dom"
-    )
-    command = [browser, *switches.split(), f"--user-data-dir={tmp_path / 'browser'}", page.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.DOTALL)
+    dom, complaints = open_page(build_page(report, rows, {"model": SCRIPT}), tmp_path)
     title = re.search(r"<title>(.*?)</title>", dom)[1]
     assert "pwned" in title and "preference data" in title and title != "pwned"
-    assert ":CONSOLE" not in result.stderr, "an error, or something that the page's policy had to stop"
+    assert complaints == []
 
     assert "<img" not in dom and not re.search(r"(src|href)=\"http", dom)
     drawn = re.findall(r'<div class="plot js-plotly-plot".*?<svg class="main-svg"', dom, flags=re.DOTALL)
@@ -316,7 +305,7 @@ def test_a_file_that_cannot_be_written_is_one_line(pairs, no_weights, capsys, mo
     def fail(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_runner.preview.write_text", fail)
+    monkeypatch.setattr("dpo_runner.report_files.write_text", fail)
     assert run_preview("data=local_file", f"data.path={pairs}", "--html", "page.html") == 2
     assert capsys.readouterr().err == "error: --html page.html: cannot be written; No space left on device\n"
 

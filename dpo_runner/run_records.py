@@ -1,0 +1,284 @@
+"""What run directories hold, read from disk with nothing taken for granted: half-finished, failed, foreign ones too."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_runner.artifacts import HEARTBEAT_SECONDS
+from dpo_runner.errors import ConfigError
+from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
+
+_RUN_FILES = ("status.json", "summary.json")
+_SILENT_AFTER = 6 * HEARTBEAT_SECONDS
+_MOST_NODES = 20_000
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+
+
+@dataclass
+class RunRecord:
+    """One run, as far as its directory tells.
+
+    Attributes:
+        path: the directory.
+        name: what it is called among the others, unique.
+        state: status.json's; `stopped` where a running one has gone silent, `unknown` where nothing says.
+        error: why it failed, or "".
+        config: the configuration by dotted key; empty where it is not known.
+        fingerprints: what environment.json says of `model` and `data`, independent of where they were.
+        metrics: results by name: those after training, or the newest ones of a run that has not ended.
+        curves: logged values over optimizer steps, by name.
+        samples: `prompt`, `reference` and `policy` as texts.
+        notes: what could not be read, and why, a line each.
+    """
+
+    path: Path
+    name: str = ""
+    state: str = "unknown"
+    error: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return what a JSON file of the directory holds; where it is of no use, nothing, and a note says why."""
+        text = self.read(name)
+        if text is None:
+            return {}
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            self.notes.append(f"{name}: is no JSON; {error}")
+            return {}
+        if not isinstance(value, dict):
+            self.notes.append(f"{name}: holds no object")
+            return {}
+        return value
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """Return the objects in a file of JSON lines; a note tells of those that are none."""
+        lines = (self.read(name) or "").split("\n")
+        found: list[dict[str, Any]] = []
+        bad = []
+        for number, line in enumerate(lines, 1):
+            try:
+                value = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict):
+                found += [value] if value else []
+            elif number == len(lines):
+                self.notes.append(f"{name}: the last line is cut off")
+            else:
+                bad.append(number)
+        if bad:
+            self.notes.append(f"{name}:{bad[0]}: is no JSON object, {len(bad)} such lines are left out")
+        return found
+
+    def read(self, name: str) -> str | None:
+        path = self.path / name
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            self.notes.append(f"{name}: cannot be read; {error}")
+            return None
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
+    """Read every run in or below some folders.
+
+    Args:
+        folders: run directories, sweep directories, or whatever holds such, at any depth.
+
+    Returns:
+        The runs in the order of their names, and what of them could not be read and why, a line each.
+
+    Raises:
+        ConfigError: a folder is not there.
+    """
+    if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
+        raise ConfigError(missing)
+    notes: list[str] = []
+    found = {path.resolve(): path for folder in folders for path in _find(folder, notes)}
+    runs = [_read_run(path) for path in found.values()]
+    _name(runs, list(found))
+    runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.name)])
+    notes += [f"{run.path}: {note}" for run in runs for note in run.notes]
+    return runs, notes
+
+
+def _find(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """Yield the run directories in or below a folder; a run directory is not looked into."""
+    below: dict[str, list[Path]] = {}
+
+    def refuse(error: OSError) -> None:
+        notes.append(f"{error.filename}: cannot be read; {error.strerror}")
+
+    for name, folders, files in os.walk(folder, onerror=refuse):
+        path, present = Path(name), set(files)
+        folders[:] = sorted(child for child in folders if not child.startswith("."))
+        is_run = not present.isdisjoint(_RUN_FILES)
+        # A sweep may keep a status of its own: without what a run always has, its folders are looked into first.
+        if is_run and ("config.yaml" in present or "metrics.jsonl" in present or not folders):
+            folders.clear()
+            yield path
+        elif is_run:
+            below[name] = []
+        elif "trainer_state.json" in present or any(child.startswith("checkpoint-") for child in folders):
+            folders.clear()
+            yield path
+        else:
+            continue
+        for outer in below:
+            if name != outer and path.is_relative_to(outer):
+                below[outer].append(path)
+    yield from (Path(outer) for outer, inner in below.items() if not inner)
+
+
+def _name(runs: list[RunRecord], paths: list[Path]) -> None:
+    """Name each run by its path beneath what all have in common."""
+    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    for run, path in zip(runs, paths, strict=True):
+        run.name = os.path.relpath(path, common)
+
+
+def _read_run(path: Path) -> RunRecord:
+    run = RunRecord(path)
+    status, summary = run.read_json("status.json"), run.read_json("summary.json")
+    own = any((path / name).exists() for name in _RUN_FILES)
+    events = run.read_lines("metrics.jsonl") if own else _read_trainer_state(run)
+    run.curves = collect_curves(events)
+    if own:
+        _read_state(run, status, summary)
+        run.config = _read_config(run)
+        run.fingerprints = _read_fingerprints(run.read_json("environment.json"))
+        run.samples = [sample for line in run.read_lines("samples.jsonl") if (sample := _read_sample(line))]
+    results = collect_results(run.curves, summary, to_number(run.config.get("training.beta")))
+    run.metrics = results | _read_evaluation(run)
+    return run
+
+
+def _read_state(run: RunRecord, status: dict[str, Any], summary: dict[str, Any]) -> None:
+    run.state = str(status.get("state") or ("finished" if summary and not status else "unknown"))
+    run.error = str(status.get("error") or "")
+    if run.state == "running":
+        try:
+            silent = (datetime.now(UTC) - datetime.fromisoformat(str(status.get("heartbeat")))).total_seconds()
+        except (ValueError, TypeError):
+            return
+        if silent > _SILENT_AFTER:
+            run.state, run.error = "stopped", f"no sign of life since {status['heartbeat']}"
+    if run.finished and not summary:
+        run.notes.append("summary.json is missing; figures are the last ones of metrics.jsonl")
+
+
+def _read_config(run: RunRecord) -> dict[str, Any]:
+    text = run.read("config.yaml")
+    if text is None:
+        if run.state != "pending":
+            run.notes.append("config.yaml is missing; its settings are not known")
+        return {}
+    try:
+        written = yaml.load(text, _Loader)
+        if not isinstance(written, dict):
+            raise ValueError("holds no mapping")
+        return dict(flatten(written))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        run.notes.append(f"config.yaml: {' '.join(str(error).split())}; its settings are not known")
+        return {}
+
+
+def flatten(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and plain values of nested mappings; lists, and mappings without a key, are values.
+
+    Raises:
+        ValueError: there are too many, as where a hostile file names its parts over and over.
+    """
+    seen = 0
+
+    def plain(value: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > _MOST_NODES:
+            raise ValueError(f"holds more than {_MOST_NODES:,} values")
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    def walk(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in mapping.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    yield from walk(plain(nested), "")
+
+
+def _read_fingerprints(environment: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    model, data = environment.get("model"), environment.get("data")
+    if isinstance(model, dict) and (model.get("fingerprint") or model.get("commit")):
+        found["model"] = json.dumps([model.get("fingerprint"), model.get("commit")])
+    if isinstance(data, dict) and data:
+        found["data"] = json.dumps(data, sort_keys=True)
+    return found
+
+
+def _read_trainer_state(run: RunRecord) -> list[dict[str, Any]]:
+    """Return the log events of a plain Trainer's output directory, from its newest state."""
+    places = [path for path in run.path.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    places.sort(key=lambda path: int(path.name.partition("-")[2]))
+    names = ["trainer_state.json", *(f"{path.name}/trainer_state.json" for path in reversed(places))]
+    name = next((name for name in names if (run.path / name).is_file()), None)
+    if name is None:
+        run.notes.append("no trainer_state.json in its checkpoints; no figures")
+        return []
+    state = run.read_json(name)
+    run.notes.append("is no run of this program: curves are its trainer_state.json's, its settings are not known")
+    done, steps = to_number(state.get("global_step")), to_number(state.get("max_steps"))
+    if done is not None and steps:
+        run.state = "finished" if done >= steps else "unknown"
+    history = state.get("log_history")
+    return [event for event in history if isinstance(event, dict)] if isinstance(history, list) else []
+
+
+def _read_evaluation(run: RunRecord) -> dict[str, float]:
+    """Return the estimates of the newest evaluation.json, as `evaluation/<name>`."""
+    files = sorted(run.path.glob("evaluations/*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return {}
+    written = run.read_json(str(files[-1].relative_to(run.path)))
+    judge = written.get("judge")
+    estimates = {**written, **(judge if isinstance(judge, dict) else {})}
+    means = {key: to_number(value.get("mean")) for key, value in estimates.items() if isinstance(value, dict)}
+    return {f"evaluation/{key}": mean for key, mean in means.items() if mean is not None}
+
+
+def _read_sample(line: dict[str, Any]) -> dict[str, str] | None:
+    answers = {who: line.get(who) for who in ("reference", "policy")}
+    texts = {who: answer.get("text") if isinstance(answer, dict) else answer for who, answer in answers.items()}
+    prompt = line.get("prompt")
+    if isinstance(prompt, list):
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        prompt = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
+        if len(turns) == 1:
+            prompt = str(turns[0].get("content"))
+    if not isinstance(prompt, str) or not any(isinstance(text, str) for text in texts.values()):
+        return None
+    return {"prompt": prompt, **{who: text for who, text in texts.items() if isinstance(text, str)}}
