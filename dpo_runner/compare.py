@@ -1,6 +1,7 @@
 """Compare runs on this machine: `python -m dpo_runner.compare DIR [DIR ...]`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _compare(args: argparse.Namespace) -> None:
         best = comparison.find_best_run()
         if best is None:
             raise ConfigError(f"--best: no finished run has {objective.metric}")
-        print(best.path)
+        sys.stdout.buffer.write(os.fsencode(best.path) + b"\n")  # it may hold bytes that are no text
         return
     console = Console(highlight=False)
     if len(files) == len(targets):

@@ -73,7 +73,7 @@ const isShown = (index) => !state.off.has(index) && matches(index) && passesBrus
 // ---- the table
 function listRows() {
   if (state.joined) {
-    return data.rows.map((row) => ({...row, first: runs[row.runs[0]], error: ""}));
+    return data.rows.map((row) => ({...row, first: runs[row.runs[0]], error: row.runs.map((index) => runs[index].error).filter(Boolean).join("; ")}));
   }
   return runs.map((run, index) => ({
     runs: [index], name: run.name, state: run.state, best: run.best, front: run.front, first: run, error: run.error,

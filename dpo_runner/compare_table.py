@@ -75,8 +75,9 @@ def show_table(comparison: Comparison, console: Console) -> None:
             for row in front
         )
         console.print(_text(f"margin against {_label(comparison.distance)}: {path}"), soft_wrap=True)
-    for note in comparison.notes:
-        console.print(_text(f"note: {note}"), style="dim", soft_wrap=True)
+    failures = [f"{run.name} {run.state}: {run.error.splitlines()[0]}" for run in comparison.runs if run.error.strip()]
+    for note in [*failures, *comparison.notes]:
+        console.print(_text(note), style="dim", soft_wrap=True)
 
 
 def _build_table(comparison: Comparison, settings: list[str]) -> Table:

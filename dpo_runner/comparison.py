@@ -175,12 +175,24 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
     rows = [_build_row(group, settings, notes) for group in groups.values()]
     if not any(objective.metric in run.metrics for run in runs):
         notes.append(f"no run has {objective.metric} yet; nothing is ranked")
-    finished = [row for row in rows if row.finished and MARGIN in row.metrics]
-    distance = next((name for name in DISTANCES if finished and all(name in row.metrics for row in finished)), "drift")
+    distance = _choose_distance(rows, notes)
     comparison = Comparison(list(runs), rows, settings, objective, distance, notes)
     _rank(comparison)
     _mark_front(comparison)
     return comparison
+
+
+def _choose_distance(rows: list[Row], notes: list[str]) -> str:
+    """Return the first of `DISTANCES` that all finished rows have, measured on the same data."""
+    measured, drift = DISTANCES
+    evaluated = {
+        run.fingerprints["evaluation"] for row in rows for run in row.counted if "evaluation" in run.fingerprints
+    }
+    if len(evaluated) > 1:
+        notes.append("the evaluations are not of the same data and prompts; their figures cannot be compared")
+        return drift
+    finished = [row for row in rows if row.finished and MARGIN in row.metrics]
+    return measured if finished and all(measured in row.metrics for row in finished) else drift
 
 
 def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) -> Row:

@@ -1,6 +1,7 @@
 """What run directories hold, read from disk with nothing taken for granted: half-finished, failed, foreign ones too."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import HEARTBEAT_SECONDS
+from dpo_runner.artifacts import HEARTBEAT_SECONDS, mask_secrets
 from dpo_runner.errors import ConfigError
 from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
+from dpo_runner.run_search import RUN_FILES, find_run_folders
 
-_RUN_FILES = ("status.json", "summary.json")
 _SILENT_AFTER = 6 * HEARTBEAT_SECONDS
 _MOST_NODES = 20_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
@@ -31,7 +32,7 @@ class RunRecord:
         state: status.json's; `stopped` where a running one has gone silent, `unknown` where nothing says.
         error: why it failed, or "".
         config: the configuration by dotted key; empty where it is not known.
-        fingerprints: what environment.json says of `model` and `data`, independent of where they were.
+        fingerprints: of `model` and `data`, independent of where they were, and of what was evaluated (`evaluation`).
         metrics: results by name: those after training, or the newest ones of a run that has not ended.
         curves: logged values over optimizer steps, by name.
         samples: `prompt`, `reference` and `policy` as texts.
@@ -88,10 +89,16 @@ class RunRecord:
             self.notes.append(f"{name}:{bad[0]}: is no JSON object, {len(bad)} such lines are left out")
         return found
 
-    def read(self, name: str) -> str | None:
-        path = self.path / name
+    def has(self, name: str) -> bool:
         try:
-            return path.read_text(encoding="utf-8") if path.is_file() else None
+            return (self.path / name).is_file()
+        except OSError:
+            return False
+
+    def read(self, name: str) -> str | None:
+        """Return a file's text; where there is no such file, or it is no text, None, and a note says why it is none."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8") if self.has(name) else None
         except (OSError, UnicodeDecodeError) as error:
             self.notes.append(f"{name}: cannot be read; {error}")
             return None
@@ -112,40 +119,12 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
     if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
         raise ConfigError(missing)
     notes: list[str] = []
-    found = {path.resolve(): path for folder in folders for path in _find(folder, notes)}
+    found = {path.resolve(): path for folder in folders for path in find_run_folders(folder, notes)}
     runs = [_read_run(path) for path in found.values()]
     _name(runs, list(found))
     runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.name)])
     notes += [f"{run.path}: {note}" for run in runs for note in run.notes]
     return runs, notes
-
-
-def _find(folder: Path, notes: list[str]) -> Iterator[Path]:
-    """Yield the run directories in or below a folder; a run directory is not looked into."""
-    below: dict[str, list[Path]] = {}
-
-    def refuse(error: OSError) -> None:
-        notes.append(f"{error.filename}: cannot be read; {error.strerror}")
-
-    for name, folders, files in os.walk(folder, onerror=refuse):
-        path, present = Path(name), set(files)
-        folders[:] = sorted(child for child in folders if not child.startswith("."))
-        is_run = not present.isdisjoint(_RUN_FILES)
-        # A sweep may keep a status of its own: without what a run always has, its folders are looked into first.
-        if is_run and ("config.yaml" in present or "metrics.jsonl" in present or not folders):
-            folders.clear()
-            yield path
-        elif is_run:
-            below[name] = []
-        elif "trainer_state.json" in present or any(child.startswith("checkpoint-") for child in folders):
-            folders.clear()
-            yield path
-        else:
-            continue
-        for outer in below:
-            if name != outer and path.is_relative_to(outer):
-                below[outer].append(path)
-    yield from (Path(outer) for outer, inner in below.items() if not inner)
 
 
 def _name(runs: list[RunRecord], paths: list[Path]) -> None:
@@ -158,7 +137,7 @@ def _name(runs: list[RunRecord], paths: list[Path]) -> None:
 def _read_run(path: Path) -> RunRecord:
     run = RunRecord(path)
     status, summary = run.read_json("status.json"), run.read_json("summary.json")
-    own = any((path / name).exists() for name in _RUN_FILES)
+    own = any(run.has(name) for name in RUN_FILES)
     events = run.read_lines("metrics.jsonl") if own else _read_trainer_state(run)
     run.curves = collect_curves(events)
     if own:
@@ -173,7 +152,7 @@ def _read_run(path: Path) -> RunRecord:
 
 def _read_state(run: RunRecord, status: dict[str, Any], summary: dict[str, Any]) -> None:
     run.state = str(status.get("state") or ("finished" if summary and not status else "unknown"))
-    run.error = str(status.get("error") or "")
+    run.error = str(mask_secrets(str(status.get("error") or "")))
     if run.state == "running":
         try:
             silent = (datetime.now(UTC) - datetime.fromisoformat(str(status.get("heartbeat")))).total_seconds()
@@ -195,7 +174,7 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
         written = yaml.load(text, _Loader)
         if not isinstance(written, dict):
             raise ValueError("holds no mapping")
-        return dict(flatten(written))
+        return {key: mask_secrets(value, key.rpartition(".")[2]) for key, value in flatten(written)}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         run.notes.append(f"config.yaml: {' '.join(str(error).split())}; its settings are not known")
         return {}
@@ -218,6 +197,8 @@ def flatten(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             return [plain(item) for item in value]
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)  # JSON has no such number
         return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
     def walk(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -260,11 +241,18 @@ def _read_trainer_state(run: RunRecord) -> list[dict[str, Any]]:
 
 def _read_evaluation(run: RunRecord) -> dict[str, float]:
     """Return the estimates of the newest evaluation.json, as `evaluation/<name>`."""
-    files = sorted(run.path.glob("evaluations/*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        files = sorted(run.path.glob("evaluations/*/evaluation.json"), key=lambda path: path.stat().st_mtime)
+    except OSError as error:
+        run.notes.append(f"evaluations: cannot be read; {error.strerror}")
+        return {}
     if not files:
         return {}
     written = run.read_json(str(files[-1].relative_to(run.path)))
-    judge = written.get("judge")
+    judge, evaluated = written.get("judge"), written.get("evaluated")
+    if isinstance(evaluated, dict):
+        on = {key: evaluated.get(key) for key in ("data", "split", "pairs", "prompts_answered", "max_new_tokens")}
+        run.fingerprints["evaluation"] = json.dumps(on)
     estimates = {**written, **(judge if isinstance(judge, dict) else {})}
     means = {key: to_number(value.get("mean")) for key, value in estimates.items() if isinstance(value, dict)}
     return {f"evaluation/{key}": mean for key, mean in means.items() if mean is not None}

@@ -9,17 +9,18 @@ import pytest
 
 SWITCHES = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=5000 --enable-logging=stderr --dump-dom"
+    "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
 )
 
 
-def open_page(page: str, folder: Path, afterwards: str = "") -> tuple[str, list[str]]:
+def open_page(page: str, folder: Path, afterwards: str = "", real_time: bool = False) -> tuple[str, list[str]]:
     """Open a page, and run what a test wants to do there under the page's own policy.
 
     Args:
         page: as HTML.
         folder: for the page and the browser's profile.
         afterwards: JavaScript.
+        real_time: let the page's clock go as fast as ours, and end when it is loaded; else timers fire at once.
 
     Returns:
         The document without its scripts, and a line for each error, or whatever the page's policy had to stop.
@@ -31,7 +32,8 @@ def open_page(page: str, folder: Path, afterwards: str = "") -> tuple[str, list[
     file = folder / "page.html"
     script = f'<script nonce="{nonce}">{afterwards}</script></body>'
     file.write_text(script.join(page.rsplit("</body>", 1)) if afterwards else page, encoding="utf-8")
-    command = [browser, *SWITCHES.split(), f"--user-data-dir={folder / 'browser'}", file.as_uri()]
+    clock = [] if real_time else ["--virtual-time-budget=5000"]
+    command = [browser, *SWITCHES.split(), *clock, f"--user-data-dir={folder / 'browser'}", file.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     complaints = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
     return re.sub(r"<script.*?</script>", "", result.stdout, flags=re.DOTALL), complaints

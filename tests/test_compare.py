@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,6 +31,8 @@ def sweep(tmp_path: Path) -> Path:
     for index, (beta, seed) in enumerate(((0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2))):
         write_run(tmp_path / "sweep" / f"{index}-ab", seed=seed, training__beta=beta, accuracy=beta + seed / 100)
     write_run(tmp_path / "sweep" / "4-ab", state="failed", training__beta=0.5)
+    status = {"state": "failed", "error": "RuntimeError: out of memory\nmore"}
+    (tmp_path / "sweep" / "4-ab" / "status.json").write_text(json.dumps(status))
     return tmp_path / "sweep"
 
 
@@ -45,6 +46,7 @@ def test_the_table_shows_what_differs_the_states_and_the_marks(sweep: Path, caps
     best = next(line for line in lines if "│ ★" in line)
     assert "2-ab (+1)" in best and "0.315 ± 0.005" in best and "finished" in best
     assert any("4-ab" in line and "failed" in line for line in lines)
+    assert lines[-1] == "4-ab failed: RuntimeError: out of memory"
     assert compare(str(sweep), "--per-seed") == 0
     singly = capsys.readouterr().out
     assert "± " not in singly and "seed" in singly and "3-ab" in singly
@@ -105,6 +107,13 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path, capsys) -> None:
     assert json.loads(text)["rows"][0]["metrics"][DEFAULT_OBJECTIVE]["mean"] is None
 
 
+def test_the_best_path_may_hold_bytes_that_are_no_text(tmp_path: Path, capfdbinary) -> None:
+    write_run(tmp_path / "r\udcff\nx")
+    assert compare("--best", ".") == 0
+    assert capfdbinary.readouterr().out == b"r\xff\nx\n"
+    assert compare(".", "--html", "page.html") == 0
+
+
 def test_best_prints_a_path_and_nothing_else(sweep: Path, capsys) -> None:
     (sweep / "0-ab" / "samples.jsonl").write_text("{")
     assert compare("--best", str(sweep)) == 0
@@ -152,6 +161,7 @@ def test_the_command_is_quick_and_imports_neither_torch_nor_plotly(sweep: Path) 
 
 def test_real_runs_are_compared_and_the_best_one_answers(tiny_run: list[str], tmp_path: Path, capsys) -> None:
     from dpo_runner import load_conf, run
+    from dpo_runner.chat import main as chat
 
     for index, overrides in enumerate((["seed=1"], ["seed=2"], ["training.learning_rate=1e-3"])):
         run(load_conf([*tiny_run, *overrides, f"run_dir=sweep/{index}"]))
@@ -162,5 +172,5 @@ def test_real_runs_are_compared_and_the_best_one_answers(tiny_run: list[str], tm
     assert Path("page.html").read_text(encoding="utf-8").count("What is") > 1
     assert compare("--best", "sweep") == 0
     best = capsys.readouterr().out.strip()
-    command = [sys.executable, "-m", "dpo_runner.chat", best, "--prompt", "Why?", "--max-new-tokens", "4"]
-    assert subprocess.run(command, capture_output=True, env=dict(os.environ)).returncode == 0
+    chat([best, "--prompt", "Why?", "--max-new-tokens", "4"])
+    assert capsys.readouterr().err == ""

@@ -89,6 +89,7 @@ def test_a_real_browser_draws_it_all_and_runs_nothing_of_the_data(hostile: str, 
 
 
 INTERACT = """
+window.requestAnimationFrame = (draw) => setTimeout(draw, 0);  // a headless browser may draw no frame for long
 const report = {}, count = (selector) => document.querySelectorAll(selector).length;
 const rows = () => [...document.querySelectorAll("#runs tbody tr")].filter((row) => !row.hidden);
 const texts = (at) => rows().map((row) => row.cells[at].textContent);
@@ -168,16 +169,18 @@ def test_a_page_of_two_hundred_runs_is_small_and_quick(tmp_path: Path) -> None:
     assert time.monotonic() - started < 6
     assert len(page) < 12_000_000
     measure = """
-    const begun = performance.now();
-    byId("none").click(); update(); byId("all").click();
-    drawCurves(); drawScatter(); drawParallel();
+    const loaded = performance.now();
+    byId("none").click();
+    byId("all").click();
+    for (const draw of [drawTable, drawCurves, drawScatter, drawParallel]) draw();
     const drawn = ["curves", "parallel"].map((id) => byId(id).data.length);
-    document.body.dataset.report = JSON.stringify([performance.now() - begun, ...drawn]);
+    document.body.dataset.report = JSON.stringify([loaded, performance.now() - loaded, ...drawn]);
     """
-    dom, complaints = open_page(page, tmp_path, measure)
+    dom, complaints = open_page(page, tmp_path, measure, real_time=True)
     assert complaints == []
-    milliseconds, curves, lines = json.loads(re.search(r'data-report="([^"]*)"', dom)[1])
-    assert (curves, lines) == (200, 201) and milliseconds < 5000
+    loaded, redrawn, curves, lines = json.loads(re.search(r'data-report="([^"]*)"', dom)[1])
+    assert (curves, lines) == (200, 201)
+    assert 0 < redrawn < 5_000 and loaded < 10_000, "milliseconds"
     assert dom.count("<tr") > 40
 
 

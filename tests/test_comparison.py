@@ -83,10 +83,11 @@ def test_without_a_finished_run_there_is_no_best(tmp_path: Path) -> None:
 
 
 def test_values_that_are_no_numbers_are_never_best(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", training__beta=0.5, accuracy=0.2)
-    write_run(tmp_path / "b", accuracy=float("nan"))
+    write_run(tmp_path / "a", accuracy=float("nan"))
+    write_run(tmp_path / "b", training__beta=0.5, accuracy=0.2)
+    write_run(tmp_path / "c", training__beta=0.7, accuracy=float("inf"))
     comparison = compare(tmp_path)
-    assert comparison.find_best_run().path.name == "a" and comparison.rows[-1].name == "b"
+    assert comparison.find_best_run().path.name == "b" and comparison.rows[0].name == "b"
 
 
 def test_of_equally_good_runs_the_one_that_moved_least_is_best(tmp_path: Path) -> None:
@@ -116,10 +117,21 @@ def test_the_front_is_over_the_measured_kl_where_all_have_it(tmp_path: Path) -> 
     for path, kl in zip(paths, (5.0, 3.0), strict=True):
         assert compare(tmp_path).distance == "drift"
         (path / "evaluations" / "x").mkdir(parents=True)
-        (path / "evaluations" / "x" / "evaluation.json").write_text(json.dumps({"kl_per_answer": {"mean": kl}}))
+        value = {"kl_per_answer": {"mean": kl}, "evaluated": {"data": ["a"], "pairs": 5}}
+        (path / "evaluations" / "x" / "evaluation.json").write_text(json.dumps(value))
     comparison = compare(tmp_path)
     assert comparison.distance == "evaluation/kl_per_answer"
     assert [row.name for row in comparison.rows if row.on_front] == ["b"]
+
+
+def test_evaluations_on_other_data_are_not_compared(tmp_path: Path) -> None:
+    for name, pairs in (("a", 5), ("b", 6)):
+        folder = write_run(tmp_path / name, training__loss_type=name) / "evaluations" / "x"
+        folder.mkdir(parents=True)
+        value = {"kl_per_answer": {"mean": 1.0}, "evaluated": {"data": ["a"], "pairs": pairs}}
+        (folder / "evaluation.json").write_text(json.dumps(value))
+    comparison = compare(tmp_path)
+    assert comparison.distance == "drift" and "cannot be compared" in comparison.notes[0]
 
 
 def make(name: str, **config: object) -> RunRecord:

@@ -66,9 +66,8 @@ def test_every_documented_command_runs(tmp_path: Path, tiny_model: str) -> None:
             command += " model=tiny_random"
         elif "dpo_runner.chat" in command:
             command += " --max-new-tokens 4"
-        result = subprocess.run(
-            command.replace("python ", f"{python} ", 1), shell=True, capture_output=True, text=True, timeout=240
-        )
+        command = re.sub(r"(^|\$\()python ", lambda match: f"{match[1]}{python} ", command)
+        result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     check_served_folders()
 

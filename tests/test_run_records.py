@@ -186,6 +186,16 @@ def test_settings_are_flat_plain_and_bounded() -> None:
         list(flatten({"bomb": bomb}))
 
 
+def test_settings_without_a_json_number_and_secrets_are_plain_text(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path / "r", training__beta=float("inf"), training__hub_token="abc", training__tags=["hf_" + "a" * 30]
+    )
+    (path / "status.json").write_text(json.dumps({"state": "failed", "error": "no access with hf_" + "a" * 30}))
+    run = read_one(path)
+    assert run.config["training.beta"] == "inf" and run.config["training.hub_token"] == "***"
+    assert run.config["training.tags"] == ["***"] and run.error == "no access with ***"
+
+
 def test_a_config_that_repeats_its_parts_over_and_over_is_left_out(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r")
     lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]

@@ -1,0 +1,41 @@
+"""Where there are run directories: at any depth, of this program and of a plain Trainer."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+RUN_FILES = ("status.json", "summary.json")
+"""Either of them makes a folder a run of this program."""
+
+
+def find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """Yield the run directories in or below a folder; a run directory is not looked into.
+
+    Args:
+        folder: where to look, at any depth, without hidden folders and links.
+        notes: gets a line for each folder that cannot be read.
+    """
+    below: dict[str, list[Path]] = {}
+
+    def refuse(error: OSError) -> None:
+        notes.append(f"{error.filename}: cannot be read; {error.strerror}")
+
+    for name, folders, files in os.walk(folder, onerror=refuse):
+        path, present = Path(name), set(files)
+        folders[:] = sorted(child for child in folders if not child.startswith("."))
+        is_run = not present.isdisjoint(RUN_FILES)
+        # A sweep may keep a status of its own: without what a run always has, its folders are looked into first.
+        if is_run and ("config.yaml" in present or "metrics.jsonl" in present or not folders):
+            folders.clear()
+            yield path
+        elif is_run:
+            below[name] = []
+        elif "trainer_state.json" in present or any(child.startswith("checkpoint-") for child in folders):
+            folders.clear()
+            yield path
+        else:
+            continue
+        for outer in below:
+            if name != outer and path.is_relative_to(outer):
+                below[outer].append(path)
+    yield from (Path(outer) for outer, inner in below.items() if not inner)
