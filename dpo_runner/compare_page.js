@@ -8,6 +8,7 @@ const byId = (id) => document.getElementById(id);
 const PALETTE = ["#3f78c9", "#d9642e", "#1f9d76", "#c9455b", "#8b6fc7", "#c99a1e", "#2aa3b5", "#b5589c", "#7f9430", "#8b93a1"];
 const SCALE = ["#d9a12e", "#7fae3f", "#1f9d76", "#2f8fb0", "#3f78c9", "#6a5cb8", "#8b5a94"]; // best first
 const CONFIG = {responsive: true, displayModeBar: false, typesetMath: false, doubleClick: "reset"};
+const MANY_SETTINGS = 6; // more than these stand behind the figures, and on no axis of the parallel coordinates
 const LOG_FROM = 20; // settings that span such a factor get a logarithmic axis
 const state = {off: new Set(), brushes: [], drag: null, filter: "", joined: data.rows.length > 0, sort: null, a: 0, b: 0};
 
@@ -83,15 +84,14 @@ function listRows() {
 
 function listHeadings() {
   const seedColumn = (column) => state.joined && column.key === "seed";
+  const settings = tableSettings.filter((column) => !seedColumn(column)).map((column) => ({
+    label: column.label, title: column.key, of: (row) => column.of(row.first), number: column.numeric}));
+  const metrics = tableMetrics.map((column, at) => ({
+    label: column.label, title: column.key, of: (row) => row.metrics[at][0], error: (row) => row.metrics[at][1], number: true}));
+  const count = state.joined ? [{label: "n", of: (row) => row.n, number: true}] : [];
   return [
-    {label: "", of: null}, {label: "", of: null},
-    {label: "run", of: (row) => row.name},
-    {label: "state", of: (row) => row.state},
-    ...tableSettings.filter((column) => !seedColumn(column)).map((column) => ({
-      label: column.label, title: column.key, of: (row) => column.of(row.first), number: column.numeric})),
-    ...(state.joined ? [{label: "n", of: (row) => row.n, number: true}] : []),
-    ...tableMetrics.map((column, at) => ({
-      label: column.label, title: column.key, of: (row) => row.metrics[at][0], error: (row) => row.metrics[at][1], number: true})),
+    {label: "", of: null}, {label: "", of: null}, {label: "run", of: (row) => row.name}, {label: "state", of: (row) => row.state},
+    ...(settings.length > MANY_SETTINGS ? [...count, ...metrics, ...settings] : [...settings, ...count, ...metrics]),
     {label: "", of: null},
   ];
 }
@@ -154,7 +154,8 @@ function buildRow(row, headings) {
   if (row.error) cells[2].append(make("span", row.error, {className: "error", title: row.error}));
   for (const heading of headings.slice(4, -1)) {
     const error = heading.error ? heading.error(row) : null;
-    const cell = make("td", format(heading.of(row)) + (error === null ? "" : ` ± ${Number(error.toPrecision(2))}`));
+    const cell = make("td", format(heading.of(row)));
+    if (error !== null) cell.append(make("span", ` ± ${Number(error.toPrecision(2))}`, {className: "spread"}));
     if (heading.number) cell.classList.add("number");
     cells.push(cell);
   }
@@ -247,7 +248,8 @@ function buildFront(x, y) {
 }
 
 // Parallel coordinates out of plain lines: plotly's own need WebGL and code made at run time, which the page forbids.
-const axes = [...tableSettings, ...tableMetrics].filter((column) => column.values.length > 1).slice(0, 14);
+const varies = (column) => column.values.length > 1;
+const axes = [...tableSettings.filter(varies).slice(0, MANY_SETTINGS + 2), ...tableMetrics.filter(varies)];
 
 function scaleTo(axis, value) {
   if (!axis.numeric) return axis.values.length > 1 ? axis.values.indexOf(format(value)) / (axis.values.length - 1) : 0.5;
@@ -286,19 +288,23 @@ function drawParallel() {
       hovertemplate: "%{text}<extra></extra>",
     })),
   ];
+  const room = Math.floor(place.clientWidth / axes.length / 7.5); // characters between two axes
+  const crowded = axes.some((axis) => axis.label.length > room);
   const annotations = axes.flatMap((axis, index) => [
-    {x: index, y: 1.06, yanchor: "bottom", text: `<b>${escapeLabel(axis.label)}</b>`, showarrow: false},
-    ...listTicks(axis).map((tick) => ({x: index, y: scaleTo(axis, tick), text: escapeLabel(format(tick)).slice(0, 80), showarrow: false, xanchor: "left", xshift: 3, font: {size: 11}})),
+    {x: index, y: 1.05, yanchor: "bottom", yshift: crowded && index % 2 ? 18 : 0, showarrow: false,
+      text: `<b>${escapeLabel(axis.label, crowded ? 2 * room - 2 : 60)}</b>`},
+    ...listTicks(axis).map((tick) => ({
+      x: index, y: scaleTo(axis, tick), text: escapeLabel(format(tick), Math.max(room, 6)), showarrow: false, xanchor: "left", xshift: 3, font: {size: 11}})),
   ]);
   Plotly.react(place, traces, layoutOf({
-    margin: {l: 30, r: 70, t: 26, b: 12}, dragmode: "select", annotations, selections: [],
+    margin: {l: 46, r: 70, t: 16, b: 12}, dragmode: "select", annotations, selections: [],
     shapes: [
       ...at.map((index) => ({type: "line", x0: index, x1: index, y0: 0, y1: 1, line: {width: 1, color: "#8b93a1"}})),
       ...state.brushes.map(({axis, low, high}) => ({
         type: "rect", x0: axes.indexOf(axis) - 0.05, x1: axes.indexOf(axis) + 0.05, y0: low, y1: high,
         fillcolor: "#8b93a1", opacity: 0.35, line: {width: 1, color: "#8b93a1"}})),
     ],
-    xaxis: {visible: false, range: [-0.1, axes.length - 0.9], fixedrange: true}, yaxis: {visible: false, range: [-0.05, 1.16], fixedrange: true},
+    xaxis: {visible: false, range: [-0.1, axes.length - 0.9], fixedrange: true}, yaxis: {visible: false, range: [-0.05, 1.2], fixedrange: true},
   }), {...CONFIG, doubleClick: false});
   for (const outline of place.querySelectorAll(".select-outline")) outline.remove();
 }
@@ -358,7 +364,7 @@ function drawPair() {
   const valueOf = (run, key) => (run.config && Object.hasOwn(run.config, key) ? run.config[key] : undefined);
   for (const key of keys) {
     const values = pair.map((run) => valueOf(run, key));
-    if (!same(values) || byId("equal").checked) add(key, values);
+    if (!same(values) || byId("equal").checked) add(key, values.map((value) => (value === null ? "null" : value)));
   }
   if (byId("equal").checked) for (const [key, value] of Object.entries(data.common)) add(key, [value, value]);
   for (const column of tableMetrics) add(column.label, pair.map(column.of));
@@ -413,6 +419,7 @@ byId("curve-log").addEventListener("change", drawCurves);
 byId("equal").addEventListener("change", drawPair);
 [state.a, state.b] = [0, 1].map((at) => pickRun(listRows()[at] || listRows()[0]));
 for (const which of ["a", "b"]) fill(which, runs.map((run, at) => [at, run.name]), state[which], (event) => choose(which, Number(event.target.value)));
+byId("parallel").style.minWidth = `${axes.length * 5.5}rem`;
 drawTable();
 drawCurves();
 drawScatter();
@@ -424,5 +431,5 @@ if (axes.length >= 2) {
   byId("parallel").on("plotly_selected", addBrushes);
   byId("unbrush").addEventListener("click", () => brush([]));
 } else {
-  byId("parallel").replaceWith(make("p", "Nothing differs between these runs.", {className: "empty"}));
+  byId("parallel").replaceWith(make("p", "Too little differs between these runs.", {className: "empty"}));
 }

@@ -120,9 +120,7 @@ def _build_payload(comparison: Comparison) -> dict[str, Any]:
                 "error": run.error,
                 "best": run is best,
                 "front": rows[id(run)].on_front,
-                "settings": [*(rows[id(run)].settings[key] for key in comparison.settings), run.config.get("seed")][
-                    : len(settings)
-                ],
+                "settings": [rows[id(run)].settings.get(key, run.config.get("seed")) for key in settings],
                 "metrics": [run.metrics.get(name) for name in metrics],
                 "config": own[index],
                 "answers": answers[index],
