@@ -7,7 +7,6 @@ from dpo_runner.artifacts import mask_secrets
 from dpo_runner.card_facts import RunFacts, hub_base
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX
 from dpo_runner.quantization import describe_quantization
-from dpo_runner.tokenizer import settle_vocabulary
 
 _ASK = [
     'messages = [{"role": "user", "content": "Why do we sleep?"}]',
@@ -70,14 +69,14 @@ def _load_adapter(facts: RunFacts, name: str) -> list[str]:
         f"tokenizer = AutoTokenizer.from_pretrained({_quote(name)}{trust})",
         f"model = AutoModelForCausalLM.from_pretrained({base}{pinned}, dtype={_quote(model.dtype)}{trust})",
     ]
-    vocabulary = settle_vocabulary(model)
-    if vocabulary.brought:
-        load.append(f"model.resize_token_embeddings({vocabulary.brought})  # as the SFT adapter has it")
+    rows = facts.environment["model"]["embedding_rows"]
+    if rows["sft_adapter"]:
+        load.append(f"model.resize_token_embeddings({rows['sft_adapter']})  # as the SFT adapter has it")
     if model.adapter is not None and model.adapter_mode == "merge":
         of = "" if model.adapter_revision is None else f", revision={json.dumps(model.adapter_revision)}"
         load.append(f"model = PeftModel.from_pretrained(model, {_quote(model.adapter)}{of}).merge_and_unload()")
-    if vocabulary.rows != vocabulary.brought:
-        load.append(f"model.resize_token_embeddings({vocabulary.rows})  # the adapter has the new rows")
+    if rows["result"] != rows["sft_adapter"]:
+        load.append(f"model.resize_token_embeddings({rows['result']})  # the adapter has the new rows")
     return [*imports, *load, f"model = PeftModel.from_pretrained(model, {_quote(name)})"]
 
 

@@ -15,6 +15,7 @@ import torch
 from dpo_runner import __version__
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
+from dpo_runner.tokenizer import settle_vocabulary
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core", "wandb")
 
@@ -28,6 +29,7 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
         base: the base model's folder or hub id.
         model: the loaded policy, which knows the hub commit it came from.
     """
+    vocabulary = settle_vocabulary(conf.model)
     return {
         "dpo_runner": __version__,
         "commit": _read_commit(),
@@ -45,6 +47,7 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
             "base": base,
             "commit": getattr(model.config, "_commit_hash", None),
             "fingerprint": _fingerprint_model(base),
+            "embedding_rows": {"sft_adapter": vocabulary.brought, "result": vocabulary.rows},  # None: as published
         },
         "data": {
             split: {"rows": len(rows), "fingerprint": data.fingerprint(split)}

@@ -82,7 +82,8 @@ def from_hub(facts: RunFacts, **data: Any) -> RunFacts:
         model=replace(facts.conf.model, model_name_or_path="some/model"),
         data=replace(facts.conf.data, path="some/pairs", split="train_prefs", **data),
     )
-    environment = {**facts.environment, "model": {"base": "some/model", "commit": COMMIT, "fingerprint": None}}
+    model = {**facts.environment["model"], "base": "some/model", "commit": COMMIT, "fingerprint": None}
+    environment = {**facts.environment, "model": model}
     sources = [{**source, "files": ["some/pairs (split train_prefs)"]} for source in facts.report["sources"]]
     return replace(facts, conf=conf, environment=environment, report={**facts.report, "sources": sources})
 
@@ -204,7 +205,8 @@ def test_what_is_of_no_hub_is_not_in_the_metadata(facts, tmp_path) -> None:
     # A folder that is called as a repository could be, and whose name means nothing here:
     conf = replace(facts.conf, model=replace(facts.conf.model, model_name_or_path="models/mine"))
     conf = replace(conf, data=replace(conf.data, path="data/mine"))
-    environment = {**facts.environment, "model": {"base": "models/mine", "commit": None, "fingerprint": "ab"}}
+    model = {**facts.environment["model"], "base": "models/mine", "commit": None, "fingerprint": "ab"}
+    environment = {**facts.environment, "model": model}
     card = write(replace(facts, conf=conf, environment=environment), tmp_path / "y")
     assert card.data.to_dict() == plain
     assert 'from_pretrained("models/mine", dtype="float32")' in card.text
