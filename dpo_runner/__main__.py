@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 from dpo_runner import __version__
-from dpo_runner.artifacts import mask_file
 from dpo_runner.command_line import build_help, check_command_line
-from dpo_runner.config import CONF_DIR, CONFIG_NAME, build_run_conf, expand_overrides
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf, build_run_conf, expand_overrides
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
 from dpo_runner.exits import honest_exit, report
 
 
@@ -36,43 +35,46 @@ def _run_with_hydra() -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from dpo_runner.sweep.axes import defer_sections
+    from dpo_runner.sweep.sweeper import register_plugins
+
     # What goes wrong is kept out of Hydra, which would print a notice of its own about it.
     failure_alone: list[DpoRunnerError] = []
-    failures_in_sweep: list[str] = []  # texts alone: an error would keep its run's model in memory
-    main_process = os.getpid()
 
     def job(config: DictConfig) -> None:
-        from dpo_runner.run import run
-
         hydra_config = HydraConfig.get()
         typed = list(hydra_config.overrides.task)
         conf = build_run_conf(config, typed)
-        if hydra_config.mode != RunMode.MULTIRUN:
-            try:
-                run(conf, typed)
-            except DpoRunnerError as error:
-                failure_alone.append(error)
+        if hydra_config.mode == RunMode.MULTIRUN:  # under one of Hydra's own launchers
+            _run_in_sweep(conf, typed, Path(hydra_config.runtime.output_dir))
             return
-        conf.run_dir = hydra_config.runtime.output_dir
-        mask_file(Path(hydra_config.sweep.dir) / "multirun.yaml")  # Hydra has written the overrides as typed
+        from dpo_runner.run import run
+
         try:
             run(conf, typed)
-        except RunInterrupted as error:
-            sys.exit(report(error))  # ends the whole sweep
         except DpoRunnerError as error:
-            if os.getpid() != main_process:
-                raise  # under a launcher with processes of its own, which reports it
-            failures_in_sweep.append(f"  {conf.run_dir}: {error}")
-            report(error)
+            failure_alone.append(error)
 
     sys.argv[1:] = expand_overrides(sys.argv[1:])
+    if {"-m", "--multirun"} & set(sys.argv) or any(text.startswith("sweep=") for text in sys.argv):
+        sys.argv[1:] = defer_sections(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
+    register_plugins()
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
     application()
     if failure_alone:
         raise failure_alone[0]
-    if failures_in_sweep:
-        raise RunError("\n".join([f"{len(failures_in_sweep)} runs of the sweep failed:", *failures_in_sweep]))
+
+
+def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:
+    """Run a job whose failure is told by its status.json, and at the end by the sweep."""
+    from dpo_runner.sweep.jobs import place_conf
+    from dpo_runner.sweep.worker import perform
+
+    outcome = perform(place_conf(conf, run_dir), typed)
+    if outcome["state"] == "interrupted":
+        error = f"{run_dir}: interrupted; the same command with sweep.dir={run_dir.parent} continues"
+        sys.exit(report(RunInterrupted(error, outcome["signal"])))  # ends the whole sweep
 
 
 if __name__ == "__main__":

@@ -50,12 +50,6 @@ def mask_override(text: str) -> str:
     return f"{key}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
 
 
-def mask_file(path: Path) -> None:
-    """Mask the secrets in a YAML file that another program has written; where there is none, do nothing."""
-    if path.exists():
-        write_text(path, yaml.safe_dump(mask_secrets(yaml.safe_load(path.read_text(encoding="utf-8")))))
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
     _write_whole(path, [text])
@@ -130,8 +124,12 @@ def resolve_run_dir(conf: RunConf) -> Path:
     """Return the run's directory: `run_dir`, else a fresh outputs/<run_name>/<timestamp>. Creates nothing."""
     if conf.run_dir is not None:
         return Path(conf.run_dir).expanduser()
+    return find_fresh_folder(Path("outputs") / conf.run_name)
+
+
+def find_fresh_folder(parent: Path) -> Path:
+    """Return a path in `parent` that is named by the time and not yet there. Creates nothing."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    parent = Path("outputs") / conf.run_name
     names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     return next(parent / name for name in names if not (parent / name).exists())
 
@@ -168,7 +166,10 @@ class RunDirectory:
         write_json(self.path / "environment.json", environment)
 
     def write_status(self, state: str, **details: Any) -> None:
-        """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error."""
+        """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error.
+
+        A job of a sweep is `pending` before, and `pruned` where its search has stopped it.
+        """
         with self._lock:
             if state == "running":
                 self._status = {"started": _now()}
@@ -216,6 +217,12 @@ class RunDirectory:
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))
+
+
+def update_status(run_dir: Path, **changes: Any) -> None:
+    """Change status.json of a run that has not begun or has ended, from outside of it; make both where needed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "status.json", {**(read_status(run_dir) or {}), **changes})
 
 
 def read_status(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError
 
 # What may differ between a run and its continuation without changing what is trained.
-_HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples")
+_HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
 TOKEN_COUNT_FILE = "num_tokens.json"
 _PARTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", TOKEN_COUNT_FILE)
 
@@ -78,7 +78,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
-    if status["state"] == "running" and status["pid"] != os.getpid() and _beats(status):
+    if status["state"] == "running" and status["pid"] != os.getpid() and is_alive(status):
         raise ConfigError(
             f"`run_dir={run_dir}`: process {status['pid']} is running there; wait for it, or use another run_dir"
         )
@@ -95,7 +95,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(mistakes)
 
 
-def _beats(status: dict[str, Any]) -> bool:
+def is_alive(status: dict[str, Any]) -> bool:
     """Whether the process that wrote a status is alive: its heartbeat is fresh, or at least its pid is in use."""
     age = (datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])).total_seconds()
     if age > 6 * HEARTBEAT_SECONDS:

@@ -5,7 +5,6 @@ fraction of a second and leaves nothing behind.
 """
 
 import argparse
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -18,18 +17,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_runner import __version__
-from dpo_runner.config import build_run_conf, compose_config
 from dpo_runner.config_files import SCHEMA, ConfigFiles, find_value_mistakes
 from dpo_runner.errors import ConfigError
+from dpo_runner.sweep.axes import Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
+from dpo_runner.sweep.points import find_axis_mistakes
 
 # What of Hydra's own configuration a command may change. The rest can run code or write elsewhere.
-_HYDRA_KEYS = ("hydra.sweep.dir", "hydra.mode", "hydra.verbose", "hydra/launcher")
+_HYDRA_KEYS = ("hydra.mode", "hydra.verbose", "hydra/launcher")
 _HYDRA_PREFIXES = ("hydra.launcher.",)
 _REFUSED_FLAGS = {
     "config_path": "use --config-dir DIR to add a folder of your own config groups",
     "config_name": "use experiment=NAME, with your own file in DIR/experiment/NAME.yaml and --config-dir DIR",
     "experimental_rerun": "it runs a pickle; repeat a run with the overrides in its overrides.yaml",
 }
+
+_UNCOMPOSABLE = (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError)
 
 
 def check_command_line(argv: list[str]) -> list[str]:
@@ -88,9 +90,14 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
     mistakes += files.find_file_mistakes(choices)
     sweeps = [override.key_or_group for override in sound if override.is_sweep_override()]
     if (sweeps or multirun) and any(override.key_or_group == "run_dir" for override in sound):
-        return [*mistakes, "`run_dir`: names one run's directory; for a sweep set hydra.sweep.dir"]
+        return [*mistakes, "`run_dir`: names one run's directory; for a sweep set sweep.dir"]
     if sweeps and not multirun and "sweep" not in choices:
         return [*mistakes, f"`{sweeps[0]}`: several values are a sweep; add -m"]
+    of_sweep = [override.key_or_group for override in sound if re.match(r"sweep(\.|$)", override.key_or_group)]
+    if of_sweep and not sweeps and not multirun and "sweep" not in choices:
+        return [*mistakes, f"`{of_sweep[0]}`: is of a sweep, which takes -m or sweep=NAME"]
+    if both := [key for key in of_sweep if key in sweeps]:
+        return [*mistakes, f"`{both[0]}`: is the same for all runs of a sweep; give it one value"]
     broken, uncomposable = _find_point_mistakes(sound, files, config_dir)
     # Where a file is wrong the whole does not compose, and the file's own line says why.
     return mistakes + broken + ([] if mistakes else uncomposable)
@@ -124,9 +131,11 @@ def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
     allowed = key in _HYDRA_KEYS or key.startswith(_HYDRA_PREFIXES)
     if allowed and "_target_" not in text:
         return []
-    instead = {"hydra.run.dir": "use run_dir=PATH", "hydra.searchpath": "use --config-dir DIR"}.get(
-        key, "these may be changed: " + ", ".join((*_HYDRA_KEYS, *(f"{p}*" for p in _HYDRA_PREFIXES)))
-    )
+    instead = {
+        "hydra.run.dir": "use run_dir=PATH",
+        "hydra.sweep.dir": "use sweep.dir=PATH",
+        "hydra.searchpath": "use --config-dir DIR",
+    }.get(key, "these may be changed: " + ", ".join((*_HYDRA_KEYS, *(f"{p}*" for p in _HYDRA_PREFIXES))))
     return [f"`{text}`: not allowed, it could run code or write elsewhere; {instead}"]
 
 
@@ -153,26 +162,33 @@ def _find_point_mistakes(
     overrides: list[Override], files: ConfigFiles, config_dir: str | None
 ) -> tuple[list[str], list[str]]:
     """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
-    axes = []
-    for override in overrides:
-        line = str(override.input_line)
-        if isinstance(override.value(), Glob):
-            axes.append([f"{override.key_or_group}={value}" for value in _values(override, files)])
-        elif override.is_sweep_override():
-            key = line.partition("=")[0]
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([line])
+    axes = merge_axes([_read_axis(override, files) for override in overrides])
     broken: dict[str, None] = {}
     uncomposable: dict[str, None] = {}
-    for point in itertools.product(*axes):
+    try:
+        points = combine(axes, read_sweep_conf(axes, config_dir))
+    except ConfigError as error:
+        return error.mistakes, []
+    except _UNCOMPOSABLE as error:
+        return [], [_explain(error, [axis.texts[0] for axis in axes])]
+    confs = []
+    for point in points:
         try:
-            build_run_conf(compose_config(list(point), config_dir), point)
+            confs.append(compose_point(point, config_dir))
         except ConfigError as error:
             broken.update(dict.fromkeys(error.mistakes))
-        except (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError) as error:
+        except _UNCOMPOSABLE as error:
             uncomposable[_explain(error, point)] = None
+    if len(confs) == len(points) > 1:
+        varied = [axis.key for axis in axes if len(axis.texts) > 1]
+        broken.update(dict.fromkeys(find_axis_mistakes(varied, confs)))
     return list(broken), list(uncomposable)
+
+
+def _read_axis(override: Override, files: ConfigFiles) -> Axis:
+    if not isinstance(override.value(), Glob):
+        return read_axis(override)
+    return Axis(override.key_or_group, tuple(f"{override.key_or_group}={name}" for name in _values(override, files)))
 
 
 def _explain(error: Exception, point: Sequence[str]) -> str:

@@ -81,6 +81,30 @@ class JudgeConf:
 
 
 @dataclass
+class SweepConf:
+    """Many runs as one experiment, with `-m` or `sweep=NAME`."""
+
+    workers: int | None = None
+    """Processes that take jobs, one after another; null: one for each GPU, or one on the CPU."""
+    threads_per_worker: int = 1
+    """Threads of each worker on the CPU; results of different numbers of threads differ in their last bits."""
+    on_error: str = field(default="continue", metadata={"choices": ("continue", "stop")})
+    """After a job that fails: `continue` with the others, or `stop` starting new ones."""
+    max_failures: int | None = None
+    """Start no more jobs once so many have failed; null: never mind."""
+    dir: str | None = None
+    """The sweep's directory; null makes outputs/sweeps/<run_name>/<timestamp>. One that exists is continued."""
+    resume: str | None = field(default=None, metadata={"choices": ("last",)})
+    """`last` continues the newest directory under outputs/sweeps/<run_name>/."""
+    paired: list[Any] = field(default_factory=list)
+    """Keys of axes whose values move together, instead of in every combination; or several such lists."""
+    sample: int | None = None
+    """Run so many random points of the grid; null: all of them."""
+    sample_seed: int = 0
+    """Decides which points `sample` takes."""
+
+
+@dataclass
 class RunConf:
     """Everything that defines one run.
 
@@ -97,6 +121,7 @@ class RunConf:
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
     judge: JudgeConf = field(default_factory=JudgeConf)
+    sweep: SweepConf = field(default_factory=SweepConf)
     run_name: str = "dpo"
     """Names the directory under outputs/ and the W&B run."""
     run_dir: str | None = None
@@ -117,6 +142,10 @@ class RunConf:
 
 
 ConfigStore.instance().store(name="base_config", node=RunConf)
+# Only their names: the command registers the classes when it runs (see dpo_runner/sweep/sweeper.py).
+for _group, _name, _class in (("launcher", "workers", "WorkersLauncher"), ("sweeper", "grid", "GridSweeper")):
+    _target = {"_target_": f"hydra_plugins.dpo_runner.{_class}"}
+    ConfigStore.instance().store(group=f"hydra/{_group}", name=_name, node=_target)
 
 
 _INTO_MAP = re.compile(

@@ -56,6 +56,11 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),
     ("judge.timeout", 0, False, None, False),
+    ("sweep.workers", 1, True, None, False),
+    ("sweep.threads_per_worker", 1, True, None, False),
+    ("sweep.max_failures", 1, True, None, False),
+    ("sweep.sample", 1, True, None, False),
+    ("sweep.sample_seed", 0, True, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
 _SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
@@ -85,6 +90,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
             *_check_training(conf),
             *_check_evaluation(conf),
             *_check_names(conf),
+            *_check_sweep(conf),
         ]
     return mistakes
 
@@ -220,3 +226,18 @@ def _may_bring_evaluation(path: str | None) -> bool:
 def _check_names(conf: "RunConf") -> Iterator[str]:
     if not conf.run_name or "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
+
+
+def _check_sweep(conf: "RunConf") -> Iterator[str]:
+    sweep = conf.sweep
+    if sweep.dir is not None and sweep.resume is not None:
+        yield f"`sweep.resume={sweep.resume}`: sweep.dir={sweep.dir} says already what to continue; set one of them"
+    if sweep.on_error == "stop" and sweep.max_failures is not None:
+        yield f"`sweep.max_failures={sweep.max_failures}`: with sweep.on_error=stop it is 1; leave one of them out"
+    groups = sweep.paired if all(isinstance(item, list) for item in sweep.paired) else [sweep.paired]
+    keys = [key for group in groups for key in group]
+    if any(not isinstance(key, str) for key in keys) or len(set(keys)) < len(keys) or any(len(g) == 1 for g in groups):
+        yield (
+            f"`sweep.paired={sweep.paired}`: must be a list of two or more keys, such as [training.beta,seed], or a "
+            "list of such lists, and name each key once"
+        )

@@ -133,7 +133,7 @@ class RunConsole:
             every = max(1, self._steps // _LINES_WITHOUT_TERMINAL)
             if step % every == 0 or step == self._steps:
                 left = (self._steps - step) * (time.monotonic() - self._started) / max(done, 1)
-                self.say(f"step {step}/{self._steps}  {figures}  {_clock(left)} left")
+                self.say(f"step {step}/{self._steps}  {figures}  {format_clock(left)} left")
 
     def stop_training(self) -> None:
         if self._progress is not None:
@@ -160,7 +160,7 @@ class RunConsole:
                 table.add_row(label, f"{before:.3f}", f"{after:.3f}")
         self.console.print(table)
         self.say(
-            f"{summary['steps']} steps in {_clock(summary['train_runtime'])}, "
+            f"{summary['steps']} steps in {format_clock(summary['train_runtime'])}, "
             f"{summary['pairs_per_second']:.2f} pairs/s, at most {summary['peak_memory_gb']:.1f} GB of memory"
         )
 
@@ -175,7 +175,8 @@ class RunConsole:
             self.say(f"curves      {command}")
 
 
-def _clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
+    """Return a length of time as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -187,3 +188,11 @@ def _id_file(directory: RunDirectory) -> Path:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def stop_service() -> None:
+    """End the process in which W&B serves this one, if there is any; the next run starts another."""
+    if "wandb" in sys.modules:
+        import wandb
+
+        wandb.teardown()

@@ -83,7 +83,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ("training.beta=interval(0,1)", "an interval has no values to run one by one"),
         ("quant.load_in_4bit=true", "quant is none here; choose an option of the group too"),
         ("sweep=null", "must be a string"),
-        ("run_dir=x,y", "for a sweep set hydra.sweep.dir"),
+        ("run_dir=x,y", "for a sweep set sweep.dir"),
         ("seed=[1", "not a KEY=VALUE override"),
         ("data@model=local_file", "packages (@) are not supported"),
         ("+hydra.callbacks.x._target_=os.system", "not allowed"),

@@ -13,7 +13,7 @@ from dpo_runner.config_files import SCHEMA, ConfigFiles, schema_key
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]
-FURTHER = ["docs/data.md", "docs/models.md"]
+FURTHER = ["docs/data.md", "docs/models.md", "docs/sweeps.md"]
 NOT_RUN = "<!-- not run: needs a GPU and the hub -->"
 SERVERS = ("<!-- not run: needs vLLM -->", "<!-- not run: needs Ollama -->")
 
@@ -116,7 +116,7 @@ def test_keys_options_and_files_that_are_named_exist(document: str) -> None:
         assert "GROUP" in name or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert "GROUP" in name or (ROOT / name).exists(), name
-    for key in re.findall(r"`((?:data|model|quant|lora|judge)(?:\.(?!py`)[a-z_]+)+)`", text):
+    for key in re.findall(r"`((?:data|model|quant|lora|judge|sweep)(?:\.(?!py`)[a-z_]+)+)`", text):
         assert schema_key(key) in SCHEMA, key
 
 

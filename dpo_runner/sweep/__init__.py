@@ -1,0 +1,1 @@
+"""Many runs as one experiment: axes -> points -> a directory with a job for each -> worker processes -> states."""

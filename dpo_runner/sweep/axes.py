@@ -1,0 +1,144 @@
+"""What a sweep's overrides span: the grid, axes that move together, and random points of it. Imports no torch."""
+
+import functools
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from dpo_runner.config import RunConf, SweepConf, build_run_conf, compose_config
+from dpo_runner.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One key of a command and the values it takes in turn.
+
+    Attributes:
+        key: dotted key or config group.
+        texts: one override for each value, such as `training.beta=0.1`.
+    """
+
+    key: str
+    texts: tuple[str, ...]
+
+
+def read_axis(override: Override) -> Axis:
+    """Return the values that one override gives its key, each as an override of its own."""
+    if not override.is_sweep_override():
+        return Axis(override.key_or_group, (str(override.input_line),))
+    key = str(override.input_line).partition("=")[0]
+    return Axis(override.key_or_group, tuple(f"{key}={value}" for value in override.sweep_string_iterator()))
+
+
+def merge_axes(axes: Sequence[Axis]) -> list[Axis]:
+    """Keep the last of each key, in the place of its first: the command line outdoes a sweep file."""
+    return list({axis.key: axis for axis in axes}.values())
+
+
+def defer_sections(texts: Sequence[str]) -> list[str]:
+    """Let fields of `quant` and `lora` wait for the points, some of which bring these sections only then.
+
+    Hydra composes what all points share beforehand, and fails on `quant.X=…` beside `quant=nf4,fp4`, where there
+    is no `quant` yet. A choice of one value is left out of that, and makes no axis.
+    """
+    return [
+        re.sub("=(.*)", lambda value: f"=choice({value[1]})", text, count=1) if _is_fixed_field(text) else text
+        for text in texts
+    ]
+
+
+def _is_fixed_field(text: str) -> bool:
+    if not re.match(r"\+*(quant|lora)\.", text):
+        return False
+    return not OverridesParser.create().parse_override(text).is_sweep_override()
+
+
+def combine(axes: Sequence[Axis], sweep: SweepConf) -> list[tuple[str, ...]]:
+    """Return the overrides of each point, in the order in which they are to be run.
+
+    The last axis varies fastest. With `sweep.sample`, so many different points of the grid come in random order,
+    and a larger sample begins with the smaller one.
+
+    Raises:
+        ConfigError: `sweep.paired` names what is no axis, or axes of different lengths.
+    """
+    groups = _group(axes, sweep)
+    total = math.prod(len(group[0].texts) for group in groups)
+    count = total if sweep.sample is None else min(sweep.sample, total)
+    chosen = range(total) if count == total and sweep.sample is None else _draw(total, count, sweep.sample_seed)
+    return [_point(axes, groups, index) for index in chosen]
+
+
+def read_pairings(sweep: SweepConf) -> list[list[str]]:
+    """Return the lists of keys that move together: `sweep.paired` is one such list, or a list of them."""
+    if all(isinstance(item, str) for item in sweep.paired):
+        return [list(sweep.paired)] if sweep.paired else []
+    return [list(item) for item in sweep.paired]
+
+
+def _group(axes: Sequence[Axis], sweep: SweepConf) -> list[list[Axis]]:
+    varied = {axis.key: axis for axis in axes if len(axis.texts) > 1}
+    mistakes: list[str] = []
+    partners: dict[str, list[str]] = {}
+    for keys in read_pairings(sweep):
+        absent = [key for key in keys if key not in varied]
+        if absent:
+            mistakes.append(f"`sweep.paired`: {absent[0]} has no list of values in this sweep")
+            continue
+        if len({len(varied[key].texts) for key in keys}) > 1:
+            lengths = ", ".join(f"{key} has {len(varied[key].texts)} values" for key in keys)
+            mistakes.append(f"`sweep.paired`: axes that move together must be equally long; {lengths}")
+        partners |= dict.fromkeys(keys, keys)
+    if mistakes:
+        raise ConfigError(mistakes)
+    groups: list[list[Axis]] = []
+    placed: set[str] = set()
+    for axis in axes:
+        if axis.key not in placed:
+            keys = partners.get(axis.key, [axis.key])
+            placed |= set(keys)
+            groups.append([varied[key] for key in keys] if axis.key in varied else [axis])
+    return groups
+
+
+def _draw(total: int, count: int, seed: int) -> Iterator[int]:
+    generator = random.Random(seed)
+    drawn: set[int] = set()
+    while len(drawn) < count:
+        index = generator.randrange(total)
+        if index not in drawn:
+            drawn.add(index)
+            yield index
+
+
+def _point(axes: Sequence[Axis], groups: Sequence[Sequence[Axis]], index: int) -> tuple[str, ...]:
+    texts: dict[str, str] = {}
+    for group in reversed(groups):
+        index, at = divmod(index, len(group[0].texts))
+        texts |= {axis.key: axis.texts[at] for axis in group}
+    return tuple(texts[axis.key] for axis in axes)
+
+
+def read_sweep_conf(axes: Sequence[Axis], config_dir: str | None) -> SweepConf:
+    """Return the sweep's own settings, which are the same for all of its points."""
+    single = [axis for axis in axes if len(axis.texts) == 1]
+    texts = [axis.texts[0] for axis in single if axis.key in ("sweep", "experiment") or axis.key.startswith("sweep.")]
+    sweep = OmegaConf.to_object(compose_config(texts, config_dir).sweep)
+    assert isinstance(sweep, SweepConf)
+    return sweep
+
+
+@functools.cache
+def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
+    """Compose and check one point; kept, since the check of the command, the plan and the launcher each want it.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException: it is no sound configuration.
+    """
+    return build_run_conf(compose_config(list(texts), config_dir), texts)

@@ -1,0 +1,133 @@
+"""A sweep's directory: which one it is, who is at work in it, and the record of its jobs. Imports no torch."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.artifacts import find_fresh_folder, mask_override, update_status, write_json
+from dpo_runner.config import SweepConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.sweep.names import assign_names
+from dpo_runner.sweep.points import Point
+
+_RECORD = "sweep.json"
+_LOCK = "sweep.lock"
+_PATIENCE_SECONDS = 60
+
+
+@dataclass
+class SweepRecord:
+    """What sweep.json holds.
+
+    Attributes:
+        threads_per_worker: on which results depend to the last bit.
+        jobs: for each job directory's name, what it computes (`digest`) and the overrides that made it.
+    """
+
+    threads_per_worker: int
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_record(path: Path) -> SweepRecord | None:
+    """Return sweep.json of a sweep's directory, or None where there is none."""
+    try:
+        return SweepRecord(**json.loads((path / _RECORD).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def resolve_sweep_dir(sweep: SweepConf, run_name: str) -> Path:
+    """Return the directory that a sweep goes into: a fresh one unless told otherwise. Creates nothing.
+
+    Raises:
+        ConfigError: there is nothing to resume, or the directory holds something else or other settings.
+    """
+    parent = Path("outputs") / "sweeps" / run_name
+    if sweep.dir is not None:
+        path = Path(sweep.dir).expanduser()
+    elif sweep.resume == "last":
+        sweeps = [found.parent for found in parent.glob(f"*/{_RECORD}")]
+        if not sweeps:
+            raise ConfigError(f"`sweep.resume=last`: no sweep is in {parent}; leave it out, or set sweep.dir")
+        path = max(sweeps)
+    else:
+        return find_fresh_folder(parent)
+    record = read_record(path)
+    if record is None and path.exists() and (not path.is_dir() or {found.name for found in path.iterdir()} - {_LOCK}):
+        raise ConfigError(f"`sweep.dir={path}`: holds something that is no sweep; use a new or empty folder")
+    if record is not None and record.threads_per_worker != sweep.threads_per_worker:
+        raise ConfigError(
+            f"`sweep.threads_per_worker={sweep.threads_per_worker}`: the sweep in {path} runs with "
+            f"{record.threads_per_worker}, on which results depend; use that value, or another sweep.dir"
+        )
+    return path
+
+
+def name_points(points: Sequence[Point], path: Path) -> list[str]:
+    """Return the directory's name for each point; what the sweep in `path` has already keeps its name."""
+    record = read_record(path)
+    existing = {name: job["digest"] for name, job in record.jobs.items()} if record else {}
+    return assign_names([point.digest for point in points], existing)
+
+
+def prepare(path: Path, names: Sequence[str], points: Sequence[Point], threads: int) -> None:
+    """Record the jobs in sweep.json, and make a directory, pending, for each that has none."""
+    record = read_record(path) or SweepRecord(threads)
+    for name, point in zip(names, points, strict=True):
+        told = {key: [mask_override(text) for text in getattr(point, key)] for key in ("varied", "overrides")}
+        record.jobs.setdefault(name, {"digest": point.digest, **told})
+    write_json(path / _RECORD, asdict(record))
+    for name in names:
+        if not (path / name / "status.json").exists():
+            update_status(path / name, state="pending")
+
+
+def lock(path: Path, say: Callable[[str], None]) -> int:
+    """Make a sweep's directory and take it; nobody else can until this process and its workers have ended.
+
+    Returns:
+        The open file that holds the lock, for workers to inherit.
+
+    Raises:
+        ConfigError: another sweep is at work there, or the directory cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"`sweep.dir={path}`: cannot be written to; {error.strerror}") from None
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _try_lock(handle):
+        owner = os.pread(handle, 32, 0).decode()
+        if _is_running(owner) or time.monotonic() > deadline:
+            os.close(handle)
+            raise ConfigError(f"`sweep.dir={path}`: process {owner} is running this sweep; wait for it, or stop it")
+        if deadline - time.monotonic() > _PATIENCE_SECONDS - 0.3:
+            say(f"waiting for the last workers of process {owner}, which was killed, to stop")
+        time.sleep(0.5)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    return handle
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

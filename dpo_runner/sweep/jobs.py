@@ -1,0 +1,52 @@
+"""From a point of a sweep to a job with a place: the overrides that Hydra's launchers get, and back."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dpo_runner.config import RunConf
+from dpo_runner.sweep.axes import compose_point
+from dpo_runner.sweep.workers import Job
+
+_DIR, _SUBDIR = "hydra.sweep.dir=", "hydra.sweep.subdir="
+
+
+def write_place(path: Path, name: str) -> list[str]:
+    """Return the overrides by which any of Hydra's launchers puts a job into the directory `name` of `path`."""
+    return [_DIR + _quote(str(path)), _SUBDIR + _quote(name)]
+
+
+def read_place(overrides: Sequence[str]) -> tuple[Path, str]:
+    """Return the path and name that `write_place` has put among a job's overrides."""
+    values = [next(text for text in overrides if text.startswith(key)).removeprefix(key) for key in (_DIR, _SUBDIR)]
+    return Path(_unquote(values[0])), _unquote(values[1])
+
+
+def build_job(overrides: Sequence[str], config_dir: str | None, labels: Mapping[str, str]) -> Job:
+    """Compose a job from its point and its place.
+
+    Args:
+        overrides: of the point, and of the place.
+        config_dir: the user's folder of config groups.
+        labels: what each job varies, by the name of its directory.
+    """
+    path, name = read_place(overrides)
+    point = tuple(text for text in overrides if not text.startswith("hydra."))
+    return Job(place_conf(compose_point(point, config_dir), path / name), point, labels.get(name, " ".join(point)))
+
+
+def place_conf(conf: RunConf, run_dir: Path) -> RunConf:
+    """Return a job's configuration: in its directory, and in one W&B group with the others of its sweep."""
+    wandb = dataclasses.replace(conf.wandb, group=conf.wandb.group or run_dir.parent.name)
+    return dataclasses.replace(conf, run_dir=str(run_dir), wandb=wandb)
+
+
+def _quote(text: str) -> str:
+    """Return a text as Hydra's quoted string, in which only quotes, and backslashes before them, are special."""
+    escaped = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), text)
+    return f'"{escaped}"'
+
+
+def _unquote(text: str) -> str:
+    return re.sub(r"(\\+)(\"|$)", lambda match: "\\" * (len(match[1]) // 2) + match[2], text[1:-1])

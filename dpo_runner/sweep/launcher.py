@@ -1,0 +1,86 @@
+"""The Hydra launcher `workers`, the default for `-m`: jobs run on worker processes that take one after another."""
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_runner.config import SweepConf
+from dpo_runner.errors import RunError, RunInterrupted
+from dpo_runner.sweep.directory import read_record
+from dpo_runner.sweep.jobs import build_job, read_place
+from dpo_runner.sweep.points import label_point
+from dpo_runner.sweep.screen import SweepScreen
+from dpo_runner.sweep.states import DONE, read_job
+from dpo_runner.sweep.workers import Job, Outcome, WorkerPool
+
+
+class WorkersLauncher(Launcher):  # type: ignore[misc]
+    """Runs each job in a process that outlives it, and that it cannot take along with it when it dies.
+
+    Attributes:
+        inherited: open files that workers keep open for as long as they live.
+        config_dir: the user's folder of config groups.
+    """
+
+    def __init__(self) -> None:
+        self.inherited: list[int] = []
+        self.config_dir: str | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take the sweep's settings. The task function stays unused: workers call `run` themselves."""
+        sweep = OmegaConf.to_object(config.sweep)
+        assert isinstance(sweep, SweepConf)
+        self._sweep = sweep
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs.
+
+        Args:
+            job_overrides: for each job, at least one, its point and the `hydra.sweep.dir` and `subdir` that it goes to.
+            initial_job_idx: unused, the directories are named already.
+
+        Raises:
+            RunInterrupted: a signal has stopped the sweep.
+            RunError: a worker cannot start at all.
+        """
+        place = read_place(job_overrides[0])[0]
+        record = read_record(place)
+        labels = {name: label_point(job["varied"]) for name, job in record.jobs.items()} if record is not None else {}
+        jobs = [build_job(overrides, self.config_dir, labels) for overrides in job_overrides]
+        pool = WorkerPool(self._sweep.workers, self._sweep.threads_per_worker, place, self.inherited)
+        screen = SweepScreen(len(jobs), 0, min(pool.count, len(jobs)))
+        queue = deque(jobs)
+        outcomes: dict[Path, Outcome] = {}
+
+        def end(outcome: Outcome) -> None:
+            outcomes[outcome.job.path] = outcome
+            screen.show_end(outcome, read_job(outcome.job.path))
+            if self._has_failed_enough(list(outcomes.values())) and queue and pool.signal is None:
+                screen.say(f"no more jobs are started (sweep.on_error, sweep.max_failures); {len(queue)} are left")
+                queue.clear()
+
+        pool.run(queue, screen.show_start, end)
+        if pool.signal is not None:
+            raise RunInterrupted(
+                f"interrupted; continue with the same command and sweep.dir={place}", signal_number=pool.signal
+            )
+        return [_job_return(job, outcomes.get(job.path)) for job in jobs]
+
+    def _has_failed_enough(self, outcomes: Sequence[Outcome]) -> bool:
+        failures = sum(outcome.state not in DONE for outcome in outcomes)
+        allowed = 1 if self._sweep.on_error == "stop" else self._sweep.max_failures
+        return allowed is not None and failures >= allowed
+
+
+def _job_return(job: Job, outcome: Outcome | None) -> JobReturn:
+    """Tell Hydra how a job ended; its own `return_value` raises where that was a failure."""
+    done = outcome is not None and outcome.state in DONE
+    result = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED if done else JobStatus.FAILED)
+    if not done:
+        result.return_value = RunError(f"{job.path.name}: {outcome.error if outcome else 'not started'}")
+    return result

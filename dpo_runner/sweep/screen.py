@@ -1,0 +1,80 @@
+"""What a person sees of a sweep: the plan, a line for each start and end of a job, and the table at the end."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpo_runner.console import format_clock, visible
+from dpo_runner.sweep.points import Point
+from dpo_runner.sweep.states import DONE, KEY_METRICS, JobState, read_job, show_metrics
+from dpo_runner.sweep.workers import Job, Outcome
+
+
+class SweepScreen:
+    """Prints one sweep.
+
+    Args:
+        total: how many points it has; 0 until that is known.
+        done: how many of them need not be run.
+        workers: how many jobs run side by side.
+        console: where to; the terminal unless told otherwise.
+    """
+
+    def __init__(self, total: int = 0, done: int = 0, workers: int = 1, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._total, self._ended, self._workers = total, done, workers
+        self._started = time.monotonic()
+        self._seconds: list[float] = []
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(visible(text)))
+
+    def show_plan(self, path: Path, names: Sequence[str], points: Sequence[Point], merged: int) -> None:
+        """Show each point with its steps and what its directory holds already."""
+        table = Table("job", "varies", "steps", "state")
+        jobs = [read_job(path / name) for name in names]
+        for job, point in zip(jobs, points, strict=True):
+            state = job.state if (path / job.name).exists() else "new"
+            if job.checkpoint is not None:
+                state += f", continues at step {job.checkpoint}"
+            table.add_row(job.name, escape(visible(point.label)), point.steps, state)
+        self.console.print(table)
+        duplicates = f", {merged} duplicates merged" if merged else ""
+        waiting = any(job.state not in DONE for job in jobs)
+        later = "; the time is estimated once the first has finished" if waiting else ""
+        self.say(f"{len(points)} points{duplicates}{later}")
+        self.say(f"sweep directory  {path}")
+
+    def show_start(self, job: Job) -> None:
+        self.say(f"started  {job.path.name}  {job.label}")
+
+    def show_end(self, outcome: Outcome, state: JobState) -> None:
+        """Show how a job ended, its key metrics, and how long the rest may take."""
+        self._ended += 1
+        left = self._total - self._ended
+        told = show_metrics(state.metrics) if outcome.state in DONE else str(outcome.error).splitlines()[0]
+        if outcome.state == "finished":
+            self._seconds.append(outcome.seconds)
+        rest = ""
+        if left and self._seconds:
+            mean = sum(self._seconds) / len(self._seconds)
+            rest = f"  about {format_clock(mean * math.ceil(left / self._workers))} left"
+        self.say(
+            f"{outcome.state}  {outcome.job.path.name}  {outcome.job.label}  {told}  "
+            f"[{self._ended}/{self._total}, {format_clock(outcome.seconds)}]{rest}"
+        )
+
+    def show_result(self, jobs: Sequence[JobState], labels: Sequence[str]) -> None:
+        """Show every job of the sweep with its state and key metrics."""
+        table = Table("job", "varies", "state", *(label for _, label in KEY_METRICS))
+        for job, label in zip(jobs, labels, strict=True):
+            figures = [
+                f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key, _ in KEY_METRICS
+            ]
+            table.add_row(job.name, escape(visible(label)), job.state, *figures)
+        self.console.print(table)

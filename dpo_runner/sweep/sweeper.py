@@ -1,0 +1,111 @@
+"""The Hydra sweeper `grid`, the default for `-m`: plan every point, name its directory, launch, and judge the whole."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict, read_write
+
+from dpo_runner.errors import RunError
+from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
+from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
+from dpo_runner.sweep.failures import list_failures
+from dpo_runner.sweep.jobs import write_place
+from dpo_runner.sweep.launcher import WorkersLauncher
+from dpo_runner.sweep.points import Point, build_points
+from dpo_runner.sweep.screen import SweepScreen
+from dpo_runner.sweep.states import DONE, read_job
+
+
+def register_plugins() -> None:
+    """Make launcher and sweeper known to Hydra, which `conf/config.yaml` names as the defaults.
+
+    Hydra takes plugins from below the package `hydra_plugins` alone, and imports them by name; so this module
+    stands there as well, beside whatever else is installed.
+    """
+    try:
+        package = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        package.__path__ = []
+    sys.modules["hydra_plugins.dpo_runner"] = sys.modules[__name__]
+    setattr(package, "dpo_runner", sys.modules[__name__])  # noqa: B010 - a module has no such attribute to a checker
+    for plugin in (WorkersLauncher, GridSweeper):
+        plugin.__module__ = "hydra_plugins.dpo_runner"
+        Plugins.instance().register(plugin)
+
+
+class GridSweeper(Sweeper):  # type: ignore[misc]
+    """Runs the points of a grid, or a sample of them, through any of Hydra's launchers.
+
+    Args:
+        params: axes of a sweep file (`hydra.sweeper.params`).
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self._params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._config, self._context = config, hydra_context
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep that the command's overrides span.
+
+        Raises:
+            ConfigError: a point, an axis or the directory cannot be used; nothing was started.
+            RunError: jobs failed, all of which it names.
+            RunInterrupted: a signal stopped the sweep.
+        """
+        config_dir = _read_config_dir(self._config)
+        axes = self._read_axes([*(f"{key}={value}" for key, value in self._params.items()), *arguments])
+        points, merged = build_points(axes, config_dir)
+        sweep = read_sweep_conf(axes, config_dir)
+        path = resolve_sweep_dir(sweep, self._config.run_name)
+        names = name_points(points, path)
+        screen = SweepScreen()
+        screen.show_plan(path, names, points, merged)
+        if any(point.conf.dry_run for point in points):
+            return None
+        handle = lock(path, screen.say)
+        names = name_points(points, path)  # another sweep may have ended there while this one waited
+        prepare(path, names, points, sweep.threads_per_worker)
+        waiting = [pair for pair in zip(names, points, strict=True) if read_job(path / pair[0]).state not in DONE]
+        if waiting:
+            self._launch(path, waiting, config_dir, handle)
+        return self._judge(path, names, points, screen)
+
+    def _read_axes(self, texts: Sequence[str]) -> list[Axis]:
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        return merge_axes([read_axis(override) for override in parser.parse_overrides(list(texts))])
+
+    def _launch(self, path: Path, waiting: Sequence[tuple[str, Point]], config_dir: str | None, handle: int) -> None:
+        if isinstance(self._launcher, WorkersLauncher):
+            self._launcher.inherited, self._launcher.config_dir = [handle], config_dir
+        with read_write(self._config.hydra), open_dict(self._config.hydra):
+            self._config.hydra.sweep.dir = str(path)  # Hydra's own launchers make it
+        overrides = [[*point.overrides, *write_place(path, name)] for name, point in waiting]
+        self._launcher.launch(overrides, initial_job_idx=0)
+
+    def _judge(self, path: Path, names: Sequence[str], points: Sequence[Point], screen: SweepScreen) -> None:
+        jobs = [read_job(path / name) for name in names]
+        labels = [point.label for point in points]
+        screen.show_result(jobs, labels)
+        screen.say(f"sweep directory  {path}")
+        failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
+        if failed:
+            raise RunError(list_failures(failed, len(jobs), path))
+
+
+def _read_config_dir(config: DictConfig) -> str | None:
+    sources = config.hydra.runtime.config_sources
+    return next((str(source.path) for source in sources if source.provider == "command-line"), None)

@@ -1,0 +1,133 @@
+"""What one worker process does: run the jobs that it is sent, one after another, until there are no more.
+
+`python -m dpo_runner.sweep.worker FD` is started by `workers.py`, which sets its threads and its GPU beforehand.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpo_runner.artifacts import read_status, update_status
+from dpo_runner.config import RunConf
+from dpo_runner.errors import RunInterrupted
+from dpo_runner.sweep.failures import is_out_of_memory
+
+
+def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) -> dict[str, Any]:
+    """Run one job, and see to it that its status.json tells how it ended, whatever it did.
+
+    Args:
+        conf: the job; `run_dir` is set.
+        overrides: what it was composed from.
+        log: the file that holds what it prints, told in its status.
+
+    Returns:
+        `state`, and `error`, `out_of_memory` and `signal` where it did not finish.
+    """
+    from dpo_runner.run import run
+
+    assert conf.run_dir is not None
+    path = Path(conf.run_dir)
+    place = {} if log is None else {"log": str(log)}
+    try:
+        run(conf, overrides)
+    except (RunInterrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, RunInterrupted) else error.args[0] if error.args else 2
+        name = signal.Signals(number).name
+        update_status(path, state="interrupted", error=name, **place)
+        return {"state": "interrupted", "error": name, "signal": number}
+    except BaseException as error:  # SystemExit too: the job may call what it likes
+        traceback.print_exc()
+        called = f"the job called sys.exit({error.code!r})" if isinstance(error, SystemExit) else ""
+        told = called or str(error).strip() or type(error).__name__
+        if not called and (status := read_status(path) or {}).get("state") == "failed" and "error" in status:
+            told = str(status["error"])  # the run has recorded it in its own words
+        update_status(path, state="failed", error=told, **place)
+        return {"state": "failed", "error": told, "out_of_memory": is_out_of_memory(error)}
+    return {"state": "finished"}
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is the only argument."""
+    faulthandler.enable()
+    connection = Connection(int(sys.argv[1]))
+    signal.signal(signal.SIGTERM, _interrupt)
+    jobs: queue.Queue[tuple[RunConf, Sequence[str]] | None] = queue.Queue()
+    threading.Thread(target=_receive, args=(connection, jobs), name="receive", daemon=True).start()
+    try:
+        import torch
+
+        from dpo_runner import run as _run  # what takes long to import is imported once, before the first job
+
+        del _run
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        connection.send({"state": "ready"})
+        while (job := jobs.get()) is not None:
+            conf, overrides = job
+            assert conf.run_dir is not None
+            log = Path(conf.run_dir) / "job.log"
+            with _output_to(log):
+                outcome = perform(conf, overrides, log)
+                _clean_up()
+            connection.send(outcome)
+            if outcome["state"] != "finished":
+                return  # what went wrong may have left its marks on this process; a new one takes over
+    except KeyboardInterrupt:
+        return
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def _receive(connection: Connection, jobs: "queue.Queue[tuple[RunConf, Sequence[str]] | None]") -> None:
+    """Hand jobs to the main thread; where the sweep itself is gone, end this process as Ctrl-C would."""
+    try:
+        while (job := connection.recv()) is not None:
+            jobs.put(job)
+        jobs.put(None)
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send all that this process prints, libraries in C included, to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for stream, number, handle in zip((sys.stdout, sys.stderr), (1, 2), saved, strict=True):
+            stream.flush()
+            os.dup2(handle, number)
+            os.close(handle)
+
+
+def _clean_up() -> None:
+    """Leave nothing of a job to the next one: its model, and the process in which W&B serves it."""
+    import torch
+
+    from dpo_runner.tracking import stop_service
+
+    stop_service()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

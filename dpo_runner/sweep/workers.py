@@ -1,0 +1,250 @@
+"""The pool of worker processes: each takes one job after another, and one that dies costs its job alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.artifacts import read_status, update_status
+from dpo_runner.config import RunConf
+from dpo_runner.errors import RunError
+from dpo_runner.sweep.failures import advise_on_memory, count_oom_kills, describe_death
+from dpo_runner.sweep.states import DONE
+
+_POLL_SECONDS = 0.2
+_FAREWELL_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        conf: with `run_dir` set.
+        overrides: what it was composed from.
+        label: what it varies, for a person.
+    """
+
+    conf: RunConf
+    overrides: Sequence[str]
+    label: str
+
+    @property
+    def path(self) -> Path:
+        assert self.conf.run_dir is not None
+        return Path(self.conf.run_dir)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: `state` (finished, failed, interrupted), why, and after how many seconds."""
+
+    job: Job
+    state: str
+    seconds: float
+    error: str | None = None
+
+
+class Worker:
+    """One worker process.
+
+    Args:
+        environment: variables to set in it.
+        log: where it writes what belongs to no job.
+        inherited: open files that it keeps open for as long as it lives.
+    """
+
+    def __init__(self, environment: dict[str, str], log: Path, inherited: Sequence[int]) -> None:
+        self.connection, theirs = Pipe()
+        self.log = log
+        self.ready = False
+        self.job: Job | None = None
+        self.started = 0.0
+        self._oom_kills = count_oom_kills()
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dpo_runner.sweep.worker", str(theirs.fileno())],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                pass_fds=[theirs.fileno(), *inherited],
+                process_group=0,  # a Ctrl-C of the terminal reaches the sweep alone, which passes it on once
+            )
+        theirs.close()
+
+    def give(self, job: Job) -> None:
+        self.job, self.started = job, time.monotonic()
+        self.connection.send((job.conf, list(job.overrides)))
+
+    def receive(self) -> dict[str, Any] | None:
+        """Return a message; None where there is none, and a `died` one where there will be none any more."""
+        try:
+            if self.connection.poll():
+                message: dict[str, Any] = self.connection.recv()
+                return message
+        except (EOFError, OSError):
+            self.process.wait()  # its end of the connection closes a moment before it is gone
+        if self.process.poll() is None:
+            return None
+        self.kill()  # what it has started
+        error, of_memory = describe_death(self.process.returncode, count_oom_kills() - self._oom_kills)
+        return {"state": "died", "error": error, "out_of_memory": of_memory}
+
+    def dismiss(self) -> None:
+        """Let it end once it has nothing to do."""
+        try:
+            self.connection.send(None)
+        except OSError:
+            return  # it has ended already
+
+    def kill(self) -> None:
+        """End the worker and all that it has started, at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+            return
+
+
+class WorkerPool:
+    """Runs jobs on worker processes.
+
+    Args:
+        count: how many; None for one on each GPU, or one on the CPU.
+        threads: of each worker.
+        log_dir: where each worker writes what belongs to no job.
+        inherited: open files that workers keep open for as long as they live.
+    """
+
+    def __init__(self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = ()) -> None:
+        self._gpus = list_gpus()
+        self.count = count or max(len(self._gpus), 1)
+        self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
+        self._workers: dict[int, Worker] = {}
+        self._leaving: list[Worker] = []
+        self.signal: int | None = None
+        """The signal that has stopped the sweep, if one has."""
+
+    def run(self, jobs: deque[Job], on_start: Callable[[Job], None], on_end: Callable[[Outcome], None]) -> None:
+        """Run `jobs` in their order, each as soon as a worker is free, until none is left.
+
+        SIGINT and SIGTERM stop running jobs as Ctrl-C does a run, and no more are taken; a second one kills them.
+
+        Args:
+            jobs: taken from the left; `on_end` may add to it or clear it.
+            on_start: called before each job.
+            on_end: called after each job.
+
+        Raises:
+            RunError: a worker cannot start at all.
+        """
+        try:
+            with self._signals_stop_it():
+                while (jobs and self.signal is None) or self._busy():
+                    if self.signal is None:
+                        self._hire(len(jobs))
+                        self._hand_out(jobs, on_start)
+                    wait([worker.connection for worker in self._workers.values()], _POLL_SECONDS)
+                    for slot, worker in list(self._workers.items()):
+                        if (message := worker.receive()) is not None:
+                            self._hear(slot, worker, message, on_end)
+        finally:
+            self._dismiss_all()
+
+    def _busy(self) -> int:
+        return sum(worker.job is not None for worker in self._workers.values())
+
+    def _hand_out(self, jobs: deque[Job], on_start: Callable[[Job], None]) -> None:
+        for worker in self._workers.values():
+            if jobs and worker.ready and worker.job is None:
+                on_start(jobs[0])
+                worker.give(jobs.popleft())
+
+    def _hear(self, slot: int, worker: Worker, message: dict[str, Any], on_end: Callable[[Outcome], None]) -> None:
+        if message["state"] == "ready":
+            worker.ready = True
+            return
+        if message["state"] != "finished":
+            self._leaving.append(self._workers.pop(slot))
+        if worker.job is not None:
+            job, worker.job = worker.job, None
+            on_end(self._conclude(worker, job, message))
+        elif not worker.ready and self.signal is None:
+            raise RunError(f"a worker could not start ({message['error']}); see {worker.log}")
+
+    def _conclude(self, worker: Worker, job: Job, message: dict[str, Any]) -> Outcome:
+        state, error = message["state"], message.get("error")
+        died = state == "died"
+        if died:
+            state = "failed" if self.signal is None else "interrupted"
+            if (read_status(job.path) or {}).get("state") in DONE:
+                state, error = "finished", None  # it died after its job, before it could say so
+        if message.get("out_of_memory"):
+            error = f"{error}\n{advise_on_memory(job.conf, self.count)}"
+        if state not in DONE and (died or message.get("out_of_memory")):
+            update_status(job.path, state=state, error=error, log=str(job.path / "job.log"))
+        return Outcome(job, state, time.monotonic() - worker.started, error)
+
+    def _hire(self, jobs: int) -> None:
+        """Have as many workers as may be of use; one that has died is replaced as long as there is work."""
+        for slot in range(self.count):
+            if slot not in self._workers and len(self._workers) < self._busy() + jobs:
+                environment = {"OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
+                if self._gpus:
+                    environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
+                log = self._log_dir / f"worker-{slot}.log"
+                self._workers[slot] = Worker(environment, log, self._inherited)
+
+    @contextmanager
+    def _signals_stop_it(self) -> Iterator[None]:
+        def stop(number: int, frame: Any) -> None:
+            again, self.signal = self.signal is not None, number
+            for worker in self._workers.values():
+                if again:
+                    worker.kill()
+                elif worker.job is not None:
+                    worker.process.terminate()
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _dismiss_all(self) -> None:
+        workers = [*self._workers.values(), *self._leaving]
+        for worker in self._workers.values():
+            if worker.ready and worker.job is None:
+                worker.dismiss()
+            else:
+                worker.kill()
+        for worker in workers:
+            try:
+                worker.process.wait(timeout=_FAREWELL_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.process.wait()
+        self._workers, self._leaving = {}, []
+
+
+def list_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU that may be used, without importing torch."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name.strip() and name.strip() != "-1"]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
+    names = [line.rpartition("UUID: ")[2].rstrip(") ") for line in listed.stdout.splitlines() if "UUID: " in line]
+    return [name for name in names if name.startswith("MIG-")] or names
