@@ -109,7 +109,7 @@ def test_a_multirun_runs_every_point_and_reports_all_failures(tmp_path: Path, ti
         f"wandb.notes={SECRET}",
     )
     assert result.returncode == 1
-    assert "2 runs of the sweep failed" in result.stderr
+    assert "2 of 4 runs of the sweep failed" in result.stderr
     assert result.stderr.count("absent.jsonl`: no such file") == 2
     assert "Traceback" not in result.stderr
     assert not [path for path in tmp_path.rglob("*.[yj]*") if path.is_file() and SECRET in path.read_text()]

@@ -80,6 +80,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a group of its own, as a terminal gives it
     )
 
 
@@ -157,7 +158,7 @@ def test_failing_jobs_cost_nobody_else_and_are_all_listed(
     before = read_times(folder / "faults")
     code, out, err = finish(start(folder, "training.beta=0.4,0.1,0.7", "sweep.dir=faults"))
     assert code == 0, err
-    assert "failed, continues at step 2" in out and out.count("started") == 2
+    assert "failed, continues at step 2" in out and out.count("started ") == 2
     results = read_results(folder / "faults")
     assert {beta: results[beta] for beta in undisturbed} == undisturbed
     after = read_times(folder / "faults")
@@ -173,9 +174,10 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
 
     process = start(folder, *arguments, HOLD="0.1")
     wait_until(held.exists)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all of the terminal's group, but its workers only once
     code, out, err = finish(process)
     assert code == 130 and "interrupted" in err and "sweep.dir=stopped" in err
+    assert read_jobs(sweep)[0].error == "SIGTERM"
     assert [job.state for job in read_jobs(sweep)] == ["interrupted", "pending", "pending"]
     held.unlink()
 
@@ -202,11 +204,11 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
 
     code, out, err = finish(start(folder, *arguments))
     assert code == 0, err
-    assert out.count("started") == 1 and "continues at step 2" in out
+    assert out.count("started ") == 1 and "continues at step 2" in out
     assert read_results(sweep) == undisturbed
     assert {name: read_times(sweep)[name] for name in before} == before
     code, out, _ = finish(start(folder, *arguments))
-    assert code == 0 and "started" not in out and out.count("finished") == 6  # plan and result
+    assert code == 0 and "started " not in out and out.count("finished") == 6  # plan and result
 
 
 def test_a_sweep_stops_at_the_first_failure_where_it_is_told_to(folder: Path, own_cache: None) -> None:

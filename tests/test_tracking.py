@@ -180,3 +180,14 @@ def test_any_failure_while_logging_is_a_warning() -> None:
     tracker.finish(exit_code=0)
     tracker.log({"step": 2, "loss": 0.5})  # after the end: nothing happens
     assert len(warnings) == 2 and "quota" in warnings[0] and "metrics.jsonl" in warnings[0]
+
+
+def test_no_process_of_wandb_outlives_its_job(tiny_run, tmp_path: Path) -> None:
+    count = "len([c for c in psutil.Process().children(recursive=True) if 'wandb' in ' '.join(c.cmdline())])"
+    lines = ["import psutil", "from dpo_runner import load_conf, run", "from dpo_runner.tracking import stop_service"]
+    lines += ["stop_service()", f"run(load_conf({[*tiny_run, 'wandb=offline', 'training.max_steps=1']!r}))"]
+    lines += [f"print('before', {count})", "stop_service()", f"print('after', {count})"]
+    printed = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "before 1" in printed and "after 0" in printed

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_runner.artifacts import mask_override
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, compose_point, read_sweep_conf
@@ -39,7 +40,7 @@ class Point:
 
 def label_point(varied: Sequence[str]) -> str:
     """Return what a point varies in short, such as `beta=0.1 lora.r=8`."""
-    return " ".join(text.lstrip("+").removeprefix("training.") for text in varied) or "the only point"
+    return " ".join(mask_override(text).lstrip("+").removeprefix("training.") for text in varied) or "the only point"
 
 
 def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Point], int]:

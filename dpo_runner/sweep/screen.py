@@ -69,7 +69,7 @@ class SweepScreen:
             f"[{self._ended}/{self._total}, {format_clock(outcome.seconds)}]{rest}"
         )
 
-    def show_result(self, jobs: Sequence[JobState], labels: Sequence[str]) -> None:
+    def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str]) -> None:
         """Show every job of the sweep with its state and key metrics."""
         table = Table("job", "varies", "state", *(label for _, label in KEY_METRICS))
         for job, label in zip(jobs, labels, strict=True):
@@ -78,3 +78,4 @@ class SweepScreen:
             ]
             table.add_row(job.name, escape(visible(label)), job.state, *figures)
         self.console.print(table)
+        self.say(f"sweep directory  {path}")

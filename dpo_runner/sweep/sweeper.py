@@ -1,10 +1,7 @@
 """The Hydra sweeper `grid`, the default for `-m`: plan every point, name its directory, launch, and judge the whole."""
 
-import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,7 +10,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from dpo_runner.errors import RunError
+from dpo_runner.config import SweepConf
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError
 from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
 from dpo_runner.sweep.failures import list_failures
@@ -27,19 +25,13 @@ from dpo_runner.sweep.states import DONE, read_job
 def register_plugins() -> None:
     """Make launcher and sweeper known to Hydra, which `conf/config.yaml` names as the defaults.
 
-    Hydra takes plugins from below the package `hydra_plugins` alone, and imports them by name; so this module
-    stands there as well, beside whatever else is installed.
+    Hydra takes plugins from the package `hydra_plugins` alone, judged by the name under which a class is registered.
+    The class has its own name back afterwards, since other launchers send it to processes that know no other.
     """
-    try:
-        package = importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:
-        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
-        package.__path__ = []
-    sys.modules["hydra_plugins.dpo_runner"] = sys.modules[__name__]
-    setattr(package, "dpo_runner", sys.modules[__name__])  # noqa: B010 - a module has no such attribute to a checker
     for plugin in (WorkersLauncher, GridSweeper):
-        plugin.__module__ = "hydra_plugins.dpo_runner"
+        home, plugin.__module__ = plugin.__module__, "hydra_plugins.dpo_runner"
         Plugins.instance().register(plugin)
+        plugin.__module__ = home
 
 
 class GridSweeper(Sweeper):  # type: ignore[misc]
@@ -66,6 +58,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
             RunError: jobs failed, all of which it names.
             RunInterrupted: a signal stopped the sweep.
         """
+        self._check_launcher()
         config_dir = _read_config_dir(self._config)
         axes = self._read_axes([*(f"{key}={value}" for key, value in self._params.items()), *arguments])
         points, merged = build_points(axes, config_dir)
@@ -80,30 +73,53 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         names = name_points(points, path)  # another sweep may have ended there while this one waited
         prepare(path, names, points, sweep.threads_per_worker)
         waiting = [pair for pair in zip(names, points, strict=True) if read_job(path / pair[0]).state not in DONE]
-        if waiting:
-            self._launch(path, waiting, config_dir, handle)
-        return self._judge(path, names, points, screen)
+        try:
+            trouble = self._launch(path, waiting, config_dir, handle) if waiting else None
+        finally:
+            jobs = [read_job(path / name) for name in names]
+            labels = [point.label for point in points]
+            screen.show_result(path, jobs, labels)
+        failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
+        if failed:
+            raise RunError(list_failures(failed, len(jobs), path))
+        if trouble is not None:
+            raise RunError(f"the launcher failed: {type(trouble).__name__}: {trouble}") from trouble
+        return None
+
+    def _check_launcher(self) -> None:
+        """Refuse settings that Hydra's own launchers would ignore."""
+        if isinstance(self._launcher, WorkersLauncher):
+            return
+        mistakes = [
+            f"`sweep.{name}={self._config.sweep[name]}`: is of hydra/launcher=workers; leave one of them out"
+            for name in ("workers", "threads_per_worker", "on_error", "max_failures")
+            if self._config.sweep[name] != getattr(SweepConf(), name)
+        ]
+        if mistakes:
+            raise ConfigError(mistakes)
 
     def _read_axes(self, texts: Sequence[str]) -> list[Axis]:
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         return merge_axes([read_axis(override) for override in parser.parse_overrides(list(texts))])
 
-    def _launch(self, path: Path, waiting: Sequence[tuple[str, Point]], config_dir: str | None, handle: int) -> None:
+    def _launch(
+        self, path: Path, waiting: Sequence[tuple[str, Point]], config_dir: str | None, handle: int
+    ) -> Exception | None:
+        """Run jobs; return what another launcher raised, which has told less than the jobs' directories do."""
         if isinstance(self._launcher, WorkersLauncher):
             self._launcher.inherited, self._launcher.config_dir = [handle], config_dir
         with read_write(self._config.hydra), open_dict(self._config.hydra):
             self._config.hydra.sweep.dir = str(path)  # Hydra's own launchers make it
         overrides = [[*point.overrides, *write_place(path, name)] for name, point in waiting]
-        self._launcher.launch(overrides, initial_job_idx=0)
-
-    def _judge(self, path: Path, names: Sequence[str], points: Sequence[Point], screen: SweepScreen) -> None:
-        jobs = [read_job(path / name) for name in names]
-        labels = [point.label for point in points]
-        screen.show_result(jobs, labels)
-        screen.say(f"sweep directory  {path}")
-        failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
-        if failed:
-            raise RunError(list_failures(failed, len(jobs), path))
+        try:
+            self._launcher.launch(overrides, initial_job_idx=0)
+        except DpoRunnerError:
+            raise
+        except Exception as error:
+            if isinstance(self._launcher, WorkersLauncher):
+                raise
+            return error
+        return None
 
 
 def _read_config_dir(config: DictConfig) -> str | None:

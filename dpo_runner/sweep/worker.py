@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
-from dpo_runner.errors import RunInterrupted
+from dpo_runner.errors import DpoRunnerError, RunInterrupted
+from dpo_runner.exits import report
 from dpo_runner.sweep.failures import is_out_of_memory
 
 
@@ -47,11 +48,14 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
         update_status(path, state="interrupted", error=name, **place)
         return {"state": "interrupted", "error": name, "signal": number}
     except BaseException as error:  # SystemExit too: the job may call what it likes
-        traceback.print_exc()
         called = f"the job called sys.exit({error.code!r})" if isinstance(error, SystemExit) else ""
         told = called or str(error).strip() or type(error).__name__
         if not called and (status := read_status(path) or {}).get("state") == "failed" and "error" in status:
             told = str(status["error"])  # the run has recorded it in its own words
+        if isinstance(error, DpoRunnerError):
+            report(error)  # run.log has the traceback where there is any
+        else:
+            traceback.print_exc()
         update_status(path, state="failed", error=told, **place)
         return {"state": "failed", "error": told, "out_of_memory": is_out_of_memory(error)}
     return {"state": "finished"}

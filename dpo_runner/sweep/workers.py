@@ -23,6 +23,7 @@ from dpo_runner.sweep.states import DONE
 
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 30
+_FALSE_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class WorkerPool:
         self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
         self._workers: dict[int, Worker] = {}
         self._leaving: list[Worker] = []
+        self._false_starts = 0
         self.signal: int | None = None
         """The signal that has stopped the sweep, if one has."""
 
@@ -146,7 +148,7 @@ class WorkerPool:
             on_end: called after each job.
 
         Raises:
-            RunError: a worker cannot start at all.
+            RunError: no worker can start, again and again.
         """
         try:
             with self._signals_stop_it():
@@ -172,7 +174,7 @@ class WorkerPool:
 
     def _hear(self, slot: int, worker: Worker, message: dict[str, Any], on_end: Callable[[Outcome], None]) -> None:
         if message["state"] == "ready":
-            worker.ready = True
+            worker.ready, self._false_starts = True, 0
             return
         if message["state"] != "finished":
             self._leaving.append(self._workers.pop(slot))
@@ -180,6 +182,9 @@ class WorkerPool:
             job, worker.job = worker.job, None
             on_end(self._conclude(worker, job, message))
         elif not worker.ready and self.signal is None:
+            self._false_starts += 1
+            if self._false_starts < _FALSE_STARTS:
+                return
             raise RunError(f"a worker could not start ({message['error']}); see {worker.log}")
 
     def _conclude(self, worker: Worker, job: Job, message: dict[str, Any]) -> Outcome:

@@ -1,0 +1,53 @@
+"""The pool of workers: where they run, and what happens where they cannot."""
+
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from dpo_runner.config import load_conf
+from dpo_runner.errors import RunError
+from dpo_runner.sweep.jobs import place_conf
+from dpo_runner.sweep.states import read_job
+from dpo_runner.sweep.workers import Job, WorkerPool, list_gpus
+
+LISTING = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-bbbb-2)
+"""
+
+
+def put_program(folder: Path, name: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "answer").write_text(output)
+    (folder / name).write_text(f'#!/bin/sh\n[ "$1" = --list-gpus ] && cat {folder / "answer"}\n')
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_there_is_a_worker_for_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_program(tmp_path, "nvidia-smi", LISTING, monkeypatch)
+    assert list_gpus() == ["GPU-aaaa-1", "GPU-bbbb-2"]
+    assert WorkerPool(None, 1, tmp_path).count == 2
+    assert WorkerPool(5, 1, tmp_path).count == 5
+    put_program(tmp_path, "nvidia-smi", LISTING + "  MIG 1g.10gb Device 0: (UUID: MIG-cccc-3)\n", monkeypatch)
+    assert list_gpus() == ["MIG-cccc-3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert list_gpus() == ["3", "1"]
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert list_gpus() == [] and WorkerPool(None, 1, tmp_path).count == 1
+
+
+def test_where_no_worker_can_start_the_sweep_says_why_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libtorch.so is not there')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=":")
+    job = Job(place_conf(load_conf(["model=tiny_random"]), tmp_path / "0-01234567"), [], "seed=1")
+    started: list[Job] = []
+    with pytest.raises(RunError, match=r"a worker could not start .*worker-0\.log"):
+        WorkerPool(2, 1, tmp_path).run(deque([job]), started.append, lambda outcome: None)
+    assert "libtorch.so is not there" in (tmp_path / "worker-0.log").read_text()
+    assert started == [] and read_job(job.path).state == "pending"
