@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_runner.data_config import DataConf
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.model_config import LoraConf, ModelConf, QuantConf
+from dpo_runner.sweep_config import SweepConf
 from dpo_runner.training_fields import TrainingConf
 
 _PACKAGED_CONF = Path(__file__).parent / "conf"
@@ -78,30 +79,6 @@ class JudgeConf:
     """Environment variable that holds the key; where it is not set, none is sent."""
     timeout: float = 60.0
     """Seconds to wait for one verdict."""
-
-
-@dataclass
-class SweepConf:
-    """Many runs as one experiment, with `-m` or `sweep=NAME`."""
-
-    workers: int | None = None
-    """Processes that take jobs, one after another; null: one for each GPU, or one on the CPU."""
-    threads_per_worker: int = 1
-    """Threads of each worker on the CPU; results of different numbers of threads differ in their last bits."""
-    on_error: str = field(default="continue", metadata={"choices": ("continue", "stop")})
-    """After a job that fails: `continue` with the others, or `stop` starting new ones."""
-    max_failures: int | None = None
-    """Start no more jobs once so many have failed; null: never mind."""
-    dir: str | None = None
-    """The sweep's directory; null makes outputs/sweeps/<run_name>/<timestamp>. One that exists is continued."""
-    resume: str | None = field(default=None, metadata={"choices": ("last",)})
-    """`last` continues the newest directory under outputs/sweeps/<run_name>/."""
-    paired: list[Any] = field(default_factory=list)
-    """Keys of axes whose values move together, instead of in every combination; or several such lists."""
-    sample: int | None = None
-    """Run so many random points of the grid; null: all of them."""
-    sample_seed: int = 0
-    """Decides which points `sample` takes."""
 
 
 @dataclass

@@ -77,6 +77,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
     values = dict(walk_fields(conf))
     from dpo_runner.data_checks import check_data
     from dpo_runner.model_checks import check_model_groups
+    from dpo_runner.sweep_config import check_sweep
 
     mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
     ranges = [*_RANGES]
@@ -90,7 +91,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
             *_check_training(conf),
             *_check_evaluation(conf),
             *_check_names(conf),
-            *_check_sweep(conf),
+            *check_sweep(conf.sweep),
         ]
     return mistakes
 
@@ -226,18 +227,3 @@ def _may_bring_evaluation(path: str | None) -> bool:
 def _check_names(conf: "RunConf") -> Iterator[str]:
     if not conf.run_name or "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
-
-
-def _check_sweep(conf: "RunConf") -> Iterator[str]:
-    sweep = conf.sweep
-    if sweep.dir is not None and sweep.resume is not None:
-        yield f"`sweep.resume={sweep.resume}`: sweep.dir={sweep.dir} says already what to continue; set one of them"
-    if sweep.on_error == "stop" and sweep.max_failures is not None:
-        yield f"`sweep.max_failures={sweep.max_failures}`: with sweep.on_error=stop it is 1; leave one of them out"
-    groups = sweep.paired if all(isinstance(item, list) for item in sweep.paired) else [sweep.paired]
-    keys = [key for group in groups for key in group]
-    if any(not isinstance(key, str) for key in keys) or len(set(keys)) < len(keys) or any(len(g) == 1 for g in groups):
-        yield (
-            f"`sweep.paired={sweep.paired}`: must be a list of two or more keys, such as [training.beta,seed], or a "
-            "list of such lists, and name each key once"
-        )

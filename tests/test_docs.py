@@ -115,8 +115,8 @@ def test_keys_options_and_files_that_are_named_exist(document: str) -> None:
     for name in re.findall(r"`((?:dpo_runner|conf|scripts|tests)/[\w./]*)", text):
         assert "GROUP" in name or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert "GROUP" in name or (ROOT / name).exists(), name
-    for key in re.findall(r"`((?:data|model|quant|lora|judge|sweep)(?:\.(?!py`)[a-z_]+)+)`", text):
+        assert "GROUP" in name or ((ROOT / document).parent / name).exists(), name
+    for key in re.findall(r"`((?:data|model|quant|lora|judge|sweep)(?:\.(?!py`|json`)[a-z_]+)+)`", text):
         assert schema_key(key) in SCHEMA, key
 
 

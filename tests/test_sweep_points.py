@@ -5,12 +5,13 @@ import re
 import pytest
 
 from dpo_runner.command_line import check_command_line, find_override_mistakes
-from dpo_runner.config import SweepConf, load_conf
+from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes
 from dpo_runner.sweep.names import assign_names, digest_config
 from dpo_runner.sweep.no_ops import NO_OPS
 from dpo_runner.sweep.points import Point, build_points
+from dpo_runner.sweep_config import SweepConf
 
 BETAS = Axis("training.beta", ("training.beta=0.1", "training.beta=0.2", "training.beta=0.3"))
 RATES = Axis("training.learning_rate", tuple(f"training.learning_rate={rate}" for rate in ("1e-5", "2e-5", "3e-5")))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_runner.artifacts import update_status
-from dpo_runner.config import SweepConf, load_conf
+from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.sweep.axes import Axis
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
@@ -17,6 +17,7 @@ from dpo_runner.sweep.failures import advise_on_memory, describe_death, is_out_o
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
 from dpo_runner.sweep.points import build_points
 from dpo_runner.sweep.states import JobState, read_jobs
+from dpo_runner.sweep_config import SweepConf
 
 
 def make_sweep(path: Path) -> list[str]:

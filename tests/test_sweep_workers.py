@@ -1,5 +1,8 @@
 """The pool of workers: where they run, and what happens where they cannot."""
 
+import pickle
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -7,9 +10,9 @@ import pytest
 
 from dpo_runner.config import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.sweep.jobs import place_conf
+from dpo_runner.sweep.jobs import Job, place_conf
 from dpo_runner.sweep.states import read_job
-from dpo_runner.sweep.workers import Job, WorkerPool, list_gpus
+from dpo_runner.sweep.workers import WorkerPool, list_gpus
 
 LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)
@@ -51,3 +54,35 @@ def test_where_no_worker_can_start_the_sweep_says_why_and_where(
         WorkerPool(2, 1, tmp_path).run(deque([job]), started.append, lambda outcome: None)
     assert "libtorch.so is not there" in (tmp_path / "worker-0.log").read_text()
     assert started == [] and read_job(job.path).state == "pending"
+
+
+def test_other_launchers_can_send_our_classes_to_their_processes() -> None:
+    from hydra.core.plugins import Plugins
+
+    from dpo_runner.sweep.sweeper import GridSweeper, register_plugins
+
+    register_plugins()
+    assert Plugins.instance().class_name_to_class["hydra_plugins.dpo_runner.GridSweeper"] is GridSweeper
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).__name__)"
+    sent = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(GridSweeper), capture_output=True, check=True
+    )
+    assert sent.stdout == b"GridSweeper\n"
+
+
+def test_settings_that_another_launcher_would_ignore_are_refused(tmp_path: Path) -> None:
+    command = ["-m", "seed=1,2", "hydra/launcher=basic", "sweep.workers=2", "sweep.on_error=stop"]
+    result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: `sweep.workers=2`: is of hydra/launcher=workers; leave one of them out",
+        "error: `sweep.on_error=stop`: is of hydra/launcher=workers; leave one of them out",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point() -> None:
+    command = ["-m", "quant=nf4,fp4", "quant.bnb_4bit_use_double_quant=false", "dry_run=true"]
+    result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 points" in result.stdout and "double_quant" not in result.stdout

@@ -11,8 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from dpo_runner.config import RunConf, SweepConf, build_run_conf, compose_config
+from dpo_runner.config import RunConf, build_run_conf, compose_config
 from dpo_runner.errors import ConfigError
+from dpo_runner.sweep_config import SweepConf
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.artifacts import find_fresh_folder, mask_override, update_status, write_json
-from dpo_runner.config import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.names import assign_names
 from dpo_runner.sweep.points import Point
+from dpo_runner.sweep_config import SweepConf
 
 _RECORD = "sweep.json"
 _LOCK = "sweep.lock"

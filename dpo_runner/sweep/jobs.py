@@ -1,15 +1,45 @@
-"""From a point of a sweep to a job with a place: the overrides that Hydra's launchers get, and back."""
+"""A job is a point of a sweep with a place; Hydra's launchers get both as overrides."""
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_runner.config import RunConf
 from dpo_runner.sweep.axes import compose_point
-from dpo_runner.sweep.workers import Job
 
 _DIR, _SUBDIR = "hydra.sweep.dir=", "hydra.sweep.subdir="
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        conf: with `run_dir` set.
+        overrides: what it was composed from.
+        label: what it varies, for a person.
+    """
+
+    conf: RunConf
+    overrides: Sequence[str]
+    label: str
+
+    @property
+    def path(self) -> Path:
+        assert self.conf.run_dir is not None
+        return Path(self.conf.run_dir)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: `state` (finished, failed, interrupted), why, and after how many seconds."""
+
+    job: Job
+    state: str
+    seconds: float
+    error: str | None = None
 
 
 def write_place(path: Path, name: str) -> list[str]:

@@ -9,14 +9,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_runner.config import SweepConf
 from dpo_runner.errors import RunError, RunInterrupted
 from dpo_runner.sweep.directory import read_record
-from dpo_runner.sweep.jobs import build_job, read_place
+from dpo_runner.sweep.jobs import Job, Outcome, build_job, read_place
 from dpo_runner.sweep.points import label_point
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.states import DONE, read_job
-from dpo_runner.sweep.workers import Job, Outcome, WorkerPool
+from dpo_runner.sweep.workers import WorkerPool
+from dpo_runner.sweep_config import SweepConf
 
 
 class WorkersLauncher(Launcher):  # type: ignore[misc]

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_runner.console import format_clock, visible
+from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep.states import DONE, KEY_METRICS, JobState, read_job, show_metrics
-from dpo_runner.sweep.workers import Job, Outcome
 
 
 class SweepScreen:

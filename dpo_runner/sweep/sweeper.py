@@ -10,7 +10,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from dpo_runner.config import SweepConf
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError
 from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
@@ -20,6 +19,7 @@ from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.points import Point, build_points
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.states import DONE, read_job
+from dpo_runner.sweep_config import SweepConf
 
 
 def register_plugins() -> None:

@@ -9,51 +9,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from dpo_runner.artifacts import read_status, update_status
-from dpo_runner.config import RunConf
 from dpo_runner.errors import RunError
 from dpo_runner.sweep.failures import advise_on_memory, count_oom_kills, describe_death
+from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.states import DONE
 
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 30
 _FALSE_STARTS = 3
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep.
-
-    Attributes:
-        conf: with `run_dir` set.
-        overrides: what it was composed from.
-        label: what it varies, for a person.
-    """
-
-    conf: RunConf
-    overrides: Sequence[str]
-    label: str
-
-    @property
-    def path(self) -> Path:
-        assert self.conf.run_dir is not None
-        return Path(self.conf.run_dir)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: `state` (finished, failed, interrupted), why, and after how many seconds."""
-
-    job: Job
-    state: str
-    seconds: float
-    error: str | None = None
 
 
 class Worker:
