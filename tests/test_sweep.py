@@ -202,7 +202,7 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
     assert finish(process)[0] == 143
     assert [job.state for job in read_jobs(sweep)] == ["finished", "finished", "interrupted"]
 
-    code, out, err = finish(start(folder, *arguments))
+    code, out, err = finish(start(folder, *arguments, "sweep.workers=2"))
     assert code == 0, err
     assert out.count("started ") == 1 and "continues at step 2" in out
     assert read_results(sweep) == undisturbed
