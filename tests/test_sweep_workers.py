@@ -1,5 +1,7 @@
 """The pool of workers: where they run, and what happens where they cannot."""
 
+import fcntl
+import os
 import pickle
 import subprocess
 import sys
@@ -10,9 +12,10 @@ import pytest
 
 from dpo_runner.config import load_conf
 from dpo_runner.errors import RunError
+from dpo_runner.sweep.directory import lock
 from dpo_runner.sweep.jobs import Job, place_conf
 from dpo_runner.sweep.states import read_job
-from dpo_runner.sweep.workers import WorkerPool, list_gpus
+from dpo_runner.sweep.workers import Worker, WorkerPool, list_gpus
 
 LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)
@@ -86,3 +89,16 @@ def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point() -> None:
     result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 points" in result.stdout and "double_quant" not in result.stdout
+
+
+def test_a_directory_stays_locked_until_the_last_worker_has_ended(tmp_path: Path) -> None:
+    handle = lock(tmp_path / "s", print)
+    worker = Worker({"OMP_NUM_THREADS": "1"}, tmp_path / "worker.log", [handle])
+    os.close(handle)
+    again = os.open(tmp_path / "s" / "sweep.lock", os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    worker.kill()
+    worker.process.wait()
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
