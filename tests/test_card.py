@@ -291,7 +291,7 @@ def test_an_exported_adapter_names_its_base_as_others_know_it(finished, tmp_path
         (run_dir / "config.yaml").write_text(config)
         environment = json.loads((run_dir / "environment.json").read_text())
         if "model.adapter_mode=merge" not in overrides:
-            environment["model"] = {"base": "some/model", "commit": None, "fingerprint": None}
+            environment["model"] |= {"base": "some/model", "commit": None, "fingerprint": None}
         (run_dir / "environment.json").write_text(json.dumps(environment))
         export([str(run_dir), "--out", str(tmp_path / "x"), "--adapter-only"])
         text = load(tmp_path / "x").text

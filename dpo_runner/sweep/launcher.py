@@ -60,6 +60,7 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         def end(outcome: Outcome) -> None:
             outcomes[outcome.job.path] = outcome
             screen.show_end(outcome, read_job(outcome.job.path))
+            screen.renew_page(place)
             if self._has_failed_enough(list(outcomes.values())) and queue and pool.signal is None:
                 screen.say(f"no more jobs are started (sweep.on_error, sweep.max_failures); {len(queue)} are left")
                 queue.clear()

@@ -69,6 +69,21 @@ class SweepScreen:
             f"[{self._ended}/{self._total}, {format_clock(outcome.seconds)}]{rest}"
         )
 
+    def renew_page(self, path: Path) -> bool:
+        """Write compare.html of the whole sweep anew.
+
+        Returns:
+            Whether that was possible; a page costs no job its result.
+        """
+        from dpo_runner.compare_page import rebuild_page
+
+        try:
+            rebuild_page(path)
+        except Exception as error:
+            self.say(f"compare.html cannot be written; {type(error).__name__}: {error}")
+            return False
+        return True
+
     def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str]) -> None:
         """Show every job of the sweep with its state and key metrics."""
         table = Table("job", "varies", "state", *(label for _, label in KEY_METRICS))
@@ -79,3 +94,5 @@ class SweepScreen:
             table.add_row(job.name, escape(visible(label)), job.state, *figures)
         self.console.print(table)
         self.say(f"sweep directory  {path}")
+        if self.renew_page(path):
+            self.say(f"comparison       {path / 'compare.html'}")
