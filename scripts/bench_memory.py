@@ -7,6 +7,7 @@ stay mapped from their safetensors file, and it misses no short peak, which samp
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -72,6 +73,8 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
         for tensor in policy.model.parameters():
             tensor.detach().max()  # reads every page of a weight that is only mapped so far
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what loading has used and freed is not the model's
         loaded = _read_status("VmRSS") - before
         if load_only:
             return {"loaded": loaded, "longest": 0}
