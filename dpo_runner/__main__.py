@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dpo_runner import __version__
-from dpo_runner.command_line import build_help, check_command_line
+from dpo_runner.command_line import build_help, check_command_line, choose_sweeper
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf, build_run_conf, expand_overrides
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
 from dpo_runner.exits import honest_exit, report
@@ -57,7 +57,7 @@ def _run_with_hydra() -> None:
 
     sys.argv[1:] = expand_overrides(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv) or any(text.startswith("sweep=") for text in sys.argv):
-        sys.argv[1:] = defer_sections(sys.argv[1:])
+        sys.argv[1:] = choose_sweeper(defer_sections(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
     register_plugins()
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -21,6 +21,7 @@ from dpo_runner.config_files import SCHEMA, ConfigFiles, find_value_mistakes
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.points import find_axis_mistakes
+from dpo_runner.sweep.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
 
 # What of Hydra's own configuration a command may change. The rest can run code or write elsewhere.
 _HYDRA_KEYS = ("hydra.mode", "hydra.verbose", "hydra/launcher")
@@ -53,6 +54,15 @@ def check_command_line(argv: list[str]) -> list[str]:
     return mistakes
 
 
+def choose_sweeper(argv: list[str]) -> list[str]:
+    """Return a sound command of a sweep, with Hydra's sweeper `optuna` in it where it is a search."""
+    args = _build_parser().parse_args(argv)
+    if not args.overrides or not is_search(args.overrides, args.config_dir):
+        return argv
+    at = argv.index(args.overrides[0])  # among the overrides, since they and flags must not be mixed
+    return [*argv[:at], "hydra/sweeper=optuna", *argv[at:]]
+
+
 def _build_parser() -> argparse.ArgumentParser:
     """Return Hydra's parser of flags, with its complaints in our form."""
 
@@ -82,12 +92,21 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
             sound.append(override)
             if override.key_or_group in groups:
                 choices[override.key_or_group] = [str(value) for value in _values(override, files) if value is not None]
+    of_file: list[Override] = []
     for text in [line for option in choices.get("sweep", []) for line in files.load_sweep_axes(option)]:
         lines, override = _check_override(text, files, groups)
         mistakes += lines
         if override is not None and not lines:
-            sound.append(override)
+            of_file.append(override)
+    sound = [*of_file, *sound]  # the command line outdoes the file
     mistakes += files.find_file_mistakes(choices)
+    intervals = [override for override in sound if override.is_interval_sweep()]
+    if intervals and not _is_search(sound, config_dir):
+        return [
+            *mistakes,
+            f"`{intervals[0].input_line}`: an interval has no values to run one by one; use choice(…) or range(…), or "
+            "search it (sweep.search.sampler=tpe or random)",
+        ]
     sweeps = [override.key_or_group for override in sound if override.is_sweep_override()]
     if (sweeps or multirun) and any(override.key_or_group == "run_dir" for override in sound):
         return [*mistakes, "`run_dir`: names one run's directory; for a sweep set sweep.dir"]
@@ -121,10 +140,11 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     known = key in groups or key in SCHEMA
     if override.is_add() and not override.is_force_add() and known:
         return [f"`{text}`: `{key}` exists already; drop the +"], None
-    if override.is_interval_sweep():
-        return [f"`{text}`: an interval has no values to run one by one; use choice(…) or range(…)"], None
     check = files.find_option_mistakes if key in groups else find_value_mistakes
-    return [line for value in _values(override, files) for line in check(key, value)], override
+    lines = [line for value in _values(override, files) for line in check(key, value)]
+    if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):
+        return [f"`{text}`: must be whole numbers; write int({text.partition('=')[2]})"], override
+    return list(dict.fromkeys(lines)), override
 
 
 def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
@@ -140,12 +160,14 @@ def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
 
 
 def _values(override: Override, files: ConfigFiles) -> Iterator[Any]:
-    """Yield an override's value, or all those of a sweep."""
+    """Yield an override's value, or all those of a sweep; of an interval its ends."""
     if not override.is_sweep_override():
         yield _unquoted(override.value())
     elif isinstance(glob := override.value(), Glob):
         yield from glob.filter(files.options(override.key_or_group))
-    elif not override.is_interval_sweep():
+    elif isinstance(sweep := override.value(), IntervalSweep):
+        yield from (sweep.start, sweep.end)
+    else:
         yield from map(_unquoted, override.sweep_iterator())
 
 
@@ -166,7 +188,10 @@ def _find_point_mistakes(
     broken: dict[str, None] = {}
     uncomposable: dict[str, None] = {}
     try:
-        points = combine(axes, read_sweep_conf(axes, config_dir))
+        sweep = read_sweep_conf(axes, config_dir)
+        if sweep.search.sampler is not None and not any(override.is_sweep_override() for override in overrides):
+            return [], [NOTHING_TO_SEARCH]
+        points = combine(axes, sweep) if sweep.search.sampler is None else read_space(overrides, axes).corners()
     except ConfigError as error:
         return error.mistakes, []
     except _UNCOMPOSABLE as error:
@@ -185,7 +210,16 @@ def _find_point_mistakes(
     return list(broken), list(uncomposable)
 
 
+def _is_search(overrides: Sequence[Override], config_dir: str | None) -> bool:
+    try:
+        return is_search([str(override.input_line) for override in overrides], config_dir)
+    except _UNCOMPOSABLE:
+        return True  # it does not compose either way, and the check of the points says why
+
+
 def _read_axis(override: Override, files: ConfigFiles) -> Axis:
+    if override.is_interval_sweep():
+        return read_axis_ends(override)
     if not isinstance(override.value(), Glob):
         return read_axis(override)
     return Axis(override.key_or_group, tuple(f"{override.key_or_group}={name}" for name in _values(override, files)))

@@ -120,7 +120,11 @@ class RunConf:
 
 ConfigStore.instance().store(name="base_config", node=RunConf)
 # Only their names: the command registers the classes when it runs (see dpo_runner/sweep/sweeper.py).
-for _group, _name, _class in (("launcher", "workers", "WorkersLauncher"), ("sweeper", "grid", "GridSweeper")):
+for _group, _name, _class in (
+    ("launcher", "workers", "WorkersLauncher"),
+    ("sweeper", "grid", "GridSweeper"),
+    ("sweeper", "optuna", "OptunaSweeper"),
+):
     _target = {"_target_": f"hydra_plugins.dpo_runner.{_class}"}
     ConfigStore.instance().store(group=f"hydra/{_group}", name=_name, node=_target)
 

@@ -61,6 +61,10 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("sweep.max_failures", 1, True, None, False),
     ("sweep.sample", 1, True, None, False),
     ("sweep.sample_seed", 0, True, None, False),
+    ("sweep.search.trials", 1, True, None, False),
+    ("sweep.search.seed", 0, True, None, False),
+    ("sweep.search.startup_trials", 0, True, None, False),
+    ("sweep.search.warmup_steps", 0, True, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
 _SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
@@ -77,6 +81,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
     values = dict(walk_fields(conf))
     from dpo_runner.data_checks import check_data
     from dpo_runner.model_checks import check_model_groups
+    from dpo_runner.search_config import check_search
     from dpo_runner.sweep_config import check_sweep
 
     mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
@@ -92,6 +97,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
             *_check_evaluation(conf),
             *_check_names(conf),
             *check_sweep(conf.sweep),
+            *check_search(conf),
         ]
     return mistakes
 

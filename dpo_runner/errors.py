@@ -47,6 +47,19 @@ class RunError(DpoRunnerError):
     """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
 
 
+class RunPruned(DpoRunnerError):
+    """A search has given up the run; what it has logged so far is on disk.
+
+    Args:
+        step: the optimizer steps that were made.
+        steps: those that it would have had.
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"given up by the search at step {step} of {steps}")
+        self.step, self.steps = step, steps
+
+
 class RunInterrupted(DpoRunnerError):
     """The run was stopped from outside by a signal.
 

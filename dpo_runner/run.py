@@ -17,7 +17,7 @@ from typing import Any
 from dpo_runner.logs import quiet_imports, route_library_logs
 
 with quiet_imports():
-    from transformers import TrainerState, set_seed
+    from transformers import TrainerCallback, TrainerState, set_seed
     from trl import DPOConfig
 
     from dpo_runner.adapters import find_other_bases
@@ -38,7 +38,7 @@ from dpo_runner.checkpoint import check_continuable, check_unused, find_last_che
 from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned
 from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.tracking import Tracker, track
 
@@ -48,13 +48,19 @@ _NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|n
 """Entries of an evaluation that tell of the machine, not of the model."""
 
 
-def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None = None) -> dict[str, Any] | None:
+def run(
+    conf: RunConf,
+    overrides: Sequence[str] = (),
+    console: RunConsole | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any] | None:
     """Run one configuration to its end, continuing what its run directory holds.
 
     Args:
         conf: what to run; see `load_conf`.
         overrides: the overrides that `conf` was composed from, kept in overrides.yaml.
         console: where progress is shown; the terminal unless told otherwise.
+        callbacks: of the trainer, besides the run's own and after them.
 
     Returns:
         What summary.json holds, or None after `dry_run=true`.
@@ -62,6 +68,7 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
     Raises:
         ConfigError: the configuration, or a file or model that it names, cannot be used. Nothing was trained.
         RunError: the run itself failed. status.json says how, run.log has the traceback.
+        RunPruned: one of `callbacks` has given the run up.
         RunInterrupted: SIGINT or SIGTERM. The same command with run_dir set continues from the last checkpoint.
     """
     console = console or RunConsole()
@@ -92,7 +99,7 @@ def run(conf: RunConf, overrides: Sequence[str] = (), console: RunConsole | None
         return None
     assert data is not None
     with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
-        summary = _train(directory, conf, args, tokenizer, data, console, tracker)
+        summary = _train(directory, conf, args, tokenizer, data, console, tracker, callbacks)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     return summary
 
@@ -132,6 +139,11 @@ def _recorded(
             raise RunInterrupted(
                 f"interrupted; continue with the same command and run_dir={directory.path}", signal_number=number
             ) from None
+        except RunPruned as error:
+            console.stop_training()
+            console.say(str(error))
+            directory.write_status("pruned", step=error.step, steps=error.steps)
+            raise
         except Exception as error:
             console.stop_training()
             logger.error("the run failed\n%s", traceback.format_exc())
@@ -151,6 +163,7 @@ def _train(
     data: PreferenceData,
     console: RunConsole,
     tracker: Tracker,
+    further: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     """Model, trainer, step-0 check, train, evaluate, sample, save, summary."""
     console.say("loading the model")
@@ -163,7 +176,7 @@ def _train(
     tracker.log_data_report(data.report)
 
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
-    callbacks = [events, MovementCheck()] if conf.checks.step0 else [events]
+    callbacks = [events, *([MovementCheck()] if conf.checks.step0 else []), *further]
     trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks)
 
     if conf.checks.step0:

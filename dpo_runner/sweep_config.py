@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_runner.search_config import SearchConf
+
 
 @dataclass
 class SweepConf:
@@ -27,6 +29,8 @@ class SweepConf:
     """Run so many random points of the grid; null: all of them."""
     sample_seed: int = 0
     """Decides which points `sample` takes."""
+    search: SearchConf = field(default_factory=SearchConf)
+    """A search in the place of a grid."""
 
 
 def check_sweep(sweep: SweepConf) -> Iterator[str]:

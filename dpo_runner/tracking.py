@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dpo_runner.artifacts import RunDirectory, mask_secrets, write_text
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.data.report import DataReport
+from dpo_runner.errors import RunPruned
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,10 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
     tracker = Tracker(_open(conf, directory, warn), warn)
     try:
         yield tracker
+    except RunPruned as error:
+        tracker.log_summary({"state": "pruned", "steps": error.step})
+        tracker.finish(exit_code=0)
+        raise
     except BaseException:
         tracker.finish(exit_code=1)
         raise

@@ -60,6 +60,25 @@ def test_disabled_means_disabled(tiny_run, tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "wandb").exists()
 
 
+def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    from dpo_runner.artifacts import read_status
+    from dpo_runner.errors import RunPruned
+
+    class GiveUp(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                raise RunPruned(3, 4)
+
+    with pytest.raises(RunPruned, match="at step 3 of 4"):
+        run(load_conf([*tiny_run, "wandb=offline", "run_dir=r"]), callbacks=[GiveUp()])
+    status = read_status(tmp_path / "r")
+    assert status is not None and (status["state"], status["step"]) == ("pruned", 3)
+    assert '"exit_code":0' in inspect(tmp_path / "r" / "wandb")
+    assert "pruned" in inspect(tmp_path / "r" / "wandb", "--summary")
+
+
 def test_a_resumed_run_keeps_its_id(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_runner.errors import RunInterrupted
     from dpo_runner.trainer import RunTrainer

@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `state` (finished, failed, interrupted), why, and after how many seconds."""
+    """How a job ended: `state` (finished, pruned, failed, interrupted), why, and after how many seconds."""
 
     job: Job
     state: str

@@ -1,7 +1,7 @@
 """The Hydra launcher `workers`, the default for `-m`: jobs run on worker processes that take one after another."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -25,11 +25,16 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
     Attributes:
         inherited: open files that workers keep open for as long as they live.
         config_dir: the user's folder of config groups.
+        follow: called after each job with its directory's name, and whether jobs are still started; returns further
+            ones, as overrides.
+        total: how many jobs are expected; None: those that are launched.
     """
 
     def __init__(self) -> None:
         self.inherited: list[int] = []
         self.config_dir: str | None = None
+        self.follow: Callable[[str, bool], Sequence[Sequence[str]]] | None = None
+        self.total: int | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take the sweep's settings. The task function stays unused: workers call `run` themselves."""
@@ -49,11 +54,9 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
             RunError: a worker cannot start at all.
         """
         place = read_place(job_overrides[0])[0]
-        record = read_record(place)
-        labels = {name: label_point(job["varied"]) for name, job in record.jobs.items()} if record is not None else {}
-        jobs = [build_job(overrides, self.config_dir, labels) for overrides in job_overrides]
+        jobs = self._build_jobs(job_overrides, place)
         pool = WorkerPool(self._sweep.workers, self._sweep.threads_per_worker, place, self.inherited)
-        screen = SweepScreen(len(jobs), 0, min(pool.count, len(jobs)))
+        screen = SweepScreen(self.total or len(jobs), 0, min(pool.count, len(jobs)))
         queue = deque(jobs)
         outcomes: dict[Path, Outcome] = {}
 
@@ -61,7 +64,12 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
             outcomes[outcome.job.path] = outcome
             screen.show_end(outcome, read_job(outcome.job.path))
             screen.renew_page(place)
-            if self._has_failed_enough(list(outcomes.values())) and queue and pool.signal is None:
+            enough = self._has_failed_enough(list(outcomes.values()))
+            if self.follow is not None and pool.signal is None:
+                more = self._build_jobs(self.follow(outcome.job.path.name, not enough), place)
+                jobs.extend(more)
+                queue.extend(more)
+            if enough and queue and pool.signal is None:
                 screen.say(f"no more jobs are started (sweep.on_error, sweep.max_failures); {len(queue)} are left")
                 queue.clear()
 
@@ -71,6 +79,11 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
                 f"interrupted; continue with the same command and sweep.dir={place}", signal_number=pool.signal
             )
         return [_job_return(job, outcomes.get(job.path)) for job in jobs]
+
+    def _build_jobs(self, job_overrides: Sequence[Sequence[str]], place: Path) -> list[Job]:
+        record = read_record(place)
+        labels = {name: label_point(job["varied"]) for name, job in record.jobs.items()} if record is not None else {}
+        return [build_job(overrides, self.config_dir, labels) for overrides in job_overrides]
 
     def _has_failed_enough(self, outcomes: Sequence[Outcome]) -> bool:
         failures = sum(outcome.state not in DONE for outcome in outcomes)

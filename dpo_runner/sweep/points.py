@@ -1,5 +1,6 @@
 """The points of a sweep: all composed and checked before anything starts. Imports no torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, compose_point, read_sweep_conf
 from dpo_runner.sweep.names import digest_config
 from dpo_runner.sweep.no_ops import find_no_op, ignored_keys
+
+_LONG_FRACTION = re.compile(r"(?<==)\d+\.\d{6,}(e-?\d+)?(?= |$)")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Point:
 
 
 def label_point(varied: Sequence[str]) -> str:
-    """Return what a point varies in short, such as `beta=0.1 lora.r=8`."""
-    return " ".join(mask_override(text).lstrip("+").removeprefix("training.") for text in varied) or "the only point"
+    """Return what a point varies in short, such as `beta=0.1 lora.r=8`; long fractions are rounded."""
+    label = " ".join(mask_override(text).lstrip("+").removeprefix("training.") for text in varied)
+    return _LONG_FRACTION.sub(lambda match: f"{float(match[0]):.4g}", label) or "the only point"
 
 
 def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Point], int]:

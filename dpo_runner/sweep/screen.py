@@ -57,7 +57,7 @@ class SweepScreen:
         """Show how a job ended, its key metrics, and how long the rest may take."""
         self._ended += 1
         left = self._total - self._ended
-        told = show_metrics(state.metrics) if outcome.state in DONE else str(outcome.error).splitlines()[0]
+        told = show_metrics(state.metrics) if outcome.error is None else outcome.error.splitlines()[0]
         if outcome.state == "finished":
             self._seconds.append(outcome.seconds)
         rest = ""

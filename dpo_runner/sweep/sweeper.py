@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -28,7 +29,9 @@ def register_plugins() -> None:
     Hydra takes plugins from the package `hydra_plugins` alone, judged by the name under which a class is registered.
     The class has its own name back afterwards, since other launchers send it to processes that know no other.
     """
-    for plugin in (WorkersLauncher, GridSweeper):
+    from dpo_runner.sweep.search_sweeper import OptunaSweeper
+
+    for plugin in (WorkersLauncher, GridSweeper, OptunaSweeper):
         home, plugin.__module__ = plugin.__module__, "hydra_plugins.dpo_runner"
         Plugins.instance().register(plugin)
         plugin.__module__ = home
@@ -59,7 +62,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
             RunInterrupted: a signal stopped the sweep.
         """
         self._check_launcher()
-        config_dir = _read_config_dir(self._config)
+        config_dir = read_config_dir(self._config)
         axes = self._read_axes([*(f"{key}={value}" for key, value in self._params.items()), *arguments])
         points, merged = build_points(axes, config_dir)
         sweep = read_sweep_conf(axes, config_dir)
@@ -99,8 +102,11 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
             raise ConfigError(mistakes)
 
     def _read_axes(self, texts: Sequence[str]) -> list[Axis]:
+        return merge_axes([read_axis(override) for override in self._parse(texts)])
+
+    def _parse(self, texts: Sequence[str]) -> list[Override]:
         parser = OverridesParser.create(config_loader=self._context.config_loader)
-        return merge_axes([read_axis(override) for override in parser.parse_overrides(list(texts))])
+        return list(parser.parse_overrides(list(texts)))
 
     def _launch(
         self, path: Path, waiting: Sequence[tuple[str, Point]], config_dir: str | None, handle: int
@@ -122,6 +128,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         return None
 
 
-def _read_config_dir(config: DictConfig) -> str | None:
+def read_config_dir(config: DictConfig) -> str | None:
+    """Return the user's folder of config groups (`--config-dir`)."""
     sources = config.hydra.runtime.config_sources
     return next((str(source.path) for source in sources if source.provider == "command-line"), None)

@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
-from dpo_runner.errors import DpoRunnerError, RunInterrupted
+from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned
 from dpo_runner.exits import report
 from dpo_runner.sweep.failures import is_out_of_memory
+from dpo_runner.sweep.states import DONE
 
 
 def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
         log: the file that holds what it prints, told in its status.
 
     Returns:
-        `state`, and `error`, `out_of_memory` and `signal` where it did not finish.
+        `state`, and where it did not finish `error`, and perhaps `out_of_memory` or `signal`.
     """
     from dpo_runner.run import run
 
@@ -41,7 +42,9 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
     path = Path(conf.run_dir)
     place = {} if log is None else {"log": str(log)}
     try:
-        run(conf, overrides)
+        run(conf, overrides, callbacks=_build_callbacks(conf, path))
+    except RunPruned as error:
+        return {"state": "pruned", "error": str(error)}
     except (RunInterrupted, KeyboardInterrupt) as error:
         number = error.exit_code - 128 if isinstance(error, RunInterrupted) else error.args[0] if error.args else 2
         name = signal.Signals(number).name
@@ -59,6 +62,14 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
         update_status(path, state="failed", error=told, **place)
         return {"state": "failed", "error": told, "out_of_memory": is_out_of_memory(error)}
     return {"state": "finished"}
+
+
+def _build_callbacks(conf: RunConf, path: Path) -> Sequence[Any]:
+    if conf.sweep.search.pruner is None:
+        return ()
+    from dpo_runner.sweep.pruning import Pruning  # Optuna, which only a search needs to have
+
+    return (Pruning(path, conf.sweep.search),)
 
 
 def main() -> None:
@@ -84,7 +95,7 @@ def main() -> None:
                 outcome = perform(conf, overrides, log)
                 _clean_up()
             connection.send(outcome)
-            if outcome["state"] != "finished":
+            if outcome["state"] not in DONE:
                 return  # what went wrong may have left its marks on this process; a new one takes over
     except KeyboardInterrupt:
         return

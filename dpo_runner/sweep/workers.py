@@ -98,7 +98,7 @@ class WorkerPool:
 
     def __init__(self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = ()) -> None:
         self._gpus = list_gpus()
-        self.count = count or max(len(self._gpus), 1)
+        self.count = count_workers(count)
         self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
         self._workers: dict[int, Worker] = {}
         self._leaving: list[Worker] = []
@@ -145,7 +145,7 @@ class WorkerPool:
         if message["state"] == "ready":
             worker.ready, self._false_starts = True, 0
             return
-        if message["state"] != "finished":
+        if message["state"] not in DONE:
             self._leaving.append(self._workers.pop(slot))
         if worker.job is not None:
             job, worker.job = worker.job, None
@@ -161,8 +161,8 @@ class WorkerPool:
         died = state == "died"
         if died:
             state = "failed" if self.signal is None else "interrupted"
-            if (read_status(job.path) or {}).get("state") in DONE:
-                state, error = "finished", None  # it died after its job, before it could say so
+            if (told := (read_status(job.path) or {}).get("state")) in DONE:
+                state, error = str(told), None  # it died after its job, before it could say so
         if message.get("out_of_memory"):
             error = f"{error}\n{advise_on_memory(job.conf, self.count)}"
         if state not in DONE and (died or message.get("out_of_memory")):
@@ -210,6 +210,11 @@ class WorkerPool:
                 worker.kill()
                 worker.process.wait()
         self._workers, self._leaving = {}, []
+
+
+def count_workers(count: int | None) -> int:
+    """Return how many workers `sweep.workers` means: null is one for each GPU, or one on the CPU."""
+    return count or max(len(list_gpus()), 1)
 
 
 def list_gpus() -> list[str]:
