@@ -24,8 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## tune the default model on the bundled data and show the difference
 	$(BIN)/python -m dpo_runner
 
-test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest
+# Most tests keep one core busy; a file's tests share fixtures, so they stay together.
+test: setup  ## run the whole test suite, on up to four cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-demo: setup  ## run the default run in full and check what it promises
 	$(BIN)/python -m pytest -m demo
