@@ -373,16 +373,16 @@ function drawPair() {
 }
 
 function drawAnswers(pair) {
-  const second = new Map(pair[1].answers.map(([prompt, , policy]) => [prompt, policy]));
-  const articles = pair[0].answers.filter(([prompt]) => second.has(prompt)).map(([prompt, reference, policy]) => {
+  const second = new Map(pair[1].answers.map(([prompt, , after]) => [prompt, after]));
+  const articles = pair[0].answers.filter(([prompt]) => second.has(prompt)).map(([prompt, before, after]) => {
     const article = make("article", undefined, {className: "row"}), answers = make("div", undefined, {className: "answers"});
     const part = (kind, heading, text) => {
       const block = make("div", undefined, {className: `part ${kind}`});
       block.append(make("h4", heading), make("pre", text === null ? "–" : data.texts[text]));
       return block;
     };
-    if (reference !== null) answers.append(part("", "reference", reference));
-    answers.append(part("chosen", `A: ${pair[0].name}`, policy), part("rejected", `B: ${pair[1].name}`, second.get(prompt)));
+    if (before !== null) answers.append(part("", "before training", before));
+    answers.append(part("chosen", `A: ${pair[0].name}`, after), part("rejected", `B: ${pair[1].name}`, second.get(prompt)));
     article.append(part("prompt", "prompt", prompt), answers);
     return article;
   });

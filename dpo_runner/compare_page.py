@@ -179,7 +179,7 @@ def _thin(curve: Curve, most: int) -> Curve:
 
 
 def _collect_answers(runs: list[RunRecord], texts: dict[str, int]) -> list[list[list[int | None]]]:
-    """Return each run's prompts, reference's and policy's answers as places in `texts`, which holds each text once."""
+    """Return each run's prompts, answers before and answers after as places in `texts`, which holds each text once."""
 
     def place(text: str | None) -> int | None:
         if text is None:
@@ -195,5 +195,5 @@ def _collect_answers(runs: list[RunRecord], texts: dict[str, int]) -> list[list[
             lengths += sum(min(len(text), _LONGEST_ANSWER) for text in sample.values())
             kept += lengths <= each
         shown = islice(run.samples, max(kept, 1))
-        collected.append([[place(sample.get(part)) for part in ("prompt", "reference", "policy")] for sample in shown])
+        collected.append([[place(sample.get(part)) for part in ("prompt", "before", "after")] for sample in shown])
     return collected

@@ -35,7 +35,7 @@ class RunRecord:
         fingerprints: of `model` and `data`, independent of where they were, and of what was evaluated (`evaluation`).
         metrics: results by name: those after training, or the newest ones of a run that has not ended.
         curves: logged values over optimizer steps, by name.
-        samples: `prompt`, `reference` and `policy` as texts.
+        samples: `prompt`, `before` and `after` as texts.
         notes: what could not be read, and why, a line each.
     """
 
@@ -259,7 +259,7 @@ def _read_evaluation(run: RunRecord) -> dict[str, float]:
 
 
 def _read_sample(line: dict[str, Any]) -> dict[str, str] | None:
-    answers = {who: line.get(who) for who in ("reference", "policy")}
+    answers = {who: line.get(who) for who in ("before", "after")}
     texts = {who: answer.get("text") if isinstance(answer, dict) else answer for who, answer in answers.items()}
     prompt = line.get("prompt")
     if isinstance(prompt, list):

@@ -1,5 +1,7 @@
 """Measure a few training runs' peak memory and compare it with what `dpo_runner.estimate` says beforehand.
 
+    python scripts/bench_memory.py --only nf4
+
 Each setting runs in a fresh process: rows as long as max_length are written, the default model is loaded, two real
 optimizer steps are made. *Measured* is the kernel's own record of the process's resident memory (VmHWM, set back
 right before the model is loaded) less what was resident then. It counts mapped files too, since unquantized weights

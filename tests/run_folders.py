@@ -76,8 +76,8 @@ def write_samples(path: Path, samples: list[tuple[str, str, str]]) -> None:
     lines = [
         {
             "prompt": [{"role": "user", "content": question}],
-            "reference": {"text": before, "tokens": 9, "complete": True},
-            "policy": {"text": after, "tokens": 5, "complete": True},
+            "before": {"text": before, "tokens": 9, "complete": True},
+            "after": {"text": after, "tokens": 5, "complete": True},
         }
         for question, before, after in samples
     ]

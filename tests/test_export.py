@@ -371,7 +371,7 @@ def test_the_model_card_has_metadata_results_and_citations(finished) -> None:
     data = next(line for line in config.splitlines() if line.startswith("  path: "))
     (run_dir / "config.yaml").write_text(config.replace(data, "  path: some/pairs"))
     environment = json.loads((run_dir / "environment.json").read_text())
-    environment["model"] = {"base": "some/model", "commit": COMMIT, "fingerprint": None}
+    environment["model"] |= {"base": "some/model", "commit": COMMIT, "fingerprint": None}
     report = json.loads((run_dir / "data_report.json").read_text())
     report["sources"][0]["files"] = ["some/pairs (split train)"]
     (run_dir / "data_report.json").write_text(json.dumps(report))

@@ -39,7 +39,7 @@ def test_a_base_out_of_the_hubs_cache_has_its_commit(tmp_path: Path, monkeypatch
     start = ["model.model_name_or_path=some/model", "model.revision=main", f"model.adapter={sft_adapter}"]
     conf = load_conf([*start, "model.adapter_mode=merge", "quant=int8"])
     origins = trace_origins(conf, tmp_path / "r", tmp_path / "r" / "adapter", ENVIRONMENT)
-    assert origins["base"] == {"name": "some/model", "path": str(snapshot), "commit": COMMIT, "sha256": digests}
+    assert origins["base"] == {"name": "some/model", "commit": COMMIT, "sha256": digests}
     assert (origins["sft_adapter"]["mode"], origins["sft_adapter"]["commit"]) == ("merge", None)
     assert origins["dpo_run"]["sha256"] == tuned and origins["dpo_run"]["quantization"] == "int8"
     assert origins["dpo_run"]["config_sha256"] == config["config.yaml"]

@@ -58,7 +58,7 @@ def test_a_finished_run_tells_its_results_and_how_far_it_moved(tmp_path: Path) -
     assert run.metrics["rejected_shift"] == pytest.approx((-0.4 - 1.5) / 0.2)
     assert run.curves["eval_loss"][0] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert not {"time", "epoch", "step"} & set(run.curves)
-    assert run.samples[0] == {"prompt": "Question 0?", "reference": "Long answer 0.", "policy": "Answer of r."}
+    assert run.samples[0] == {"prompt": "Question 0?", "before": "Long answer 0.", "after": "Answer of r."}
 
 
 def test_without_beta_the_shift_is_that_of_the_log_probabilities(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_foreign_samples_and_evaluations_do_no_harm(tmp_path: Path) -> None:
     (path / "evaluations" / "x").mkdir(parents=True)
     (path / "evaluations" / "x" / "evaluation.json").write_text('{"judge": 3, "kl_per_answer": {"mean": "much"}}')
     lines = [
-        '{"prompt": [1, {"role": 2}], "policy": "plain"}',
+        '{"prompt": [1, {"role": 2}], "after": "plain"}',
         '{"prompt": 4}',
-        '{"prompt": "p", "policy": {"text": 5}}',
+        '{"prompt": "p", "after": {"text": 5}}',
     ]
     (path / "samples.jsonl").write_text("\n".join(lines) + "\n")
     run = read_one(path)
-    assert run.samples == [{"prompt": "None", "policy": "plain"}]
+    assert run.samples == [{"prompt": "None", "after": "plain"}]
     assert not any(name.startswith("evaluation/") for name in run.metrics)
 
 
