@@ -274,7 +274,7 @@ Examples:
   python -m dpo_runner model.adapter=PATH_OR_HUB_ID
   python -m dpo_runner -m training.beta=0.05,0.1,0.3
   python -m dpo_runner run_dir=outputs/mine          # the same command continues what was interrupted
-  python -m dpo_runner dry_run=true                  # the plan, and nothing else
+  python -m dpo_runner dry_run=true                  # the plan, and whether it will fit
   python -m dpo_runner.preview data=local_file data.path=pairs.jsonl   # what it would be trained on
   python -m dpo_runner.chat outputs/mine             # talk with the result
   python -m dpo_runner.compare outputs/sweeps        # runs side by side, the best one marked

@@ -29,6 +29,7 @@ def load_gguf_path(file: Path) -> Path:
     if not (folder / "config.json").exists():
         try:
             model, tokenizer = read_gguf(file, str(file))
+        # what transformers and the reader of GGUF raise of damaged files, and of architectures that they do not know
         except (ValueError, OSError, NotImplementedError, KeyError, struct.error) as error:
             reason = reason_of(error)
             raise ConfigError(f"`model.model_name_or_path={file}`: cannot be read as GGUF; {reason}") from None

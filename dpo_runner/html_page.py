@@ -18,7 +18,7 @@ def render_page(template: str, filters: Mapping[str, Callable[..., Any]], **valu
     markup, and the page's policy runs no script but the page's own and loads nothing.
 
     Args:
-        template: a file of this folder. It gets `plotlyjs`, and a `nonce` for its scripts.
+        template: a file of this folder, which includes `page_head.html`; it gets `plotlyjs`, and a `nonce` for scripts.
         filters: of the template.
         values: what it shows; texts that are `Markup` stay as they are.
     """

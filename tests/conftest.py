@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,16 @@ def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: An
 def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
     return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
+
+
+def run_main(main: Callable[[list[str]], None], *arguments: str) -> int:
+    """Run a command in this process and return its exit code."""
+    try:
+        main(list(arguments))
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, int)
+        return stopped.code
+    return 0
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import run_main
 from run_folders import write_run
 
 from dpo_runner.compare import main
@@ -18,12 +19,7 @@ HOSTILE = "[red]\x1b[31m\u202e<b>x"
 
 
 def compare(*arguments: str) -> int:
-    try:
-        main(list(arguments))
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
-    return 0
+    return run_main(main, *arguments)
 
 
 @pytest.fixture

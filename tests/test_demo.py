@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from test_export import answer_in_chat, answer_plainly
 
 from dpo_runner import load_conf, run
+from dpo_runner.chat import Chat
+from dpo_runner.export import main as export
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800)]
 
 
-def test_the_default_run_makes_answers_short_and_leaves_them_whole(tmp_path: Path) -> None:
+def test_the_default_run_makes_answers_short_and_leaves_them_whole(tmp_path: Path, default_model: str) -> None:
     summary = run(load_conf(["run_dir=r"]))
     assert summary is not None
     before, after = summary["before"], summary["after"]
@@ -19,5 +22,8 @@ def test_the_default_run_makes_answers_short_and_leaves_them_whole(tmp_path: Pat
     assert after["response_tokens"] <= 0.65 * before["response_tokens"]
     assert after["responses_at_cap"] <= before["responses_at_cap"]
     samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
-    whole = [s for s in samples if s["policy"]["complete"] and s["policy"]["text"][-1:] in (".", "!", "?")]
+    whole = [s for s in samples if s["after"]["complete"] and s["after"]["text"][-1:] in (".", "!", "?")]
     assert len(whole) >= 0.7 * len(samples)
+
+    export(["r", "--out", "adapter", "--adapter-only"])
+    assert answer_plainly(default_model, "adapter") == answer_in_chat(Chat(tmp_path / "r", max_new_tokens=24))

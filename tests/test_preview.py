@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import open_page
+from conftest import run_main
 from markupsafe import escape
 from rich.console import Console
 
@@ -214,13 +215,7 @@ def test_a_real_browser_draws_the_page_and_runs_nothing_of_the_data(report, rows
 
 
 def run_preview(*arguments: str) -> int:
-    """Run the command in this process and return its exit code."""
-    try:
-        main(["model=tiny_random", *arguments])
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
-    return 0
+    return run_main(main, "model=tiny_random", *arguments)
 
 
 @pytest.fixture

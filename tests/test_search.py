@@ -14,7 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from test_search_space import space_of
-from test_sweep import FAULTS, finish, start, wait_until
+from test_sweep import finish, furnish, start, wait_until
 
 from dpo_runner.artifacts import read_status, update_status, write_json
 from dpo_runner.config import SweepConf, load_conf
@@ -270,12 +270,7 @@ def read_results(sweep: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import ROWS
-
-    path = tmp_path_factory.mktemp("searches")
-    (path / "sitecustomize.py").write_text(FAULTS)
-    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return furnish(tmp_path_factory.mktemp("searches"))
 
 
 @pytest.fixture(scope="module")

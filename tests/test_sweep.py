@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROWS
 
 from dpo_runner.sweep.states import read_jobs
 
@@ -67,6 +68,13 @@ sys.meta_path.insert(0, Patch)
 """
 
 
+def furnish(folder: Path) -> Path:
+    """Put pairs to train on into a folder, and what makes jobs fail where they are told to."""
+    (folder / "sitecustomize.py").write_text(FAULTS)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
@@ -113,12 +121,7 @@ def read_times(sweep: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import ROWS
-
-    path = tmp_path_factory.mktemp("sweeps")
-    (path / "sitecustomize.py").write_text(FAULTS)
-    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return furnish(tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.fixture(scope="module")
