@@ -178,6 +178,15 @@ class RunDirectory:
             self._status |= {"state": state, "pid": os.getpid(), "heartbeat": _now(), **details}
             write_json(self.path / "status.json", self._status)
 
+    def note_step(self, step: int) -> None:
+        """Let status.json say, from the next time that it is written, how many optimizer steps were made."""
+        with self._lock:
+            self._status["step"] = step
+
+    def drop_checkpoints(self) -> None:
+        """Free the room of the checkpoints of a run that will not be continued."""
+        shutil.rmtree(self.checkpoints)
+
     def start_heartbeat(self) -> None:
         """Renew status.json's `heartbeat` every few seconds for as long as this process lives."""
 
@@ -202,10 +211,7 @@ class RunDirectory:
         """Drop the log events after `step`, which a resumed run is about to log again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(
-                path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-            )
+            write_lines(path, [json.dumps(event) for event in read_metrics(self.path) if event["step"] <= step])
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
@@ -233,6 +239,15 @@ def read_status(path: Path) -> dict[str, Any] | None:
         return None
     assert isinstance(status, dict)
     return status
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the log events of a run directory, without a last line that a kill has cut off."""
+    try:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_summary(path: Path) -> dict[str, Any]:

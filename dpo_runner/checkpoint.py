@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from dpo_runner.artifacts import HEARTBEAT_SECONDS, mask_secrets
@@ -98,15 +99,17 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
 def is_alive(status: dict[str, Any]) -> bool:
     """Whether the process that wrote a status is alive: its heartbeat is fresh, or at least its pid is in use."""
     age = (datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])).total_seconds()
-    if age > 6 * HEARTBEAT_SECONDS:
-        return False
+    return age <= 6 * HEARTBEAT_SECONDS and is_process_alive(status["pid"])
+
+
+def is_process_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended, and that nobody has asked about (a zombie), is none."""
     try:
-        os.kill(status["pid"], 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,8 @@ LABELS = {
 }
 """What a column is called, where not by the metric's own name."""
 _NO_LIMIT = 10_000
+_FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
+"""How a formula begins in Excel, LibreOffice and Google Sheets; a number with its sign is none."""
 _STATES = {"finished": "green", "failed": "red", "running": "cyan"}
 
 
@@ -167,10 +170,16 @@ def to_csv(comparison: Comparison) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     metrics = [column for name in names for column in ([name, f"{name} (standard error)"] if seeds else [name])]
-    writer.writerow(["run", "path", "state", "best", "pareto", "n", *comparison.settings, *metrics])
-    for row in comparison.rows:
-        writer.writerow([visible(str(cell)) for cell in _list_cells(comparison, row, names, seeds)])
+    heading = ["run", "path", "state", "best", "pareto", "n", *comparison.settings, *metrics]
+    for cells in (heading, *(_list_cells(comparison, row, names, seeds) for row in comparison.rows)):
+        writer.writerow([_to_cell(cell) for cell in cells])
     return file.getvalue()
+
+
+def _to_cell(value: Any) -> str:
+    """Return a cell's text; one that a spreadsheet would take for a formula, and run, begins with an apostrophe."""
+    text = visible(str(value))
+    return f"'{text}" if isinstance(value, str) and _FORMULA.match(text) else text
 
 
 def _list_cells(comparison: Comparison, row: Row, names: list[str], seeds: bool) -> list[Any]:

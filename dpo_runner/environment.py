@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,27 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
 
 
 def reset_peak_memory() -> None:
-    """Forget the GPU memory peak of an earlier run of this process; resident memory's peak cannot be reset."""
+    """Forget the memory peak of an earlier run of this process: on the GPU, and on Linux the resident memory's too."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # another system, or a sandbox: the peak is then the whole process's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is resident now
 
 
 def measure_peak_memory() -> float:
-    """Return the most memory held, in GB: by this run on the GPU where one is used, else by the process."""
+    """Return the most memory held since the last `reset_peak_memory`, in GB (1e9 bytes).
+
+    On a GPU it is what this process has allocated there, else the process's resident memory, its libraries included.
+    The latter is since the process's start where the system is not Linux.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # unlike ru_maxrss, never that of the program which started this one
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _read_commit() -> str | None:

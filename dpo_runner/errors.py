@@ -72,6 +72,13 @@ class RunInterrupted(DpoRunnerError):
         self.exit_code = 128 + signal_number
 
 
+def describe_failure(error: BaseException) -> str:
+    """Return the kind of an error and what it says; of SystemExit, which says nothing, what happened."""
+    if isinstance(error, SystemExit):
+        return f"the run called sys.exit({error.code!r})"
+    return f"{type(error).__name__}: {str(error).strip()}"
+
+
 def reason_of(error: Exception) -> str:
     """Return the first line of an error's message that is not blank, else the name of its class."""
     text = str(error)

@@ -32,6 +32,7 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._directory.note_step(state.global_step)
         self._console.show_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:

@@ -6,7 +6,6 @@ plan -> data -> model -> trainer -> step-0 check -> train -> evaluate -> sample 
 import logging
 import re
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ with quiet_imports():
     from dpo_runner.reference import describe_reference, is_initial
     from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
+    from dpo_runner.stopping import Stopping
     from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
     from dpo_runner.vocabulary import describe_padding
@@ -38,7 +38,7 @@ from dpo_runner.checkpoint import check_continuable, check_unused, find_last_che
 from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.tracking import Tracker, track
 
@@ -69,7 +69,8 @@ def run(
         ConfigError: the configuration, or a file or model that it names, cannot be used. Nothing was trained.
         RunError: the run itself failed. status.json says how, run.log has the traceback.
         RunPruned: one of `callbacks` has given the run up.
-        RunInterrupted: SIGINT or SIGTERM. The same command with run_dir set continues from the last checkpoint.
+        RunInterrupted: SIGINT or SIGTERM; of the training, the step is finished and a checkpoint written before, unless
+            it was sent twice. The same command with run_dir set continues from the last checkpoint.
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)
@@ -98,8 +99,9 @@ def run(
         _show_memory(conf, data, console)
         return None
     assert data is not None
-    with _recorded(RunDirectory(path), conf, overrides, console) as (directory, tracker):
-        summary = _train(directory, conf, args, tokenizer, data, console, tracker, callbacks)
+    stopping = Stopping()
+    with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
+        summary = _train(directory, conf, args, tokenizer, data, console, tracker, [*callbacks, stopping])
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     return summary
 
@@ -119,12 +121,12 @@ def _show_memory(conf: RunConf, data: PreferenceData | None, console: RunConsole
 
 @contextmanager
 def _recorded(
-    directory: RunDirectory, conf: RunConf, overrides: Sequence[str], console: RunConsole
+    directory: RunDirectory, conf: RunConf, overrides: Sequence[str], console: RunConsole, stopping: Stopping
 ) -> Iterator[tuple[RunDirectory, Tracker]]:
     """Keep status.json, run.log and W&B true to what happens inside, however it ends."""
     with ExitStack() as stack:
         stack.enter_context(route_library_logs(directory.log))
-        stack.enter_context(_terminate_as_interrupt())
+        stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
         directory.write_config(conf, overrides)
         directory.write_status("running")
@@ -143,16 +145,16 @@ def _recorded(
             console.stop_training()
             console.say(str(error))
             directory.write_status("pruned", step=error.step, steps=error.steps)
+            directory.drop_checkpoints()  # nobody continues it
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             console.stop_training()
             logger.error("the run failed\n%s", traceback.format_exc())
-            directory.write_status("failed", error=f"{type(error).__name__}: {error}")
+            told = describe_failure(error)
+            directory.write_status("failed", error=told)
             if isinstance(error, DpoRunnerError):
                 raise
-            raise RunError(
-                f"{type(error).__name__}: {str(error).strip()}; the traceback is in {directory.log}"
-            ) from error
+            raise RunError(f"{told}; the traceback is in {directory.log}") from error
 
 
 def _train(
@@ -263,20 +265,3 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
         "pairs_per_second": round(pairs / runtime, 4),
         "weights": f"best by {trainer.args.metric_for_best_model}: {Path(best).name}" if best else "last",
     }
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, with its status written. Signals reach the main thread only."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -95,6 +95,18 @@ def test_csv_and_json_hold_every_row_and_figure(sweep: Path, tmp_path: Path, cap
     assert json.loads(capsys.readouterr().out) == written
 
 
+def test_no_text_of_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path, capsys) -> None:
+    values = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "-1", "1e-3", "plain"]
+    for index, value in enumerate(values):
+        margin = -1.5 if index == 0 else 1.0
+        write_run(tmp_path / f"@{index}", training__loss_type=value, training__beta=-0.5 + index, margin=margin)
+    assert compare(str(tmp_path), "--csv", "-") == 0
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    told = [rows[f"'@{index}"]["training.loss_type"] for index in range(len(values))]
+    assert told == ["'=1+1", "'+cmd", "'-2+3", "'@SUM(A1)", "'\t=1", "-1", "1e-3", "plain"]
+    assert (rows["'@0"]["training.beta"], rows["'@0"]["eval_rewards/margins"]) == ("-0.5", "-1.5")
+
+
 def test_json_has_null_for_what_is_no_number(tmp_path: Path, capsys) -> None:
     write_run(tmp_path / "a", accuracy=float("nan"))
     assert compare(str(tmp_path), "--json", "-") == 0

@@ -202,8 +202,19 @@ def test_the_page_of_a_sweep_is_rebuilt_in_its_folder_whatever_its_runs_are(tmp_
     (tmp_path / "0-a").mkdir()
     (tmp_path / "0-a" / "status.json").write_text('{"state": "pending"}')
     write_run(tmp_path / "1-b", state="failed")
+    half = write_run(tmp_path / "2-c", state="running", steps=10)
+    (half / "config.yaml").unlink()
+    for name in ("metrics.jsonl", "status.json"):
+        (half / name).write_text((half / name).read_text()[:-9])
+    foreign = tmp_path / "trl" / "checkpoint-3"
+    foreign.mkdir(parents=True)
+    history = [{"step": 3, "rewards/margins": 0.5}]
+    (foreign / "trainer_state.json").write_text(json.dumps({"global_step": 3, "max_steps": 9, "log_history": history}))
+    (tmp_path / "4-d").mkdir()
+    (tmp_path / "4-d" / "status.json").mkdir()
     rebuild_page(tmp_path)
-    assert [run["name"] for run in read_payload((tmp_path / "compare.html").read_text())["runs"]] == ["1-b", "0-a"]
+    shown = {run["name"]: run["state"] for run in read_payload((tmp_path / "compare.html").read_text())["runs"]}
+    assert shown == {"0-a": "pending", "1-b": "failed", "2-c": "unknown", "trl": "unknown"}
     _, complaints = open_page((tmp_path / "compare.html").read_text(), tmp_path)
     assert complaints == []
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.name.startswith(".")] == []

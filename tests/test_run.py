@@ -14,10 +14,10 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from dpo_runner import load_conf, run
-from dpo_runner.errors import ConfigError, RunError, RunInterrupted
+from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned
 from dpo_runner.trainer import RunTrainer
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
@@ -289,15 +289,45 @@ def test_a_run_dir_that_cannot_be_written_is_an_error_at_the_start(tiny_run, tmp
         run(load_conf([*tiny_run, "run_dir=file/r"]))
 
 
+def test_a_run_that_something_ends_by_sys_exit_has_failed(tiny_run, tmp_path, monkeypatch) -> None:
+    def leave(trainer: RunTrainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 3:
+            sys.exit(0)
+        return step(trainer, *args, **kwargs)
+
+    step = RunTrainer.training_step
+    monkeypatch.setattr(RunTrainer, "training_step", leave)
+    with pytest.raises(RunError, match=r"the run called sys\.exit\(0\); the traceback is in r/run\.log"):
+        run(load_conf([*tiny_run, "run_dir=r"]))
+    status = read_json(tmp_path / "r" / "status.json")
+    assert (status["state"], status["error"], status["step"]) == ("failed", "the run called sys.exit(0)", 3)
+    assert "SystemExit" in (tmp_path / "r" / "run.log").read_text()
+
+
+def test_a_run_that_is_given_up_keeps_its_figures_and_no_checkpoints(tiny_run, tmp_path) -> None:
+    class GiveUp(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                assert (tmp_path / "r" / "checkpoints" / "checkpoint-2").is_dir()
+                raise RunPruned(3, state.max_steps)
+
+    with pytest.raises(RunPruned):
+        run(load_conf([*tiny_run, "run_dir=r"]), callbacks=[GiveUp()])
+    assert read_json(tmp_path / "r" / "status.json")["state"] == "pruned"
+    assert not (tmp_path / "r" / "checkpoints").exists()
+    assert [event["step"] for event in read_events(tmp_path / "r") if "loss" in event] == [1, 2, 3]
+
+
 SIGNALLED = """
 import os, runpy, sys
 from dpo_runner.trainer import RunTrainer
 
-number, step = int(sys.argv.pop(1)), RunTrainer.training_step
+number, times, step = int(sys.argv.pop(1)), int(sys.argv.pop(1)), RunTrainer.training_step
 
 def signalled(self, *args, **kwargs):
     if self.state.global_step == 7:
-        os.kill(os.getpid(), number)
+        for _ in range(times):
+            os.kill(os.getpid(), number)
     return step(self, *args, **kwargs)
 
 RunTrainer.training_step = signalled
@@ -305,11 +335,15 @@ runpy.run_module("dpo_runner", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(number, code, tiny_run, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("number", "times", "code", "checkpoint"), [(signal.SIGINT, 1, 130, 8), (signal.SIGTERM, 2, 143, 5)]
+)
+def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
+    number, times, code, checkpoint, tiny_run, tmp_path
+) -> None:
     """The signal comes in the eighth step, as the process sends it to itself: no machine is too fast or too busy."""
     overrides = [*tiny_run, "training.max_steps=10", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
-    command = [sys.executable, "-c", SIGNALLED, str(int(number)), *overrides]
+    command = [sys.executable, "-c", SIGNALLED, str(int(number)), str(times), *overrides]
     stopped = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert stopped.returncode == code, stopped.stderr
     assert "continue with the same command and run_dir=r" in stopped.stderr and "Traceback" not in stopped.stderr
@@ -319,7 +353,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(num
         [sys.executable, "-m", "dpo_runner", *overrides], capture_output=True, text=True, timeout=240
     )
     assert again.returncode == 0, again.stderr
-    assert "continuing from" in again.stdout and "checkpoint-5" in again.stdout
+    assert "continuing from" in again.stdout and f"checkpoint-{checkpoint}\n" in again.stdout
     steps = [event["step"] for event in read_events(tmp_path / "r") if "loss" in event]
     assert steps == list(range(1, 11))
 

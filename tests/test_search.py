@@ -14,11 +14,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from test_search_space import space_of
-from test_sweep import finish, furnish, start, wait_until
+from test_sweep import finish, furnish, release_stopped, start, wait_until
 
 from dpo_runner.artifacts import read_status, update_status, write_json
 from dpo_runner.config import SweepConf, load_conf
 from dpo_runner.errors import ConfigError, RunError, RunPruned
+from dpo_runner.run_records import read_runs
 from dpo_runner.search_config import SearchConf, list_objectives
 from dpo_runner.sweep.directory import resolve_sweep_dir
 from dpo_runner.sweep.pruning import Pruning
@@ -188,10 +189,12 @@ def test_steps_saved_are_counted(tmp_path: Path) -> None:
     end(search, tmp_path / "s", first, 0.1)
     update_status(tmp_path / "s" / second, step=10, steps=35)
     end(search, tmp_path / "s", second, state="pruned")
+    update_status(tmp_path / "s" / third, step=7)
     end(search, tmp_path / "s", third, state="failed")
+    (tmp_path / "s" / third / "metrics.jsonl").write_text('{"step": 8, "loss": 0.5}\n{"step": 9, "lo')  # it was killed
     lines = summarize(read_jobs(tmp_path / "s"), tmp_path / "s", refused=2)
     assert lines[0] == "runs: 1 finished, 1 pruned, 3 failed"
-    assert "14 executed, 25 saved" in lines[1]
+    assert lines[1] == "optimizer steps: 22 executed, 25 saved"
 
 
 @pytest.mark.parametrize("pruner", ["median", "successive_halving"])
@@ -294,7 +297,7 @@ def test_a_search_that_is_killed_within_a_job_ends_as_if_undisturbed(
     wait_until(held.exists)
     process.kill()
     process.communicate()
-    held.unlink()
+    release_stopped(sweep, held)
     before = read_results(sweep)
     assert len(before) == 2
     times = {name: (sweep / name / "summary.json").stat().st_mtime_ns for name in before}
@@ -328,7 +331,11 @@ def test_runs_that_the_pruner_leaves_alone_are_the_same_to_the_last_bit(
     assert status is not None and (status["step"], status["steps"]) == (2, 4)
     events = [json.loads(line) for line in (given_up / "metrics.jsonl").read_text().splitlines()]
     assert any(MARGINS in event and event["step"] == 2 for event in events)
-    assert not (given_up / "summary.json").exists() and not (given_up / "samples.jsonl").exists()
+    left_out = ("summary.json", "samples.jsonl", "checkpoints")
+    assert not any((given_up / name).exists() for name in left_out)
+    compared, notes = read_runs([sweep])
+    assert notes == [] and [run.state for run in compared] == [job.state for job in read_jobs(sweep)]
+    assert all(MARGINS in run.metrics for run in compared)
     code, out, _ = finish(start(folder, *SEARCH, *pruner))
     assert code == 0 and "started" not in out and "2 finished, 3 pruned" in out
 

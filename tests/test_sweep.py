@@ -1,6 +1,8 @@
 """Sweeps from end to end: whatever happens to jobs, workers or the sweep, no result is lost, repeated or another's."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import signal
@@ -8,16 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROWS
+from test_compare_page import read_payload
 
+from dpo_runner.artifacts import read_status
 from dpo_runner.sweep.states import read_jobs
 
 # Found by Python before anything else where it is on PYTHONPATH. In the last of four steps, jobs come to grief by
-# their beta, and the one of HOLD waits for a file.
+# their beta, and that of KILL takes the sweep along; in the third, that of HOLD waits while there is a file.
+# HALT=show_end:2 kills the sweep and its workers as it is about to show the second end of a job.
 FAULTS = """
 import importlib.machinery, os, signal, sys, time
 
@@ -37,30 +44,53 @@ def fault(beta):
 def hold(beta):
     if os.environ.get("HOLD") == str(beta):
         open("held", "w").close()
-        try:
-            time.sleep(300)
-        except KeyboardInterrupt:
-            if "DEAF" not in os.environ:
-                raise
-            time.sleep(300)
+        while os.path.exists("held"):
+            time.sleep(0.02)
+
+def kill(beta):
+    if os.environ.get("KILL") == str(beta):
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def change_trainer(module):
+    plain = module.RunTrainer.training_step
+    def training_step(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            hold(trainer.args.beta)
+        if trainer.state.global_step == 3:
+            kill(trainer.args.beta)
+            if "FAULTS" in os.environ:
+                fault(trainer.args.beta)
+        return plain(trainer, *args, **kwargs)
+    module.RunTrainer.training_step = training_step
+
+def change_screen(module):
+    if "HALT" not in os.environ:
+        return
+    method, _, left = os.environ["HALT"].partition(":")
+    plain, calls = getattr(module.SweepScreen, method), list(range(int(left)))
+    def halting(*args, **kwargs):
+        calls.pop()
+        if not calls:
+            import psutil
+            for worker in psutil.Process().children(recursive=True):
+                worker.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+    setattr(module.SweepScreen, method, halting)
+
+CHANGES = {"dpo_runner.trainer": change_trainer, "dpo_runner.sweep.screen": change_screen}
 
 class Patch:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "dpo_runner.trainer":
+        if name not in CHANGES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         load = spec.loader.exec_module
         def exec_module(module):
             load(module)
-            plain = module.RunTrainer.training_step
-            def training_step(trainer, *args, **kwargs):
-                if trainer.state.global_step == 3:
-                    hold(trainer.args.beta)
-                    if "FAULTS" in os.environ:
-                        fault(trainer.args.beta)
-                return plain(trainer, *args, **kwargs)
-            module.RunTrainer.training_step = training_step
+            CHANGES[name](module)
         spec.loader.exec_module = exec_module
         return spec
 
@@ -104,6 +134,17 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
+def has_states(sweep: Path, states: list[str]) -> bool:
+    return [job.state for job in read_jobs(sweep)] == states
+
+
+def release_stopped(sweep: Path, held: Path) -> None:
+    """Let a held job end its step once it has heard that it is to stop."""
+    wait_until(lambda: any("stopping after this step" in log.read_text() for log in sweep.glob("*/job.log")))
+    held.unlink()
+    wait_until(lambda: any(job.state == "interrupted" for job in read_jobs(sweep)))
+
+
 def read_results(sweep: Path) -> dict[float, tuple[str, str]]:
     """Return the adapter's digest and the metrics of each finished job, by its beta."""
     results = {}
@@ -130,6 +171,8 @@ def undisturbed(folder: Path, own_cache: None) -> Iterator[dict[float, tuple[str
     code, out, err = finish(start(folder, "training.beta=0.1,0.4,0.7", "sweep.dir=undisturbed"))
     assert code == 0, err
     assert "about" in out and "left" in out and "accuracy" in out
+    statuses = [read_status(folder / "undisturbed" / job.name) for job in read_jobs(folder / "undisturbed")]
+    assert len({status["pid"] for status in statuses}) == 1, "a worker is kept from one job to the next"
     yield read_results(folder / "undisturbed")
 
 
@@ -144,7 +187,7 @@ def test_failing_jobs_cost_nobody_else_and_are_all_listed(
     assert "error: 5 of 7 runs of the sweep failed" in err and "Traceback" not in err
     told = {
         0: "ValueError: this job raises",
-        1: "the job called sys.exit(3)",
+        1: "the run called sys.exit(3)",
         3: "its process was killed by SIGKILL",
         4: "OutOfMemoryError: CUDA out of memory",
         5: "its process ended with exit code 7",
@@ -178,32 +221,37 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
     process = start(folder, *arguments, HOLD="0.1")
     wait_until(held.exists)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all of the terminal's group, but its workers only once
+    release_stopped(sweep, held)
     code, out, err = finish(process)
-    assert code == 130 and "interrupted" in err and "sweep.dir=stopped" in err
+    assert code == 130 and "interrupted" in err and "sweep.dir=stopped" in err and "stop after their step" in err
     assert read_jobs(sweep)[0].error == "SIGTERM"
     assert [job.state for job in read_jobs(sweep)] == ["interrupted", "pending", "pending"]
-    held.unlink()
+    assert read_jobs(sweep)[0].checkpoint == 3, "of the step in which it was stopped"
 
-    process = start(folder, *arguments, HOLD="0.1")  # killed within a job, which its worker notices
+    process = start(folder, *arguments, HOLD="0.4")  # killed within a job, which its worker notices
     wait_until(held.exists)
     process.kill()
     process.communicate()
-    held.unlink()
-    process = start(folder, *arguments)  # killed as soon as a job has ended
-    wait_until(lambda: any(job.state == "finished" for job in read_jobs(sweep)))
-    process.kill()
-    process.communicate()
+    release_stopped(sweep, held)
     before = read_times(sweep)
     assert len(before) == 1
+    process = start(folder, *arguments)  # killed as soon as a job has ended
+    wait_until(lambda: sum(job.state == "finished" for job in read_jobs(sweep)) == 2)
+    process.kill()
+    process.communicate()
 
-    process = start(folder, *arguments, HOLD="0.7", DEAF="1")
+    process = start(folder, *arguments, HOLD="0.7")
     wait_until(held.exists)
-    process.send_signal(signal.SIGTERM)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)  # twice: now
-    assert finish(process)[0] == 143
+    assert process.poll() is None and workers[0].is_running()
+    os.killpg(process.pid, signal.SIGINT)  # twice: now
+    began = time.monotonic()
+    assert finish(process)[0] == 130 and time.monotonic() - began < 20
+    assert not any(worker.is_running() for worker in workers)
     assert [job.state for job in read_jobs(sweep)] == ["finished", "finished", "interrupted"]
+    held.unlink()
 
     code, out, err = finish(start(folder, *arguments, "sweep.workers=2"))
     assert code == 0, err
@@ -212,6 +260,65 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
     assert {name: read_times(sweep)[name] for name in before} == before
     code, out, _ = finish(start(folder, *arguments))
     assert code == 0 and "started " not in out and out.count("finished") == 6  # plan and result
+
+
+def read_table(sweep: Path) -> list[dict[str, str]]:
+    """Return the rows that `compare --csv` has of a sweep, without what tells of the machine."""
+    command = [sys.executable, "-m", "dpo_runner.compare", ".", "--csv", "-"]
+    shown = subprocess.run(command, cwd=sweep, capture_output=True, text=True, check=True)
+    assert shown.stderr == ""
+    timed = {"train_runtime", "pairs_per_second", "peak_memory_gb"}
+    rows = list(csv.DictReader(io.StringIO(shown.stdout)))
+    assert len(rows) == 3 and timed < rows[0].keys() and rows[0]["best"] == "1"
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def test_a_sweep_killed_at_each_boundary_of_its_jobs_and_within_one_repeats_and_skips_none(
+    folder: Path, undisturbed: dict[float, tuple[str, str]]
+) -> None:
+    arguments = ("training.beta=0.1,0.4,0.7", "run_name=boundaries")
+    kills = (
+        ({"HALT": "show_start:1"}, ["pending"] * 3),
+        ({"HALT": "show_end:1"}, ["finished", "pending", "pending"]),
+        ({"KILL": "0.4"}, ["finished", "interrupted", "pending"]),
+        ({"HALT": "show_start:2"}, ["finished", "finished", "pending"]),
+        ({"HALT": "show_end:1"}, ["finished"] * 3),
+        ({"HALT": "show_result:1"}, ["finished"] * 3),
+    )
+    for environment, states in kills:
+        resume = ["sweep.resume=last"] if (folder / "outputs/sweeps/boundaries").exists() else []
+        code, _, err = finish(start(folder, *arguments, *resume, **environment))
+        assert (code, err) == (-signal.SIGKILL, "")
+        (sweep,) = (folder / "outputs/sweeps/boundaries").iterdir()
+        wait_until(partial(has_states, sweep, states))  # the worker may outlive the sweep by a moment
+        if environment.get("HALT") == "show_start:2":  # the page follows each job
+            shown = read_payload((sweep / "compare.html").read_text(encoding="utf-8"))["runs"]
+            assert sorted(run["state"] for run in shown) == ["finished", "finished", "pending"]
+    code, out, err = finish(start(folder, *arguments, "sweep.resume=last"))
+    assert code == 0 and "started " not in out, err
+    assert read_results(sweep) == undisturbed
+    assert read_table(sweep) == read_table(folder / "undisturbed")
+    logs = [(sweep / job.name / "job.log").read_text() for job in read_jobs(sweep)]
+    assert [log.count("loading the model") for log in logs] == [1, 2, 1]
+    assert "continuing from" in logs[1]
+
+
+def test_no_value_leads_out_of_the_sweeps_directory(tmp_path: Path, own_cache: None) -> None:
+    home = tmp_path / "one" / "two" / "three"
+    home.mkdir(parents=True)
+    furnish(home)
+    (home / "pairs.jsonl").rename(home.parent / "pairs.jsonl")
+    before = set(tmp_path.rglob("*"))
+    long = "./" * 1500
+    paths = f"data.path=../pairs.jsonl,{long}../pairs.jsonl,{home.parent}/pairs.jsonl"
+    odd = ("wandb=offline", "wandb.name=../../x", "wandb.group=../../x", "wandb.tags=[../../x]", "wandb.notes=../../x")
+    code, _, err = finish(start(home, paths, *odd, "sweep.dir=s", "sweep.threads_per_worker=2", "training.max_steps=1"))
+    assert code == 0, err
+    assert [job.state for job in read_jobs(home / "s")] == ["finished"] * 3
+    environment = json.loads(next((home / "s").glob("0-*/environment.json")).read_text())
+    assert environment["hardware"]["torch_threads"] == 2
+    written = {path for path in set(tmp_path.rglob("*")) - before if not path.is_relative_to(home / "s")}
+    assert {path for path in written if "__pycache__" not in path.parts} == set()
 
 
 def test_a_sweep_stops_at_the_first_failure_where_it_is_told_to(folder: Path, own_cache: None) -> None:

@@ -90,6 +90,7 @@ def test_points_that_compute_the_same_are_merged() -> None:
         (["training.ref_model_sync_steps=64,128"], "needs training.sync_ref_model=true"),
         (["wandb.notes=a,b"], "`wandb.notes`: does not change what is computed"),
         (["run_name=a,b"], "`run_name`: does not change what is computed"),
+        (["seed=1,2", "run_name=../../x"], "`run_name=../../x`: names one folder under outputs/"),
         (["seed=1,2", "resume=never"], "use a new sweep.dir instead"),
         (["seed=1,2", "sweep.workers=1,2"], "`sweep.workers`: is the same for all runs"),
         (["seed=1,2", "sweep.workers=0"], "`sweep.workers=0`: must be at least 1"),

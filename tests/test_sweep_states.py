@@ -40,7 +40,7 @@ def test_a_new_sweep_is_pending_and_its_record_holds_no_secret(tmp_path: Path) -
 def test_states_are_read_as_they_are_and_a_dead_process_is_an_interruption(tmp_path: Path) -> None:
     names = make_sweep(tmp_path / "s")
     child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as where a container's first process reaps none
     now = "2999-01-01T00:00:00+00:00"
     update_status(tmp_path / "s" / names[0], state="running", pid=child.pid, heartbeat=now)
     update_status(tmp_path / "s" / names[1], state="running", pid=os.getpid(), heartbeat=now)
@@ -49,6 +49,8 @@ def test_states_are_read_as_they_are_and_a_dead_process_is_an_interruption(tmp_p
     (tmp_path / "s" / "notes").mkdir()
     jobs = read_jobs(tmp_path / "s")
     assert [job.state for job in jobs] == ["interrupted", "running", "failed", "pending"]
+    child.wait()
+    assert read_jobs(tmp_path / "s")[0].state == "interrupted"
     assert (jobs[2].error, jobs[2].log, jobs[3].name) == ("ValueError: no", "somewhere", "10-0123abcd")
 
 

@@ -3,19 +3,27 @@
 import fcntl
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from omegaconf import OmegaConf
 
+from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.sweep.directory import lock
-from dpo_runner.sweep.jobs import Job, place_conf
+from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
+from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.states import read_job
+from dpo_runner.sweep.worker import perform
 from dpo_runner.sweep.workers import Worker, WorkerPool, list_gpus
+from dpo_runner.sweep_config import SweepConf
 
 LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)
@@ -59,6 +67,54 @@ def test_where_no_worker_can_start_the_sweep_says_why_and_where(
     assert started == [] and read_job(job.path).state == "pending"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_asks_running_jobs_to_stop_and_a_second_one_kills(tmp_path: Path, number: signal.Signals) -> None:
+    pool = WorkerPool(2, 1, tmp_path)
+    busy, idle = Mock(), Mock(job=None)
+    pool._workers = {0: busy, 1: idle}
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pool._signals_stop_it():
+        os.kill(os.getpid(), number)
+        assert pool.signal == number and busy.process.terminate.called
+        assert not idle.process.terminate.called and not busy.kill.called
+        os.kill(os.getpid(), number)
+        assert busy.kill.called and idle.kill.called
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize(
+    ("settings", "started"), [({"on_error": "stop"}, 1), ({"max_failures": 2}, 2), ({"max_failures": 9}, 4), ({}, 4)]
+)
+def test_no_more_jobs_are_started_after_so_many_failures(
+    settings: dict, started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailingPool:
+        count, signal = 1, None
+
+        def __init__(self, *args: object) -> None:
+            self.started = 0
+
+        def run(self, jobs: deque[Job], on_start: Callable[[Job], None], on_end: Callable[[Outcome], None]) -> None:
+            while jobs:
+                on_start(jobs[0])
+                update_status(jobs[0].path, state="failed", error="no")
+                on_end(Outcome(jobs.popleft(), "failed", 1.0, "no"))
+
+    monkeypatch.setattr("dpo_runner.sweep.launcher.WorkerPool", FailingPool)
+    launcher = WorkersLauncher()
+    launcher.setup(hydra_context=None, task_function=None, config=OmegaConf.create({"sweep": SweepConf(**settings)}))
+    launcher.launch([[f"seed={n}", *write_place(tmp_path, f"{n}-01234567")] for n in range(4)], 0)
+    assert len(list(tmp_path.glob("*/status.json"))) == started
+
+
+def test_a_job_that_fails_again_is_told_by_its_new_error(tmp_path: Path) -> None:
+    update_status(tmp_path / "r", state="failed", error="the old one")
+    outcome = perform(load_conf(["model=tiny_random", "data=local_file", "data.path=absent.jsonl", "run_dir=r"]), [])
+    assert "no such file" in outcome["error"]
+    status = read_status(tmp_path / "r")
+    assert status is not None and "no such file" in status["error"]
+
+
 def test_other_launchers_can_send_our_classes_to_their_processes() -> None:
     from hydra.core.plugins import Plugins
 
@@ -84,11 +140,13 @@ def test_settings_that_another_launcher_would_ignore_are_refused(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point() -> None:
+def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point(tmp_path: Path) -> None:
     command = ["-m", "quant=nf4,fp4", "quant.bnb_4bit_use_double_quant=false", "dry_run=true"]
     result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 points" in result.stdout and "double_quant" not in result.stdout
+    assert "estimated once the first has finished" in result.stdout and "1 epoch" in result.stdout
+    assert "sweep directory  outputs/sweeps/dpo/" in result.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_stays_locked_until_the_last_worker_has_ended(tmp_path: Path) -> None:

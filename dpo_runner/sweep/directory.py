@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.artifacts import find_fresh_folder, mask_override, update_status, write_json
+from dpo_runner.checkpoint import is_process_alive
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.names import assign_names
 from dpo_runner.sweep.points import Point
@@ -104,7 +105,7 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not _try_lock(handle):
         owner = os.pread(handle, 32, 0).decode()
-        if _is_running(owner) or time.monotonic() > deadline:
+        if (owner.isdecimal() and is_process_alive(int(owner))) or time.monotonic() > deadline:
             os.close(handle)
             raise ConfigError(f"`sweep.dir={path}`: process {owner} is running this sweep; wait for it, or stop it")
         if deadline - time.monotonic() > _PATIENCE_SECONDS - 0.3:
@@ -120,14 +121,4 @@ def _try_lock(handle: int) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
     return True

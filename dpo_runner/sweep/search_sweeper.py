@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dpo_runner.artifacts import read_status, read_summary
+from dpo_runner.artifacts import read_status
 from dpo_runner.errors import RunError
 from dpo_runner.search_config import read_direction
 from dpo_runner.sweep.axes import compose_point, merge_axes, read_axis, read_sweep_conf
@@ -17,7 +17,7 @@ from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.points import label_point
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.space import Space, read_axis_ends, read_space
-from dpo_runner.sweep.states import DONE, JobState, read_job
+from dpo_runner.sweep.states import DONE, JobState, read_job, read_progress
 from dpo_runner.sweep.sweeper import GridSweeper, read_config_dir
 from dpo_runner.sweep.workers import count_workers
 from dpo_runner.sweep_config import SweepConf
@@ -130,11 +130,10 @@ def summarize(jobs: Sequence[JobState], path: Path, refused: int = 0) -> list[st
     states = [job.state for job in jobs]
     counts = {state: states.count(state) for state in ("finished", "pruned", "failed")}
     counts["failed"] += refused
-    executed = sum(read_summary(path / job.name)["steps"] for job in jobs if job.state == "finished")
+    executed = sum(read_progress(path / job.name) for job in jobs)
     pruned = [status for job in jobs if job.state == "pruned" and (status := read_status(path / job.name))]
     saved = sum(status["steps"] - status["step"] for status in pruned)
-    executed += sum(status["step"] for status in pruned)
     return [
         "runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()),
-        f"optimizer steps of finished and pruned runs: {executed} executed, {saved} saved",
+        f"optimizer steps: {executed} executed, {saved} saved",
     ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import read_status, read_summary
+from dpo_runner.artifacts import read_metrics, read_status, read_summary
 from dpo_runner.checkpoint import find_last_checkpoint, is_alive, read_step
 from dpo_runner.sweep.names import split_name
 
@@ -60,6 +60,15 @@ def read_jobs(sweep_dir: Path) -> list[JobState]:
     """Return the state of every job in a sweep's directory, in the order of their indices."""
     found = [(split, path) for path in sweep_dir.iterdir() if (split := split_name(path.name)) and path.is_dir()]
     return [read_job(path) for _, path in sorted(found)]
+
+
+def read_progress(path: Path) -> int:
+    """Return how many optimizer steps a run has made; one that was killed may have made more since it last said so."""
+    status, last = read_status(path) or {}, find_last_checkpoint(path / "checkpoints")
+    if status.get("state") == "finished":
+        return int(read_summary(path)["steps"])
+    logged = [int(event["step"]) for event in read_metrics(path)]
+    return max(int(status.get("step", 0)), read_step(last) if last is not None else 0, *logged)
 
 
 def show_metrics(metrics: dict[str, Any] | None) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
-from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned
+from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.exits import report
 from dpo_runner.sweep.failures import is_out_of_memory
 from dpo_runner.sweep.states import DONE
@@ -41,6 +41,7 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
     assert conf.run_dir is not None
     path = Path(conf.run_dir)
     place = {} if log is None else {"log": str(log)}
+    before = read_status(path)
     try:
         run(conf, overrides, callbacks=_build_callbacks(conf, path))
     except RunPruned as error:
@@ -51,9 +52,8 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
         update_status(path, state="interrupted", error=name, **place)
         return {"state": "interrupted", "error": name, "signal": number}
     except BaseException as error:  # SystemExit too: the job may call what it likes
-        called = f"the job called sys.exit({error.code!r})" if isinstance(error, SystemExit) else ""
-        told = called or str(error).strip() or type(error).__name__
-        if not called and (status := read_status(path) or {}).get("state") == "failed" and "error" in status:
+        told = str(error).strip() if isinstance(error, DpoRunnerError) else describe_failure(error)
+        if (status := read_status(path)) is not None and status != before and status["state"] == "failed":
             told = str(status["error"])  # the run has recorded it in its own words
         if isinstance(error, DpoRunnerError):
             report(error)  # run.log has the traceback where there is any

@@ -23,6 +23,7 @@ from dpo_runner.sweep.states import DONE
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 30
 _FALSE_STARTS = 3
+_NOTICE = b"\nrunning jobs stop after their step, with a checkpoint; the same signal again stops them at once\n"
 
 
 class Worker:
@@ -183,6 +184,8 @@ class WorkerPool:
     def _signals_stop_it(self) -> Iterator[None]:
         def stop(number: int, frame: Any) -> None:
             again, self.signal = self.signal is not None, number
+            if not again:
+                os.write(2, _NOTICE)  # what else prints may be in the midst of printing
             for worker in self._workers.values():
                 if again:
                     worker.kill()

@@ -1,0 +1,65 @@
+"""Stopping a run from outside: after its step and with a checkpoint, or at once where it is told so twice."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+_NOTICE = b"\nstopping after this step, with a checkpoint; the same signal again stops at once\n"
+
+
+class Stopping(TrainerCallback):  # type: ignore[misc]
+    """Lets SIGINT and SIGTERM end the training with a checkpoint of the step that it is in.
+
+    Before and after the training, and where it is a second one, a signal ends the run where it stands.
+
+    Raises:
+        KeyboardInterrupt: with the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._training = False
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Heed signals for as long as this lasts; they reach the main thread only, and elsewhere nothing is done."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._heed) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _heed(self, number: int, frame: Any) -> None:
+        if self._signal is not None or not self._training:
+            raise KeyboardInterrupt(number)
+        self._signal = number
+        os.write(2, _NOTICE)  # what else prints may be in the midst of printing
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self._signal is not None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self._signal is not None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+        self._stop()  # the signal has come after the last save
+
+    def _stop(self) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt(self._signal)

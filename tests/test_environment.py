@@ -1,0 +1,30 @@
+"""What a run records of the machine that it ran on."""
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from dpo_runner import environment
+from dpo_runner.environment import measure_peak_memory, reset_peak_memory
+
+
+def hold(megabytes: int) -> None:
+    """Hold so much memory for a moment, out of the allocator's reach, which may keep what it has had."""
+    with mmap.mmap(-1, megabytes * 1_000_000) as memory:
+        for at in range(0, len(memory), mmap.PAGESIZE):
+            memory[at] = 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_the_peak_of_memory_is_the_runs_own_and_not_an_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    reset_peak_memory()
+    idle = measure_peak_memory()
+    hold(600)
+    first = measure_peak_memory()
+    reset_peak_memory()
+    hold(200)
+    second = measure_peak_memory()
+    assert first - idle == pytest.approx(0.6, abs=0.15)
+    assert second - idle == pytest.approx(0.2, abs=0.15)
