@@ -330,6 +330,21 @@ def test_a_sweep_stops_at_the_first_failure_where_it_is_told_to(folder: Path, ow
     assert "1 of 3 runs of the sweep failed" in err and "2 are left" in out
 
 
+def test_a_launcher_of_others_has_its_files_in_the_sweeps_directory_and_its_dead_jobs_are_told(
+    folder: Path, undisturbed: dict[float, tuple[str, str]]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher==1.2.0")
+    arguments = ("training.beta=0.1,0.4", "hydra/launcher=submitit_local", "sweep.dir=submitted")
+    code, _, err = finish(start(folder, *arguments, FAULTS="1"))
+    sweep = folder / "submitted"
+    assert code == 1 and "1 of 2 runs of the sweep failed" in err and "was killed" in err
+    assert [job.state for job in read_jobs(sweep)] == ["finished", "interrupted"]
+    assert list((sweep / ".submitit").iterdir()) and not (folder / "multirun").exists()
+    code, out, err = finish(start(folder, *arguments))
+    assert code == 0 and "continues at step 2" in out, err
+    assert read_results(sweep) == {beta: undisturbed[beta] for beta in (0.1, 0.4)}
+
+
 def test_hydras_own_launcher_still_works(folder: Path, own_cache: None) -> None:
     code, _, err = finish(
         start(

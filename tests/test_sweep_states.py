@@ -51,6 +51,7 @@ def test_states_are_read_as_they_are_and_a_dead_process_is_an_interruption(tmp_p
     assert [job.state for job in jobs] == ["interrupted", "running", "failed", "pending"]
     child.wait()
     assert read_jobs(tmp_path / "s")[0].state == "interrupted"
+    assert f"its process, {child.pid}, was killed" in str(jobs[0].error)
     assert (jobs[2].error, jobs[2].log, jobs[3].name) == ("ValueError: no", "somewhere", "10-0123abcd")
 
 

@@ -47,6 +47,7 @@ class OptunaSweeper(GridSweeper):
         space = read_space(overrides, axes)
         sweep = read_sweep_conf(axes, config_dir)
         path = resolve_sweep_dir(sweep, self._config.run_name)
+        self._build_launcher(path)
         screen = SweepScreen()
         _show_plan(screen, space, sweep, path)
         if compose_point(space.corners()[0], config_dir).dry_run:

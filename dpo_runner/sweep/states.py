@@ -42,14 +42,14 @@ class JobState:
 def read_job(path: Path) -> JobState:
     """Return the state of one job; a directory that is not there is of a job that is pending."""
     status = read_status(path) or {"state": "pending"}
-    state = status["state"]
-    if state == "running" and not is_alive(status):
-        state = "interrupted"  # its process was killed and could not say so
+    state, error = status["state"], status.get("error")
+    if state == "running" and not is_alive(status):  # it could not say so itself
+        state, error = "interrupted", f"its process, {status['pid']}, was killed, or went down with the machine"
     last = find_last_checkpoint(path / "checkpoints") if state not in DONE else None
     return JobState(
         path.name,
         state,
-        status.get("error"),
+        error,
         status.get("log"),
         read_summary(path)["after"] if state == "finished" else {},
         read_step(last) if last is not None else None,

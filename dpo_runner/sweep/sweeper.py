@@ -48,10 +48,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         self._params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._config, self._context = config, hydra_context
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self._config, self._context, self._task_function = config, hydra_context, task_function
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep that the command's overrides span.
@@ -61,12 +58,13 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
             RunError: jobs failed, all of which it names.
             RunInterrupted: a signal stopped the sweep.
         """
-        self._check_launcher()
         config_dir = read_config_dir(self._config)
         axes = self._read_axes([*(f"{key}={value}" for key, value in self._params.items()), *arguments])
         points, merged = build_points(axes, config_dir)
         sweep = read_sweep_conf(axes, config_dir)
         path = resolve_sweep_dir(sweep, self._config.run_name)
+        self._build_launcher(path)
+        self._check_launcher()
         names = name_points(points, path)
         screen = SweepScreen()
         screen.show_plan(path, names, points, merged)
@@ -88,6 +86,14 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         if trouble is not None:
             raise RunError(f"the launcher failed: {type(trouble).__name__}: {trouble}") from trouble
         return None
+
+    def _build_launcher(self, path: Path) -> None:
+        """Make the launcher, some of which have files of their own in the sweep's directory."""
+        with read_write(self._config.hydra), open_dict(self._config.hydra):
+            self._config.hydra.sweep.dir = str(path)
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self._context, task_function=self._task_function, config=self._config
+        )
 
     def _check_launcher(self) -> None:
         """Refuse settings that Hydra's own launchers would ignore."""
@@ -114,8 +120,6 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         """Run jobs; return what another launcher raised, which has told less than the jobs' directories do."""
         if isinstance(self._launcher, WorkersLauncher):
             self._launcher.inherited, self._launcher.config_dir = [handle], config_dir
-        with read_write(self._config.hydra), open_dict(self._config.hydra):
-            self._config.hydra.sweep.dir = str(path)  # Hydra's own launchers make it
         overrides = [[*point.overrides, *write_place(path, name)] for name, point in waiting]
         try:
             self._launcher.launch(overrides, initial_job_idx=0)
