@@ -18,7 +18,7 @@ from dpo_runner.sweep_config import SweepConf
 
 _RECORD = "sweep.json"
 _LOCK = "sweep.lock"
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 300  # a worker that is left alone ends its step and writes a checkpoint
 
 
 @dataclass
