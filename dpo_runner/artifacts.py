@@ -187,6 +187,12 @@ class RunDirectory:
         """Free the room of the checkpoints of a run that will not be continued."""
         shutil.rmtree(self.checkpoints)
 
+    def note(self, **details: Any) -> None:
+        """Add details to status.json while the state stays what it is."""
+        with self._lock:
+            self._status |= details
+            write_json(self.path / "status.json", self._status)
+
     def start_heartbeat(self) -> None:
         """Renew status.json's `heartbeat` every few seconds for as long as this process lives."""
 

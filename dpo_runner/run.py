@@ -101,8 +101,9 @@ def run(
     assert data is not None
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
-        summary = _train(directory, conf, args, tokenizer, data, console, tracker, [*callbacks, stopping])
+        summary, weights = _train(directory, conf, args, tokenizer, data, console, tracker, [*callbacks, stopping])
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
+    console.show_next_steps(path, weights, tracker.commands())
     return summary
 
 
@@ -166,8 +167,8 @@ def _train(
     console: RunConsole,
     tracker: Tracker,
     further: Sequence[TrainerCallback],
-) -> dict[str, Any]:
-    """Model, trainer, step-0 check, train, evaluate, sample, save, summary."""
+) -> tuple[dict[str, Any], Path]:
+    """Model, trainer, step-0 check, train, evaluate, sample, save, summary. Return the summary, and the weights."""
     console.say("loading the model")
     keep_freed_memory()
     reset_peak_memory()
@@ -216,8 +217,7 @@ def _train(
 
     console.show_samples(samples[: conf.samples.show])
     console.show_summary(summary)
-    console.show_next_steps(directory.path, weights, tracker.commands())
-    return summary
+    return summary, weights
 
 
 def _measure(

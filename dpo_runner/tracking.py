@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import secrets
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ from dpo_runner.errors import RunPruned
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 30
+_LONGEST_REASON = 200
+"""Characters of an error that are shown; a server's answer may be a whole page."""
 
 
 class Tracker:
@@ -24,14 +28,19 @@ class Tracker:
     Args:
         wandb_run: the live `wandb.Run`, or None.
         warn: shows one line to the person at the terminal.
+        refused: why it is not what the configuration asks for, where it is not.
     """
 
-    def __init__(self, wandb_run: Any, warn: Callable[[str], None]) -> None:
+    def __init__(self, wandb_run: Any, warn: Callable[[str], None], refused: str | None = None) -> None:
         self._run = wandb_run
         self._warn = warn
         self._id: str | None = None if wandb_run is None else wandb_run.id
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
+        self.state = "disabled" if wandb_run is None else f"online at {self.url}" if self.url else "offline"
+        """What status.json says about W&B."""
+        if refused:
+            self.state += f": {refused}"
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Log one event under the names that the Trainer's own W&B callback gives: train/… and eval/…"""
@@ -77,7 +86,15 @@ class Tracker:
                 ]
                 for sample in samples
             ]
-            self._run.log({"samples": wandb.Table(columns=columns, data=rows)})
+            try:
+                self._run.log({"samples": wandb.Table(columns=columns, data=rows)})
+            except Exception:
+                # Online, W&B asks the server about a table's artifact before it records anything. A table that is
+                # bound to the run is recorded without one, so that it is not lost while the server is away.
+                table = wandb.Table(columns=columns, data=rows)
+                table.bind_to_run(self._run, "samples", self._run.step)
+                self._run.log({"samples": table})
+                raise
 
         if samples:
             self._attempt(log_table)
@@ -90,18 +107,49 @@ class Tracker:
         self._attempt(lambda: self._run.summary.update(flat))
 
     def finish(self, exit_code: int) -> None:
-        self._attempt(lambda: self._run.finish(exit_code=exit_code))
+        """Close the W&B run, and say so where the server does not have all of it."""
+        if self._run is None:
+            return
+        failure = None
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            logger.exception("W&B failed")
+            failure = _first_line(error)
         self._run = None
+        if self.url is None:
+            if failure is not None:
+                self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
+            return
+        failure = failure or _messages.failure
+        if failure is None:
+            for file in self._files():
+                if file.parent == self.folder:
+                    _mark(file).touch()
+        else:
+            self.state += f", which does not have all of it: {failure}"
+            self._warn(f"W&B does not have all of this run: {failure}; the rest is uploaded by {self.commands()[-1]}")
 
     def commands(self) -> list[str]:
-        """Return the commands that show this run: in the terminal, and on the web where it is still offline."""
+        """Return the commands that show this run: in the terminal, and on the web where the server lacks some of it."""
         if self.folder is None:
             return []
-        commands = [f"wandb leet {self.folder.parent}"]
-        if self.url:
-            return commands
-        parts = sorted(self.folder.parent.glob(f"offline-run-*-{self._id}*"))  # a resumed run has one for each part
-        return [*commands, f"wandb sync {' '.join(map(str, parts))}"]
+        commands = [["wandb", "leet", str(self.folder.parent)]]
+        files = self._files()
+        sent = [_mark(file).exists() for file in files]
+        if not all(sent):
+            # What came after the first that is missing is sent again, so that the newest figures stay the newest.
+            files = files[sent.index(False) :]
+            flags = ["--include-synced"] if True in sent[-len(files) :] else []
+            flags += ["--include-online"] if any(file.parent.name.startswith("run-") for file in files) else []
+            commands.append(["wandb", "sync", *flags, *(str(file.parent) for file in files)])
+        return [shlex.join(command) for command in commands]
+
+    def _files(self) -> list[Path]:
+        """Return what W&B has recorded of this run, oldest first: a file for each time that it was started."""
+        assert self.folder is not None
+        files = self.folder.parent.glob(f"*run-*-{self._id}/*.wandb")
+        return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         if self._run is None:
@@ -122,7 +170,9 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
         directory: W&B's files go under its wandb/ folder, and a resumed run continues the W&B run found there.
         warn: shows one line to the person at the terminal.
     """
-    tracker = Tracker(_open(conf, directory, warn), warn)
+    wandb_run, refused = _open(conf, directory, warn)
+    tracker = Tracker(wandb_run, warn, refused)
+    directory.note(wandb=tracker.state)
     try:
         yield tracker
     except RunPruned as error:
@@ -132,22 +182,45 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
     except BaseException:
         tracker.finish(exit_code=1)
         raise
-    tracker.finish(exit_code=0)
+    else:
+        tracker.finish(exit_code=0)
+    finally:
+        directory.note(wandb=tracker.state)
 
 
-def _open(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -> Any:
+def _open(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -> tuple[Any, str | None]:
+    """Return the W&B run, or None, and why it is not what the configuration asks for, where it is not."""
     if conf.wandb.mode == "disabled":
-        return None
+        return None, None
+    refused = None
     modes: list[Literal["online", "offline"]] = ["online", "offline"] if conf.wandb.mode == "online" else ["offline"]
     for mode in modes:
         try:
-            return _init(conf, directory, mode)
+            return _start(conf, directory, mode), refused
         except Exception as error:
             logger.exception("W&B did not start in mode %s", mode)
-            _id_file(directory).unlink(missing_ok=True)  # W&B's service holds on to the id of the failed start
             then = "the run is recorded offline instead" if mode != modes[-1] else "the run goes on without it"
-            warn(f"W&B did not start: {_first_line(error)}; {then}")
-    return None
+            refused = _first_line(error)
+            warn(f"W&B did not start: {refused}; {then}")
+    return None, refused
+
+
+def _start(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offline"]) -> Any:
+    """Return the W&B run, or leave nothing of a start that failed: it would be uploaded as a part of the run."""
+    before = _find_parts(directory)
+    try:
+        return _init(conf, directory, mode)
+    except Exception:
+        stop_service()  # which holds on to the run's id
+        for part in _find_parts(directory) - before:
+            shutil.rmtree(part)
+        raise
+
+
+def _find_parts(directory: RunDirectory) -> set[Path]:
+    """Return the folders into which W&B has recorded the run, one for each time that it was started."""
+    file = _id_file(directory)
+    return set(file.parent.glob(f"*run-*-{file.read_text(encoding='utf-8')}")) if file.exists() else set()
 
 
 def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offline"]) -> Any:
@@ -157,6 +230,10 @@ def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offli
     id_file.parent.mkdir(exist_ok=True)
     if not id_file.exists():
         write_text(id_file, secrets.token_hex(4))
+    _messages.failure = None
+    wandb.setup()
+    # Without a terminal of its own, W&B neither writes into the run's nor stops to ask there for a key.
+    wandb.termsetup(wandb.Settings(silent=True), _messages)
     run = wandb.init(
         dir=directory.path.resolve(),  # W&B's service is a process with a working directory of its own
         mode=mode,
@@ -179,6 +256,11 @@ def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offli
             disable_code=True,
             init_timeout=_TIMEOUT_SECONDS,
             finish_timeout=_TIMEOUT_SECONDS,
+            finish_timeout_raises=True,
+            # A server that is back has to be noticed before the time is up.
+            x_graphql_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
+            x_file_stream_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
+            x_file_transfer_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
             x_transaction_log_flush_interval=2,
         ),
     )
@@ -191,8 +273,34 @@ def _id_file(directory: RunDirectory) -> Path:
     return directory.path / "wandb" / "run_id.txt"
 
 
+def _mark(file: Path) -> Path:
+    """Return the file by which `wandb sync` knows that a .wandb file has been uploaded."""
+    return file.with_suffix(".wandb.synced")
+
+
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+
+
+class _Messages:
+    """Hears what W&B would print: it goes into run.log, and that an upload was given up is remembered."""
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+
+    def info(self, text: str) -> None:
+        logger.info("W&B: %s", text)
+
+    def warning(self, text: str) -> None:
+        logger.warning("W&B: %s", text)
+        if "`wandb sync`" in text:
+            self.failure = text.partition(". ")[0]
+
+    error = warning
+
+
+_messages = _Messages()
 
 
 def stop_service() -> None:

@@ -1,0 +1,362 @@
+"""W&B online against a stand-in server: whole runs, resumed ones, `wandb sync`, and everything that can fail."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb_server import API_KEY, Fault, WandbServer
+
+WANDB = Path(sys.executable).parent / "wandb"
+
+NURSERY = """
+import json, os, sys
+import dpo_runner.__main__, dpo_runner.plots, dpo_runner.run, dpo_runner.sweep.search_sweeper
+import hydra, matplotlib.font_manager, peft.tuners.lora.bnb, transformers.models.llama.modeling_llama
+import wandb.apis.public
+from wandb.sdk.data_types._private import MEDIA_TMP  # made when wandb is imported, removed by each child that ends
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.makedirs(MEDIA_TMP.name, exist_ok=True)
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        os.chdir(job["folder"])
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(job["stdin"], os.O_RDWR), 0)
+        os.dup2(output if not job["terminal"] else 0, 1)
+        os.dup2(1, 2)
+        sys.argv = ["dpo_runner", *job["arguments"]]
+        exec(job["code"])
+        from dpo_runner.__main__ import main
+        main()
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Imports what a run needs once, then makes each run a process of its own, with its own end."""
+
+HOLD = """
+import pathlib, time
+from dpo_runner.events import RunEvents
+def hold(self, args, state, control, **kwargs):
+    if state.global_step in {steps} and not pathlib.Path(f"go-{{state.global_step}}").exists():
+        pathlib.Path(f"reached-{{state.global_step}}").touch()
+        while not pathlib.Path(f"go-{{state.global_step}}").exists():
+            time.sleep(0.02)
+RunEvents.on_step_begin = hold
+"""
+
+
+class Run:
+    """One run of the command, as a process.
+
+    Args:
+        nursery: the process that makes it.
+        overrides: of the run; its directory is r/.
+        environment: over this process's own.
+        timeout: seconds that W&B is waited for, at the start and at the end.
+        hold: numbers of steps after which it waits for `go`.
+        stdin: the file that is its standard input.
+        terminal: whether that file is a terminal, to which it writes too.
+    """
+
+    def __init__(
+        self,
+        nursery: "subprocess.Popen[str]",
+        overrides: list[str],
+        environment: dict[str, str],
+        timeout: float = 3,
+        hold: tuple[int, ...] = (),
+        stdin: str = os.devnull,
+        terminal: bool = False,
+    ) -> None:
+        code = f"import dpo_runner.tracking\ndpo_runner.tracking._TIMEOUT_SECONDS = {timeout}\n"
+        self._nursery = nursery
+        self._output = Path("output.txt").absolute()
+        job = {
+            "environment": {**os.environ, **environment},
+            "folder": str(Path.cwd()),
+            "output": str(self._output),
+            "stdin": stdin,
+            "terminal": terminal,
+            "arguments": [*overrides, "run_dir=r"],
+            "code": code + (HOLD.format(steps=hold) if hold else ""),
+        }
+        assert nursery.stdin is not None and nursery.stdout is not None
+        print(json.dumps(job), file=nursery.stdin, flush=True)
+        self.pid = int(nursery.stdout.readline())
+
+    def reached(self, step: int) -> None:
+        """Wait until so many steps are done."""
+        end = time.monotonic() + 60
+        while not Path(f"reached-{step}").exists():
+            assert time.monotonic() < end, self._output.read_text()
+            time.sleep(0.02)
+
+    def go(self, step: int) -> None:
+        Path(f"go-{step}").touch()
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end and return the exit code and what it printed."""
+        assert self._nursery.stdout is not None
+        return int(self._nursery.stdout.readline()), self._output.read_text()
+
+    def succeed(self) -> str:
+        code, printed = self.end()
+        assert code == 0, printed
+        return printed
+
+
+@pytest.fixture(scope="module")
+def nursery(own_cache: None) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen([sys.executable, "-c", NURSERY], stdin=-1, stdout=-1, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def environment(server: WandbServer, tmp_path: Path) -> dict[str, str]:
+    """What points W&B at the server; it waits less for single answers, and looks for a key nowhere else."""
+    return {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": API_KEY,
+        "WANDB_HTTP_TIMEOUT": "2",
+    }
+
+
+@pytest.fixture
+def online(tiny_run: list[str]) -> list[str]:
+    return [*tiny_run, "wandb=online", "wandb.project=mine"]
+
+
+def read_logged() -> list[dict[str, float]]:
+    """Return the events of metrics.jsonl, as far as they are numbers."""
+    lines = Path("r/metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))} for line in lines
+    ]
+
+
+def as_events(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return W&B's rows under the names and in the form of metrics.jsonl; those of other things are left out."""
+    events = []
+    for row in history:
+        named = {key: value for key, value in row.items() if re.match("(train|eval)/", key)}
+        event = {key.replace("eval/", "eval_").removeprefix("train/"): value for key, value in named.items()}
+        event["step"] = event.pop("global_step", None)
+        if len(event) > 1:
+            events.append(event)
+    return events
+
+
+def without_time(events: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in event.items() if key != "time"} for event in events]
+
+
+def read_local() -> list[dict[str, float]]:
+    """Return the events that the local .wandb files hold, oldest file first, read by W&B's own reader."""
+    history = []
+    for file in sorted(Path("r/wandb").glob("*run-*/*.wandb"), key=lambda file: file.parent.name.split("run-")[1]):
+        printed = subprocess.run([WANDB, "leet", "inspect", "--json", file], capture_output=True, text=True).stdout
+        records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+        history += [record["history"]["item"] for record in records if record["type"] == "history"]
+    return as_events(history)
+
+
+def read_status() -> dict[str, Any]:
+    return dict(json.loads(Path("r/status.json").read_text()))
+
+
+def sync(printed: str, environment: dict[str, str]) -> None:
+    """Run the `wandb sync` command that a run has printed last."""
+    command = shlex.split(re.findall("wandb sync .*", printed)[-1])
+    subprocess.run([WANDB, *command[1:]], env={**os.environ, **environment}, check=True, capture_output=True)
+
+
+def test_an_online_run_is_on_the_server_whole(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+) -> None:
+    printed = Run(nursery, online, environment).succeed()
+    run = server.only_run()
+    assert as_events(run.history) == without_time(read_logged()) == read_local()
+    assert run.variables["project"] == "mine" and run.config["training"]["per_device_train_batch_size"] == 2
+    assert run.config["data_report"]["splits"]
+    assert run.summary["after/eval_loss"] == json.loads(Path("r/summary.json").read_text())["after"]["eval_loss"]
+    assert (run.complete, run.exit_code) == (True, 0)
+    table = next(json.loads(file) for name, file in run.files.items() if name.endswith("table.json"))
+    assert table["columns"][:3] == ["prompt", "before", "after"] and len(table["data"]) == 2
+    assert read_status()["wandb"].startswith(f"online at {server.url}")
+    assert "wandb leet" in printed and "wandb sync" not in printed
+    assert "warning" not in printed and "wandb:" not in printed  # the terminal is the run's alone
+
+
+def test_a_resumed_online_run_goes_on_where_it_was(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+) -> None:
+    run = Run(nursery, online, environment, hold=(3,))
+    run.reached(3)
+    os.kill(run.pid, signal.SIGTERM)
+    run.go(3)
+    assert run.end()[0] == 128 + signal.SIGTERM
+    first = as_events(server.only_run().history)
+    assert first and server.only_run().exit_code == 1
+    printed = Run(nursery, online, environment).succeed()
+    stored = server.only_run()
+    assert as_events(stored.history)[: len(first)] == first
+    assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
+    steps = [row["_step"] for row in stored.history]
+    assert steps == sorted(set(steps))
+    assert stored.exit_code == 0 and "wandb sync" not in printed
+
+
+@pytest.mark.parametrize("fault", ["500", "no answer", "401", "key unknown", "closed port"])
+def test_without_a_server_at_the_start_the_run_is_recorded_offline(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+) -> None:
+    server.fail(fault)
+    printed = Run(nursery, online, environment).succeed()
+    assert re.search("W&B did not start: .+; the run is recorded offline instead", printed)
+    assert re.match("offline: .+", read_status()["wandb"]) and read_status()["state"] == "finished"
+    assert len(list(Path("r/wandb").glob("*run-*"))) == 1  # nothing is left of the start that failed
+    assert without_time(read_logged()) == read_local()
+    assert not server.runs
+    server.recover()
+    sync(printed, environment)
+    assert as_events(server.only_run().history) == without_time(read_logged())
+    assert server.only_run().exit_code == 0
+
+
+@pytest.mark.parametrize("fault", ["500 for rows", "answer lost", "401", "closed port"])
+def test_a_server_that_is_lost_on_the_way_costs_nothing(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+) -> None:
+    run = Run(nursery, online, environment, hold=(2,))
+    run.reached(2)
+    server.fail(fault)
+    lost = time.monotonic()
+    run.go(2)
+    printed = run.succeed()
+    assert time.monotonic() - lost < 90  # by itself W&B would go on for a week
+    assert "W&B does not have all of this run" in printed
+    assert "does not have all of it" in read_status()["wandb"] and read_status()["state"] == "finished"
+    assert without_time(read_logged()) == read_local()
+    server.recover()
+    sync(printed, environment)
+    stored = server.only_run()
+    assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
+    assert stored.exit_code == 0 and "samples" in stored.summary
+
+
+def test_a_server_that_comes_back_gets_everything(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+) -> None:
+    run = Run(nursery, online, environment, timeout=9, hold=(1, 3))
+    run.reached(1)
+    server.fail("closed port")
+    run.go(1)
+    run.reached(3)
+    server.recover()
+    run.go(3)
+    printed = run.succeed()
+    assert as_events(server.only_run().history) == without_time(read_logged())
+    assert server.only_run().exit_code == 0 and "wandb sync" not in printed
+    assert "have all of" not in read_status()["wandb"]
+
+
+def test_a_slow_server_gets_everything(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+) -> None:
+    server.fail("slow")
+    server.delay = 0.5
+    printed = Run(nursery, online, environment, timeout=30).succeed()
+    assert as_events(server.only_run().history) == without_time(read_logged())
+    assert server.only_run().exit_code == 0 and "wandb sync" not in printed
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_key_the_run_is_recorded_offline(
+    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], terminal: bool
+) -> None:
+    keyless = {key: value for key, value in environment.items() if key != "WANDB_API_KEY"}
+    if not terminal:
+        printed = Run(nursery, online, keyless).succeed()
+        assert "W&B did not start: No API key configured" in printed and "recorded offline instead" in printed
+    else:  # where W&B would ask for a key, and wait
+        ours, theirs = os.openpty()
+        run = Run(nursery, online, keyless, stdin=os.ttyname(theirs), terminal=True)
+        text = read_all(ours, run, theirs)
+        assert "No API key configured" in text and "recorded offline instead" in text
+    assert read_status()["wandb"].startswith("offline: No API key configured")
+    assert without_time(read_logged()) == read_local()
+    assert not server.operations
+
+
+def read_all(ours: int, run: Run, theirs: int) -> str:
+    """Return what a run writes to its terminal until it ends."""
+    import threading
+
+    pieces: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while piece := os.read(ours, 1024):
+                pieces.append(piece)
+        except OSError:  # nobody has it open any more
+            pass
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    code, _ = run.end()
+    os.close(theirs)
+    reader.join(timeout=10)
+    text = re.sub(r"\s+", " ", b"".join(pieces).decode())
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_killed_run_loses_its_last_two_seconds_at_most(
+    nursery: Any, server: WandbServer, environment: dict[str, str], tiny_run: list[str], mode: str
+) -> None:
+    overrides = [*tiny_run, f"wandb={mode}"]
+    run = Run(nursery, overrides, environment, hold=(2, 3))
+    run.reached(2)
+    time.sleep(3.5)
+    run.go(2)
+    run.reached(3)
+    killed = time.time()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.end()[0] == -signal.SIGKILL
+    old = without_time([event for event in read_logged() if event["time"] < killed - 3])
+    assert {event["step"] for event in old} >= {0, 1, 2}
+    assert [event for event in old if event not in read_local()] == []
+    identity = Path("r/wandb/run_id.txt").read_text()
+
+    run = Run(nursery, overrides, environment)
+    printed = run.succeed()
+    assert Path("r/wandb/run_id.txt").read_text() == identity
+    assert len(list(Path("r/wandb").glob("*run-*/*.wandb"))) == 2
+    sync(printed, environment)
+    stored = server.only_run()
+    assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
+    assert list(server.runs) == [identity] and stored.exit_code == 0
+    assert stored.summary["steps"] == 4
