@@ -68,10 +68,11 @@ def _run_with_hydra() -> None:
 
 def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:
     """Run a job whose failure is told by its status.json, and at the end by the sweep."""
-    from dpo_runner.sweep.jobs import place_conf
+    from dpo_runner.sweep.jobs import place_conf, read_labels
     from dpo_runner.sweep.worker import perform
 
-    outcome = perform(place_conf(conf, run_dir), typed)
+    label = read_labels(run_dir.parent).get(run_dir.name, " ".join(typed))
+    outcome = perform(place_conf(conf, run_dir, label), typed)
     if outcome["state"] == "interrupted":
         error = f"{run_dir}: interrupted; the same command with sweep.dir={run_dir.parent} continues"
         sys.exit(report(RunInterrupted(error, outcome["signal"])))  # ends the whole sweep

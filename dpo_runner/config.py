@@ -25,6 +25,8 @@ from dpo_runner.training_fields import TrainingConf
 _PACKAGED_CONF = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED_CONF if _PACKAGED_CONF.is_dir() else Path(__file__).parents[1] / "conf"
 CONFIG_NAME = "config"
+OUTSIDE = ("sweep", "wandb", "run_name", "run_dir", "resume", "dry_run", "judge")
+"""Keys of what a run is called, where it goes and how it is executed or looked at: never of what it computes."""
 
 
 @dataclass
@@ -32,15 +34,19 @@ class WandbConf:
     """Weights & Biases."""
 
     mode: str = field(default="offline", metadata={"choices": ("offline", "online", "disabled")})
-    """`offline` writes into the run directory, to be synchronized later or never."""
+    """`offline` writes to the disk, to be synchronized later or never."""
     project: str = "dpo_runner"
     """Project."""
     entity: str | None = None
     """User or team; null takes the account's default."""
     group: str | None = None
-    """Group of runs."""
+    """Group of runs; null takes none, in a sweep the name of its directory."""
     name: str | None = None
-    """Display name; null takes run_name and the run directory's name."""
+    """Display name; null takes run_name and the run directory's name, in a sweep what the run varies."""
+    job_type: str | None = None
+    """Kind of run; null takes none, in a sweep `sweep` or `search`."""
+    dir: str | None = None
+    """The folder that holds W&B's own, `wandb/`; null takes the run's directory, in a sweep the sweep's."""
     tags: list[str] = field(default_factory=list)
     """Tags."""
     notes: str | None = None

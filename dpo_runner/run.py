@@ -213,7 +213,7 @@ def _train(
     summary = {"before": before, "after": after, **trained, "peak_memory_gb": round(measure_peak_memory(), 3)}
     weights = save_weights(directory, trainer.model, tokenizer, conf, policy, summary)
     directory.write_summary(summary)
-    tracker.log_summary(summary)
+    tracker.log_summary(summary, conf.sweep.search.objective)
 
     console.show_samples(samples[: conf.samples.show])
     console.show_summary(summary)

@@ -1,25 +1,25 @@
-"""All of Weights & Biases, imported only when it is used. Trouble with it never fails a run."""
+"""What a run tells Weights & Biases, which is imported only when it is used. Trouble with it never fails a run."""
 
 import contextlib
 import logging
-import secrets
-import shlex
-import shutil
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from dpo_runner.artifacts import RunDirectory, mask_secrets, write_text
-from dpo_runner.config import RunConf, config_keys
-from dpo_runner.data.report import DataReport
+from dpo_runner.artifacts import RunDirectory
+from dpo_runner.config import RunConf
 from dpo_runner.errors import RunPruned
+from dpo_runner.wandb_files import list_commands, mark_sent
+from dpo_runner.wandb_run import explain, messages, open_run
+
+if TYPE_CHECKING:
+    from dpo_runner.data.report import DataReport
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT_SECONDS = 30
-_LONGEST_REASON = 200
-"""Characters of an error that are shown; a server's answer may be a whole page."""
+OBJECTIVE = "objective"
+"""What W&B's summary calls the metric that a sweep is judged by, whichever it is."""
 
 
 class Tracker:
@@ -52,7 +52,7 @@ class Tracker:
         }
         self._attempt(lambda: self._run.log({**named, "train/global_step": step}))
 
-    def log_data_report(self, report: DataReport) -> None:
+    def log_data_report(self, report: "DataReport") -> None:
         """Log the account of the data: whole into the configuration, lengths as histograms."""
 
         def log_report() -> None:
@@ -99,57 +99,59 @@ class Tracker:
         if samples:
             self._attempt(log_table)
 
-    def log_summary(self, summary: dict[str, Any]) -> None:
-        """Put the run's figures into the W&B summary, by which runs are compared."""
+    def log_summary(self, summary: dict[str, Any], objective: str) -> None:
+        """Put the run's figures into the W&B summary, by which runs are compared.
+
+        Args:
+            summary: what summary.json holds.
+            objective: the metric of the tuned model that is `OBJECTIVE` too; left out where it was not measured.
+        """
         flat = {key: value for key, value in summary.items() if not isinstance(value, dict)}
         for phase in ("before", "after"):
             flat |= {f"{phase}/{key}": value for key, value in summary.get(phase, {}).items()}
+        if objective in summary["after"]:
+            flat[OBJECTIVE] = summary["after"][objective]
         self._attempt(lambda: self._run.summary.update(flat))
 
-    def finish(self, exit_code: int) -> None:
-        """Close the W&B run, and say so where the server does not have all of it."""
-        if self._run is None:
+    def finish(self, state: str, exit_code: int, **figures: Any) -> None:
+        """Close the W&B run, and say so where the server does not have all of it.
+
+        Args:
+            state: finished, pruned, failed or interrupted, as in status.json; kept in the summary.
+            exit_code: anything but 0 makes it a failed run.
+            figures: for the summary.
+        """
+        if self._run is None or self.folder is None:
             return
+        self._attempt(lambda: self._run.summary.update({"state": state, **figures}))
         failure = None
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
             logger.exception("W&B failed")
-            failure = _first_line(error)
+            failure = explain(error)
         self._run = None
         if self.url is None:
             if failure is not None:
                 self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
             return
-        failure = failure or _messages.failure
+        failure = failure or messages.failure
         if failure is None:
-            for file in self._files():
-                if file.parent == self.folder:
-                    _mark(file).touch()
+            mark_sent(self.folder)
         else:
             self.state += f", which does not have all of it: {failure}"
-            self._warn(f"W&B does not have all of this run: {failure}; the rest is uploaded by {self.commands()[-1]}")
+            upload = "".join(f"; the rest is uploaded by {command}" for command in self.commands()[1:])
+            self._warn(f"W&B does not have all of this run: {failure}{upload}")
+
+    def add_tag(self, tag: str) -> None:
+        def add() -> None:
+            self._run.tags = (*(self._run.tags or ()), tag)
+
+        self._attempt(add)
 
     def commands(self) -> list[str]:
         """Return the commands that show this run: in the terminal, and on the web where the server lacks some of it."""
-        if self.folder is None:
-            return []
-        commands = [["wandb", "leet", str(self.folder.parent)]]
-        files = self._files()
-        sent = [_mark(file).exists() for file in files]
-        if not all(sent):
-            # What came after the first that is missing is sent again, so that the newest figures stay the newest.
-            files = files[sent.index(False) :]
-            flags = ["--include-synced"] if True in sent[-len(files) :] else []
-            flags += ["--include-online"] if any(file.parent.name.startswith("run-") for file in files) else []
-            commands.append(["wandb", "sync", *flags, *(str(file.parent) for file in files)])
-        return [shlex.join(command) for command in commands]
-
-    def _files(self) -> list[Path]:
-        """Return what W&B has recorded of this run, oldest first: a file for each time that it was started."""
-        assert self.folder is not None
-        files = self.folder.parent.glob(f"*run-*-{self._id}/*.wandb")
-        return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+        return [] if self.folder is None else list_commands(self.folder.parent, self._id)
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         if self._run is None:
@@ -158,7 +160,7 @@ class Tracker:
             call()
         except Exception as error:  # whatever it is, the training is worth more than its curves
             logger.exception("W&B failed")
-            self._warn(f"W&B: {_first_line(error)}; the run goes on, metrics.jsonl has everything")
+            self._warn(f"W&B: {explain(error)}; the run goes on, metrics.jsonl has everything")
 
 
 @contextlib.contextmanager
@@ -166,146 +168,26 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
     """Open the W&B run that `conf.wandb` asks for, and close it with the run's outcome.
 
     Args:
-        conf: the run; its configuration is logged once, without secrets.
-        directory: W&B's files go under its wandb/ folder, and a resumed run continues the W&B run found there.
+        conf: the run.
+        directory: holds the id of the W&B run, which a resumed run continues.
         warn: shows one line to the person at the terminal.
     """
-    wandb_run, refused = _open(conf, directory, warn)
+    wandb_run, refused = open_run(conf, directory, warn)
     tracker = Tracker(wandb_run, warn, refused)
     directory.note(wandb=tracker.state)
     try:
         yield tracker
     except RunPruned as error:
-        tracker.log_summary({"state": "pruned", "steps": error.step})
-        tracker.finish(exit_code=0)
+        tracker.add_tag("pruned")
+        tracker.finish("pruned", 0, steps=error.step)
+        raise
+    except KeyboardInterrupt as error:
+        tracker.finish("interrupted", 128 + (error.args[0] if error.args else signal.SIGINT))
         raise
     except BaseException:
-        tracker.finish(exit_code=1)
+        tracker.finish("failed", 1)
         raise
     else:
-        tracker.finish(exit_code=0)
+        tracker.finish("finished", 0)
     finally:
         directory.note(wandb=tracker.state)
-
-
-def _open(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -> tuple[Any, str | None]:
-    """Return the W&B run, or None, and why it is not what the configuration asks for, where it is not."""
-    if conf.wandb.mode == "disabled":
-        return None, None
-    refused = None
-    modes: list[Literal["online", "offline"]] = ["online", "offline"] if conf.wandb.mode == "online" else ["offline"]
-    for mode in modes:
-        try:
-            return _start(conf, directory, mode), refused
-        except Exception as error:
-            logger.exception("W&B did not start in mode %s", mode)
-            then = "the run is recorded offline instead" if mode != modes[-1] else "the run goes on without it"
-            refused = _first_line(error)
-            warn(f"W&B did not start: {refused}; {then}")
-    return None, refused
-
-
-def _start(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offline"]) -> Any:
-    """Return the W&B run, or leave nothing of a start that failed: it would be uploaded as a part of the run."""
-    before = _find_parts(directory)
-    try:
-        return _init(conf, directory, mode)
-    except Exception:
-        stop_service()  # which holds on to the run's id
-        for part in _find_parts(directory) - before:
-            shutil.rmtree(part)
-        raise
-
-
-def _find_parts(directory: RunDirectory) -> set[Path]:
-    """Return the folders into which W&B has recorded the run, one for each time that it was started."""
-    file = _id_file(directory)
-    return set(file.parent.glob(f"*run-*-{file.read_text(encoding='utf-8')}")) if file.exists() else set()
-
-
-def _init(conf: RunConf, directory: RunDirectory, mode: Literal["online", "offline"]) -> Any:
-    import wandb
-
-    id_file = _id_file(directory)
-    id_file.parent.mkdir(exist_ok=True)
-    if not id_file.exists():
-        write_text(id_file, secrets.token_hex(4))
-    _messages.failure = None
-    wandb.setup()
-    # Without a terminal of its own, W&B neither writes into the run's nor stops to ask there for a key.
-    wandb.termsetup(wandb.Settings(silent=True), _messages)
-    run = wandb.init(
-        dir=directory.path.resolve(),  # W&B's service is a process with a working directory of its own
-        mode=mode,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        reinit="finish_previous",  # one of several runs of this process that died must not receive our data
-        project=conf.wandb.project,
-        entity=conf.wandb.entity,
-        group=conf.wandb.group,
-        name=conf.wandb.name or f"{conf.run_name}/{directory.path.name}",
-        tags=mask_secrets(conf.wandb.tags),
-        notes=mask_secrets(conf.wandb.notes),
-        config=mask_secrets({key: value for key, value in config_keys(conf).items() if key != "wandb"}),
-        settings=wandb.Settings(
-            quiet=True,
-            silent=True,
-            console="off",
-            x_disable_meta=True,  # it would hold the command line as typed, secrets included
-            disable_git=True,
-            disable_code=True,
-            init_timeout=_TIMEOUT_SECONDS,
-            finish_timeout=_TIMEOUT_SECONDS,
-            finish_timeout_raises=True,
-            # A server that is back has to be noticed before the time is up.
-            x_graphql_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
-            x_file_stream_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
-            x_file_transfer_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
-            x_transaction_log_flush_interval=2,
-        ),
-    )
-    run.define_metric("train/global_step")
-    run.define_metric("*", step_metric="train/global_step")
-    return run
-
-
-def _id_file(directory: RunDirectory) -> Path:
-    return directory.path / "wandb" / "run_id.txt"
-
-
-def _mark(file: Path) -> Path:
-    """Return the file by which `wandb sync` knows that a .wandb file has been uploaded."""
-    return file.with_suffix(".wandb.synced")
-
-
-def _first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
-
-
-class _Messages:
-    """Hears what W&B would print: it goes into run.log, and that an upload was given up is remembered."""
-
-    def __init__(self) -> None:
-        self.failure: str | None = None
-
-    def info(self, text: str) -> None:
-        logger.info("W&B: %s", text)
-
-    def warning(self, text: str) -> None:
-        logger.warning("W&B: %s", text)
-        if "`wandb sync`" in text:
-            self.failure = text.partition(". ")[0]
-
-    error = warning
-
-
-_messages = _Messages()
-
-
-def stop_service() -> None:
-    """End the process in which W&B serves this one, if there is any; the next run starts another."""
-    if "wandb" in sys.modules:
-        import wandb
-
-        wandb.teardown()

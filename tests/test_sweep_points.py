@@ -10,7 +10,7 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes
 from dpo_runner.sweep.names import assign_names, digest_config
 from dpo_runner.sweep.no_ops import NO_OPS
-from dpo_runner.sweep.points import Point, build_points
+from dpo_runner.sweep.points import ONLY_POINT, Point, build_points, label_point
 from dpo_runner.sweep_config import SweepConf
 
 BETAS = Axis("training.beta", ("training.beta=0.1", "training.beta=0.2", "training.beta=0.3"))
@@ -160,3 +160,12 @@ def test_fields_of_a_section_that_only_the_points_bring_wait_for_them() -> None:
         "lora.r=4,8",
         "lora.target_modules=choice([a,b])",
     ]
+
+
+def test_a_point_is_named_by_what_it_varies_with_short_keys_where_these_are_clear() -> None:
+    assert label_point(["training.beta=0.1", "training.learning_rate=5e-6"]) == "beta=0.1 learning_rate=5e-6"
+    assert label_point(["lora.r=8", "++data.sources.a.weight=1", "++data.sources.b.weight=2"]) == (
+        "r=8 a.weight=1 b.weight=2"
+    )
+    assert label_point(["training.beta=0.123456789", "quant=nf4"]) == "beta=0.1235 quant=nf4"
+    assert label_point([]) == ONLY_POINT

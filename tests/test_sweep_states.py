@@ -15,7 +15,7 @@ from dpo_runner.sweep.axes import Axis
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
 from dpo_runner.sweep.failures import advise_on_memory, describe_death, is_out_of_memory, list_failures
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
-from dpo_runner.sweep.points import build_points
+from dpo_runner.sweep.points import ONLY_POINT, build_points
 from dpo_runner.sweep.states import JobState, read_jobs
 from dpo_runner.sweep_config import SweepConf
 
@@ -104,10 +104,16 @@ def test_any_directory_reaches_hydra_and_comes_back(path: str) -> None:
     assert parsed == path
 
 
-def test_a_job_has_its_place_and_one_group_with_the_others() -> None:
+def test_a_job_has_its_place_also_in_w_and_b() -> None:
     job = build_job(["seed=5", *write_place(Path("sweeps/s1"), "3-01234567")], None, {"3-01234567": "seed=5"})
-    assert (job.conf.run_dir, job.conf.seed, job.conf.wandb.group) == ("sweeps/s1/3-01234567", 5, "s1")
-    assert place_conf(load_conf(["wandb.group=mine"]), Path("a/b")).wandb.group == "mine"
+    assert (job.conf.run_dir, job.conf.seed) == ("sweeps/s1/3-01234567", 5)
+    wandb = job.conf.wandb
+    assert (wandb.group, wandb.name, wandb.job_type, wandb.dir) == ("s1", "seed=5", "sweep", "sweeps/s1")
+    given = ["wandb.group=mine", "wandb.name=one", "wandb.job_type=kind", "wandb.dir=w"]
+    placed = place_conf(load_conf(given), Path("a/b"), "seed=5")
+    assert placed.wandb == load_conf(given).wandb
+    assert place_conf(load_conf(["sweep=optuna_random"]), Path("a/b"), "").wandb.job_type == "search"
+    assert place_conf(load_conf(), Path("a/b"), ONLY_POINT).wandb.name is None  # the run's own name says more
 
 
 class OutOfMemoryError(RuntimeError):

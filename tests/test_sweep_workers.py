@@ -59,7 +59,7 @@ def test_where_no_worker_can_start_the_sweep_says_why_and_where(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libtorch.so is not there')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=":")
-    job = Job(place_conf(load_conf(["model=tiny_random"]), tmp_path / "0-01234567"), [], "seed=1")
+    job = Job(place_conf(load_conf(["model=tiny_random"]), tmp_path / "0-01234567", "seed=1"), [], "seed=1")
     started: list[Job] = []
     with pytest.raises(RunError, match=r"a worker could not start .*worker-0\.log"):
         WorkerPool(2, 1, tmp_path).run(deque([job]), started.append, lambda outcome: None)

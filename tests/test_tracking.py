@@ -1,6 +1,8 @@
 """W&B: what an offline run holds, and trouble that stays harmless; test_tracking_online.py has the rest."""
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dpo_runner import load_conf, run
-from dpo_runner.tracking import Tracker
+from dpo_runner.artifacts import RunDirectory
+from dpo_runner.errors import RunPruned
+from dpo_runner.tracking import Tracker, track
 
 SECRET = "hf_" + "a1B2" * 8
 
@@ -61,7 +65,6 @@ def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_pat
     from transformers import TrainerCallback
 
     from dpo_runner.artifacts import read_status
-    from dpo_runner.errors import RunPruned
 
     class GiveUp(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -74,6 +77,46 @@ def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_pat
     assert status is not None and (status["state"], status["step"]) == ("pruned", 3)
     assert '"exit_code":0' in inspect(tmp_path / "r" / "wandb")
     assert "pruned" in inspect(tmp_path / "r" / "wandb", "--summary")
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "exit_code"),
+    [
+        (None, "finished", 0),
+        (ValueError("x"), "failed", 1),
+        (SystemExit(0), "failed", 1),  # a job that calls sys.exit has not finished, whatever code it gives
+        (KeyboardInterrupt(), "interrupted", 130),
+        (KeyboardInterrupt(15), "interrupted", 143),
+        (RunPruned(3, 4), "pruned", 0),
+    ],
+)
+def test_the_end_of_a_run_is_told_as_it_was(
+    tmp_path: Path, end: BaseException | None, state: str, exit_code: int
+) -> None:
+    told = pytest.raises(type(end)) if end else contextlib.nullcontext()
+    with told, track(load_conf(["wandb=offline"]), RunDirectory(tmp_path / "r"), print):
+        if end is not None:
+            raise end
+    assert f'"exit_code":{exit_code}' in inspect(tmp_path / "r" / "wandb").replace(" ", "")
+    assert state in inspect(tmp_path / "r" / "wandb", "--summary")
+
+
+def test_the_service_of_whoever_started_this_process_is_left_alone(tiny_run, tmp_path: Path) -> None:
+    """A run that was killed would stay known to it, and could not be continued."""
+    overrides = [*tiny_run, "wandb=offline", "run_dir=r", "training.max_steps=1"]
+    code = f"from dpo_runner import load_conf, run\nrun(load_conf({overrides!r}))"
+    env = {**os.environ, "WANDB_SERVICE": "3-1-unix-/absent"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "did not start" not in result.stdout and "train/loss" in inspect(tmp_path / "r" / "wandb")
+
+
+def test_names_that_the_server_would_refuse_are_cut(tmp_path: Path) -> None:
+    long = "learning_rate=" + "1" * 200
+    conf = load_conf(["wandb=offline", f"wandb.name='{long}'", f"wandb.group='{long}'", f"wandb.dir={tmp_path}/w"])
+    with track(conf, RunDirectory(tmp_path / "r"), print):
+        pass
+    text = inspect(tmp_path / "w" / "wandb")
+    assert long[:127] + "…" in text and long[:128] not in text.replace("wandb.name", "")
 
 
 def test_a_resumed_run_keeps_its_id(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +151,15 @@ def test_any_failure_while_logging_is_a_warning() -> None:
             raise RuntimeError("quota")
 
         finish = log
+        summary = property(log)
 
     warnings: list[str] = []
     tracker = Tracker(Broken(), warnings.append)
     tracker.log({"step": 1, "loss": 0.5})
     tracker.log_samples([])
-    tracker.finish(exit_code=0)
+    tracker.finish("finished", exit_code=0)
     tracker.log({"step": 2, "loss": 0.5})  # after the end: nothing happens
-    assert len(warnings) == 2 and "quota" in warnings[0] and "metrics.jsonl" in warnings[0]
+    assert len(warnings) == 3 and "quota" in warnings[0] and "metrics.jsonl" in warnings[0]
 
 
 def test_no_process_of_wandb_outlives_its_job(tiny_run, tmp_path: Path) -> None:
@@ -123,7 +167,7 @@ def test_no_process_of_wandb_outlives_its_job(tiny_run, tmp_path: Path) -> None:
     code = f"""
 import psutil
 from dpo_runner import load_conf, run
-from dpo_runner.tracking import stop_service
+from dpo_runner.wandb_run import stop_service
 from transformers import TrainerCallback
 
 class Look(TrainerCallback):

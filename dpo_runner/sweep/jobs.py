@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dpo_runner.config import RunConf
 from dpo_runner.sweep.axes import compose_point
+from dpo_runner.sweep.directory import read_record
+from dpo_runner.sweep.points import ONLY_POINT, label_point
 
 _DIR, _SUBDIR = "hydra.sweep.dir=", "hydra.sweep.subdir="
 
@@ -63,12 +65,32 @@ def build_job(overrides: Sequence[str], config_dir: str | None, labels: Mapping[
     """
     path, name = read_place(overrides)
     point = tuple(text for text in overrides if not text.startswith("hydra."))
-    return Job(place_conf(compose_point(point, config_dir), path / name), point, labels.get(name, " ".join(point)))
+    label = labels.get(name, " ".join(point))
+    return Job(place_conf(compose_point(point, config_dir), path / name, label), point, label)
 
 
-def place_conf(conf: RunConf, run_dir: Path) -> RunConf:
-    """Return a job's configuration: in its directory, and in one W&B group with the others of its sweep."""
-    wandb = dataclasses.replace(conf.wandb, group=conf.wandb.group or run_dir.parent.name)
+def read_labels(path: Path) -> dict[str, str]:
+    """Return what each job of the sweep in `path` varies, by the name of its directory."""
+    record = read_record(path)
+    return {} if record is None else {name: label_point(job["varied"]) for name, job in record.jobs.items()}
+
+
+def place_conf(conf: RunConf, run_dir: Path, label: str) -> RunConf:
+    """Return a job's configuration: in its directory, and in W&B beside the others of its sweep.
+
+    Args:
+        conf: the point's.
+        run_dir: the job's directory, in that of its sweep.
+        label: what it varies, which names it in W&B.
+    """
+    given = conf.wandb
+    wandb = dataclasses.replace(
+        given,
+        group=given.group or run_dir.parent.name,
+        name=given.name or (label if label != ONLY_POINT else None),
+        job_type=given.job_type or ("search" if conf.sweep.search.sampler else "sweep"),
+        dir=given.dir or str(run_dir.parent),
+    )
     return dataclasses.replace(conf, run_dir=str(run_dir), wandb=wandb)
 
 

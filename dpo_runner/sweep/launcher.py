@@ -10,9 +10,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_runner.errors import RunError, RunInterrupted
-from dpo_runner.sweep.directory import read_record
-from dpo_runner.sweep.jobs import Job, Outcome, build_job, read_place
-from dpo_runner.sweep.points import label_point
+from dpo_runner.sweep.jobs import Job, Outcome, build_job, read_labels, read_place
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.states import DONE, read_job
 from dpo_runner.sweep.workers import WorkerPool
@@ -81,8 +79,7 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         return [_job_return(job, outcomes.get(job.path)) for job in jobs]
 
     def _build_jobs(self, job_overrides: Sequence[Sequence[str]], place: Path) -> list[Job]:
-        record = read_record(place)
-        labels = {name: label_point(job["varied"]) for name, job in record.jobs.items()} if record is not None else {}
+        labels = read_labels(place)
         return [build_job(overrides, self.config_dir, labels) for overrides in job_overrides]
 
     def _has_failed_enough(self, outcomes: Sequence[Outcome]) -> bool:

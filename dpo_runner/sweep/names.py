@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_runner.config import RunConf, config_keys
-from dpo_runner.sweep.no_ops import OUTSIDE
+from dpo_runner.config import OUTSIDE, RunConf, config_keys
 
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
 

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpo_runner.config import RunConf
+from dpo_runner.config import OUTSIDE, RunConf
 from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
-
-OUTSIDE = ("sweep", "wandb", "run_name", "run_dir", "resume", "dry_run", "judge")
-"""What a run is called, where it goes and how it is executed or looked at: never what it computes."""
 
 
 @dataclass(frozen=True)

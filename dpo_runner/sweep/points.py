@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 from dpo_runner.artifacts import mask_override
 from dpo_runner.config import RunConf
+from dpo_runner.config_differences import shorten_keys
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, compose_point, read_sweep_conf
 from dpo_runner.sweep.names import digest_config
 from dpo_runner.sweep.no_ops import find_no_op, ignored_keys
+
+ONLY_POINT = "the only point"
+"""The label of a point that varies nothing."""
 
 _LONG_FRACTION = re.compile(r"(?<==)\d+\.\d{6,}(e-?\d+)?(?= |$)")
 
@@ -42,9 +46,11 @@ class Point:
 
 
 def label_point(varied: Sequence[str]) -> str:
-    """Return what a point varies in short, such as `beta=0.1 lora.r=8`; long fractions are rounded."""
-    label = " ".join(mask_override(text).lstrip("+").removeprefix("training.") for text in varied)
-    return _LONG_FRACTION.sub(lambda match: f"{float(match[0]):.4g}", label) or "the only point"
+    """Return what a point varies in short, such as `beta=0.1 r=8`; long fractions are rounded."""
+    pairs = [mask_override(text).lstrip("+").partition("=") for text in varied]
+    short = shorten_keys([key for key, _, _ in pairs])
+    label = " ".join(f"{short[key]}={value}" for key, _, value in pairs)
+    return _LONG_FRACTION.sub(lambda match: f"{float(match[0]):.4g}", label) or ONLY_POINT
 
 
 def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Point], int]:

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_runner.config import WandbConf
 from dpo_runner.console import format_clock, visible
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep.states import DONE, KEY_METRICS, JobState, read_job, show_metrics
+from dpo_runner.wandb_files import find_folder, list_commands
 
 
 class SweepScreen:
@@ -84,8 +86,8 @@ class SweepScreen:
             return False
         return True
 
-    def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str]) -> None:
-        """Show every job of the sweep with its state and key metrics."""
+    def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
+        """Show every job of the sweep with its state and key metrics, and where to look at all of them."""
         table = Table("job", "varies", "state", *(label for _, label in KEY_METRICS))
         for job, label in zip(jobs, labels, strict=True):
             figures = [
@@ -96,3 +98,5 @@ class SweepScreen:
         self.say(f"sweep directory  {path}")
         if self.renew_page(path):
             self.say(f"comparison       {path / 'compare.html'}")
+        for command in list_commands(find_folder(wandb.dir, path)):
+            self.say(f"curves           {command}")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dpo_runner.artifacts import read_status
+from dpo_runner.config import RunConf
 from dpo_runner.errors import RunError
 from dpo_runner.search_config import read_direction
 from dpo_runner.sweep.axes import compose_point, merge_axes, read_axis, read_sweep_conf
-from dpo_runner.sweep.directory import lock, read_record, resolve_sweep_dir
+from dpo_runner.sweep.directory import lock, resolve_sweep_dir
 from dpo_runner.sweep.failures import list_failures
-from dpo_runner.sweep.jobs import write_place
+from dpo_runner.sweep.jobs import read_labels, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
-from dpo_runner.sweep.points import label_point
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.space import Space, read_axis_ends, read_space
 from dpo_runner.sweep.states import DONE, JobState, read_job, read_progress
@@ -50,7 +50,8 @@ class OptunaSweeper(GridSweeper):
         self._build_launcher(path)
         screen = SweepScreen()
         _show_plan(screen, space, sweep, path)
-        if compose_point(space.corners()[0], config_dir).dry_run:
+        corner = compose_point(space.corners()[0], config_dir)
+        if corner.dry_run:
             return None
         handle = lock(path, screen.say)
         from dpo_runner.sweep.search import Search  # Optuna, which takes a second to import
@@ -58,7 +59,7 @@ class OptunaSweeper(GridSweeper):
         search = Search(path, space, sweep, config_dir)
         with search.alive():
             self._run(search, path, sweep, config_dir, handle)
-        return _judge(search, path, sweep, screen)
+        return _judge(search, path, corner, screen)
 
     def _run(self, search: "Search", path: Path, sweep: SweepConf, config_dir: str | None, handle: int) -> None:
         count = count_workers(sweep.workers)
@@ -95,23 +96,22 @@ def _show_plan(screen: SweepScreen, space: Space, sweep: SweepConf, path: Path) 
     screen.say(f"sweep directory  {path}")
 
 
-def _judge(search: "Search", path: Path, sweep: SweepConf, screen: SweepScreen) -> None:
+def _judge(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> None:
     """Show every job and the search's outcome.
 
     Raises:
         RunError: jobs failed, all of which it names.
     """
-    record = read_record(path)
-    assert record is not None
+    all_labels = read_labels(path)
     jobs = [read_job(path / name) for name in search.list_jobs()]
-    labels = [label_point(record.jobs[job.name]["varied"]) for job in jobs]
-    screen.show_result(path, jobs, labels)
+    labels = [all_labels[job.name] for job in jobs]
+    screen.show_result(path, jobs, labels, conf.wandb)
     refused = search.refused()
     for line in summarize(jobs, path, len(refused)):
         screen.say(line)
     if (best := search.find_best()) is not None:
         name, value = best
-        screen.say(f"best: {sweep.search.objective} {value:.4g} with {label_point(record.jobs[name]['varied'])}")
+        screen.say(f"best: {conf.sweep.search.objective} {value:.4g} with {all_labels[name]}")
         screen.say(f"best directory   {path / name}")
     failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
     told = [list_failures(failed, len(jobs), path)] if failed else []

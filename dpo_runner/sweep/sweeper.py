@@ -21,6 +21,7 @@ from dpo_runner.sweep.points import Point, build_points
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.states import DONE, read_job
 from dpo_runner.sweep_config import SweepConf
+from dpo_runner.wandb_run import is_under_agent
 
 
 def register_plugins() -> None:
@@ -48,6 +49,8 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         self._params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if is_under_agent():
+            raise ConfigError("-m: a sweep of W&B's own (WANDB_SWEEP_ID) runs one point at a time; leave -m out there")
         self._config, self._context, self._task_function = config, hydra_context, task_function
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -79,7 +82,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         finally:
             jobs = [read_job(path / name) for name in names]
             labels = [point.label for point in points]
-            screen.show_result(path, jobs, labels)
+            screen.show_result(path, jobs, labels, points[0].conf.wandb)
         failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
         if failed:
             raise RunError(list_failures(failed, len(jobs), path))

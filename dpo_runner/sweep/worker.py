@@ -136,7 +136,7 @@ def _clean_up() -> None:
     """Leave nothing of a job to the next one: its model, and the process in which W&B serves it."""
     import torch
 
-    from dpo_runner.tracking import stop_service
+    from dpo_runner.wandb_run import stop_service
 
     stop_service()
     gc.collect()

@@ -1,0 +1,200 @@
+"""Save a view that compares a sweep's runs in W&B: `python -m dpo_runner.workspace SWEEP_DIR`."""
+
+import argparse
+import contextlib
+import io
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.config_differences import find_differing, find_ignored, shorten_keys
+from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.exits import honest_exit
+from dpo_runner.run_records import read_runs
+from dpo_runner.search_config import SearchConf, read_direction
+from dpo_runner.sweep.directory import read_record
+from dpo_runner.tracking import OBJECTIVE
+from dpo_runner.wandb_files import find_folder, list_commands
+
+_EXTRA = "pip install 'wandb-workspaces>=0.4.13,<0.5' (or the extra: pip install 'dpo-runner[workspace]')"
+_CURVES = ("train/loss", "eval/rewards/accuracies", "eval/rewards/margins")
+_STEP = "train/global_step"
+_MOST_RUNS = 200
+_NOT_IN_NAMES = ("So", "Sk", "Sm", "Sc", "Cs")
+"""Classes of characters that W&B takes for emojis and refuses in a view's name; "=" and "<" are among them."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is compared, and where.
+
+    Attributes:
+        name: of the view.
+        entity: the user or team; None: the account's default.
+        project: the W&B project.
+        group: the W&B group that the sweep's runs are in.
+        settings: dotted configuration keys that differ between the runs.
+        logarithmic: those of them whose values are spread over magnitudes.
+        metric: what the sweep is judged by, under TRL's name.
+        minimize: whether less of it is better.
+        folder: of W&B's files.
+        running: whether any of the runs goes on.
+    """
+
+    name: str
+    entity: str | None
+    project: str
+    group: str
+    settings: list[str]
+    logarithmic: set[str]
+    metric: str
+    minimize: bool
+    folder: Path
+    running: bool
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 W&B did not take the view, 2 there is nothing to compare, 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dpo_runner.workspace", description=__doc__, allow_abbrev=False)
+    parser.add_argument("sweep_dir", type=Path, metavar="SWEEP_DIR", help="a sweep's directory")
+    args = parser.parse_args(argv)
+    with honest_exit("interrupted"):
+        view = read_view(args.sweep_dir)
+        print(f"saved  {save_view(view)}")
+        for command in list_commands(view.folder)[1:]:
+            if view.running:  # half a run that `wandb sync` has uploaded counts as a whole one
+                print("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
+            else:
+                print(f"runs that the server lacks appear there after  {command}")
+
+
+def read_view(sweep_dir: Path) -> View:
+    """Return what there is to compare in a sweep.
+
+    Raises:
+        ConfigError: it is no sweep, W&B has none of it, or nothing differs between its runs.
+    """
+    if not sweep_dir.is_dir() or read_record(sweep_dir) is None:
+        raise ConfigError(f"{sweep_dir}: is no sweep's directory (it has no sweep.json)")
+    begun = [run for run in read_runs([sweep_dir])[0] if run.config]
+    if not begun:
+        raise ConfigError(f"{sweep_dir}: none of its runs has begun")
+    tracked = [run for run in begun if run.config["wandb.mode"] != "disabled"]
+    if not tracked:
+        raise ConfigError(f"{sweep_dir}: its runs were not recorded by W&B (wandb=disabled); see compare.html there")
+    newest = tracked[-1].config
+    settings = find_differing([run.config for run in tracked], find_ignored(tracked))
+    if not settings:
+        raise ConfigError(f"{sweep_dir}: nothing differs between the runs that have begun, {len(tracked)} of them")
+    search = SearchConf(objective=newest["sweep.search.objective"], direction=newest["sweep.search.direction"])
+    return View(
+        "".join("_" if unicodedata.category(letter) in _NOT_IN_NAMES else letter for letter in newest["wandb.group"]),
+        newest["wandb.entity"],
+        newest["wandb.project"],
+        newest["wandb.group"],
+        settings,
+        {key for key in settings if _is_logarithmic([run.config.get(key) for run in tracked])},
+        search.objective,
+        read_direction(search) == "minimize",
+        find_folder(newest["wandb.dir"], sweep_dir),
+        any(run.state == "running" for run in tracked),
+    )
+
+
+def save_view(view: View) -> str:
+    """Save a view in W&B and return its address.
+
+    Raises:
+        ConfigError: `wandb-workspaces` is not installed.
+        RunError: there is no key, or the server cannot be reached or refuses.
+    """
+    try:
+        version("wandb-workspaces")
+    except PackageNotFoundError:
+        raise ConfigError(f"needs wandb-workspaces; {_EXTRA}") from None
+    import wandb
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # W&B logs there what is told here in one line
+            entity = view.entity or wandb.Api().default_entity
+            workspace = build_workspace(view, entity)
+            workspace.save()
+            return str(workspace.url)
+    except wandb.errors.AuthenticationError as error:
+        raise RunError(f"W&B cannot be reached, or not with this key (`wandb login`): {reason_of(error)}") from error
+    except Exception as error:  # of any of three libraries' kinds
+        raise RunError(f"W&B did not take the view: {reason_of(error)}") from error
+
+
+def build_workspace(view: View, entity: str) -> Any:
+    """Return the view as a `wandb_workspaces.workspaces.Workspace`, not yet saved."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces import expr
+
+    short = shorten_keys(view.settings)
+    columns = [
+        wr.ParallelCoordinatesPlotColumn(wr.Config(key), display_name=short[key], log=key in view.logarithmic or None)
+        for key in view.settings
+    ]
+    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(OBJECTIVE), display_name=view.metric))
+    scatters = [
+        wr.ScatterPlot(
+            title=f"{view.metric} over {short[key]}",
+            x=wr.Config(key),
+            y=wr.SummaryMetric(OBJECTIVE),
+            log_x=key in view.logarithmic or None,
+        )
+        for key in view.settings
+    ]
+    workspace = ws.Workspace(
+        entity=entity,
+        project=view.project,
+        name=view.name,
+        sections=[
+            ws.Section(
+                name="What the settings do",
+                panels=[
+                    wr.ParallelCoordinatesPlot(columns=columns),
+                    wr.ParameterImportancePlot(with_respect_to=OBJECTIVE),
+                    *scatters,
+                ],
+                is_open=True,
+            ),
+            ws.Section(
+                name="Curves", panels=[wr.LinePlot(title=name, x=_STEP, y=[name]) for name in _CURVES], is_open=True
+            ),
+            ws.Section(name="Runs", panels=[wr.RunComparer(diff_only=True)], is_open=True),
+        ],
+        settings=ws.WorkspaceSettings(x_axis=_STEP, max_runs=_MOST_RUNS),
+        runset_settings=ws.RunsetSettings(
+            order=[expr.Ordering(expr.Summary(OBJECTIVE), ascending=view.minimize)],
+            pinned_columns=[*map(_column, view.settings), f"summary:{OBJECTIVE}", "summary:state"],
+        ),
+    )
+    # As a text, which is the official way, a filter has the "=", "<" and ">" of its values doubled or changed.
+    workspace._stashed_filters_v2 = expr.filters_tree_to_v2(expr.And(expr.Metric("Group") == view.group).to_model())
+    workspace._stashed_filter_string = workspace.runset_settings.filters
+    return workspace
+
+
+def _column(key: str) -> str:
+    """Return what a column of the table of runs is called that shows a nested configuration key."""
+    section, _, rest = key.partition(".")
+    return f"config:{section}.value.{rest}" if rest else f"config:{section}.value"
+
+
+def _is_logarithmic(values: Sequence[Any]) -> bool:
+    """Whether values are better told apart by their magnitude: positive numbers, the largest ten times the smallest."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == len(values) and min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
+
+
+if __name__ == "__main__":
+    main()
