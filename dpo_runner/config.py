@@ -54,6 +54,19 @@ class WandbConf:
 
 
 @dataclass
+class EngineConf:
+    """Exact speed-ups: losses, metrics and gradients are those of TRL's own way, which each can be put back to."""
+
+    shared_prefix: bool = True
+    """Score each pair's common prefix once, without padding, and the vocabulary at completion tokens alone; where that
+    would not be exact, the plan says why TRL's own forward is taken."""
+    reference_store: bool = True
+    """Compute the reference's log-probabilities once for all runs that compare with it, and keep them in the cache."""
+    reference_store_gb: float = 10.0
+    """Gigabytes (1e9 bytes) that all stored references may take; the least recently used make room."""
+
+
+@dataclass
 class ChecksConf:
     """What is verified while the run goes on."""
 
@@ -101,6 +114,7 @@ class RunConf:
     data: DataConf = field(default_factory=DataConf)
     training: TrainingConf = field(default_factory=TrainingConf)
     wandb: WandbConf = field(default_factory=WandbConf)
+    engine: EngineConf = field(default_factory=EngineConf)
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
     judge: JudgeConf = field(default_factory=JudgeConf)

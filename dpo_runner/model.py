@@ -22,7 +22,7 @@ from dpo_runner.locations import (
     resolve_adapter_path,
 )
 from dpo_runner.quantization import check_quantized, settle_quantization
-from dpo_runner.reference import is_initial, load_reference, settle_dtype, trains_all
+from dpo_runner.reference import is_initial, load_reference, settle_dtype, stores_reference, trains_all
 from dpo_runner.stacking import copy_adapter, stack_adapter
 from dpo_runner.tokenizer import settle_vocabulary
 from dpo_runner.vocabulary import (
@@ -130,6 +130,7 @@ def load_policy(conf: RunConf) -> Policy:
     policy.reference_adapter, policy.ref_model = load_reference(conf)
     if policy.ref_model is not None and "ref" in policy.result:
         copy_adapter(policy.model, "default", "ref")  # TRL does so only where that is its reference
-    if is_initial(conf) and trains_all(conf) and not conf.training.precompute_ref_log_probs:
+    kept_nowhere = not conf.training.precompute_ref_log_probs and not stores_reference(conf)
+    if is_initial(conf) and trains_all(conf) and kept_nowhere:
         policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
     return policy

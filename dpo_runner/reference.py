@@ -1,5 +1,6 @@
 """What the policy is compared with: which model that is, where it is held, and how to load it alone."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def settle_dtype(conf: RunConf) -> ModelConf:
     if trains_all(conf) and conf.model.dtype == "auto":
         return replace(conf.model, dtype="float32")  # in 16 bits most small updates of the weights are lost
     return conf.model
+
+
+def stores_reference(conf: RunConf) -> bool:
+    """Whether the engine's store has the reference's log-probabilities, so that training runs no reference."""
+    single = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return conf.engine.reference_store and not conf.training.sync_ref_model and single
 
 
 def is_initial(conf: RunConf) -> bool:
@@ -97,7 +104,8 @@ def describe_reference(conf: RunConf) -> str:
         frozen = "with a frozen copy of" if model.adapter_mode == "continue" else "with the frozen"
         return f"the SFT model: {model.model_name_or_path} {frozen} {model.adapter}"
     if conf.lora is None:
-        how = "as it is before training" if conf.training.precompute_ref_log_probs else "a frozen copy of"
+        before = conf.training.precompute_ref_log_probs or stores_reference(conf)
+        how = "as it is before training" if before else "a frozen copy of"
         return f"{model.model_name_or_path} {how}" if "before" in how else f"{how} {model.model_name_or_path}"
     if changes_base(build_peft_config(conf.lora)):
         return f"{model.model_name_or_path}: a frozen copy of the {conf.lora.init_lora_weights} adapter as it begins"

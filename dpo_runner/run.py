@@ -180,7 +180,7 @@ def _train(
 
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
     callbacks = [events, *([MovementCheck()] if conf.checks.step0 else []), *further]
-    trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks)
+    trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks, console.say)
 
     if conf.checks.step0:
         check_trainable(trainer)

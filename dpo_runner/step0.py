@@ -32,7 +32,8 @@ def completion_logps(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor, 
     """
     model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(rows, len(trainer.train_dataset)))])
-    batch = trainer._prepare_inputs({key: value for key, value in batch.items() if not key.startswith("ref_")})
+    batch = trainer._prepare_inputs(batch)
+    stored = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
     model.eval()
@@ -40,11 +41,12 @@ def completion_logps(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor, 
     try:
         with torch.no_grad(), trainer.accelerator.autocast():
             policy = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
-        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or model, batch))
+        if not stored or ld_alpha is not None:
+            stored = trainer.compute_ref_log_probs(trainer.ref_model or model, batch)
     finally:
         trainer.ld_alpha = ld_alpha
         model.train(training)
-    return policy, reference, (labels != -100).sum(dim=1)
+    return policy, torch.cat(list(stored)), (labels != -100).sum(dim=1)
 
 
 def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
+from dpo_runner.engine.install import install_engine
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
-from dpo_runner.reference import describe_reference
+from dpo_runner.reference import describe_reference, stores_reference, trains_all
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
+
+logger = logging.getLogger(__name__)
 
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
@@ -49,8 +53,10 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
         loaded: dict[str, torch.Tensor],
         reference_adapter: str | None = None,
         reference: str = "",
+        stores_reference: bool = False,
         **kwargs: Any,
     ) -> None:
+        self._stores_reference = stores_reference
         self._loaded = loaded
         self.attention = model.config._attn_implementation
         self._evaluates_part = False
@@ -67,6 +73,8 @@ class RunTrainer(DPOTrainer):  # type: ignore[misc]
             self._reference_adapter = None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self._stores_reference:
+            return dataset  # the engine adds what its store has
         self._settle_reference()  # TRL calls this from its constructor
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
@@ -160,6 +168,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     """
     fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
     fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is refused on CPUs
+    fields["precompute_ref_log_probs"] |= stores_reference(conf)
     if fields["bf16"] is None:
         fields["bf16"] = choose_autocast(conf.training) == torch.bfloat16
     try:
@@ -181,12 +190,15 @@ def build_trainer(
     data: PreferenceData,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    tell: Callable[[str], None] = logger.info,
 ) -> RunTrainer:
-    """Return the trainer, its trainable weights in fp32 and its reference free of dropout.
+    """Return the trainer, its trainable weights in fp32, its reference free of dropout, and the engine in it.
 
     Raises:
         ConfigError: TRL or peft refuses the combination of model and settings.
     """
+    if stores_reference(conf) and not trains_all(conf):
+        args.precompute_ref_log_probs = False  # else TRL hashes all weights, for a cache that is not used
     loaded: dict[str, torch.Tensor] = {}
     if isinstance(policy.model, PeftModel):  # an adapter whose weights are not those of a new one
         loaded = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -203,6 +215,7 @@ def build_trainer(
             callbacks=callbacks,
             reference_adapter=policy.reference_adapter,
             reference=_identify_reference(conf, policy),
+            stores_reference=stores_reference(conf),
         )
     except (ValueError, NotImplementedError) as error:  # so TRL and peft refuse, anywhere in a constructor of theirs
         # with its cause, so that run.log has a traceback where it was no refusal
@@ -213,6 +226,9 @@ def build_trainer(
             _initialize_eva(trainer)
         _cast_adapter_to_fp32(trainer.model, loaded or read_initial_weights(trainer.model))
     _silence_dropout_in_reference(trainer.model)
+    longest = min(filter(None, (data.longest(), args.max_length)))
+    description = {"model": conf.model.model_name_or_path, "reference": describe_reference(conf)}
+    install_engine(trainer, conf.engine, stores_reference(conf), longest, description, tell)
     return trainer
 
 

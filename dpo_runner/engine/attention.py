@@ -1,0 +1,69 @@
+"""Attention over packed pairs: each token sees what it sees in its own row, and nothing else.
+
+With q, k, v of a pair laid out as `chosen ++ tail` and p the length of the common prefix, the chosen row attends
+causally to itself, and the tail to `k[:p] ++ k[tail]`, causally too. No mask of T × T is made.
+
+transformers asks its `AttentionInterface` for the function of `attn_implementation`. The one registered here for
+`sdpa` is transformers' own for whoever does not pass `pairs`, so generation and plain forwards are what they were.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from dpo_runner.engine.packing import PairLengths
+
+IMPLEMENTATION = "sdpa"
+"""The value of `attn_implementation` whose function knows packed pairs."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pairs: list[PairLengths] | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' `sdpa` does, or within `pairs` where they are given.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, head size].
+        key: [1, key-value heads, T, head size].
+        value: as `key`.
+        attention_mask: not used with `pairs`.
+        pairs: the layout of the T tokens.
+        scaling: of the scores; 1/sqrt(head size) where None.
+
+    Returns:
+        [1, T, heads, head size], and None in the place of attention weights.
+    """
+    if pairs is None:
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+    repeats = query.size(1) // key.size(1)
+    sizes = [size for pair in pairs for size in (pair.chosen, pair.tail)]
+    # One split and one concatenation each way; slices would each add a tensor of zeros in the backward pass.
+    parts = [tensor.split(sizes, dim=2) for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))]
+    outputs = []
+    for index, pair in enumerate(pairs):
+        (q, q_tail), (k, k_tail), (v, v_tail) = (part[2 * index : 2 * index + 2] for part in parts)
+        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        if pair.tail:
+            k, v = (torch.cat([shared[:, :, : pair.prefix], own], dim=2) for shared, own in ((k, k_tail), (v, v_tail)))
+            visible = torch.ones(pair.tail, k.size(2), dtype=torch.bool, device=k.device).tril(pair.prefix)
+            outputs.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="sdpa"` of this process's models understand `pairs`."""
+    AttentionInterface.register(IMPLEMENTATION, attend)

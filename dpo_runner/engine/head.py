@@ -1,0 +1,137 @@
+"""Log-probabilities of tokens straight from hidden states, for a frozen head on a CPU.
+
+With z = scale · W h the logits of one token, t its target and s = Σ_v exp(z_v):
+
+    log p_t = z_t - log s,        ∂ log p_t / ∂h = scale · [(1 - p_t) W_t - Σ_{v≠t} p_v W_v]
+
+The head is frozen, so the gradient is known but for one factor a token as soon as the logits are: it is taken at once,
+a few hundred tokens at a time, and the backward pass only multiplies. TRL's kernel computes all logits a second time
+there, and goes over them in fp32 where they have left the cache. 1 - p_t is taken as Σ_{v≠t} p_v, which loses nothing
+where p_t is nearly 1.
+
+Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head that is trained or has a bias, and
+`final_logit_softcapping`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer import utils as trl_utils
+
+assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its kernel elsewhere"
+
+_TOKENS = 256
+"""At a time: enough for fast matrix products, few enough that their logits take tens of megabytes."""
+
+_CACHED = 2**20
+"""Logits at a time in what goes over them element by element, so that they stay in the processor's cache."""
+
+
+class FrozenHeadLogProbs(torch.autograd.Function):
+    """log p of each target, with the statistics of the distribution that TRL logs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float, squares: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Score N tokens.
+
+        Args:
+            ctx: autograd's.
+            hidden: [N, H].
+            weight: [V, H], frozen.
+            targets: [N], int64.
+            scale: what logits are multiplied by.
+            squares: whether log Σ_v p_v² is wanted; it is 0 otherwise.
+
+        Returns:
+            As TRL's `ChunkedLogProbFunction`, each [N] and all but the first without gradient: log p, entropy in nats,
+            log Σ_v p_v², mean logit (all fp32), whether the target is the first of the most likely tokens (bool).
+        """
+        device, count = hidden.device, hidden.size(0)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        weight = weight.to(dtype)
+        log_probs, entropy, log_squares, mean_logits = torch.zeros(4, count, device=device).unbind()
+        is_top1 = torch.empty(count, dtype=torch.bool, device=device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, count, _TOKENS):
+            logits = torch.mm(hidden[start : start + _TOKENS].to(dtype), weight.t())
+            sums = torch.empty(logits.size(0), 1, device=device)
+            rows = max(_CACHED // logits.size(1), 1)
+            for first in range(0, logits.size(0), rows):
+                block = logits[first : first + rows]
+                some = slice(start + first, start + first + block.size(0))
+                target = targets[some].unsqueeze(1)
+                largest, at = block.max(dim=1, keepdim=True)
+                is_top1[some] = (at == target).squeeze(1)
+                below = (block - largest.float()).mul_(scale)
+                target_below = below.gather(1, target)
+                mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
+                weights = below.exp()  # of each token, relative to the most likely one
+                total = weights.sum(dim=1, keepdim=True)
+                log_total = total.log().squeeze(1)
+                log_probs[some] = target_below.squeeze(1) - log_total
+                entropy[some] = log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1)
+                if squares:
+                    log_squares[some] = torch.linalg.vecdot(weights, weights).log() - 2 * log_total
+                if gradient is not None:
+                    weights.scatter_(1, target, 0)
+                    weights.scatter_(1, target, -weights.sum(dim=1, keepdim=True))
+                    block.copy_(weights)
+                    sums[first : first + rows] = total
+            if gradient is not None:
+                gradient[start : start + _TOKENS] = torch.mm(logits, weight).float().div_(sums).mul_(-scale)
+        ctx.mark_non_differentiable(entropy, log_squares, mean_logits, is_top1)
+        ctx.save_for_backward(gradient)
+        return log_probs, entropy, log_squares, mean_logits, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        """Return ∂loss/∂hidden, [N, H], in the dtype of the hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+class _Dispatch:
+    """Stands where TRL looks up its kernel, with the same signature."""
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> Any:
+        if hidden.device.type != "cpu" or weight.requires_grad or bias is not None or final_logit_softcapping:
+            return ChunkedLogProbFunction.apply(
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
+        apply: Any = FrozenHeadLogProbs.apply
+        return apply(hidden, weight, targets, logit_scale / temperature, "log_sum_sq_probs" in outputs)
+
+
+@contextlib.contextmanager
+def frozen_head() -> Iterator[None]:
+    """Let TRL's scoring forward take the kernel of this module where it can."""
+    trl_utils._ChunkedLogProbFunction = _Dispatch
+    try:
+        yield
+    finally:
+        trl_utils._ChunkedLogProbFunction = ChunkedLogProbFunction

@@ -1,0 +1,83 @@
+"""Puts the engine into a trainer, part by part, and says which part stays out and why."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft import PeftModel
+from trl import DPOTrainer
+
+from dpo_runner.config import EngineConf
+from dpo_runner.engine.identity import identify_reference
+from dpo_runner.engine.lora import skip_needless_casts
+from dpo_runner.engine.reference import add_reference_columns, reference_adapter
+from dpo_runner.engine.reference_store import ReferenceStore
+from dpo_runner.engine.self_check import find_difference
+from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
+
+_VERSION = 1
+"""Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
+
+
+def install_engine(
+    trainer: DPOTrainer,
+    conf: EngineConf,
+    stores_reference: bool,
+    longest: int,
+    description: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> None:
+    """Make a trainer that has been built, and not trained yet, faster.
+
+    Args:
+        trainer: TRL's, with its reference settled.
+        conf: what to put in.
+        stores_reference: whether the reference is one that the store can hold.
+        longest: tokens of the longest row.
+        description: of the reference, for whoever lists the store.
+        tell: shows one line to a person.
+    """
+    shares = conf.shared_prefix
+    if shares and (reason := _share_prefixes(trainer, longest)):
+        tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
+        shares = False
+    if isinstance(trainer.model, PeftModel):
+        skip_needless_casts(trainer.model)
+    if stores_reference:
+        _store_reference(trainer, conf, shares, description, tell)
+
+
+def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
+    """Put the packed forward into policy and reference, or say why not."""
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    for model in models:
+        if reason := explain_refusal(model, longest, dropout=not trainer.args.disable_dropout):
+            return reason
+    head = trainer.model.get_output_embeddings()
+    trains_head = any(parameter.requires_grad for parameter in head.parameters())
+    if reason := find_difference(trainer, trains_head):
+        return reason
+    for model in models:
+        share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+    return None
+
+
+def _store_reference(
+    trainer: DPOTrainer, conf: EngineConf, shares: bool, description: Mapping[str, Any], tell: Callable[[str], None]
+) -> None:
+    """Give all rows what the reference thinks of them, and let go of a reference that is a model of its own."""
+    adapter = reference_adapter(trainer)
+    computed = f"{'packed' if shares else 'padded'} {_VERSION}, autocast {trainer.accelerator.mixed_precision}"
+    digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
+    limit = int(conf.reference_store_gb * 1e9)
+    with ReferenceStore(digest, {**description, **made_of}, limit) as store:
+
+        def add(dataset: Any) -> Any:
+            return add_reference_columns(trainer, dataset, store, tell)
+
+        trainer.train_dataset = add(trainer.train_dataset)
+        if isinstance(trainer.eval_dataset, dict):
+            trainer.eval_dataset = {name: add(rows) for name, rows in trainer.eval_dataset.items()}
+        elif trainer.eval_dataset is not None:
+            trainer.eval_dataset = add(trainer.eval_dataset)
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None

@@ -1,0 +1,70 @@
+"""Preference pairs as one row without padding, in which each pair's common prefix stands once.
+
+A pair is laid out as `chosen ++ rejected[p:]`, where p is the length of the longest common prefix of its two rows
+(usually the prompt, and however many tokens the answers share). Positions of the rejected tail go on from p, so every
+token has the position, and with `attention.py` the context, that it has in its own row.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class PairLengths(NamedTuple):
+    """Tokens of one packed pair: `prefix` common ones, within `chosen`; then `tail` of the rejected row."""
+
+    prefix: int
+    chosen: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """B pairs as one row of T tokens.
+
+    Attributes:
+        input_ids: [1, T], int64.
+        position_ids: [1, T], int64; each token's position in its own row.
+        pairs: lengths of each pair, in their order.
+        source: [N], int64; where the hidden state stands that predicts each label.
+        targets: [N], int64; the labels, chosen rows first, as TRL's batches have them.
+        mask: [2B, L-1], bool; which places of TRL's batch, shifted by one, the N labels fill, row by row.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pairs: list[PairLengths]
+    source: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+
+
+def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packing:
+    """Pack a batch as TRL's `DataCollatorForPreference` makes it.
+
+    Args:
+        input_ids: [2B, L], int64; B chosen rows, then their B rejected ones, padded on the right.
+        attention_mask: [2B, L], 1 where there is a token.
+        labels: [2B, L], int64; the token itself where it is scored, -100 elsewhere.
+    """
+    length = input_ids.size(1)
+    ids, real = (tensor.view(2, -1, length) for tensor in (input_ids, attention_mask.bool()))
+    same = (ids[0] == ids[1]) & real[0] & real[1]
+    prefix = same.long().cumprod(dim=1).sum(dim=1)  # [B]
+    own = torch.arange(length, device=ids.device) >= prefix.unsqueeze(1)  # [B, L]: no part of the common prefix
+
+    kept = torch.stack([real[0], real[1] & own], dim=1)  # [B, 2, L]
+    place = (kept.flatten().long().cumsum(dim=0) - 1).view_as(kept)
+    place = torch.stack([place[:, 0], torch.where(own, place[:, 1], place[:, 0])])  # [2, B, L], as TRL orders rows
+
+    mask = labels[:, 1:] != -100
+    sizes = torch.stack([prefix, *kept.sum(dim=2).unbind(dim=1)], dim=1)
+    return Packing(
+        input_ids=ids.transpose(0, 1)[kept].unsqueeze(0),
+        position_ids=torch.arange(length, device=ids.device).expand_as(kept)[kept].unsqueeze(0),
+        pairs=[PairLengths(*lengths) for lengths in sizes.tolist()],
+        source=place.view(-1, length)[:, :-1][mask],
+        targets=labels[:, 1:][mask],
+        mask=mask,
+    )

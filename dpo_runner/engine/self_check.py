@@ -1,0 +1,71 @@
+"""The packed forward against the padded one, on a few tokens of the run's own data, before anything relies on it.
+
+Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
+to a token's log-probability when its row begins differently, which is what a wrong mask or position amounts to.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl import DPOTrainer
+
+from dpo_runner.engine.shared_prefix import share_prefixes
+
+_TOKENS = 16
+"""Of each prompt and each answer."""
+
+_SHARE = 0.25
+"""Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
+
+
+def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
+    """Say how packed and padded log-probabilities differ by more than rounding, or return None.
+
+    Args:
+        trainer: with TRL's own forward.
+        trains_head: see `share_prefixes`.
+    """
+    rows = [_cut(trainer.train_dataset[index]) for index in range(min(len(trainer.train_dataset), 2))]
+    elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
+    for model in (trainer.model, trainer.ref_model):
+        if model is None:
+            continue
+        padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
+        take_back = share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+        try:
+            packed = _score(trainer, model, rows)
+        except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
+            return f"the model does not take packed rows ({type(refusal).__name__}: {refusal})"
+        finally:
+            take_back()
+        error, effect = ((values - padded).square().mean().sqrt().item() for values in (packed, moved))
+        if not error <= _SHARE * effect:
+            return f"packed rows change a token's log-probability by {error:.2g}, another prompt by {effect:.2g}"
+    return None
+
+
+def _cut(row: dict[str, Any]) -> dict[str, list[int]]:
+    prompt, chosen, rejected = (list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return {
+        "prompt_ids": prompt[-_TOKENS:] or chosen[:1],
+        "chosen_ids": chosen[:_TOKENS],
+        "rejected_ids": rejected[: _TOKENS // 2],
+    }
+
+
+def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Return log p of all completion tokens, [N], fp32."""
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    scored = inputs.pop("completion_mask").bool()
+    labels = inputs["input_ids"].masked_fill(~scored, -100)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    finally:
+        model.train(training)
+    completions: torch.Tensor = log_probs[scored[:, 1:]].float()
+    return completions

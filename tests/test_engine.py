@@ -1,0 +1,162 @@
+"""The engine is TRL, only faster: losses, metrics, gradients and trained weights are those of TRL's own forward."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, make_family
+from test_model import build
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from dpo_runner.engine.packing import pack_pairs
+
+PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false")
+PACKED = ("engine.shared_prefix=true", "engine.reference_store=false")
+STORED = ("engine.shared_prefix=true", "engine.reference_store=true")
+
+_TIMES = ("runtime", "per_second", "preparation_time")
+
+
+def train(overrides: list[str], folder: Path, steps: int = 10) -> tuple[list[dict[str, float]], torch.Tensor, Any]:
+    """Return what a short training logs, the adapter after it (flat), and the trainer."""
+    settings = [
+        "training.bf16=false",
+        f"training.max_steps={steps}",
+        "training.logging_steps=1",
+        "training.learning_rate=3e-4",
+        "training.adam_epsilon=1e-6",  # with less, Adam blows rounding up where a gradient is nearly 0
+        "training.warmup_steps=0",
+        "training.save_strategy=no",
+        "training.eval_strategy=no",
+        "seed=7",
+    ]
+    trainer = build([*overrides, *settings], folder)
+    trainer.train()
+    trainer.evaluate()
+    weights = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+    return trainer.state.log_history, torch.cat(weights), trainer
+
+
+def assert_same(plain: list[dict[str, float]], other: list[dict[str, float]], within: float = 1e-5) -> None:
+    """Every logged value agrees, relatively where it is above 1; there are as many, of the same names."""
+    assert len(plain) == len(other) > 1
+    for expected, found in zip(plain, other, strict=True):
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            if not key.endswith(_TIMES):
+                assert abs(found[key] - value) <= within * max(1, abs(value)), (key, value, found[key], expected["step"])
+
+
+def is_packed(trainer: Any) -> bool:
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
+    return str(model.forward.__func__.__code__.co_filename).endswith("shared_prefix.py")
+
+
+LOSSES = next(field for field in DPOConfig.__dataclass_fields__.values() if field.name == "loss_type")
+
+SETTINGS = [
+    *(
+        [f"training.loss_type={loss}"]
+        for loss in (
+            *("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+            *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+        )
+    ),
+    ["training.loss_type=robust", "training.label_smoothing=0.1"],
+    ["training.loss_type=exo_pair", "training.label_smoothing=0.1"],
+    ["training.loss_type=[sigmoid,bco_pair,sft]", "training.loss_weights=[0.8,0.2,1.0]"],
+    ["training.use_weighting=true"],
+    *([f"training.f_divergence_type={kind}"] for kind in ("forward_kl", "js_divergence", "alpha_divergence")),
+    ["training.ld_alpha=0.5"],
+    ["training.ld_alpha=0.0"],
+    *(
+        ["data.on_overlong=trl", f"training.truncation_mode={mode}", "training.max_length=48"]
+        for mode in ("keep_start", "keep_end")
+    ),
+    ["training.gradient_checkpointing=true"],
+    ["training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant:true}"],
+    ["training.gradient_accumulation_steps=4"],
+    ["training.pad_to_multiple_of=16"],
+    ["lora=none"],
+    ["lora.use_dora=true"],
+    ["lora.modules_to_save=[lm_head]"],
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings).replace("training.", ""))
+def test_packed_training_is_trls(settings: list[str], tiny_run: list[str], tmp_path: Path) -> None:
+    plain, weights, _ = train([*tiny_run, *settings, *PLAIN], tmp_path)
+    packed, other, trainer = train([*tiny_run, *settings, *PACKED], tmp_path)
+    assert is_packed(trainer)
+    # TRL's own gradient norms differ by 2e-5 between two padding widths under discopop, whose derivative is steep
+    assert_same(plain, packed, 3e-5 if "discopop" in settings[0] else 1e-5)
+    assert (other - weights).norm() <= 1e-5 * weights.norm()
+
+
+FALLBACKS = [
+    (["lora.lora_dropout=0.1"], "dropout is on"),
+    (["model.attn_implementation=eager"], "attn_implementation is eager"),
+]
+
+
+@pytest.mark.parametrize("settings, reason", FALLBACKS)
+def test_where_packing_is_not_exact_trls_forward_is_taken_and_the_reason_told(
+    settings: list[str], reason: str, tiny_run: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        trainer = build([*tiny_run, *settings, *PACKED], tmp_path)
+    assert not is_packed(trainer)
+    assert [reason in record.message for record in caplog.records if "shared_prefix" in record.message] == [True]
+
+
+EXACT = {"llama", "qwen2", "qwen3", "phi3", "olmo2", "gpt_neox"}
+"""Families whose packed rows are exact; refused are short windows, capped scores, and attention of their own."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact_or_refused(family: str, tiny_run, tokenizer, tmp_path: Path) -> None:
+    folder = make_family(family, tokenizer, tmp_path / family)
+    overrides = [*tiny_run, f"model.model_name_or_path={folder}", "data.on_overlong=trl", "training.max_length=96"]
+    plain, weights, _ = train([*overrides, *PLAIN], tmp_path, steps=3)
+    packed, other, trainer = train([*overrides, *PACKED], tmp_path, steps=3)
+    assert is_packed(trainer) == (family in EXACT)
+    assert_same(plain, packed)
+    assert (other - weights).norm() <= 1e-5 * weights.norm()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_gives_every_token_the_context_of_its_own_row(seed: int) -> None:
+    """No common prefix, one row a prefix of the other, the same row twice, single tokens: whatever rows there are."""
+    draw = random.Random(seed)
+
+    def some(most: int) -> list[int]:
+        return [draw.randrange(1, 4) for _ in range(draw.randint(1, most))]
+
+    rows = [{"prompt_ids": some(6), "chosen_ids": some(5), "rejected_ids": some(5)} for _ in range(draw.randint(1, 4))]
+    limit = draw.choice([None, 1, 4])
+    batch = DataCollatorForPreference(0, limit, draw.choice(["keep_start", "keep_end"]))(rows)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    labels = ids.masked_fill(batch["completion_mask"] == 0, -100)
+    packing = pack_pairs(ids, batch["attention_mask"], labels)
+
+    packed = packing.input_ids[0].tolist()
+    assert len(packed) == sum(pair.chosen + pair.tail for pair in packing.pairs)
+    seen: list[list[int]] = []  # by packed place, the row of tokens up to there
+    start = 0
+    for index, pair in enumerate(packing.pairs):
+        chosen = ids[index][real[index]].tolist()
+        rejected = ids[index + len(rows)][real[index + len(rows)]].tolist()
+        assert packed[start : start + pair.chosen] == chosen
+        tail = packed[start + pair.chosen : start + pair.chosen + pair.tail]
+        assert chosen[: pair.prefix] + tail == rejected
+        assert pair.prefix == len(rejected) or pair.prefix == len(chosen) or chosen[pair.prefix] != tail[0]
+        seen += [chosen[: place + 1] for place in range(pair.chosen)]
+        seen += [rejected[: pair.prefix + place + 1] for place in range(pair.tail)]
+        start += pair.chosen + pair.tail
+    assert packing.position_ids[0].tolist() == [len(row) - 1 for row in seen]
+    wanted = [(row, place) for row in range(len(ids)) for place in range(1, ids.size(1)) if labels[row, place] != -100]
+    assert [seen[source] for source in packing.source] == [ids[row, :place].tolist() for row, place in wanted]
+    assert packing.targets.tolist() == [ids[row, place].item() for row, place in wanted]
