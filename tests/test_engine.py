@@ -47,7 +47,12 @@ def assert_same(plain: list[dict[str, float]], other: list[dict[str, float]], wi
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             if not key.endswith(_TIMES):
-                assert abs(found[key] - value) <= within * max(1, abs(value)), (key, value, found[key], expected["step"])
+                assert abs(found[key] - value) <= within * max(1, abs(value)), (
+                    key,
+                    value,
+                    found[key],
+                    expected["step"],
+                )
 
 
 def is_packed(trainer: Any) -> bool:

@@ -1,0 +1,210 @@
+"""What the reference thinks of a pair is computed once, found whenever it is the same, and never when it is not."""
+
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine import PACKED, STORED, is_packed, train
+from test_model import build, logps_of
+
+from dpo_runner.engine.reference import REF_COLUMNS, score_pairs
+from dpo_runner.engine.reference_store import PairLogps, ReferenceStore, list_references, make_room, store_dir
+from dpo_runner.errors import RunError
+
+FP32 = ("training.bf16=false",)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs each call has scored with the reference."""
+    from dpo_runner.engine import reference
+
+    counts: list[int] = []
+
+    def count(trainer: Any, rows: Any) -> Any:
+        counts.append(len(rows))
+        return score_pairs(trainer, rows)
+
+    monkeypatch.setattr(reference, "score_pairs", count)
+    return counts
+
+
+def reference_of(trainer: Any) -> torch.Tensor:
+    """[2, rows]: what stands in the training rows."""
+    return torch.tensor([trainer.train_dataset[name] for name in REF_COLUMNS])
+
+
+def by_hand(trainer: Any) -> torch.Tensor:
+    """[2, rows]: the same, each row scored alone from the logits of the model without its adapter."""
+    with trainer.model.disable_adapter():
+        return logps_of(trainer.model, list(trainer.train_dataset)).view(2, -1)
+
+
+def test_it_holds_what_the_reference_gives(tiny_run: list[str], tmp_path: Path) -> None:
+    trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert trainer.precompute_ref_logps
+    torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_a_second_run_is_the_first_one_to_the_last_bit_wherever_its_reference_came_from(
+    tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    build([*tiny_run, *FP32, *STORED, "data.max_train_samples=5"], tmp_path)  # some are there already
+    some, *_ = train([*tiny_run, *STORED], tmp_path, steps=4)
+    scored.clear()
+    all_there, weights, _ = train([*tiny_run, *STORED], tmp_path, steps=4)
+    assert max(scored) <= 3, "only the sample that is checked"
+    for path in store_dir().glob("*.sqlite"):
+        path.unlink()
+    _, others, trainer = train([*tiny_run, *STORED], tmp_path, steps=4)
+    assert max(scored) > 3
+    assert torch.equal(weights, others)
+    for one, other in zip(some, all_there, strict=True):
+        assert {k: v for k, v in one.items() if "runtime" not in k and "per_second" not in k} == {
+            k: v for k, v in other.items() if "runtime" not in k and "per_second" not in k
+        }
+    assert is_packed(trainer)
+
+
+def test_training_with_it_is_training_without(tiny_run: list[str], tmp_path: Path) -> None:
+    live, weights, _ = train([*tiny_run, *PACKED], tmp_path)
+    stored, others, _ = train([*tiny_run, *STORED], tmp_path)
+    for expected, found in zip(live, stored, strict=True):
+        for key in expected.keys() - {"train_runtime"}:
+            # before the first step every pair is a tie, which rounding decides
+            if (
+                "runtime" not in key
+                and "per_second" not in key
+                and not (key.endswith("accuracies") and expected["step"] == 1)
+            ):
+                assert abs(found[key] - expected[key]) <= 1e-5 * max(1, abs(expected[key])), (key, expected["step"])
+    assert (others - weights).norm() <= 1e-5 * weights.norm()
+
+
+MISSES = [  # what changes the reference, or the rows that it is given
+    ["training.max_length=40", "data.on_overlong=trl"],
+    ["training.max_length=40", "data.on_overlong=trl", "training.truncation_mode=keep_end"],
+    ["model.dtype=bfloat16"],
+    ["quant=nf4"],
+    ["model.attn_implementation=eager"],
+    ["engine.shared_prefix=false"],
+]
+
+HITS = [
+    ["training.beta=0.5"],
+    ["training.learning_rate=1e-3"],
+    ["training.loss_type=ipo"],
+    ["seed=5"],
+    ["lora.r=4"],
+    ["lora.target_modules=[q_proj]"],
+    ["data.max_train_samples=7"],
+    ["training.per_device_train_batch_size=1"],
+    ["training.ld_alpha=0.5"],
+    ["training.gradient_checkpointing=true"],
+]
+
+
+@pytest.mark.parametrize("changes", MISSES, ids="+".join)
+def test_another_reference_is_another_one(
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    """Of these TRL's own cache returns the first run's values for the second one's cut rows."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
+    assert sum(scored) >= len(trainer.train_dataset)
+    fresh = score_pairs(trainer, list(trainer.train_dataset))
+    expected = torch.tensor([[float(values.sum(dtype=np.float64)) for values in pair] for pair in fresh]).T
+    assert torch.equal(reference_of(trainer), expected)
+
+
+@pytest.mark.parametrize("changes", HITS, ids="+".join)
+def test_what_leaves_the_reference_alone_finds_it(
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
+    assert max(scored) <= 3, "only the sample that is checked"
+    if "training.ld_alpha=0.5" not in changes:
+        torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path) -> None:
+    """TRL's own cache returns None's values for 0.0, whose right ones are others."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    for alpha in (0.0, 0.5):
+        trainer = build([*tiny_run, *FP32, *STORED, f"training.ld_alpha={alpha}"], tmp_path)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        stored = torch.stack([batch.pop(name) for name in REF_COLUMNS])
+        live = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+        torch.testing.assert_close(stored, live, atol=1e-4, rtol=0)
+
+
+def test_values_that_the_reference_does_not_give_are_refused(tiny_run: list[str], tmp_path: Path) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    (path,) = store_dir().glob("*.sqlite")
+    with sqlite3.connect(path) as database:
+        rows = database.execute("SELECT key, chosen FROM pairs").fetchall()
+        for key, chosen in rows:
+            wrong = (np.frombuffer(chosen, np.float32) + 0.01).tobytes()
+            database.execute("UPDATE pairs SET chosen = ? WHERE key = ?", [wrong, key])
+    with pytest.raises(RunError, match=r"does not give.*dpo_runner.cache clear reference"):
+        build([*tiny_run, *FP32, *STORED], tmp_path)
+
+
+def test_a_damaged_file_is_named(tiny_run: list[str], tmp_path: Path) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    (path,) = store_dir().glob("*.sqlite")
+    path.write_bytes(b"SQLite format 3\0" + b"\x17" * 5000)
+    with pytest.raises(RunError, match=f"{path.name}.*clear reference"):
+        build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert list_references()[0].pairs is None
+
+
+def test_processes_share_the_work_and_the_file(tmp_path: Path) -> None:
+    program = """
+        import sys, random
+        import numpy as np
+        from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
+        with ReferenceStore("shared", {}, 10**9) as store:
+            for start in range(0, 400, 20):
+                keys = [bytes([k // 256, k % 256]) for k in range(start, start + 20)]
+                known = store.find(keys)
+                rows = {k: PairLogps(*[np.full(3, int.from_bytes(k), np.float32)] * 2) for k in keys}
+                store.add({k: logps for k, logps in rows.items() if k not in known})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    with ReferenceStore("shared", {}, 10**9) as store:
+        keys = [bytes([k // 256, k % 256]) for k in range(400)]
+        found = store.find([*keys, b"not there"])
+        assert set(found) == set(keys)
+        assert all(found[key].chosen.tolist() == [int.from_bytes(key)] * 3 for key in keys)
+
+
+def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
+    def put(digest: str) -> None:
+        with ReferenceStore(digest, {"model": digest}, 10**9) as store:
+            store.add({bytes([k]): PairLogps(*[np.zeros(2000, np.float32)] * 2) for k in range(20)})
+
+    for digest in ("a", "b", "c"):
+        put(digest)
+    size = list_references()[0].size
+    with ReferenceStore("a", {}, 10**9):  # the oldest, in use again
+        assert [path.stem for path in make_room(int(1.5 * size))] == ["b", "c"]
+    assert [(found.path.stem, found.pairs, found.description) for found in list_references()] == [
+        ("a", 20, {"model": "a"})
+    ]
