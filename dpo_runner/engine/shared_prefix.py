@@ -60,7 +60,7 @@ def explain_refusal(model: PreTrainedModel | PeftModel, longest: int, dropout: b
         return f"the model's sliding window of {window} tokens is shorter than the longest row, {longest}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps its attention scores"
-    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0):  # TRL's own rule
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
     if dropout and _has_dropout(model):
         return "dropout is on, and would be drawn once for both rows of a pair"

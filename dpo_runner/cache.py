@@ -1,0 +1,113 @@
+"""What is kept between runs, listed and cleared: `python -m dpo_runner.cache [list | clear KIND [KIND ...]]`."""
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_runner.artifacts import cache_dir
+from dpo_runner.console import visible
+from dpo_runner.engine.reference_store import list_references, make_room, store_dir
+from dpo_runner.errors import ConfigError
+from dpo_runner.exits import honest_exit
+
+Entry = tuple[Path, str]
+"""A file or folder, and what it is."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 2 an argument is of no use, 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dpo_runner.cache", description=__doc__, allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="show what there is (the default)")
+    clear = actions.add_parser("clear", help="delete it; the next run makes again what it needs")
+    clear.add_argument("kinds", nargs="+", choices=(*_KINDS, "all"), metavar="KIND", help=f"{', '.join(_KINDS)} or all")
+    args = parser.parse_args(argv)
+    console = Console(highlight=False)
+    with honest_exit("interrupted"):
+        if args.action == "clear":
+            _clear(list(_KINDS) if "all" in args.kinds else args.kinds, console)
+        else:
+            _list(console)
+
+
+def _find_models() -> Iterator[Entry]:
+    for path in sorted(cache_dir().iterdir()):
+        if path.is_dir() and path not in (cache_dir() / "data", store_dir()) and not path.name.startswith("."):
+            yield path, "converted or merged weights"
+
+
+def _find_data() -> Iterator[Entry]:
+    folder = cache_dir() / "data"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            yield path, "tokenized rows"
+
+
+def _find_references() -> Iterator[Entry]:
+    for reference in list_references():
+        what = "damaged" if reference.pairs is None else f"{reference.pairs:,} pairs"
+        about = [str(reference.description[key]) for key in ("reference", "forward") if key in reference.description]
+        yield reference.path, "; ".join([what, *about])
+
+
+_KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
+    "models": _find_models,
+    "data": _find_data,
+    "reference": _find_references,
+}
+
+
+def _list(console: Console) -> None:
+    table = Table(title=visible(str(cache_dir())), title_justify="left")
+    for name in ("kind", "name", "size", "last used", "what"):
+        table.add_column(name)
+    total = 0
+    for kind, find in _KINDS.items():
+        for path, what in find() if cache_dir().is_dir() else ():
+            size = _measure(path)
+            total += size
+            used = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            table.add_row(kind, Text(visible(path.name)), _format(size), used, Text(visible(what)))
+    console.print(table if table.row_count else f"{visible(str(cache_dir()))}: empty")
+    if table.row_count:
+        console.print(f"{_format(total)} in all")
+
+
+def _clear(kinds: list[str], console: Console) -> None:
+    freed, kept = 0, []
+    for kind in kinds:
+        entries = list(_KINDS[kind]()) if cache_dir().is_dir() else []
+        sizes = {path: _measure(path) for path, _ in entries}
+        if kind == "reference":
+            make_room(0)  # leaves alone what a run has open
+        else:
+            for path in sizes:
+                shutil.rmtree(path, ignore_errors=True)
+        kept += [path for path in sizes if path.exists()]
+        freed += sum(size for path, size in sizes.items() if not path.exists())
+    console.print(f"{_format(freed)} freed")
+    if kept:
+        raise ConfigError(f"{', '.join(map(str, kept))}: in use or not ours to delete; still there")
+
+
+def _measure(path: Path) -> int:
+    """Return bytes on disk."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _format(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`python -m dpo_runner.cache`: what is kept between runs, listed and cleared."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_runner.cache import main
+from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path))
+    for folder in ("smollm2", "data/0123"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_bytes(bytes(3_000_000))
+    with ReferenceStore("abcd", {"reference": "the base"}, 10**9) as store:
+        store.add({b"key": PairLogps(*[np.zeros(5, np.float32)] * 2)})
+    return tmp_path
+
+
+def test_it_lists_everything_with_its_size(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    printed = capsys.readouterr().out
+    for line in ("models │ smollm2", "data │ 0123", "reference │ abcd.sqlite"):
+        assert line in " ".join(printed.split()), printed
+    assert "1 pairs; the base" in printed
+    assert "6.0 MB in all" in printed
+
+
+def test_it_clears_what_it_is_told_and_nothing_in_use(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["clear", "data"])
+    assert "3.0 MB freed" in capsys.readouterr().out
+    assert sorted(path.name for path in cache.iterdir()) == ["data", "reference", "smollm2"]
+    assert not list((cache / "data").iterdir())
+    with ReferenceStore("abcd", {}, 10**9), pytest.raises(SystemExit) as ended:
+        main(["clear", "all"])
+    assert ended.value.code == 2
+    assert "abcd.sqlite: in use" in capsys.readouterr().err
+    assert not (cache / "smollm2").exists()
+    main(["clear", "reference"])
+    assert not list((cache / "reference").glob("*.sqlite"))
+
+
+def test_an_empty_cache_and_an_unknown_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "none"))
+    main(["list"])
+    assert "empty" in capsys.readouterr().out
+    main(["clear", "all"])
+    with pytest.raises(SystemExit) as ended:
+        main(["clear", "everything"])
+    assert ended.value.code == 2
