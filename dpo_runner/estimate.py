@@ -10,17 +10,27 @@ import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from trl import DPOConfig
 from trl.trainer import utils as trl_utils
 
 from dpo_runner.config import RunConf
+from dpo_runner.data.splits import PairShape
+from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
 from dpo_runner.errors import ConfigError
 from dpo_runner.fake_model import build_fake_models, tensors_of
-from dpo_runner.fake_step import count_dequantized_bytes, run_phase, without_tile_copies
+from dpo_runner.fake_step import (
+    build_packed_inputs,
+    build_padded_inputs,
+    count_dequantized_bytes,
+    run_phase,
+    without_tile_copies,
+)
 from dpo_runner.memory_tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker
 from dpo_runner.trainer import build_dpo_config
 from dpo_runner.vocabulary import load_model_config
@@ -100,12 +110,14 @@ class MemoryEstimate:
         return self.total <= self.device_free
 
 
-def estimate_memory(conf: RunConf, longest: int | None) -> MemoryEstimate:
+def estimate_memory(conf: RunConf, longest: int | None, largest: PairShape | None = None) -> MemoryEstimate:
     """Estimate a run's peak memory, on one device, from the model's config.
 
     Args:
         conf: the run.
         longest: the longest conversation of the data in tokens, prompt included; None where it is not known.
+        largest: the pair with the most tokens; None where it is not known, and two rows with nothing in common are
+            reckoned with.
 
     Returns:
         The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
@@ -116,20 +128,22 @@ def estimate_memory(conf: RunConf, longest: int | None) -> MemoryEstimate:
     lengths = [length for length in (conf.training.max_length, longest) if length is not None]
     if not lengths:
         raise ConfigError("`training.max_length=null`: memory cannot be estimated where no length is known")
+    length = min(lengths)
+    pair = (largest or PairShape(0, length, length)).cut(length)
     args = build_dpo_config(conf, Path("checkpoints"))
     config = load_model_config(conf.model)
     _check_estimable(conf, args)
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     if depth > _FULL_DEPTH and len(set(kinds)) < 2:
-        half, whole = (_simulate(_cut(config, n), conf, args, min(lengths)) for n in (_FULL_DEPTH // 2, _FULL_DEPTH))
+        half, whole = (_simulate(_cut(config, n), conf, args, length, pair) for n in (_FULL_DEPTH // 2, _FULL_DEPTH))
         held, phases = _extrapolate(half, whole, (depth - _FULL_DEPTH) / (_FULL_DEPTH - _FULL_DEPTH // 2))
     else:
-        held, phases = _simulate(config, conf, args, min(lengths))
+        held, phases = _simulate(config, conf, args, length, pair)
     peak = max(phases.values(), key=lambda rows: sum(rows.values()))
     name, total, free = _read_device(args)
     totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
-    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), min(lengths), name, total, free)
+    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), length, name, total, free)
 
 
 Rows = dict[str, int]
@@ -143,8 +157,7 @@ def _advise(conf: RunConf, rows: Rows) -> str:
         ways["weights"] += ["quant=nf4"]
     if conf.lora is None and conf.model.adapter is None:
         ways["optimizer"] += ["lora=r16"]
-        if not training.precompute_ref_log_probs:
-            ways["reference"] += ["training.precompute_ref_log_probs=true"]
+        ways["reference"] += ["engine.reference_store=true"]
     if not training.gradient_checkpointing:
         ways[ACTIVATIONS] += ["training.gradient_checkpointing=true"]
     if (batch := training.per_device_train_batch_size) > 1:
@@ -186,14 +199,17 @@ def _extrapolate(
     return go_on(half[0], whole[0]), {phase: go_on(half[1][phase], rows) for phase, rows in whole[1].items()}
 
 
-def _simulate(config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: int) -> tuple[Rows, dict[str, Rows]]:
-    """Run the phases on fake tensors.
+def _simulate(
+    config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: int, pair: PairShape
+) -> tuple[Rows, dict[str, Rows]]:
+    """Run the phases on fake tensors, with rows of `length` tokens, or with pairs like `pair` where they are packed.
 
     Returns:
         What is held all the time, and what each phase holds beside that at its peak.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy, reference, held = build_fake_models(config, conf, args, mode)
+    packed = conf.engine.shared_prefix and _share_prefixes(policy, reference, length, args)
     use_cpu = _uses_cpu(args)
     with mode:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -208,8 +224,9 @@ def _simulate(config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: 
             for phase in ("training", "evaluation"):
                 tracker = MemoryTracker(kept, widths, scratch)
                 batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
+                inputs = build_packed_inputs(pair, batch) if packed else build_padded_inputs(2 * batch, length)
                 with tracker:
-                    run_phase(phase, policy, reference, trained, tracker, args, torch.Size((2 * batch, length)))
+                    run_phase(phase, policy, reference, trained, tracker, args, inputs)
                 phases[phase] = {
                     "gradients": tracker.alive[GRADIENTS],
                     "activations": tracker.alive[ACTIVATIONS],
@@ -219,6 +236,17 @@ def _simulate(config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: 
         gradients = sum(parameter.nbytes for parameter in trained)
         phases["optimizer step"] = {"gradients": gradients, "activations": 0, "logits": 0, "heap gaps": 0}
     return held, phases
+
+
+def _share_prefixes(policy: Any, reference: Any, length: int, args: DPOConfig) -> bool:
+    """Put the engine's forward into the models where a run would, and say whether it would."""
+    models = [policy, *([reference] if reference is not None else [])]
+    if any(explain_refusal(model, length, not args.disable_dropout) for model in models):
+        return False
+    trains_head = any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
+    for model in models:
+        share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+    return True
 
 
 def count_heap_gaps(alive: Rows) -> int:

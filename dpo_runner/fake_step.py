@@ -13,6 +13,8 @@ from trl import DPOConfig
 from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing
 
+from dpo_runner.data.splits import PairShape
+from dpo_runner.engine.packing import Packing, PairLengths
 from dpo_runner.fake_model import CHECKPOINT_KWARGS
 from dpo_runner.memory_tracker import GRADIENTS, MemoryTracker
 
@@ -24,14 +26,12 @@ def run_phase(
     trained: list[nn.Parameter],
     tracker: MemoryTracker,
     args: DPOConfig,
-    shape: torch.Size,
+    inputs: dict[str, Any],
 ) -> None:
     """Do what one micro-batch does, in the trainer's order: the policy, then the reference, then backward."""
     trains = phase == "training"
     int8 = any(isinstance(layer, bnb.nn.Linear8bitLt) for layer in policy.modules())
     policy.train(trains or int8)  # see _score_reference
-    ids = torch.zeros(shape, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def score(model: nn.Module) -> torch.Tensor:
         dtype = torch.bfloat16 if args.bf16 else torch.float16
@@ -64,6 +64,23 @@ def run_phase(
         hook.remove()
     for parameter in trained:
         parameter.grad = None
+
+
+def build_padded_inputs(rows: int, length: int) -> dict[str, Any]:
+    """Return a batch of `rows` rows of `length` tokens, all of them scored."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def build_packed_inputs(pair: PairShape, pairs: int) -> dict[str, Any]:
+    """Return a batch of `pairs` pairs alike, as the engine packs them."""
+    length = pair.prompt + max(pair.chosen, pair.rejected)
+    inputs = build_padded_inputs(2 * pairs, length)
+    lengths = PairLengths(pair.prompt, pair.prompt + pair.chosen, pair.rejected)
+    ids = torch.zeros(1, pairs * (lengths.chosen + lengths.tail), dtype=torch.long)
+    labels = torch.zeros(pairs * (pair.chosen + pair.rejected), dtype=torch.long)
+    mask = torch.ones(2 * pairs, max(length - 1, 0), dtype=torch.bool)
+    return {**inputs, "packing": Packing(ids, ids, [lengths] * pairs, labels, labels, mask)}
 
 
 def _score_reference(

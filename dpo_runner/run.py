@@ -113,7 +113,7 @@ def _show_memory(conf: RunConf, data: PreferenceData | None, console: RunConsole
 
     try:
         with route_library_logs(None):
-            estimate = estimate_memory(conf, data.longest() if data is not None else None)
+            estimate = estimate_memory(conf, *((data.longest(), data.largest()) if data is not None else (None, None)))
     except ConfigError as error:
         console.warn(f"the memory that this run takes is not known: {error}")
     else:

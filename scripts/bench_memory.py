@@ -81,12 +81,8 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
         if load_only:
             return {"loaded": loaded, "longest": 0}
         build_trainer(conf, args, policy, data, tokenizer, []).train()
-        rows = data.train
-        longest = max(
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            for row in (rows[i] for i in range(len(rows)))
-        )
-        return {"loaded": loaded, "measured": _read_status("VmHWM") - before, "longest": longest}
+        measured = _read_status("VmHWM") - before
+        return {"loaded": loaded, "measured": measured, "longest": data.longest(), **data.largest()._asdict()}
 
 
 def _write_rows(folder: Path) -> Path:
@@ -120,6 +116,7 @@ def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
 def compare(only: str) -> list[str]:
     """Measure and estimate each setting whose name contains `only`, and return the rows of a table."""
     from dpo_runner.config import load_conf
+    from dpo_runner.data.splits import PairShape
     from dpo_runner.estimate import estimate_memory
 
     rows = []
@@ -127,7 +124,8 @@ def compare(only: str) -> list[str]:
         if only in name:
             measured = run_child(overrides)
             conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
-            estimated = estimate_memory(conf, measured["longest"]).total
+            pair = PairShape(*(measured[part] for part in PairShape._fields))
+            estimated = estimate_memory(conf, measured["longest"], pair).total
             ratio = estimated / measured["measured"]
             rows.append(f"| {name} | {estimated / 1e9:.2f} | {measured['measured'] / 1e9:.2f} | {ratio:.2f} |")
             print(rows[-1], flush=True)

@@ -19,6 +19,7 @@ from transformers import MistralConfig
 from dpo_runner import estimate
 from dpo_runner.config import load_conf
 from dpo_runner.console import RunConsole
+from dpo_runner.data.splits import PairShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.estimate import MemoryEstimate, estimate_memory
 from dpo_runner.fake_model import build_fake_models
@@ -44,10 +45,22 @@ def test_weights_adapters_and_optimizer_are_exact() -> None:
 
 
 def test_full_fine_tuning_counts_the_reference() -> None:
-    rows = run("lora=none").rows
+    rows = run("lora=none", "engine.reference_store=false").rows
     assert rows["reference"] == rows["weights"]
     assert rows["optimizer"] == 2 * 4 * TINY_WEIGHTS
-    assert run("lora=none", "training.precompute_ref_log_probs=true").rows["reference"] == 0
+    stored = run("lora=none")
+    precomputed = run("lora=none", "engine.reference_store=false", "training.precompute_ref_log_probs=true")
+    assert stored.rows["reference"] == precomputed.rows["reference"] == 0
+
+
+def test_packed_pairs_take_what_they_have_in_tokens() -> None:
+    def activations(*overrides: str, **shape: int) -> int:
+        conf = load_conf([*TINY, *overrides])
+        return estimate_memory(conf, 200, PairShape(**shape)).phases["training"]
+
+    shared = activations(prompt=180, chosen=20, rejected=20)
+    assert shared < 0.7 * activations(prompt=0, chosen=200, rejected=200)
+    assert shared < 0.7 * activations("engine.shared_prefix=false", prompt=180, chosen=20, rejected=20)
 
 
 def test_more_rows_and_longer_rows_take_more() -> None:
@@ -105,8 +118,8 @@ def test_what_cannot_be_estimated_is_refused() -> None:
 
 def test_the_advice_names_what_takes_most() -> None:
     assert "quant=nf4" in run().advice and "gradient_checkpointing" in run().advice
-    full = run("lora=none").advice
-    assert "lora=r16" in full and "precompute_ref_log_probs" in full
+    full = run("lora=none", "engine.reference_store=false").advice
+    assert "lora=r16" in full and "engine.reference_store=true" in full
     spared = run("quant=nf4", "training.gradient_checkpointing=true", "training.per_device_train_batch_size=1").advice
     assert spared == "try a smaller training.max_length"
 
@@ -138,6 +151,7 @@ def test_the_fake_models_are_those_of_the_run(
 ) -> None:
     paths = {"SFT": sft_adapter, "MODEL": tiny_model}
     named = [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]
+    named.append("engine.reference_store=false")
     conf = load_conf([*tiny_run, *named])
     trainer = build([*tiny_run, *named], tmp_path)
     args = build_dpo_config(conf, tmp_path)
@@ -198,4 +212,5 @@ def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     bench_memory = load_script("bench_memory")
     measured = bench_memory.run_child(overrides)
     conf = load_conf([*bench_memory.COMMON, *overrides, "data.path=rows.jsonl"])
-    assert estimate_memory(conf, measured["longest"]).total == pytest.approx(measured["measured"], rel=0.15)
+    pair = PairShape(*(measured[part] for part in PairShape._fields))
+    assert estimate_memory(conf, measured["longest"], pair).total == pytest.approx(measured["measured"], rel=0.15)

@@ -19,7 +19,7 @@ from dpo_runner.data.prepare import Prepared, prepare
 from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.sources import RowSource, open_sources
-from dpo_runner.data.splits import Mask, Split, hold_out
+from dpo_runner.data.splits import Mask, PairShape, Split, hold_out
 from dpo_runner.data_config import DataConf, SourceConf, resolve_sources
 from dpo_runner.errors import DataError
 
@@ -77,6 +77,10 @@ class PreferenceData:
     def longest(self) -> int:
         """Return the tokens of the longest conversation, prompt and the longer answer, over all splits."""
         return max(split.longest() for split in self._splits.values())
+
+    def largest(self) -> PairShape:
+        """Return the shape of the pair with the most tokens, over all splits."""
+        return max((split.largest() for split in self._splits.values()), key=sum)
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """Yield source, split, file, line (or row), reason and detail of each row that was left out."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.bool_]
 
 _KEPT, _UNUSED = 0, 1  # fates; a dropped pair's is 2 or more, an index into the reasons
+
+
+class PairShape(NamedTuple):
+    """Tokens of a pair: of its prompt, and of the two answers to it."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    def cut(self, length: int) -> "PairShape":
+        """Return what is left of it where a row may have `length` tokens and keeps its start."""
+        room = max(length - self.prompt, 0)
+        return PairShape(min(self.prompt, length), min(self.chosen, room), min(self.rejected, room))
 
 
 class Split:
@@ -83,6 +96,11 @@ class Split:
         """Return the tokens of the longest pair kept: its prompt and the longer answer; 0 without pairs."""
         answer = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
         return int((self.lengths["prompt"] + answer)[self.kept].max(initial=0))
+
+    def largest(self) -> PairShape:
+        """Return the shape of the pair kept that has the most tokens, its prompt counted once; zeros without pairs."""
+        lengths = np.stack([self.lengths[part][self.kept] for part in PairShape._fields])  # [3, pairs]
+        return PairShape(*lengths[:, lengths.sum(axis=0).argmax()].tolist()) if lengths.size else PairShape(0, 0, 0)
 
     def drop_among_kept(self, mask: Mask, reason: str) -> None:
         """Drop what `mask`, of shape (pairs kept,), names of the pairs kept."""

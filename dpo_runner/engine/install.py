@@ -8,7 +8,6 @@ from trl import DPOTrainer
 
 from dpo_runner.config import EngineConf
 from dpo_runner.engine.identity import identify_reference
-from dpo_runner.engine.lora import skip_needless_casts
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
@@ -40,8 +39,6 @@ def install_engine(
     if shares and (reason := _share_prefixes(trainer, longest)):
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
         shares = False
-    if isinstance(trainer.model, PeftModel):
-        skip_needless_casts(trainer.model)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
 

@@ -25,7 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_runner.engine.attention import IMPLEMENTATION, register_attention
 from dpo_runner.engine.head import frozen_head
-from dpo_runner.engine.packing import pack_pairs
+from dpo_runner.engine.packing import Packing, pack_pairs
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -108,10 +108,12 @@ def _score(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """Return what TRL's forward returns for a padded batch; see `pack_pairs` for the arguments."""
-    packing = pack_pairs(input_ids, attention_mask, labels)
+    """Return what TRL's forward returns for a padded batch; see `pack_pairs`, whose work may be done already."""
+    if packing is None:
+        packing = pack_pairs(input_ids, attention_mask, labels)
 
     def keep_sources(module: nn.Module, args: Any, output: BaseModelOutput) -> BaseModelOutput:
         assert output.last_hidden_state is not None
