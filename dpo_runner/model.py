@@ -58,11 +58,11 @@ class Policy:
     saves_embeddings: bool = False
 
 
-def check_model(conf: RunConf) -> PretrainedConfig:
+def check_model(conf: RunConf) -> tuple[PretrainedConfig, PreTrainedModel]:
     """Check model, quantization and adapters against the model's config, before any weight is loaded.
 
     Returns:
-        The model's config.
+        The model's config, and the model without weights, on the meta device.
 
     Raises:
         ConfigError: something does not fit.
@@ -93,7 +93,7 @@ def check_model(conf: RunConf) -> PretrainedConfig:
         )
     train_new_rows(peft_config, meta, new_ids)
     check_quantized(meta, quantization_config, name)
-    return config
+    return config, meta
 
 
 def load_policy(conf: RunConf) -> Policy:

@@ -18,6 +18,7 @@ def build_plan(
     run_dir: Path,
     reference: str,
     padding: str | None,
+    engine: str,
     own_quantization: Any = None,
 ) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown.
@@ -28,6 +29,7 @@ def build_plan(
         run_dir: where the run will write.
         reference: what the policy is compared with, in words.
         padding: the pad token, in words; None where there is no tokenizer.
+        engine: which of its parts are on, and why others are not.
         own_quantization: what the checkpoint's config says of its quantization.
     """
     model, training = conf.model, conf.training
@@ -51,6 +53,7 @@ def build_plan(
             f"{training.gradient_accumulation_steps} accumulation x {_world_size()} process)"
         ),
         "steps": steps,
+        "engine": engine,
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }

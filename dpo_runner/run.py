@@ -20,6 +20,7 @@ with quiet_imports():
     from trl import DPOConfig
 
     from dpo_runner.adapters import find_other_bases
+    from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
     from dpo_runner.model import check_model, load_policy
@@ -84,7 +85,7 @@ def run(
         return read_summary(path)
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
-        model_config = check_model(conf)
+        model_config, without_weights = check_model(conf)
         tokenizer = data = padding = None
         if not conf.dry_run or has_tokenizer(conf.model):
             tokenizer = load_tokenizer(conf.model)
@@ -92,7 +93,9 @@ def run(
             data = load_preferences(conf, tokenizer, origin, console.show_preparing)
             padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
-    console.show_plan(build_plan(conf, data, path, describe_reference(conf), padding, own_quantization))
+    reference = describe_reference(conf)
+    engine = describe_engine(conf, without_weights, data.longest() if data is not None else conf.training.max_length)
+    console.show_plan(build_plan(conf, data, path, reference, padding, engine, own_quantization))
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
     if conf.dry_run:

@@ -1,17 +1,21 @@
 """Puts the engine into a trainer, part by part, and says which part stays out and why."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from dpo_runner.config import EngineConf
+from dpo_runner.config import EngineConf, RunConf
+from dpo_runner.engine.attention import IMPLEMENTATION
 from dpo_runner.engine.identity import identify_reference
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
+from dpo_runner.reference import stores_reference
 
 _VERSION = 1
 """Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
@@ -41,6 +45,28 @@ def install_engine(
         shares = False
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
+
+
+def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str:
+    """Say for the plan which parts of the engine a run will have, and why not the others.
+
+    Args:
+        conf: the run.
+        model: the base model, which needs no weights.
+        longest: tokens of the longest row; None where nothing limits it.
+    """
+    stored = "reference from the store" if stores_reference(conf) else "reference run along"
+    if not conf.engine.shared_prefix:
+        return f"TRL's forward (engine.shared_prefix=false), {stored}"
+    chosen = conf.model.attn_implementation
+    dropout = not conf.training.disable_dropout
+    if chosen not in (None, IMPLEMENTATION):
+        reason: str | None = f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
+    elif dropout and conf.lora is not None and conf.lora.lora_dropout:
+        reason = "dropout is on, and would be drawn once for both rows of a pair"
+    else:
+        reason = explain_refusal(model, sys.maxsize if longest is None else longest, dropout)
+    return f"TRL's forward ({reason}), {stored}" if reason else f"shared prefixes, {stored}"
 
 
 def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
