@@ -32,6 +32,7 @@ from dpo_runner.fake_step import (
     without_tile_copies,
 )
 from dpo_runner.memory_tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker
+from dpo_runner.reference import stores_reference
 from dpo_runner.trainer import build_dpo_config
 from dpo_runner.vocabulary import load_model_config
 
@@ -131,6 +132,7 @@ def estimate_memory(conf: RunConf, longest: int | None, largest: PairShape | Non
     length = min(lengths)
     pair = (largest or PairShape(0, length, length)).cut(length)
     args = build_dpo_config(conf, Path("checkpoints"))
+    args.precompute_ref_log_probs |= stores_reference(conf)
     config = load_model_config(conf.model)
     _check_estimable(conf, args)
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)

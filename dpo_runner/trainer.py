@@ -168,7 +168,6 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     """
     fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
     fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is refused on CPUs
-    fields["precompute_ref_log_probs"] |= stores_reference(conf)
     if fields["bf16"] is None:
         fields["bf16"] = choose_autocast(conf.training) == torch.bfloat16
     try:
@@ -197,8 +196,8 @@ def build_trainer(
     Raises:
         ConfigError: TRL or peft refuses the combination of model and settings.
     """
-    if stores_reference(conf) and not trains_all(conf):
-        args.precompute_ref_log_probs = False  # else TRL hashes all weights, for a cache that is not used
+    if stores_reference(conf):  # with which TRL need not load a reference, nor hash all weights for a cache of its own
+        args.precompute_ref_log_probs = trains_all(conf)
     loaded: dict[str, torch.Tensor] = {}
     if isinstance(policy.model, PeftModel):  # an adapter whose weights are not those of a new one
         loaded = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}

@@ -30,8 +30,8 @@ from dpo_runner.trainer import build_dpo_config, build_trainer
 
 
 def build(overrides: list[str], tmp_path: Path):
-    """Build tokenizer, data, policy and trainer as a run does."""
-    conf = load_conf(overrides)
+    """Build tokenizer, data, policy and trainer as a run does; the reference is run unless `overrides` store it."""
+    conf = load_conf(["engine.reference_store=false", *overrides])
     tokenizer = load_tokenizer(conf.model)
     data = load_preferences(conf, tokenizer)
     set_seed(conf.seed)

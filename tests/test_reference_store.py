@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import PACKED, STORED, is_packed, train
+from test_estimate import STARTS
 from test_model import build, logps_of
 
 from dpo_runner.engine.reference import REF_COLUMNS, score_pairs
@@ -208,3 +209,33 @@ def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
     assert [(found.path.stem, found.pairs, found.description) for found in list_references()] == [
         ("a", 20, {"model": "a"})
     ]
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_whatever_the_reference_is_the_store_has_what_it_gives(
+    start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
+) -> None:
+    paths = {"SFT": sft_adapter, "MODEL": tiny_model}
+    named = [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]
+    live = build([*tiny_run, *FP32, *named], tmp_path)
+    stored = build([*tiny_run, *FP32, *named, *STORED], tmp_path)
+    rows = [live.train_dataset[index] for index in range(len(live.train_dataset))]
+    batch = live.data_collator(rows)
+    if "ref_chosen_logps" in batch:  # TRL's own, computed before
+        expected = torch.stack([batch.pop(name) for name in REF_COLUMNS])
+    else:
+        expected = torch.stack(live.compute_ref_log_probs(live.ref_model or live.model, batch))
+    torch.testing.assert_close(reference_of(stored), expected, atol=2e-4, rtol=0)
+    assert stored.ref_model is None
+
+
+def test_weights_that_cannot_be_told_apart_are_not_stored(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dpo_runner.engine import identity
+
+    monkeypatch.setattr(identity, "_TENSORS", ())
+    with caplog.at_level("INFO"):
+        trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert not trainer.precompute_ref_logps and not list(store_dir().glob("*.sqlite"))
+    assert any("the reference runs along" in record.message for record in caplog.records)

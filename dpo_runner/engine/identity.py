@@ -9,6 +9,7 @@ import json
 from importlib import metadata
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import xxhash
 from peft import PeftModel
@@ -17,6 +18,9 @@ from torch import nn
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 _IDLE_KEYS = ("_name_or_path", "transformers_version", "architectures", "base_model_name_or_path", "revision")
 """Of a model's and an adapter's config; they change no result."""
+
+_TENSORS = (torch.Tensor, nn.Parameter, bnb.nn.Params4bit, bnb.nn.Int8Params)
+"""Kinds whose bytes, with those of the other entries of a state dict, say all there is to say."""
 
 _PEFT_PREFIX, _WRAPPERS = "base_model.model.", ("base_layer", "original_module")
 """What PEFT adds to the names of a model's own weights."""
@@ -31,7 +35,7 @@ def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> t
         forward: names the way log-probabilities are computed, autocast included.
 
     Raises:
-        TypeError: weights of a kind whose bytes cannot be read.
+        TypeError: there are weights of a kind whose bytes cannot be read.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
@@ -65,6 +69,8 @@ def _describe_cpu() -> str:
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
+    if type(tensor) not in _TENSORS:
+        raise TypeError(f"weights of the kind {type(tensor).__name__}")
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 

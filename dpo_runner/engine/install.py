@@ -90,7 +90,11 @@ def _store_reference(
     """Give all rows what the reference thinks of them, and let go of a reference that is a model of its own."""
     adapter = reference_adapter(trainer)
     computed = f"{'packed' if shares else 'padded'} {_VERSION}, autocast {trainer.accelerator.mixed_precision}"
-    digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
+    try:
+        digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
+    except TypeError as error:
+        tell(f"engine.reference_store: the reference runs along; it has {error}, which cannot be told apart")
+        return
     limit = int(conf.reference_store_gb * 1e9)
     with ReferenceStore(digest, {**description, **made_of}, limit) as store:
 
