@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         view = read_view(args.sweep_dir)
         print(f"saved  {save_view(view)}")
         for command in list_commands(view.folder)[1:]:
-            if view.running:  # half a run that `wandb sync` has uploaded counts as a whole one
+            if view.running:  # W&B would take half a run for one that failed
                 print("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
             else:
                 print(f"runs that the server lacks appear there after  {command}")
