@@ -39,10 +39,10 @@ from dpo_runner.vocabulary import load_model_config
 _FULL_DEPTH = 8
 """Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
 
-_HEAP_GAPS = {ACTIVATIONS: 0.14, LOGITS: 0.7}
-"""What glibc's heap holds beyond the tensors that are alive, as a share of them: a freed block's place is too small
-for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks (benchmarks/memory.md), for where
-they fall depends on every small block in between."""
+_HEAP_GAPS = {False: {ACTIVATIONS: 0.14, LOGITS: 0.7}, True: {ACTIVATIONS: 0.1}}
+"""What glibc's heap holds beyond the tensors that are alive, as a share of them, without and with packed pairs: a
+freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
+(benchmarks/memory.md), for where they fall depends on every small block in between."""
 
 _COPIES = {  # values of 4 bytes that an optimizer keeps for each weight
     "adamw_torch": 2,
@@ -233,7 +233,7 @@ def _simulate(
                     "gradients": tracker.alive[GRADIENTS],
                     "activations": tracker.alive[ACTIVATIONS],
                     "logits": tracker.alive[LOGITS],
-                    "heap gaps": count_heap_gaps(tracker.alive) if use_cpu else 0,
+                    "heap gaps": count_heap_gaps(tracker.alive, packed) if use_cpu else 0,
                 }
         gradients = sum(parameter.nbytes for parameter in trained)
         phases["optimizer step"] = {"gradients": gradients, "activations": 0, "logits": 0, "heap gaps": 0}
@@ -251,11 +251,11 @@ def _share_prefixes(policy: Any, reference: Any, length: int, args: DPOConfig) -
     return True
 
 
-def count_heap_gaps(alive: Rows) -> int:
+def count_heap_gaps(alive: Rows, packed: bool) -> int:
     """Return the bytes that the allocator of the CPU holds beside tensors that are alive."""
     if platform.libc_ver()[0] != "glibc":
         return 0
-    return round(sum(share * alive[kind] for kind, share in _HEAP_GAPS.items()))
+    return round(sum(share * alive[kind] for kind, share in _HEAP_GAPS[packed].items()))
 
 
 def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
