@@ -11,7 +11,10 @@ from test_model import build
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpo_runner.config import load_conf
+from dpo_runner.engine.install import describe_engine
 from dpo_runner.engine.packing import pack_pairs
+from dpo_runner.model import check_model
 
 PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false")
 PACKED = ("engine.shared_prefix=true", "engine.reference_store=false")
@@ -165,3 +168,27 @@ def test_packing_gives_every_token_the_context_of_its_own_row(seed: int) -> None
     wanted = [(row, place) for row in range(len(ids)) for place in range(1, ids.size(1)) if labels[row, place] != -100]
     assert [seen[source] for source in packing.source] == [ids[row, :place].tolist() for row, place in wanted]
     assert packing.targets.tolist() == [ids[row, place].item() for row, place in wanted]
+
+
+PLANS = [
+    ([], "shared prefixes, reference from the store"),
+    (["engine.reference_store=false"], "shared prefixes, reference run along"),
+    (["lora=none", "training.sync_ref_model=true"], "shared prefixes, reference run along"),
+    (["engine.shared_prefix=false"], "TRL's forward (engine.shared_prefix=false), reference from the store"),
+    (["model.attn_implementation=eager"], "TRL's forward (model.attn_implementation is eager, not sdpa), "),
+    (["lora.lora_dropout=0.1"], "TRL's forward (dropout is on, "),
+]
+
+
+@pytest.mark.parametrize("overrides, told", PLANS)
+def test_the_plan_says_what_is_on_and_why_the_rest_is_not(overrides: list[str], told: str, tiny_run: list[str]) -> None:
+    conf = load_conf([*tiny_run, *overrides])
+    assert describe_engine(conf, check_model(conf)[1], 100).startswith(told)
+
+
+def test_the_plan_knows_windows_that_are_too_short(tiny_run: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    conf = load_conf([*tiny_run, f"model.model_name_or_path={make_family('mistral', tokenizer, tmp_path / 'm')}"])
+    model = check_model(conf)[1]
+    assert describe_engine(conf, model, 64).startswith("shared prefixes")
+    assert "sliding window of 64 tokens is shorter than the longest row, 65" in describe_engine(conf, model, 65)
+    assert "sliding window" in describe_engine(conf, model, None)
