@@ -145,12 +145,16 @@ STARTS = {
 }
 
 
+def name_paths(start: list[str], **paths: str) -> list[str]:
+    """Put paths in the place of the names that STARTS has for them."""
+    return [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]
+
+
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
 def test_the_fake_models_are_those_of_the_run(
     start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
 ) -> None:
-    paths = {"SFT": sft_adapter, "MODEL": tiny_model}
-    named = [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]
+    named = name_paths(start, SFT=sft_adapter, MODEL=tiny_model)
     named.append("engine.reference_store=false")
     conf = load_conf([*tiny_run, *named])
     trainer = build([*tiny_run, *named], tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import PACKED, STORED, is_packed, train
-from test_estimate import STARTS
+from test_estimate import STARTS, name_paths
 from test_model import build, logps_of
 
 from dpo_runner.engine.reference import REF_COLUMNS, score_pairs
@@ -215,8 +215,7 @@ def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
 def test_whatever_the_reference_is_the_store_has_what_it_gives(
     start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
 ) -> None:
-    paths = {"SFT": sft_adapter, "MODEL": tiny_model}
-    named = [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]
+    named = name_paths(start, SFT=sft_adapter, MODEL=tiny_model)
     live = build([*tiny_run, *FP32, *named], tmp_path)
     stored = build([*tiny_run, *FP32, *named, *STORED], tmp_path)
     rows = [live.train_dataset[index] for index in range(len(live.train_dataset))]
