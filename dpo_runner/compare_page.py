@@ -23,6 +23,9 @@ _MOST_POINTS, _LEAST_POINTS = 400, 60
 _ANSWERS = 4_000_000
 """About how many characters of answers a page holds in all."""
 _LONGEST_ANSWER = 4_000
+_EACH_ITS_OWN = ("run_dir", "wandb.name")
+"""Settings that no two runs share and that say nothing of the experiment."""
+
 _NO_CURVE = re.compile(r"(^|[_/])(logits/\w+|entropy|mean_token_accuracy)$")
 
 
@@ -149,10 +152,11 @@ def _build_row(row: Row, comparison: Comparison, at: dict[int, int]) -> dict[str
 
 def _split_configs(runs: list[RunRecord]) -> tuple[dict[str, Any], list[dict[str, Any] | None]]:
     """Return what all configurations share, and for each run the rest; None where the settings are not known."""
-    configs = [run.config for run in runs if run.config]
+    told = [{key: value for key, value in run.config.items() if key not in _EACH_ITS_OWN} for run in runs]
+    configs = [config for config in told if config]
     first = configs[0] if configs else {}
     common = {key: value for key, value in first.items() if all(key in c and c[key] == value for c in configs)}
-    rest = [{key: value for key, value in run.config.items() if key not in common} for run in runs]
+    rest = [{key: value for key, value in config.items() if key not in common} for config in told]
     return common, [own if run.config else None for run, own in zip(runs, rest, strict=True)]
 
 
