@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,12 @@ def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: An
 def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
     return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
+
+
+def children_seconds() -> float:
+    """Return the processor time of all ended child processes, which unlike the clock knows no other load."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run_main(main: Callable[[list[str]], None], *arguments: str) -> int:

@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import children_seconds
 
 SECRET = "hf_" + "a1B2" * 8
 
@@ -66,10 +66,10 @@ def test_asking_for_the_configuration_is_fast_and_imports_no_torch(arguments: li
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = children_seconds()
         assert run_program(*arguments).returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0, times
+        times.append(children_seconds() - before)
+    assert min(times) < 2, times
 
 
 def test_cfg_job_prints_the_composed_configuration() -> None:
