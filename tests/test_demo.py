@@ -17,7 +17,7 @@ def test_the_default_run_makes_answers_short_and_leaves_them_whole(tmp_path: Pat
     summary = run(load_conf(["run_dir=r"]))
     assert summary is not None
     before, after = summary["before"], summary["after"]
-    assert before["eval_rewards/accuracies"] == 0.0
+    assert abs(before["eval_rewards/margins"]) < 1e-2
     assert after["eval_rewards/accuracies"] >= 0.85
     assert after["response_tokens"] <= 0.65 * before["response_tokens"]
     assert after["responses_at_cap"] <= before["responses_at_cap"]

@@ -51,16 +51,17 @@ def train(overrides: list[str], paths: dict[str, str], folder: Path) -> dict[str
 
 def check(run_dir: Path, after: dict[str, float], autocast: str | None) -> None:
     """Compare what an evaluation measures with the run's own figures, those of the reference by themselves too."""
+    within = 5e-4 if autocast is None else 2e-3  # in 16 bits packed and padded rows round differently
     result = evaluate(run_dir)
     assert result["evaluated"]["autocast"] == autocast
     assert result["reward_accuracy"]["mean"] == pytest.approx(after["eval_rewards/accuracies"], abs=1e-6)
-    assert result["reward_margin"]["mean"] == pytest.approx(after["eval_rewards/margins"], abs=5e-4)
+    assert result["reward_margin"]["mean"] == pytest.approx(after["eval_rewards/margins"], abs=within)
     [folder] = (run_dir / "evaluations").iterdir()
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     for part in ("chosen", "rejected"):
         measured = sum(pair[part]["reference_logp"] for pair in pairs) / len(pairs)
         own = after[f"eval_logps/{part}"] - after[f"eval_rewards/{part}"] / result["evaluated"]["beta"]
-        assert measured == pytest.approx(own, abs=5e-4)
+        assert measured == pytest.approx(own, abs=within)
 
 
 @pytest.mark.parametrize("start", RUNS.values(), ids=RUNS.keys())

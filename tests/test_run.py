@@ -56,7 +56,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
         keys = {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens", "responses_at_cap"}
         assert keys <= summary[phase].keys()
     assert summary["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert summary["before"]["eval_rewards/accuracies"] == 0.0
+    assert summary["before"]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)  # accuracy is rounding's then
     assert summary["steps"] == 4
     assert summary["train_runtime"] > 0 and summary["pairs_per_second"] > 0 and summary["peak_memory_gb"] > 0.1
 
@@ -361,6 +361,6 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
 @pytest.mark.real_model
 def test_the_real_model_learns(real_run: tuple[Path, dict[str, Any]]) -> None:
     summary = real_run[1]
-    assert summary["before"]["eval_rewards/accuracies"] == 0.0
+    assert summary["before"]["eval_rewards/margins"] == pytest.approx(0, abs=1e-2)
     assert summary["after"]["eval_rewards/accuracies"] >= 0.75
     assert summary["after"]["eval_loss"] < 0.65

@@ -51,7 +51,7 @@ def test_the_command_trains_on_the_packaged_data(installed: Path, tmp_path: Path
 def test_every_command_is_installed_and_named_in_the_help(installed: Path) -> None:
     text = run_installed(installed, "--help")
     modules = [file.stem for file in (ROOT / "dpo_runner").glob("*.py") if "\ndef main(argv" in file.read_text()]
-    assert sorted(modules) == ["chat", "compare", "evaluate", "export", "preview"]
+    assert sorted(modules) == ["cache", "chat", "compare", "evaluate", "export", "preview", "workspace"]
     for module in modules:
         assert f"python -m dpo_runner.{module} " in text
         answer = run_installed(installed, "--help", program=f"dpo-runner-{module}")
