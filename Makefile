@@ -24,9 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## tune the default model on the bundled data and show the difference
 	$(BIN)/python -m dpo_runner
 
-# Most tests keep one core busy; a file's tests share fixtures, so they stay together.
+# Most tests keep one core busy. A file's tests share fixtures, so they stay together; tests/conftest.py orders files.
 test: setup  ## run the whole test suite, on up to four cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-demo: setup  ## run the default run in full and check what it promises
 	$(BIN)/python -m pytest -m demo
