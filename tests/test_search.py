@@ -13,8 +13,8 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sweeps import finish, furnish, kill_while_held, start, wait_until
 from test_search_space import space_of
-from test_sweep import finish, furnish, release_stopped, start, wait_until
 
 from dpo_runner.artifacts import read_status, update_status, write_json
 from dpo_runner.config import SweepConf, load_conf
@@ -294,10 +294,7 @@ def test_a_search_that_is_killed_within_a_job_ends_as_if_undisturbed(
 ) -> None:
     sweep, held = folder / "killed", folder / "held"
     process = start(folder, *SEARCH, "sweep.dir=killed", HOLD="0.4")  # the third
-    wait_until(held.exists)
-    process.kill()
-    process.communicate()
-    release_stopped(sweep, held)
+    kill_while_held(process, sweep, held)
     before = read_results(sweep)
     assert len(before) == 2
     times = {name: (sweep / name / "summary.json").stat().st_mtime_ns for name in before}

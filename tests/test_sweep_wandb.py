@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_sweep import finish, furnish, start, wait_until
+from sweeps import finish, furnish, start, wait_until
 from wandb_server import API_KEY, WandbServer
 
 from dpo_runner.artifacts import read_status
