@@ -87,7 +87,7 @@ def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
     return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
 
 
-_LONGEST_FIRST = ("test_sweep.py", "test_docs.py", "test_tracking_online.py", "test_sweep_wandb.py", "test_search.py")
+_LONGEST_FIRST = ("test_search.py", "test_sweep.py", "test_run.py", "test_tracking_online.py", "test_sweep_wandb.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -132,24 +132,3 @@ def tiny_run(pairs: str) -> list[str]:
         "samples.max_new_tokens=4",
         "wandb=disabled",
     ]
-
-
-@pytest.fixture(scope="session")
-def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The directory and the summary of a short run of the default model."""
-    from dpo_runner import load_conf, run
-
-    folder = tmp_path_factory.mktemp("real") / "r"
-    overrides = [
-        f"run_dir={folder}",
-        "data.max_train_samples=24",
-        "data.max_eval_samples=8",
-        "training.eval_strategy=no",
-        "training.learning_rate=2e-4",
-        "samples.num_prompts=2",
-        "samples.max_new_tokens=8",
-        "wandb=disabled",
-    ]
-    summary = run(load_conf(overrides))
-    assert summary is not None
-    return folder, summary

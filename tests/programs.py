@@ -1,102 +1,273 @@
-"""Commands in a shell, whose `python` need not import torch and TRL first: each is a fork of a process that has.
+"""Python programs that need not import torch and TRL first: each is a fork of a process that has.
 
-What is run, its arguments, environment, folder, output and exit code are as without; only the seconds of the imports
-are saved. That the commands work from nothing, and what they import, is for test_cli.py and others to say.
+What is run, its arguments, environment, folder, streams, process id, signals and exit code are as without; only the
+seconds of the imports are saved, for the worker processes of a sweep too. That the commands work from nothing, and
+what they import, is for test_cli.py, the undisturbed sweep of test_sweep.py and others to say.
 """
 
+import atexit
 import contextlib
+import functools
+import gc
+import importlib
+import inspect
+import itertools
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-# What the shell finds as `python`: hands the command and its three streams over, and ends as it ends.
+# What a shell finds as `python`: hands the command and its three streams over, and ends as it ends.
 CLIENT = """\
 #!{python} -IS
 import json, os, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({address!r})
-told = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)])
-socket.send_fds(connection, [len(told.encode()).to_bytes(8, "big")], [0, 1, 2])
-connection.sendall(told.encode())
-sys.exit(int(connection.recv(9) or 70))
+told = json.dumps({{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}).encode()
+socket.send_fds(connection, [len(told).to_bytes(8, "big")], [0, 1, 2])
+connection.sendall(told)
+status = int(connection.makefile().readlines()[1])
+sys.exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 """
+
+
+@functools.cache
+def _start_server() -> str:
+    """Return the address of the server, which ends with this process."""
+    address = str(Path(tempfile.mkdtemp(), "socket"))  # short, as a socket's path must be
+    command = [sys.executable, __file__, address]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+    atexit.register(server.communicate)
+    return address
+
+
+_STREAMS = ("p2cread", "c2pwrite", "errwrite")
+_ASKED = inspect.signature(subprocess.Popen._execute_child)
+
+
+def _name(given: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments of Popen._execute_child by their names."""
+    return dict(_ASKED.bind(None, *given).arguments)
+
+
+def _or_own(stream: int, number: int) -> int:
+    return number if stream == -1 else stream
+
+
+def _close_theirs(process: "subprocess.Popen[Any]", asked: dict[str, Any]) -> None:
+    names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+    process._close_pipe_fds(*(asked[name] for name in names))
+
+
+class Program(subprocess.Popen[str]):
+    """A Python program: Popen, but for what makes the process and what waits for it."""
+
+    def _execute_child(self, *given: Any) -> None:
+        asked = _name(given)
+        told = {
+            "arguments": asked["args"],
+            "folder": str(Path(asked["cwd"] or ".").resolve()),
+            "environment": dict(os.environ if asked["env"] is None else asked["env"]),
+            "own_session": asked["start_new_session"],
+        }
+        text = json.dumps(told).encode()
+        streams = [_or_own(asked[name], number) for number, name in enumerate(_STREAMS)]
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(_start_server())
+            socket.send_fds(connection, [len(text).to_bytes(8, "big")], streams)
+            connection.sendall(text)
+            self._answers = connection.makefile()
+        self.pid = int(self._answers.readline())
+        self._child_created = True
+        _close_theirs(self, asked)
+
+    def _try_wait(self, flags: int) -> tuple[int, int]:
+        if flags & os.WNOHANG and not select.select([self._answers], [], [], 0)[0]:
+            return 0, 0
+        return self.pid, int(self._answers.readline())
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        if self.returncode is None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid:
+                self._handle_exitstatus(status)
+        return self.returncode
+
+
+def start_python(*arguments: str, **settings: Any) -> "subprocess.Popen[str]":
+    """Start `python ARGUMENTS`.
+
+    Args:
+        arguments: `-m MODULE …`, `-c CODE …` or `SCRIPT …`.
+        settings: of Popen: cwd, env, stdin, stdout, stderr, start_new_session.
+    """
+    return Program(list(arguments), text=True, **settings)
+
+
+def run_python(*arguments: str, typed: str = "", timeout: float = 300, **settings: Any) -> Any:
+    """Run `python ARGUMENTS` to its end, as subprocess.run with capture_output does, and return what that does."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with start_python(*arguments, **streams, **settings) as process:
+        try:
+            out, err = process.communicate(typed, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess([*arguments], process.returncode, out, err)
 
 
 @contextlib.contextmanager
 def quick_python() -> Iterator[dict[str, str]]:
-    """Yield an environment in which `python` of the shell runs modules and scripts of this interpreter."""
-    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
-        address, program = Path(folder, "socket"), Path(folder, "python")
-        program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    """Yield an environment in which `python` of the shell is such a program."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "python")
+        program.write_text(CLIENT.format(python=sys.executable, address=_start_server()))
         program.chmod(0o755)
-        server = subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE)
-        try:
-            assert server.stdout is not None and server.stdout.readline() == b"ready\n"
-            yield {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-        finally:
-            server.kill()
-            server.wait()
+        yield {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+# From here on in the server and in what it makes.
+IMPORTED = (
+    *("torch", "trl", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb", "matplotlib.font_manager"),
+    *("wandb.apis.public", "wandb.cli.cli", "hydra", "optuna", "dpo_runner.run", "dpo_runner.plots"),
+    "dpo_runner.sweep.search_sweeper",
+)
 
 
 def serve(address: str) -> None:
-    """Run one command after another, each in a fork of this process."""
-    import torch
-    import trl
+    """Make programs until standard input ends; each has a process beside it that waits for it."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    global MEDIA_TMP
+    from wandb.sdk.data_types._private import MEDIA_TMP
 
-    from dpo_runner import run as _run
-
-    del torch, trl, _run
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
     print("ready", flush=True)
-    while True:
+    while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
         connection, _ = listener.accept()
-        length, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        told = b""
-        while len(told) < int.from_bytes(length, "big"):
-            told += connection.recv(1 << 20)
-        child = os.fork()
-        if child == 0:
-            os._exit(_perform(streams, *json.loads(told)))
-        for stream in streams:
-            os.close(stream)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(str(code if code >= 0 else 128 - code).encode())
+        if os.fork() == 0:
+            listener.close()
+            _attend(connection)
         connection.close()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
-def _perform(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> int:
+def _attend(connection: socket.socket) -> NoReturn:
+    """Make one program, and tell its number and how it ends."""
+    length, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    told = b""
+    while len(told) < int.from_bytes(length, "big"):
+        told += connection.recv(1 << 20)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        subprocess.Popen = _Popen  # type: ignore[misc]
+        _become(streams, **json.loads(told))
+    for stream in streams:
+        os.close(stream)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{child}\n".encode())
+    status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+class _Popen(subprocess.Popen[Any]):
+    """As Popen, but a worker of a sweep is a fork too."""
+
+    def _execute_child(self, *given: Any) -> None:
+        asked = _name(given)
+        if asked["args"][:3] != [sys.executable, "-m", "dpo_runner.sweep.worker"]:
+            super()._execute_child(*given)
+            return
+        streams = [_or_own(asked[name], number) for number, name in enumerate(_STREAMS)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setpgid(0, asked["process_group"])
+            ends = sorted({0, 1, 2, *streams, *asked["pass_fds"], os.sysconf("SC_OPEN_MAX")})
+            for end, following in itertools.pairwise(ends):
+                os.closerange(end + 1, following)
+            _become(streams, asked["args"][1:], str(Path.cwd()), asked["env"])
+        self._child_created = True
+        _close_theirs(self, asked)
+
+
+def _become(
+    streams: Sequence[int], arguments: list[str], folder: str, environment: dict[str, str], own_session: bool = False
+) -> NoReturn:
+    """Be the program, in a process that was forked for it."""
+    gc.freeze()  # nothing of the process before is put away, and no file closed with it
+    if own_session:
+        os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    MEDIA_TMP._finalizer.detach()  # a folder that W&B makes when it is imported and removes in the end
+    MEDIA_TMP.__init__("wandb-media")
+    code = _perform(arguments)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)  # two seconds are spared that Python takes to put away all that it has imported
+
+
+def _perform(arguments: list[str]) -> int:
+    """Do what `python ARGUMENTS` does, and return the exit code, or the number of a signal below 0."""
     try:
+        for place in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+            if place and place not in sys.path:
+                sys.path.insert(1, place)
+                if (site := Path(place, "sitecustomize.py")).exists():
+                    runpy.run_path(str(site))
         if arguments[0] == "-m":
-            sys.argv, sys.path[0] = arguments[1:], folder
+            sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(arguments[1], "<string>", "exec"), vars(sys.modules["__main__"]))
         else:
             sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")
         code: object = 0
     except SystemExit as stopped:
         code = stopped.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code if isinstance(code, int) else int(code is not None)
+    return code & 0xFF if isinstance(code, int) else int(code is not None)
 
 
 if __name__ == "__main__":

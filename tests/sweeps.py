@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROWS
+from programs import start_python
 
 from dpo_runner.sweep.states import read_jobs
 
@@ -71,6 +72,8 @@ def change_screen(module):
     setattr(module.SweepScreen, method, halting)
 
 CHANGES = {"dpo_runner.trainer": change_trainer, "dpo_runner.sweep.screen": change_screen}
+for name in CHANGES.keys() & sys.modules.keys():
+    CHANGES[name](sys.modules[name])
 
 class Patch:
     @staticmethod
@@ -96,21 +99,30 @@ def furnish(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, afresh: bool = False, **environment: str) -> "subprocess.Popen[str]":
+    """Start a sweep of small runs on what `furnish` has put into a folder.
+
+    Args:
+        folder: where it is started.
+        arguments: of the command, besides what makes it small.
+        afresh: whether it and its workers import all they need themselves.
+        environment: over this process's own.
+    """
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
-        *(sys.executable, "-m", "dpo_runner", "-m", "model=tiny_random", "training=smoke", "data=local_file"),
-        *("data.path=pairs.jsonl", "samples.num_prompts=2", "samples.max_new_tokens=4", "wandb=disabled"),
+        *("-m", "dpo_runner", "-m", "model=tiny_random", "training=smoke", "data=local_file"),
+        *("data.path=pairs.jsonl", "samples.num_prompts=2", "samples.max_new_tokens=4", "wandb=disabled", *arguments),
     ]
-    return subprocess.Popen(
-        [*command, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a group of its own, as a terminal gives it
-    )
+    settings: dict[str, Any] = {
+        "cwd": folder,
+        "env": {**os.environ, "PYTHONPATH": path, **environment},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "start_new_session": True,  # a group of its own, as a terminal gives it
+    }
+    if afresh:
+        return subprocess.Popen([sys.executable, *command], text=True, **settings)
+    return start_python(*command, **settings)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_python
 
 from dpo_runner import load_conf, run
 from dpo_runner.chat import Chat, main
@@ -103,9 +102,8 @@ def test_no_answer_commands_the_terminal(arguments, run_dir, monkeypatch, capsys
 
 def test_the_program_talks_in_the_terminal(run_dir: Path) -> None:
     def talk(*arguments: str, typed: str = "") -> str:
-        command = [sys.executable, "-m", "dpo_runner.chat", str(run_dir), "--max-new-tokens", "4", *arguments]
-        environment = {**os.environ, "COLUMNS": "100"}
-        result = subprocess.run(command, input=typed, capture_output=True, text=True, env=environment, timeout=120)
+        command = ["-m", "dpo_runner.chat", str(run_dir), "--max-new-tokens", "4", *arguments]
+        result = run_python(*command, typed=typed, env={**os.environ, "COLUMNS": "100"})
         assert result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr
         return result.stdout

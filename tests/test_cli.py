@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import children_seconds
+from programs import run_python
 
 SECRET = "hf_" + "a1B2" * 8
 
@@ -78,7 +79,8 @@ def test_cfg_job_prints_the_composed_configuration() -> None:
 
 
 def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
-    result = run_program("model=tiny_random", "data=local_file", "data.path=absent.jsonl", "wandb=disabled")
+    command = ("-m", "dpo_runner", "model=tiny_random", "data=local_file", "data.path=absent.jsonl", "wandb=disabled")
+    result = run_python(*command)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: `data.path=absent.jsonl`: no such file"
     assert list(tmp_path.iterdir()) == []
@@ -100,8 +102,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, tiny_run: li
 
 
 def test_a_multirun_runs_every_point_and_reports_all_failures(tmp_path: Path, tiny_run: list[str]) -> None:
-    result = run_program(
-        "-m",
+    result = run_python(
+        *("-m", "dpo_runner", "-m"),
         *tiny_run,
         "training.max_steps=1",
         "data.path=pairs.jsonl,absent.jsonl",
@@ -120,7 +122,7 @@ def test_a_multirun_runs_every_point_and_reports_all_failures(tmp_path: Path, ti
 
 
 def test_a_sweep_file_is_checked_and_runs(tmp_path: Path, tiny_run: list[str]) -> None:
-    result = run_program("sweep=beta", *tiny_run, "training.max_steps=1")
+    result = run_python("-m", "dpo_runner", "sweep=beta", *tiny_run, "training.max_steps=1")
     assert result.returncode == 0, result.stderr
     configs = sorted(tmp_path.glob("outputs/sweeps/sweep_beta/*/*/config.yaml"))
     betas = [next(line for line in path.read_text().splitlines() if line.startswith("  beta:")) for path in configs]

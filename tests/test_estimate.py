@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from families import make_family
+from programs import run_python
 from rich.console import Console
-from test_cli import run_program
 from test_model import build
 from test_scripts import load_script
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -181,12 +181,12 @@ def test_the_fake_models_are_those_of_the_run(
 def test_a_dry_run_needs_only_the_models_config(tmp_path: Path) -> None:
     MistralConfig(dtype="bfloat16").save_pretrained(tmp_path / "mistral")
     command = ["dry_run=true", "model=mistral", f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4"]
-    result = run_program(*command)
+    result = run_python("-m", "dpo_runner", *command)
     assert result.returncode == 0, result.stderr
     assert "not checked: " in result.stdout and "has no tokenizer" in result.stdout
     assert re.search(r"at the peak \(training\) *│ *\d+\.\d\d", result.stdout)
     assert "free on CPU" in result.stdout or "free on NVIDIA" in result.stdout
-    refused = run_program(*command[1:])
+    refused = run_python("-m", "dpo_runner", *command[1:])
     assert refused.returncode == 2 and "cannot be loaded" in refused.stderr
 
 

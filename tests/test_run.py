@@ -13,11 +13,15 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from programs import run_python
 from safetensors.torch import load_file
+from test_export import answer_in_chat, answer_plainly
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from dpo_runner import load_conf, run
+from dpo_runner.chat import Chat
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned
+from dpo_runner.export import main as export
 from dpo_runner.trainer import RunTrainer
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
@@ -343,19 +347,35 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
 ) -> None:
     """The signal comes in the eighth step, as the process sends it to itself: no machine is too fast or too busy."""
     overrides = [*tiny_run, "training.max_steps=10", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
-    command = [sys.executable, "-c", SIGNALLED, str(int(number)), str(times), *overrides]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    stopped = run_python("-c", SIGNALLED, str(int(number)), str(times), *overrides)
     assert stopped.returncode == code, stopped.stderr
     assert "continue with the same command and run_dir=r" in stopped.stderr and "Traceback" not in stopped.stderr
     assert read_json(tmp_path / "r" / "status.json")["state"] == "interrupted"
 
-    again = subprocess.run(
-        [sys.executable, "-m", "dpo_runner", *overrides], capture_output=True, text=True, timeout=240
-    )
+    again = run_python("-m", "dpo_runner", *overrides)
     assert again.returncode == 0, again.stderr
     assert "continuing from" in again.stdout and f"checkpoint-{checkpoint}\n" in again.stdout
     steps = [event["step"] for event in read_events(tmp_path / "r") if "loss" in event]
     assert steps == list(range(1, 11))
+
+
+@pytest.fixture(scope="module")
+def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The directory and the summary of a short run of the default model."""
+    folder = tmp_path_factory.mktemp("real") / "r"
+    overrides = [
+        f"run_dir={folder}",
+        "data.max_train_samples=24",
+        "data.max_eval_samples=8",
+        "training.eval_strategy=no",
+        "training.learning_rate=2e-4",
+        "samples.num_prompts=2",
+        "samples.max_new_tokens=8",
+        "wandb=disabled",
+    ]
+    summary = run(load_conf(overrides))
+    assert summary is not None
+    return folder, summary
 
 
 @pytest.mark.real_model
@@ -364,3 +384,15 @@ def test_the_real_model_learns(real_run: tuple[Path, dict[str, Any]]) -> None:
     assert summary["before"]["eval_rewards/margins"] == pytest.approx(0, abs=1e-2)
     assert summary["after"]["eval_rewards/accuracies"] >= 0.75
     assert summary["after"]["eval_loss"] < 0.65
+
+
+@pytest.mark.real_model
+def test_the_default_models_result_answers_as_chat_does(
+    real_run: tuple[Path, dict[str, Any]], default_model: str
+) -> None:
+    chat = answer_in_chat(Chat(real_run[0], max_new_tokens=24))
+    export([str(real_run[0]), "--out", "adapter", "--adapter-only"])
+    assert answer_plainly(default_model, "adapter") == chat
+    export([str(real_run[0]), "--out", "merged"])  # bfloat16, the base's own, which rounds away some of it
+    check = json.loads(Path("merged/lineage.json").read_text())["export"]["check"]
+    assert 0 < check["rounding"]["kl"] < check["merge"]["kl"]

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -24,9 +24,10 @@ def load_script(name: str):
 def test_train_sft_adapter_makes_an_adapter_that_a_run_starts_from(tiny_model, tiny_run, pairs, tmp_path: Path) -> None:
     from dpo_runner import load_conf, run
 
-    command = [sys.executable, str(SCRIPTS / "train_sft_adapter.py"), "--model", tiny_model, "--data", pairs]
+    command = [str(SCRIPTS / "train_sft_adapter.py"), "--model", tiny_model, "--data", pairs]
     sizes = ["--max-steps", "2", "--per-device-train-batch-size", "2", "--output-dir", "sft"]
-    subprocess.run([*command, *sizes], check=True, capture_output=True)
+    result = run_python(*command, *sizes)
+    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "sft" / "adapter_config.json").read_text())["r"] == 8
     summary = run(load_conf([*tiny_run, "model.adapter=sft", "run_dir=r"]))
     assert summary is not None and summary["steps"] == 4
@@ -56,5 +57,5 @@ def test_concise_pairs_prefer_the_shortest_complete_answer(tokenizer) -> None:
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
 def test_every_script_explains_itself(script: str) -> None:
-    result = subprocess.run([sys.executable, str(SCRIPTS / script), "--help"], capture_output=True, text=True)
+    result = run_python(str(SCRIPTS / script), "--help")
     assert result.returncode == 0 and f"python scripts/{script}" in result.stdout

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from programs import run_python
 from sweeps import finish, furnish, kill_while_held, release_stopped, start, wait_until
 from test_compare_page import read_payload
 
@@ -48,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, own_cache: None) -> Iterator[dict[float, tuple[str, str]]]:
-    """Three points on one worker."""
-    code, out, err = finish(start(folder, "training.beta=0.1,0.4,0.7", "sweep.dir=undisturbed"))
+    """Three points on one worker, of a sweep that imports all it needs: what it gives, others must give to the bit."""
+    code, out, err = finish(start(folder, "training.beta=0.1,0.4,0.7", "sweep.dir=undisturbed", afresh=True))
     assert code == 0, err
     assert "about" in out and "left" in out and "accuracy" in out
     statuses = [read_status(folder / "undisturbed" / job.name) for job in read_jobs(folder / "undisturbed")]
@@ -142,9 +141,8 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
 
 def read_table(sweep: Path) -> list[dict[str, str]]:
     """Return the rows that `compare --csv` has of a sweep, without what tells of the machine."""
-    command = [sys.executable, "-m", "dpo_runner.compare", ".", "--csv", "-"]
-    shown = subprocess.run(command, cwd=sweep, capture_output=True, text=True, check=True)
-    assert shown.stderr == ""
+    shown = run_python("-m", "dpo_runner.compare", ".", "--csv", "-", cwd=sweep)
+    assert (shown.returncode, shown.stderr) == (0, "")
     timed = {"train_runtime", "pairs_per_second", "peak_memory_gb"}
     rows = list(csv.DictReader(io.StringIO(shown.stdout)))
     assert len(rows) == 3 and timed < rows[0].keys() and rows[0]["best"] == "1"
@@ -190,7 +188,8 @@ def test_no_value_leads_out_of_the_sweeps_directory(tmp_path: Path, own_cache: N
     long = "./" * 1500
     paths = f"data.path=../pairs.jsonl,{long}../pairs.jsonl,{home.parent}/pairs.jsonl"
     odd = ("wandb=offline", "wandb.name=../../x", "wandb.group=../../x", "wandb.tags=[../../x]", "wandb.notes=../../x")
-    code, _, err = finish(start(home, paths, *odd, "sweep.dir=s", "sweep.threads_per_worker=2", "training.max_steps=1"))
+    small = ("training.max_steps=1", "training.eval_strategy=no", "data.max_eval_samples=2", "samples.num_prompts=0")
+    code, _, err = finish(start(home, paths, *odd, *small, "sweep.dir=s", "sweep.threads_per_worker=2"))
     assert code == 0, err
     assert [job.state for job in read_jobs(home / "s")] == ["finished"] * 3
     environment = json.loads(next((home / "s").glob("0-*/environment.json")).read_text())

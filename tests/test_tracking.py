@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 from dpo_runner import load_conf, run
 from dpo_runner.artifacts import RunDirectory
@@ -106,8 +107,9 @@ def test_the_service_of_whoever_started_this_process_is_left_alone(tiny_run, tmp
     overrides = [*tiny_run, "wandb=offline", "run_dir=r", "training.max_steps=1"]
     code = f"from dpo_runner import load_conf, run\nrun(load_conf({overrides!r}))"
     env = {**os.environ, "WANDB_SERVICE": "3-1-unix-/absent"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert "did not start" not in result.stdout and "train/loss" in inspect(tmp_path / "r" / "wandb")
+    result = run_python("-c", code, env=env)
+    assert result.returncode == 0 and "did not start" not in result.stdout
+    assert "train/loss" in inspect(tmp_path / "r" / "wandb")
 
 
 def test_names_that_the_server_would_refuse_are_cut(tmp_path: Path) -> None:
@@ -180,5 +182,5 @@ run(load_conf({overrides!r}), callbacks=[look])
 stop_service()
 print("seen", len(look.seen), "alive", len(psutil.wait_procs(look.seen, timeout=30)[1]))
 """
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    printed = run_python("-c", code).stdout
     assert re.search("seen [1-9].* alive 0", printed), printed

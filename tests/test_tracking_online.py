@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,43 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import start_python
 from wandb_server import API_KEY, Fault, WandbServer
-
-NURSERY = """
-import atexit, json, os, sys, traceback
-import dpo_runner.__main__, dpo_runner.plots, dpo_runner.run, dpo_runner.sweep.search_sweeper
-import hydra, matplotlib.font_manager, peft.tuners.lora.bnb, transformers.models.llama.modeling_llama
-import wandb.apis.public, wandb.cli.cli
-from wandb.sdk.data_types._private import MEDIA_TMP  # made when wandb is imported, removed by each child that ends
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.makedirs(MEDIA_TMP.name, exist_ok=True)
-        os.environ.clear()
-        os.environ.update(job["environment"])
-        os.chdir(job["folder"])
-        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(os.open(job["stdin"], os.O_RDWR), 0)
-        os.dup2(output if not job["terminal"] else 0, 1)
-        os.dup2(1, 2)
-        sys.argv = job["command"]
-        code = 1
-        try:
-            exec(job["code"])
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        except BaseException:
-            traceback.print_exc()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # two seconds are spared that Python takes to put away all that it has imported
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-"""Imports what a run and W&B's command need once, then makes each a process of its own, with its own end."""
 
 HOLD = """
 import pathlib, time
@@ -72,42 +36,27 @@ class Child:
     """A command as a process.
 
     Args:
-        nursery: the process that makes it.
         code: what it does.
         command: its command line, as that code sees it.
         environment: over this process's own.
-        stdin: the file that is its standard input.
-        terminal: whether that file is a terminal, to which it writes too.
+        terminal: the file of the terminal that it runs in.
     """
 
-    def __init__(
-        self,
-        nursery: "subprocess.Popen[str]",
-        code: str,
-        command: list[str],
-        environment: dict[str, str],
-        stdin: str = os.devnull,
-        terminal: bool = False,
-    ) -> None:
-        self._nursery = nursery
+    def __init__(self, code: str, command: list[str], environment: dict[str, str], terminal: int | None = None) -> None:
         self._output = Path("output.txt").absolute()
-        job = {
-            "environment": {**os.environ, **environment},
-            "folder": str(Path.cwd()),
-            "output": str(self._output),
-            "stdin": stdin,
-            "terminal": terminal,
-            "command": command,
-            "code": code,
-        }
-        assert nursery.stdin is not None and nursery.stdout is not None
-        print(json.dumps(job), file=nursery.stdin, flush=True)
-        self.pid = int(nursery.stdout.readline())
+        with self._output.open("w") as output:
+            self._process = start_python(
+                *("-c", f"import sys\nsys.argv = {command!r}\n{code}"),
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
+                stdout=output if terminal is None else terminal,
+                stderr=subprocess.STDOUT,
+            )
+        self.pid = self._process.pid
 
     def end(self) -> tuple[int, str]:
         """Wait for its end and return the exit code and what it printed."""
-        assert self._nursery.stdout is not None
-        return int(self._nursery.stdout.readline()), self._output.read_text()
+        return self._process.wait(), self._output.read_text()
 
     def succeed(self) -> str:
         code, printed = self.end()
@@ -119,7 +68,6 @@ class Run(Child):
     """One run of ours, in r/.
 
     Args:
-        nursery: the process that makes it.
         overrides: of the run.
         environment: over this process's own.
         timeout: seconds that W&B is waited for, at the start and at the end.
@@ -129,17 +77,16 @@ class Run(Child):
 
     def __init__(
         self,
-        nursery: "subprocess.Popen[str]",
         overrides: list[str],
         environment: dict[str, str],
         timeout: float = 60,
         hold: tuple[int, ...] = (),
-        terminal: str | None = None,
+        terminal: int | None = None,
     ) -> None:
-        code = f"import dpo_runner.wandb_run\ndpo_runner.wandb_run._TIMEOUT_SECONDS = {timeout}\n"
+        code = f"import dpo_runner.__main__, dpo_runner.wandb_run\ndpo_runner.wandb_run._TIMEOUT_SECONDS = {timeout}\n"
         code += (HOLD.format(steps=hold) if hold else "") + "dpo_runner.__main__.main()"
         command = ["dpo_runner", *overrides, "run_dir=r"]
-        super().__init__(nursery, code, command, environment, terminal or os.devnull, terminal is not None)
+        super().__init__(code, command, environment, terminal)
 
     def reached(self, step: int) -> None:
         """Wait until so many steps are done."""
@@ -152,17 +99,9 @@ class Run(Child):
         Path(f"go-{step}").touch()
 
 
-def run_wandb(nursery: "subprocess.Popen[str]", environment: dict[str, str], *arguments: str) -> str:
+def run_wandb(environment: dict[str, str], *arguments: str) -> str:
     """Run W&B's command and return what it prints."""
-    return Child(nursery, "wandb.cli.cli.cli()", ["wandb", *arguments], environment).succeed()
-
-
-@pytest.fixture(scope="module")
-def nursery(own_cache: None) -> Iterator["subprocess.Popen[str]"]:
-    with subprocess.Popen([sys.executable, "-c", NURSERY], stdin=-1, stdout=-1, text=True) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+    return Child("import wandb.cli.cli\nwandb.cli.cli.cli()", ["wandb", *arguments], environment).succeed()
 
 
 @pytest.fixture
@@ -212,11 +151,11 @@ def without_time(events: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in event.items() if key != "time"} for event in events]
 
 
-def read_local(nursery: "subprocess.Popen[str]") -> list[dict[str, float]]:
+def read_local() -> list[dict[str, float]]:
     """Return the events that the local .wandb files hold, oldest file first, read by W&B's own reader."""
     history = []
     for file in sorted(Path("r/wandb").glob("*run-*/*.wandb"), key=lambda file: file.parent.name.split("run-")[1]):
-        printed = run_wandb(nursery, {}, "leet", "inspect", "--json", str(file))
+        printed = run_wandb({}, "leet", "inspect", "--json", str(file))
         records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
         history += [record["history"]["item"] for record in records if record["type"] == "history"]
     return as_events(history)
@@ -226,18 +165,18 @@ def read_status() -> dict[str, Any]:
     return dict(json.loads(Path("r/status.json").read_text()))
 
 
-def sync(nursery: "subprocess.Popen[str]", printed: str, environment: dict[str, str]) -> None:
+def sync(printed: str, environment: dict[str, str]) -> None:
     """Run the `wandb sync` command that a run has printed last."""
     command = shlex.split(re.findall("wandb sync .*", printed)[-1])
-    run_wandb(nursery, environment, *command[1:])
+    run_wandb(environment, *command[1:])
 
 
 def test_an_online_run_is_on_the_server_whole(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+    server: WandbServer, environment: dict[str, str], online: list[str]
 ) -> None:
-    printed = Run(nursery, online, environment).succeed()
+    printed = Run(online, environment).succeed()
     run = server.only_run()
-    assert as_events(run.history) == without_time(read_logged()) == read_local(nursery)
+    assert as_events(run.history) == without_time(read_logged()) == read_local()
     assert run.variables["project"] == "mine" and run.config["training"]["per_device_train_batch_size"] == 2
     assert run.config["data_report"]["splits"]
     assert run.summary["after/eval_loss"] == json.loads(Path("r/summary.json").read_text())["after"]["eval_loss"]
@@ -250,16 +189,16 @@ def test_an_online_run_is_on_the_server_whole(
 
 
 def test_a_resumed_online_run_goes_on_where_it_was(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+    server: WandbServer, environment: dict[str, str], online: list[str]
 ) -> None:
-    run = Run(nursery, online, environment, hold=(3,))
+    run = Run(online, environment, hold=(3,))
     run.reached(3)
     os.kill(run.pid, signal.SIGTERM)
     run.go(3)
     assert run.end()[0] == 128 + signal.SIGTERM
     first = as_events(server.only_run().history)
     assert first and server.only_run().exit_code == 128 + signal.SIGTERM
-    printed = Run(nursery, online, environment).succeed()
+    printed = Run(online, environment).succeed()
     stored = server.only_run()
     assert as_events(stored.history)[: len(first)] == first
     assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
@@ -270,28 +209,28 @@ def test_a_resumed_online_run_goes_on_where_it_was(
 
 @pytest.mark.parametrize("fault", ["500", "no answer", "401", "key unknown", "closed port"])
 def test_without_a_server_at_the_start_the_run_is_recorded_offline(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+    server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
 ) -> None:
     server.fail(fault)
-    printed = Run(nursery, online, environment, _IMPATIENT).succeed()
+    printed = Run(online, environment, _IMPATIENT).succeed()
     assert re.search("W&B did not start: .+; the run is recorded offline instead", printed)
     assert re.match("offline: .+", read_status()["wandb"]) and read_status()["state"] == "finished"
     assert len(list(Path("r/wandb").glob("*run-*"))) == 1  # nothing is left of the start that failed
-    assert without_time(read_logged()) == read_local(nursery)
+    assert without_time(read_logged()) == read_local()
     assert not server.runs
     server.recover()
-    sync(nursery, printed, environment)
+    sync(printed, environment)
     assert as_events(server.only_run().history) == without_time(read_logged())
     assert server.only_run().exit_code == 0
 
 
 @pytest.mark.parametrize("fault", ["500 for rows", "answer lost", "401", "closed port"])
 def test_a_server_that_is_lost_on_the_way_costs_nothing(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+    server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
 ) -> None:
     # W&B asks 20 seconds long for the samples' table where no answer comes: one of the two cases is enough.
     samples = fault != "answer lost"
-    run = Run(nursery, online if samples else [*online, "samples.num_prompts=0"], environment, _IMPATIENT, hold=(2,))
+    run = Run(online if samples else [*online, "samples.num_prompts=0"], environment, _IMPATIENT, hold=(2,))
     run.reached(2)
     server.fail(fault)
     lost = time.monotonic()
@@ -300,36 +239,36 @@ def test_a_server_that_is_lost_on_the_way_costs_nothing(
     assert time.monotonic() - lost < 200  # by itself W&B would go on for a week
     assert "W&B does not have all of this run" in printed
     assert "does not have all of it" in read_status()["wandb"] and read_status()["state"] == "finished"
-    assert without_time(read_logged()) == read_local(nursery)
+    assert without_time(read_logged()) == read_local()
     server.recover()
-    sync(nursery, printed, environment)
+    sync(printed, environment)
     stored = server.only_run()
     assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
     assert stored.exit_code == 0 and ("samples" in stored.summary) is samples
 
 
 def test_a_run_that_began_offline_and_went_on_online_is_uploaded_whole(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+    server: WandbServer, environment: dict[str, str], online: list[str]
 ) -> None:
     server.fail("401")
-    run = Run(nursery, online, environment, hold=(3,))
+    run = Run(online, environment, hold=(3,))
     run.reached(3)
     os.kill(run.pid, signal.SIGTERM)
     run.go(3)
     assert run.end()[0] == 128 + signal.SIGTERM and not server.runs
     server.recover()
-    printed = Run(nursery, online, environment).succeed()
+    printed = Run(online, environment).succeed()
     assert read_status()["wandb"] == f"online at {server.url}/me/mine/runs/{Path('r/wandb/run_id.txt').read_text()}"
-    sync(nursery, printed, environment)
+    sync(printed, environment)
     stored = server.only_run()
     assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
     assert stored.exit_code == 0 and (stored.summary["state"], stored.summary["steps"]) == ("finished", 4)
 
 
 def test_a_server_that_comes_back_gets_everything(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
+    server: WandbServer, environment: dict[str, str], online: list[str]
 ) -> None:
-    run = Run(nursery, online, environment, timeout=20, hold=(1, 3))
+    run = Run(online, environment, timeout=20, hold=(1, 3))
     run.reached(1)
     server.fail("closed port")
     run.go(1)
@@ -342,31 +281,29 @@ def test_a_server_that_comes_back_gets_everything(
     assert "have all of" not in read_status()["wandb"]
 
 
-def test_a_slow_server_gets_everything(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str]
-) -> None:
+def test_a_slow_server_gets_everything(server: WandbServer, environment: dict[str, str], online: list[str]) -> None:
     server.fail("slow")
     server.delay = 0.3
-    printed = Run(nursery, online, environment).succeed()
+    printed = Run(online, environment).succeed()
     assert as_events(server.only_run().history) == without_time(read_logged())
     assert server.only_run().exit_code == 0 and "wandb sync" not in printed
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_without_a_key_the_run_is_recorded_offline(
-    nursery: Any, server: WandbServer, environment: dict[str, str], online: list[str], terminal: bool
+    server: WandbServer, environment: dict[str, str], online: list[str], terminal: bool
 ) -> None:
     keyless = {key: value for key, value in environment.items() if key != "WANDB_API_KEY"}
     if not terminal:
-        printed = Run(nursery, online, keyless).succeed()
+        printed = Run(online, keyless).succeed()
         assert "W&B did not start: No API key configured" in printed and "recorded offline instead" in printed
     else:  # where W&B would ask for a key, and wait
         ours, theirs = os.openpty()
-        run = Run(nursery, online, keyless, terminal=os.ttyname(theirs))
+        run = Run(online, keyless, terminal=theirs)
         text = read_all(ours, run, theirs)
         assert "No API key configured" in text and "recorded offline instead" in text
     assert read_status()["wandb"].startswith("offline: No API key configured")
-    assert without_time(read_logged()) == read_local(nursery)
+    assert without_time(read_logged()) == read_local()
     assert not server.operations
 
 
@@ -396,10 +333,10 @@ def read_all(ours: int, run: Run, theirs: int) -> str:
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_killed_run_loses_its_last_two_seconds_at_most(
-    nursery: Any, server: WandbServer, environment: dict[str, str], tiny_run: list[str], mode: str
+    server: WandbServer, environment: dict[str, str], tiny_run: list[str], mode: str
 ) -> None:
     overrides = [*tiny_run, f"wandb={mode}"]
-    run = Run(nursery, overrides, environment, hold=(2, 3))
+    run = Run(overrides, environment, hold=(2, 3))
     run.reached(2)
     time.sleep(5.5)  # two, and time for a busy machine to write
     run.go(2)
@@ -409,14 +346,14 @@ def test_a_killed_run_loses_its_last_two_seconds_at_most(
     assert run.end()[0] == -signal.SIGKILL
     old = without_time([event for event in read_logged() if event["time"] < killed - 5])
     assert {event["step"] for event in old} >= {0, 1, 2}
-    assert [event for event in old if event not in read_local(nursery)] == []
+    assert [event for event in old if event not in read_local()] == []
     identity = Path("r/wandb/run_id.txt").read_text()
 
-    run = Run(nursery, overrides, environment)
+    run = Run(overrides, environment)
     printed = run.succeed()
     assert Path("r/wandb/run_id.txt").read_text() == identity
     assert len(list(Path("r/wandb").glob("*run-*/*.wandb"))) == 2
-    sync(nursery, printed, environment)
+    sync(printed, environment)
     stored = server.only_run()
     assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
     assert list(server.runs) == [identity] and stored.exit_code == 0

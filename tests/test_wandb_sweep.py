@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from programs import quick_python, run_python
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import API_KEY, WandbServer
 
@@ -112,18 +113,10 @@ def server() -> Iterator[SweepServer]:
 def start_agent(server: SweepServer, folder: Path, *further: str) -> subprocess.CompletedProcess[str]:
     """Run W&B's own agent, whose command gets `further` overrides to make its run a short one."""
     server.sweep["command"][-1:-1] = further
-    python = folder / "bin"
-    python.mkdir()
-    (python / "python").symlink_to(sys.executable)
-    env = {
-        **os.environ,
-        "WANDB_BASE_URL": server.url,
-        "WANDB_API_KEY": API_KEY,
-        "PATH": f"{python}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(sys.path),  # a link to an environment's python is not in that environment
-    }
     command = [sys.executable, "-m", "wandb", "agent", "--count", "1", "me/theirs/s1"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=300)
+    with quick_python() as quick:
+        env = {**quick, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=300)
 
 
 def test_a_run_of_their_agent_is_the_run_that_their_server_has_made(
@@ -181,5 +174,5 @@ def test_a_run_that_their_server_cannot_see_says_so(tiny_run: list[str], tmp_pat
         f"from dpo_runner import load_conf, run\nrun(load_conf({[*tiny_run, 'run_dir=r', 'training.max_steps=1']!r}))"
     )
     env = {**os.environ, "WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "chosen01"}
-    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    printed = run_python("-c", code, env=env).stdout
     assert "warning: wandb.mode=disabled: W&B's sweep sees nothing of this run; add wandb=online" in printed

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import run_main
+from programs import run_python
 from run_folders import write_run
 from wandb_server import API_KEY, WandbServer
 
@@ -59,8 +60,7 @@ def save(sweep: Path, server: ViewServer, **environment: str) -> tuple[int, str,
     """Run the command in a process of its own, since W&B keeps server and key for a process's life."""
     server.views.clear()
     env = {**os.environ, "WANDB_BASE_URL": server.url, "HOME": str(sweep), **environment}
-    command = [sys.executable, "-m", "dpo_runner.workspace", str(sweep)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    result = run_python("-m", "dpo_runner.workspace", str(sweep), env=env)
     return result.returncode, result.stdout, result.stderr
 
 
