@@ -87,7 +87,10 @@ def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
     return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
 
 
-_LONGEST_FIRST = ("test_search.py", "test_sweep.py", "test_run.py", "test_tracking_online.py", "test_sweep_wandb.py")
+_LONGEST_FIRST = (
+    *("test_search.py", "test_sweep.py", "test_run.py"),
+    *("test_tracking_online.py", "test_sweep_wandb.py", "test_docs.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

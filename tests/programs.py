@@ -88,7 +88,7 @@ class Program(subprocess.Popen[str]):
             connection.connect(_start_server())
             socket.send_fds(connection, [len(text).to_bytes(8, "big")], streams)
             connection.sendall(text)
-            self._answers = connection.makefile()
+            self._answers = connection.makefile("rb", buffering=0)  # what select is asked about lies in no buffer
         self.pid = int(self._answers.readline())
         self._child_created = True
         _close_theirs(self, asked)
@@ -166,6 +166,8 @@ def serve(address: str) -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+    Path(address).unlink()
+    Path(address).parent.rmdir()
 
 
 def _attend(connection: socket.socket) -> NoReturn:
@@ -177,7 +179,7 @@ def _attend(connection: socket.socket) -> NoReturn:
     child = os.fork()
     if child == 0:
         connection.close()
-        subprocess.Popen = _Popen  # type: ignore[misc]
+        subprocess.Popen = _Popen
         _become(streams, **json.loads(told))
     for stream in streams:
         os.close(stream)
