@@ -22,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 BATCHES, SIZE = 6, 4
 
-WIDTHS = (None, 16, 48, 160)
+WIDTHS = (None, 48, 160)
 """To which TRL pads: as long as the longest row, and to multiples, up to some hundred tokens more."""
 
 
