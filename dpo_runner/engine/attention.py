@@ -2,6 +2,7 @@
 
 With q, k, v of a pair laid out as `chosen ++ tail` and p the length of the common prefix, the chosen row attends
 causally to itself, and the tail to `k[:p] ++ k[tail]`, causally too. No mask of T × T is made.
+On CPUs `cpu_attention.py` does the same, faster.
 
 transformers asks its `AttentionInterface` for the function of `attn_implementation`. The one registered here for
 `sdpa` is transformers' own for whoever does not pass `pairs`, so generation and plain forwards are what they were.
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from dpo_runner.engine.cpu_attention import PairAttention
 from dpo_runner.engine.packing import PairLengths
 
 IMPLEMENTATION = "sdpa"
@@ -49,19 +51,26 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output
+    if query.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")  # as torch's own attention does
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        scale = query.size(3) ** -0.5 if scaling is None else scaling
+        outputs: torch.Tensor = PairAttention.apply(query[0], key[0], value[0], pairs, scale)  # type: ignore[no-untyped-call]
+        return outputs.unsqueeze(0), None
     repeats = query.size(1) // key.size(1)
     sizes = [size for pair in pairs for size in (pair.chosen, pair.tail)]
     # One split and one concatenation each way; slices would each add a tensor of zeros in the backward pass.
     parts = [tensor.split(sizes, dim=2) for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))]
-    outputs = []
+    parted = []
     for index, pair in enumerate(pairs):
         (q, q_tail), (k, k_tail), (v, v_tail) = (part[2 * index : 2 * index + 2] for part in parts)
-        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        parted.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         if pair.tail:
             k, v = (torch.cat([shared[:, :, : pair.prefix], own], dim=2) for shared, own in ((k, k_tail), (v, v_tail)))
             visible = torch.ones(pair.tail, k.size(2), dtype=torch.bool, device=k.device).tril(pair.prefix)
-            outputs.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+            parted.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scaling))
+    return torch.cat(parted, dim=2).transpose(1, 2).contiguous(), None
 
 
 def register_attention() -> None:

@@ -17,7 +17,7 @@ from dpo_runner.engine.self_check import find_difference
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
 from dpo_runner.reference import stores_reference
 
-_VERSION = 1
+_VERSION = 2
 """Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
 
 

@@ -1,0 +1,76 @@
+"""Attention by blocks on a CPU is torch's attention under a mask, forward and backward."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dpo_runner.engine import cpu_attention
+from dpo_runner.engine.attention import attend
+from dpo_runner.engine.packing import PairLengths
+
+LAYOUTS = [
+    [PairLengths(120, 157, 50)],
+    [PairLengths(0, 3, 140), PairLengths(5, 5, 0), PairLengths(5, 5, 1), PairLengths(1, 1, 1)],
+    [PairLengths(200, 300, 130), PairLengths(127, 128, 129)],
+]
+
+
+def attend_under_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: list[PairLengths], scale: float
+) -> torch.Tensor:
+    visible = torch.block_diag(*(torch.ones(pair.chosen + pair.tail, pair.chosen + pair.tail) for pair in pairs)).tril()
+    start = 0
+    for pair in pairs:
+        visible[start + pair.chosen : start + pair.chosen + pair.tail, start + pair.prefix : start + pair.chosen] = 0
+        start += pair.chosen + pair.tail
+    output = scaled_dot_product_attention(query, key, value, attn_mask=visible.bool(), enable_gqa=True, scale=scale)
+    return output.transpose(1, 2)
+
+
+def differentiate(
+    function, dtype: torch.dtype, pairs: list[PairLengths], heads: int, shared: int
+) -> list[torch.Tensor]:
+    """Return output and gradients of q, k, v for the same random values, in fp64."""
+    torch.manual_seed(3)
+    length = sum(pair.chosen + pair.tail for pair in pairs)
+    sizes = ((heads, 24), (shared, 24), (shared, 16))
+    # as projections give them: tokens first in memory
+    inputs = [torch.randn(1, length, *size).bfloat16().to(dtype).transpose(1, 2).requires_grad_() for size in sizes]
+    output = function(*inputs)
+    output.backward(torch.randn(output.shape).bfloat16().to(dtype))
+    return [tensor.detach().double() for tensor in (output, *(tensor.grad for tensor in inputs))]
+
+
+@pytest.mark.parametrize("pairs", LAYOUTS, ids=str)
+@pytest.mark.parametrize("heads, shared", [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("kept", [1024, 130, 0])
+def test_blocks_give_what_a_mask_gives(
+    pairs: list[PairLengths], heads: int, shared: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "_KEPT", kept)
+    scale = 0.3
+
+    def blocks(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend(torch.nn.Module(), *inputs, None, pairs=pairs, scaling=scale)[0]
+
+    def mask(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend_under_mask(*inputs, pairs, scale)
+
+    exact = differentiate(mask, torch.float64, pairs, heads, shared)
+    for expected, found in zip(exact, differentiate(blocks, torch.float32, pairs, heads, shared), strict=True):
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
+    # in bf16 as near to the truth as torch's own kernel
+    others = differentiate(mask, torch.bfloat16, pairs, heads, shared)
+    ours = differentiate(blocks, torch.bfloat16, pairs, heads, shared)
+    for expected, other, found in zip(exact, others, ours, strict=True):
+        assert (found - expected).norm() <= 1.5 * (other - expected).norm()
+
+
+def test_autocast_rounds_as_torchs_attention_does() -> None:
+    pairs = [PairLengths(4, 9, 3)]
+    inputs = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend(torch.nn.Module(), *inputs, None, pairs=pairs)[0]
+        expected = attend_under_mask(*inputs, pairs, 8**-0.5)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(output, expected, atol=2e-2)
