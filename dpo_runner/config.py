@@ -60,6 +60,10 @@ class EngineConf:
     shared_prefix: bool = True
     """Score each pair's common prefix once, without padding, and the vocabulary at completion tokens alone; where that
     would not be exact, the plan says why TRL's own forward is taken."""
+    max_tokens_per_micro_batch: int | None = None
+    """Score the pairs of an optimizer step in groups of so many tokens, a shared prefix counted once, for the same
+    gradient; null: as many as per_device_train_batch_size of the largest pairs have, on a CPU no more than 1024; 0: in
+    TRL's batches."""
     reference_store: bool = True
     """Compute the reference's log-probabilities once for all runs that compare with it, and keep them in the cache."""
     reference_store_gb: float = 10.0

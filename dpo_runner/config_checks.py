@@ -52,6 +52,8 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("data.min_score_gap", 0, True, None, False),
     ("data.max_train_samples", 1, True, None, False),
     ("data.max_eval_samples", 1, True, None, False),
+    ("engine.max_tokens_per_micro_batch", 0, True, None, False),
+    ("engine.reference_store_gb", 0, True, None, False),
     ("samples.num_prompts", 0, True, None, False),
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),

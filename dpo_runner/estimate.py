@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from trl import DPOConfig
@@ -21,7 +20,8 @@ from trl.trainer import utils as trl_utils
 
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
-from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
+from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
+from dpo_runner.engine.token_batches import explain_grouping, settle_budget
 from dpo_runner.errors import ConfigError
 from dpo_runner.fake_model import build_fake_models, tensors_of
 from dpo_runner.fake_step import (
@@ -226,7 +226,11 @@ def _simulate(
             for phase in ("training", "evaluation"):
                 tracker = MemoryTracker(kept, widths, scratch)
                 batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
-                inputs = build_packed_inputs(pair, batch) if packed else build_padded_inputs(2 * batch, length)
+                if packed:
+                    budget = _settle_tokens(conf, args, pair) if phase == "training" else None
+                    inputs = build_packed_inputs(pair, batch, budget)
+                else:
+                    inputs = build_padded_inputs(2 * batch, length)
                 with tracker:
                     run_phase(phase, policy, reference, trained, tracker, args, inputs)
                 phases[phase] = {
@@ -245,10 +249,21 @@ def _share_prefixes(policy: Any, reference: Any, length: int, args: DPOConfig) -
     models = [policy, *([reference] if reference is not None else [])]
     if any(explain_refusal(model, length, not args.disable_dropout) for model in models):
         return False
-    trains_head = any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
     for model in models:
-        share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+        share_prefixes(model, trains_head(policy))
     return True
+
+
+def _settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
+    """Return how many tokens a micro-batch will have; None where its rows are counted."""
+    batch = args.per_device_train_batch_size
+    if (
+        explain_grouping(args.loss_type)
+        or (budget := settle_budget(conf.engine, batch, sum(pair), _uses_cpu(args))) is None
+    ):
+        return None
+    whole: int = batch * args.gradient_accumulation_steps * sum(pair)
+    return max(min(budget, whole), sum(pair))
 
 
 def count_heap_gaps(alive: Rows, packed: bool) -> int:

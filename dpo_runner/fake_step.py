@@ -72,15 +72,19 @@ def build_padded_inputs(rows: int, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def build_packed_inputs(pair: PairShape, pairs: int) -> dict[str, Any]:
-    """Return a batch of `pairs` pairs alike, as the engine packs them."""
+def build_packed_inputs(pair: PairShape, pairs: int, tokens: int | None = None) -> dict[str, Any]:
+    """Return a batch as the engine packs it: `pairs` pairs alike, or `tokens` tokens of such, the last one a part."""
+    shapes = [pair] * pairs
+    if tokens is not None:
+        whole, rest = divmod(tokens, sum(pair))
+        shapes = [pair] * whole + [PairShape(*(size * rest // sum(pair) for size in pair))] * bool(rest)
     length = pair.prompt + max(pair.chosen, pair.rejected)
-    inputs = build_padded_inputs(2 * pairs, length)
-    lengths = PairLengths(pair.prompt, pair.prompt + pair.chosen, pair.rejected)
-    ids = torch.zeros(1, pairs * (lengths.chosen + lengths.tail), dtype=torch.long)
-    labels = torch.zeros(pairs * (pair.chosen + pair.rejected), dtype=torch.long)
-    mask = torch.ones(2 * pairs, max(length - 1, 0), dtype=torch.bool)
-    return {**inputs, "packing": Packing(ids, ids, [lengths] * pairs, labels, labels, mask)}
+    inputs = build_padded_inputs(2 * len(shapes), length)
+    lengths = [PairLengths(shape.prompt, shape.prompt + shape.chosen, shape.rejected) for shape in shapes]
+    ids = torch.zeros(1, sum(each.chosen + each.tail for each in lengths), dtype=torch.long)
+    labels = torch.zeros(sum(shape.chosen + shape.rejected for shape in shapes), dtype=torch.long)
+    mask = torch.ones(2 * len(shapes), max(length - 1, 0), dtype=torch.bool)
+    return {**inputs, "packing": Packing(ids, ids, lengths, labels, labels, mask)}
 
 
 def _score_reference(

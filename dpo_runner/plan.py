@@ -1,7 +1,6 @@
 """What a run is going to do, in a few lines, before any weight is loaded."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from dpo_runner.data import PreferenceData
 from dpo_runner.data_config import resolve_sources
 from dpo_runner.model_config import LoraConf
 from dpo_runner.quantization import describe_quantization
+from dpo_runner.reference import count_processes
 
 
 def build_plan(
@@ -50,7 +50,7 @@ def build_plan(
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "batch": (
             f"{count_pairs_per_step(conf)} pairs a step ({training.per_device_train_batch_size} per device x "
-            f"{training.gradient_accumulation_steps} accumulation x {_world_size()} process)"
+            f"{training.gradient_accumulation_steps} accumulation x {count_processes()} process)"
         ),
         "steps": steps,
         "engine": engine,
@@ -61,7 +61,7 @@ def build_plan(
 
 def count_pairs_per_step(conf: RunConf) -> int:
     """Return how many preference pairs one optimizer step sees."""
-    return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * _world_size()
+    return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * count_processes()
 
 
 def count_steps(conf: RunConf, rows: int) -> int:
@@ -69,14 +69,10 @@ def count_steps(conf: RunConf, rows: int) -> int:
     training = conf.training
     if training.max_steps > 0:
         return training.max_steps
-    per_batch = training.per_device_train_batch_size * _world_size()
+    per_batch = training.per_device_train_batch_size * count_processes()
     batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
     per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     return math.ceil(training.num_train_epochs * per_epoch)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def describe_adapter(conf: RunConf) -> str:

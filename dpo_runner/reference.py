@@ -37,8 +37,12 @@ def settle_dtype(conf: RunConf) -> ModelConf:
 
 def stores_reference(conf: RunConf) -> bool:
     """Whether the engine's store has the reference's log-probabilities, so that training runs no reference."""
-    single = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return conf.engine.reference_store and not conf.training.sync_ref_model and single
+    return conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
+
+
+def count_processes() -> int:
+    """Return how many processes train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_initial(conf: RunConf) -> bool:

@@ -94,7 +94,8 @@ def run(
             padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
     reference = describe_reference(conf)
-    engine = describe_engine(conf, without_weights, data.longest() if data is not None else conf.training.max_length)
+    longest = data.longest() if data is not None else conf.training.max_length
+    engine = describe_engine(conf, without_weights, longest)
     console.show_plan(build_plan(conf, data, path, reference, padding, engine, own_quantization))
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)

@@ -22,6 +22,7 @@ from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.engine.install import install_engine
+from dpo_runner.engine.token_batches import TokenBatchTrainer
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
@@ -44,7 +45,7 @@ for _name in (
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
-class RunTrainer(DPOTrainer):  # type: ignore[misc]
+class RunTrainer(TokenBatchTrainer):
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
     def __init__(
@@ -227,7 +228,8 @@ def build_trainer(
     _silence_dropout_in_reference(trainer.model)
     longest = min(filter(None, (data.longest(), args.max_length)))
     description = {"model": conf.model.model_name_or_path, "reference": describe_reference(conf)}
-    install_engine(trainer, conf.engine, stores_reference(conf), longest, description, tell)
+    largest = sum(data.largest().cut(longest))
+    install_engine(trainer, conf.engine, stores_reference(conf), longest, largest, description, tell)
     return trainer
 
 

@@ -184,9 +184,9 @@ def test_packing_gives_every_token_the_context_of_its_own_row(
 
 
 PLANS = [
-    ([], "shared prefixes, reference from the store"),
-    (["engine.reference_store=false"], "shared prefixes, reference run along"),
-    (["lora=none", "training.sync_ref_model=true"], "shared prefixes, reference run along"),
+    ([], "shared prefixes, micro-batches by tokens, reference from the store"),
+    (["engine.reference_store=false"], "shared prefixes, micro-batches by tokens, reference run along"),
+    (["lora=none", "training.sync_ref_model=true"], "shared prefixes, micro-batches by tokens, reference run along"),
     (["engine.shared_prefix=false"], "TRL's forward (engine.shared_prefix=false), reference from the store"),
     (["model.attn_implementation=eager"], "TRL's forward (model.attn_implementation is eager, not sdpa), "),
     (["lora.lora_dropout=0.1"], "TRL's forward (dropout is on, "),

@@ -15,6 +15,8 @@ import xxhash
 from peft import PeftModel
 from torch import nn
 
+from dpo_runner.engine.shared_prefix import base_of
+
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 _IDLE_KEYS = ("_name_or_path", "transformers_version", "architectures", "base_model_name_or_path", "revision")
 """Of a model's and an adapter's config; they change no result."""
@@ -37,7 +39,7 @@ def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> t
     Raises:
         TypeError: there are weights of a kind whose bytes cannot be read.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
     weights = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
@@ -14,7 +13,8 @@ from dpo_runner.engine.identity import identify_reference
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
-from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes
+from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
+from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
 from dpo_runner.reference import stores_reference
 
 _VERSION = 2
@@ -22,10 +22,11 @@ _VERSION = 2
 
 
 def install_engine(
-    trainer: DPOTrainer,
+    trainer: TokenBatchTrainer,
     conf: EngineConf,
     stores_reference: bool,
     longest: int,
+    largest: int,
     description: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> None:
@@ -36,6 +37,7 @@ def install_engine(
         conf: what to put in.
         stores_reference: whether the reference is one that the store can hold.
         longest: tokens of the longest row.
+        largest: tokens of the largest pair, its prompt counted once.
         description: of the reference, for whoever lists the store.
         tell: shows one line to a person.
     """
@@ -43,6 +45,9 @@ def install_engine(
     if shares and (reason := _share_prefixes(trainer, longest)):
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
         shares = False
+    if shares and not explain_grouping(trainer.loss_types):
+        use_cpu = trainer.accelerator.device.type == "cpu"
+        trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
 
@@ -59,14 +64,20 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
     if not conf.engine.shared_prefix:
         return f"TRL's forward (engine.shared_prefix=false), {stored}"
     chosen = conf.model.attn_implementation
-    dropout = not conf.training.disable_dropout
-    if chosen not in (None, IMPLEMENTATION):
-        reason: str | None = f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
-    elif dropout and conf.lora is not None and conf.lora.lora_dropout:
-        reason = "dropout is on, and would be drawn once for both rows of a pair"
-    else:
-        reason = explain_refusal(model, sys.maxsize if longest is None else longest, dropout)
-    return f"TRL's forward ({reason}), {stored}" if reason else f"shared prefixes, {stored}"
+    adapter_dropout = conf.lora is not None and conf.lora.lora_dropout > 0
+    reason = (
+        f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
+        if chosen not in (None, IMPLEMENTATION)
+        else explain_refusal(
+            model, sys.maxsize if longest is None else longest, not conf.training.disable_dropout, adapter_dropout
+        )
+    )
+    if reason:
+        return f"TRL's forward ({reason}), {stored}"
+    if conf.engine.max_tokens_per_micro_batch == 0:
+        return f"shared prefixes, {stored}"
+    reason = explain_grouping(conf.training.loss_type)
+    return f"shared prefixes, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
 
 
 def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
@@ -75,12 +86,11 @@ def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
     for model in models:
         if reason := explain_refusal(model, longest, dropout=not trainer.args.disable_dropout):
             return reason
-    head = trainer.model.get_output_embeddings()
-    trains_head = any(parameter.requires_grad for parameter in head.parameters())
-    if reason := find_difference(trainer, trains_head):
+    is_trained = trains_head(trainer.model)
+    if reason := find_difference(trainer, is_trained):
         return reason
     for model in models:
-        share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+        share_prefixes(model, is_trained)
     return None
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from trl import DPOTrainer
 
 from dpo_runner.engine.shared_prefix import share_prefixes
@@ -33,7 +32,7 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
         if model is None:
             continue
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
-        take_back = share_prefixes(model.get_base_model() if isinstance(model, PeftModel) else model, trains_head)
+        take_back = share_prefixes(model, trains_head)
         try:
             packed = _score(trainer, model, rows)
         except (TypeError, ValueError, RuntimeError, IndexError) as refusal:

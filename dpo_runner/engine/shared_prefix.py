@@ -33,18 +33,30 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers in which a token sees the others through `AttentionInterface` alone."""
 
 
-def explain_refusal(model: PreTrainedModel | PeftModel, longest: int, dropout: bool) -> str | None:
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a model without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
+    """Whether the policy's output head is trained."""
+    return any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
+
+
+def explain_refusal(
+    model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapter_dropout: bool = False
+) -> str | None:
     """Say why a model's scoring forward cannot be replaced exactly, or return None where nothing speaks against it.
 
     Args:
         model: as the trainer holds it; without weights, on the meta device, it serves too.
         longest: tokens of the longest row.
         dropout: whether dropout is left on.
+        adapter_dropout: whether an adapter that `model` does not have yet will have dropout.
     """
-    if isinstance(model, PeftModel):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            return "prompt learning puts tokens of its own before each row"
-        model = model.get_base_model()
+    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        return "prompt learning puts tokens of its own before each row"
+    model = base_of(model)
     config = model.config.get_text_config()
     if config is not model.config:
         return "the model takes more than text"
@@ -62,7 +74,7 @@ def explain_refusal(model: PreTrainedModel | PeftModel, longest: int, dropout: b
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
-    if dropout and _has_dropout(model):
+    if dropout and (adapter_dropout or _has_dropout(model)):
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None
 
@@ -74,30 +86,31 @@ def _has_dropout(model: PreTrainedModel) -> bool:
     )
 
 
-def share_prefixes(model: PreTrainedModel, trains_head: bool) -> Callable[[], None]:
+def share_prefixes(model: PreTrainedModel | PeftModel, trains_head: bool) -> Callable[[], None]:
     """Replace the scoring forward that TRL has given to `model`; every other forward of it stays what it is.
 
     Args:
-        model: a base model, without PEFT's wrapper, after `trl.trainer.utils.add_fused_lm_head`.
-        trains_head: whether the policy's output head is trained; policy and reference then share TRL's kernel for it,
-            lest they differ by rounding before training.
+        model: after `trl.trainer.utils.add_fused_lm_head` of its base.
+        trains_head: of the policy; it and the reference then share TRL's kernel for the head, lest they differ by
+            rounding before training.
 
     Returns:
         What takes it back.
     """
     register_attention()
-    trl_forward = model.forward
+    base = base_of(model)
+    trl_forward = base.forward
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return trl_forward(*args, **kwargs)
         return _score(self, trl_forward, trains_head, *args, **kwargs)
 
     def take_back() -> None:
-        model.forward = trl_forward
+        base.forward = trl_forward
 
-    model.forward = types.MethodType(forward, model)
+    base.forward = types.MethodType(forward, base)
     return take_back
 
 
