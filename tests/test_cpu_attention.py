@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_runner.engine import cpu_attention
-from dpo_runner.engine.attention import attend
+from dpo_runner.engine.attention import attend, attend_pairs
 from dpo_runner.engine.packing import PairLengths
 
 LAYOUTS = [
@@ -86,3 +86,21 @@ def test_autocast_rounds_as_torchs_attention_does() -> None:
         expected = attend_under_mask(*inputs, pairs, 8**-0.5)
     assert output.dtype == expected.dtype == torch.bfloat16
     assert torch.allclose(output, expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("pairs", LAYOUTS, ids=str)
+def test_row_by_row_gives_what_a_mask_gives(pairs: list[PairLengths]) -> None:
+    """So accelerators attend."""
+
+    def rows(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend_pairs(*inputs, pairs, 0.3)
+
+    def mask(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend_under_mask(*inputs, pairs, 0.3)
+
+    exact, ours = (
+        differentiate(function, dtype, pairs, (6, 2), 16)
+        for function, dtype in ((mask, torch.float64), (rows, torch.float32))
+    )
+    for expected, found in zip(exact, ours, strict=True):
+        assert (found - expected).norm() <= 1e-6 * expected.norm()

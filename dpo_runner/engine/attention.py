@@ -51,26 +51,33 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output
-    if query.device.type == "cpu":
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")  # as torch's own attention does
-            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        scale = query.size(3) ** -0.5 if scaling is None else scaling
-        outputs: torch.Tensor = PairAttention.apply(query[0], key[0], value[0], pairs, scale)  # type: ignore[no-untyped-call]
-        return outputs.unsqueeze(0), None
+    scale = query.size(3) ** -0.5 if scaling is None else scaling
+    if query.device.type != "cpu":
+        return attend_pairs(query, key, value, pairs, scale), None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")  # as torch's own attention does
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    outputs: torch.Tensor = PairAttention.apply(query[0], key[0], value[0], pairs, scale)  # type: ignore[no-untyped-call]
+    return outputs.unsqueeze(0), None
+
+
+def attend_pairs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: list[PairLengths], scale: float
+) -> torch.Tensor:
+    """Attend within pairs by torch's attention, row by row; shapes as for `attend`."""
     repeats = query.size(1) // key.size(1)
     sizes = [size for pair in pairs for size in (pair.chosen, pair.tail)]
     # One split and one concatenation each way; slices would each add a tensor of zeros in the backward pass.
     parts = [tensor.split(sizes, dim=2) for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))]
-    parted = []
+    outputs = []
     for index, pair in enumerate(pairs):
         (q, q_tail), (k, k_tail), (v, v_tail) = (part[2 * index : 2 * index + 2] for part in parts)
-        parted.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
         if pair.tail:
             k, v = (torch.cat([shared[:, :, : pair.prefix], own], dim=2) for shared, own in ((k, k_tail), (v, v_tail)))
             visible = torch.ones(pair.tail, k.size(2), dtype=torch.bool, device=k.device).tril(pair.prefix)
-            parted.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scaling))
-    return torch.cat(parted, dim=2).transpose(1, 2).contiguous(), None
+            outputs.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scale))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def register_attention() -> None:
