@@ -6,6 +6,8 @@ copy in full fine-tuning.
 """
 
 import copy
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_runner.adapters import build_peft_config, changes_base, check_adapter, check_targets
 from dpo_runner.base_model import load_base_model
+from dpo_runner.base_pool import BasePool
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.locations import (
@@ -30,6 +33,8 @@ from dpo_runner.vocabulary import (
     load_model_config,
     train_new_rows,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,14 +101,22 @@ def check_model(conf: RunConf) -> tuple[PretrainedConfig, PreTrainedModel]:
     return config, meta
 
 
-def load_policy(conf: RunConf) -> Policy:
+def load_policy(conf: RunConf, bases: BasePool | None = None, tell: Callable[[str], None] = logger.info) -> Policy:
     """Load base, quantization and SFT adapter into the policy that training starts from.
+
+    Args:
+        conf: the run.
+        bases: keeps the base model between runs; None where there is but one.
+        tell: shows one line to a person.
 
     Raises:
         ConfigError: a model or adapter cannot be loaded.
     """
     mode = conf.model.adapter_mode if conf.model.adapter is not None else None
-    base, path = load_base_model(settle_dtype(conf), conf.quant)
+    if bases is None:
+        base, path = load_base_model(settle_dtype(conf), conf.quant)
+    else:
+        base, path = bases.load(conf, tell)
     policy = Policy(base, build_peft_config(conf.lora), None, path)
     vocabulary = settle_vocabulary(conf.model)
     train_new_rows(policy.peft_config, base, vocabulary.new_ids)

@@ -20,6 +20,7 @@ with quiet_imports():
     from trl import DPOConfig
 
     from dpo_runner.adapters import find_other_bases
+    from dpo_runner.base_pool import BasePool
     from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
@@ -54,6 +55,7 @@ def run(
     overrides: Sequence[str] = (),
     console: RunConsole | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    bases: BasePool | None = None,
 ) -> dict[str, Any] | None:
     """Run one configuration to its end, continuing what its run directory holds.
 
@@ -62,6 +64,7 @@ def run(
         overrides: the overrides that `conf` was composed from, kept in overrides.yaml.
         console: where progress is shown; the terminal unless told otherwise.
         callbacks: of the trainer, besides the run's own and after them.
+        bases: of whoever executes several runs in this process, to keep their base model.
 
     Returns:
         What summary.json holds, or None after `dry_run=true`.
@@ -105,7 +108,8 @@ def run(
     assert data is not None
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
-        summary, weights = _train(directory, conf, args, tokenizer, data, console, tracker, [*callbacks, stopping])
+        further = [*callbacks, stopping]
+        summary, weights = _train(directory, conf, args, tokenizer, data, console, tracker, further, bases)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary
@@ -171,13 +175,14 @@ def _train(
     console: RunConsole,
     tracker: Tracker,
     further: Sequence[TrainerCallback],
+    bases: BasePool | None,
 ) -> tuple[dict[str, Any], Path]:
     """Model, trainer, step-0 check, train, evaluate, sample, save, summary. Return the summary, and the weights."""
     console.say("loading the model")
     keep_freed_memory()
     reset_peak_memory()
     set_seed(conf.seed)
-    policy = load_policy(conf)
+    policy = load_policy(conf, bases, console.say)
     directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
     directory.write_data_report(data.report.to_dict(), data.dropped())
     tracker.log_data_report(data.report)

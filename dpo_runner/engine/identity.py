@@ -48,7 +48,7 @@ def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> t
             continue
         name = ".".join(part for part in parts if part not in _WRAPPERS).removeprefix(_PEFT_PREFIX)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        weights.update(_bytes_of(tensor))
+        weights.update(bytes_of(tensor))
     configs = [base.config.to_dict()]
     if adapter is not None:
         assert isinstance(model, PeftModel)
@@ -70,7 +70,12 @@ def _describe_cpu() -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _bytes_of(tensor: torch.Tensor) -> Any:
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """Return a tensor's bytes as they lie in memory: a uint8 array of one dimension.
+
+    Raises:
+        TypeError: it is of a kind whose bytes cannot be read, or do not say all there is to say.
+    """
     if type(tensor) not in _TENSORS:
         raise TypeError(f"weights of the kind {type(tensor).__name__}")
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
@@ -24,14 +24,20 @@ from dpo_runner.exits import report
 from dpo_runner.sweep.failures import is_out_of_memory
 from dpo_runner.sweep.states import DONE
 
+if TYPE_CHECKING:
+    from dpo_runner.base_pool import BasePool
 
-def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) -> dict[str, Any]:
+
+def perform(
+    conf: RunConf, overrides: Sequence[str], log: Path | None = None, bases: "BasePool | None" = None
+) -> dict[str, Any]:
     """Run one job, and see to it that its status.json tells how it ended, whatever it did.
 
     Args:
         conf: the job; `run_dir` is set.
         overrides: what it was composed from.
         log: the file that holds what it prints, told in its status.
+        bases: keeps the base model from one job to the next.
 
     Returns:
         `state`, and where it did not finish `error`, and perhaps `out_of_memory` or `signal`.
@@ -43,7 +49,7 @@ def perform(conf: RunConf, overrides: Sequence[str], log: Path | None = None) ->
     place = {} if log is None else {"log": str(log)}
     before = read_status(path)
     try:
-        run(conf, overrides, callbacks=_build_callbacks(conf, path))
+        run(conf, overrides, callbacks=_build_callbacks(conf, path), bases=bases)
     except RunPruned as error:
         return {"state": "pruned", "error": str(error)}
     except (RunInterrupted, KeyboardInterrupt) as error:
@@ -83,8 +89,10 @@ def main() -> None:
         import torch
 
         from dpo_runner import run as _run  # what takes long to import is imported once, before the first job
+        from dpo_runner.base_pool import BasePool
 
         del _run
+        bases = BasePool()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         connection.send({"state": "ready"})
         while (job := jobs.get()) is not None:
@@ -92,8 +100,8 @@ def main() -> None:
             assert conf.run_dir is not None
             log = Path(conf.run_dir) / "job.log"
             with _output_to(log):
-                outcome = perform(conf, overrides, log)
-                _clean_up()
+                outcome = perform(conf, overrides, log, bases)
+                _clean_up(bases)
             connection.send(outcome)
             if outcome["state"] not in DONE:
                 return  # what went wrong may have left its marks on this process; a new one takes over
@@ -132,13 +140,14 @@ def _output_to(log: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _clean_up() -> None:
-    """Leave nothing of a job to the next one: its model, and the process in which W&B serves it."""
+def _clean_up(bases: "BasePool") -> None:
+    """Leave nothing of a job to the next one but the bare base model; nor the process in which W&B serves it."""
     import torch
 
     from dpo_runner.wandb_run import stop_service
 
     stop_service()
+    bases.put_back()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
