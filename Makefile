@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo check format bench-data bench-memory clean
+.PHONY: help setup demo test test-demo check format bench bench-data bench-memory clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ check: setup  ## lint, format, types, and the docs test
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: setup  ## measure training beside `trl dpo` and LLaMA-Factory, on an idle machine (an hour or more, 12 GB of memory, 8 GB of disk)
+	$(BIN)/python scripts/bench_training.py --install-peers
 
 bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)
 	$(BIN)/python scripts/bench_data.py

@@ -1,0 +1,114 @@
+"""One command as a process of its own, with its times and its memory."""
+
+import ast
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_EVENT = re.compile(r"\{'.*\}")
+
+
+class CommandFailed(Exception):
+    """A command ended with another exit code than 0."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended.
+
+    Attributes:
+        seconds: from its start to its end.
+        started: when, in seconds since the epoch.
+        peak_gb: resident memory of its largest process at its peak, in GB (1e9 bytes).
+        cpu_seconds: processor time of all its processes.
+        events: the dicts that it has printed, each with the time at which its line came.
+    """
+
+    seconds: float
+    started: float
+    peak_gb: float
+    cpu_seconds: float
+    events: list[tuple[float, dict[str, float]]]
+
+
+def build_environment(threads: int, work: Path, root: Path) -> dict[str, str]:
+    """Return the variables that every side gets.
+
+    `accelerate launch`, and with it `trl dpo`, takes a single thread where OMP_NUM_THREADS is not set.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DPO_RUNNER_", "HF_"))}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(root),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(work / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def aside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in a process of its own.
+
+    The benchmark itself stays small and off the GPU: what the kernel says of a command's memory begins with that of the
+    process which started it.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args, **kwargs).result()
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Finished:
+    """Run a command to its end; what it prints goes into `log`.
+
+    Raises:
+        CommandFailed: with the log's last lines.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    events = []
+    start, started = time.perf_counter(), time.time()
+    with log.open("w", encoding="utf-8") as file:
+        file.write(" ".join(command) + "\n")
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.time()
+            file.write(line)
+            if (event := read_event(line)) is not None:
+                events.append((now, event))
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        tail = log.read_text(encoding="utf-8").splitlines()[-12:]
+        raise CommandFailed(f"exit code {process.returncode}; {log} ends with:\n" + "\n".join(tail))
+    return Finished(seconds, started, usage.ru_maxrss * 1024 / 1e9, usage.ru_utime + usage.ru_stime, events)
+
+
+def read_event(line: str) -> dict[str, float] | None:
+    """Return the numbers of a dict that `Trainer` has printed in this line; None where there is none."""
+    found = _EVENT.search(line)
+    if found is None or ("'loss'" not in line and "'train_runtime'" not in line):
+        return None
+    with suppress(ValueError, SyntaxError):
+        return {key: float(value) for key, value in ast.literal_eval(found.group()).items()}
+    return None

@@ -1,0 +1,58 @@
+"""Whether two runs did the same job: a comparison of others is refused."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LIMITS = {"loss": 0.05, "rewards/margins": 0.15}
+"""By how much a step's metrics may differ in bf16: rounding, amplified by the steps before."""
+
+
+class DifferentJobs(Exception):
+    """Two runs cannot be compared, and why."""
+
+
+def check_same_job(ours: Mapping[str, Any], theirs: Mapping[str, Any], limits: Mapping[str, float] = _LIMITS) -> str:
+    """Compare two runs step by step and return how near they are, as a line.
+
+    Args:
+        ours: `Measured.to_dict()`.
+        theirs: of the other side. What it does not log cannot be compared; its loss it must.
+        limits: the largest difference allowed, by metric.
+
+    Raises:
+        DifferentJobs: another number of steps or pairs, other tokens in a step, a first loss that is not ln 2, or
+            metrics farther apart than rounding takes them.
+    """
+    name = theirs["side"]
+    for key in ("steps", "pairs"):
+        if ours[key] != theirs[key]:
+            raise DifferentJobs(f"{name} made {theirs[key]:g} {key}, dpo_runner {ours[key]:g}")
+    mine, others = ours["history"], theirs["history"]
+    if not mine or len(mine) != len(others):
+        raise DifferentJobs(f"{name} logged {len(others)} steps, dpo_runner {len(mine)}")
+    tokens = [[step["num_tokens"] for step in side if "num_tokens" in step] for side in (mine, others)]
+    if tokens[1] and tokens[0] != tokens[1]:
+        step = next(i for i, (a, b) in enumerate(zip(*tokens, strict=True), 1) if a != b)
+        raise DifferentJobs(
+            f"{name} trained {tokens[1][step - 1]:g} tokens by step {step}, dpo_runner {tokens[0][step - 1]:g}"
+        )
+    for side, history in (("dpo_runner", mine), (name, others)):
+        if not math.isclose(first := history[0]["loss"], math.log(2), abs_tol=0.02):
+            raise DifferentJobs(f"the first loss of {side} is {first:.4f}, not ln 2")
+    worst = {key: _largest_difference(mine, others, key) for key in limits}
+    for key, limit in limits.items():
+        if (difference := worst[key]) is not None and not difference <= limit:
+            raise DifferentJobs(f"{key} of {name} and dpo_runner differ by up to {difference:.3g}, over {limit:g}")
+    told = ", ".join(f"{key} {value:.2g}" for key, value in worst.items() if value is not None)
+    return f"{'the same tokens in each step; ' if tokens[1] else ''}largest difference in a step: {told}"
+
+
+def _largest_difference(
+    mine: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]], key: str
+) -> float | None:
+    pairs = [(a[key], b[key]) for a, b in zip(mine, others, strict=True) if key in a and key in b]
+    differences = [abs(a - b) for a, b in pairs]
+    if any(math.isnan(value) for value in differences):
+        return math.nan
+    return max(differences, default=None)

@@ -1,0 +1,219 @@
+"""The same DPO job as each side's own command line, and what is read from what it leaves."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bench.process import Finished, run
+from dpo_runner.artifacts import read_metrics
+
+_COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "num_tokens")
+
+TRL_VARIANTS: dict[str, tuple[str, ...]] = {
+    "trl": (),
+    "trl no checkpointing": ("--gradient_checkpointing", "false"),
+    "trl precompute": ("--precompute_ref_log_probs",),
+    "trl precompute, no checkpointing": ("--precompute_ref_log_probs", "--gradient_checkpointing", "false"),
+    "trl padding-free": ("--padding_free", "--gradient_checkpointing", "false"),
+}
+"""Settings of `trl dpo` that change no result but its speed; the first is its default."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every side trains: one epoch of LoRA DPO in bf16.
+
+    Attributes:
+        rows: the JSON lines.
+        pairs: how many.
+        max_length: of a row, in tokens.
+        model: folder of the model.
+        device: `cpu` or `cuda`.
+        load_in_4bit: whether the base is in nf4.
+        dtype: of the base's weights; in float32 nothing computes in bf16 either.
+        max_steps: optimizer steps; -1 for one epoch.
+    """
+
+    rows: str
+    pairs: int
+    max_length: int
+    model: str
+    device: str = "cpu"
+    beta: float = 0.1
+    learning_rate: float = 1.5e-4
+    batch: int = 4
+    accumulation: int = 2
+    seed: int = 42
+    load_in_4bit: bool = False
+    dtype: str = "bfloat16"
+    max_steps: int = -1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one side.
+
+    Attributes:
+        side: who.
+        steps: optimizer steps made.
+        pairs: pairs trained on.
+        train_seconds: of the training loop.
+        total_seconds: of the command, start to end.
+        first_step_seconds: from the command's start to the end of the first step.
+        peak_gb: resident memory; on a GPU the same, of the host.
+        cpu_seconds: processor time.
+        step_seconds: of each step after the first.
+        history: by step, the metrics that are compared.
+    """
+
+    side: str
+    steps: int
+    pairs: float
+    train_seconds: float
+    total_seconds: float
+    first_step_seconds: float
+    peak_gb: float
+    cpu_seconds: float
+    step_seconds: list[float]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_ours(job: Job, run_dir: Path, further: Sequence[str] = ()) -> list[str]:
+    """Return the command of dpo_runner; all else that it does by default (its checks, its records) it does."""
+    return [sys.executable, "-m", "dpo_runner", *_overrides(job), f"run_dir={run_dir}", *further]
+
+
+def build_our_sweep(job: Job, sweep_dir: Path, betas: Sequence[float], rates: Sequence[float]) -> list[str]:
+    axes = [f"training.beta={','.join(map(str, betas))}", f"training.learning_rate={','.join(map(str, rates))}"]
+    fixed = [text for text in _overrides(job) if not text.startswith(("training.beta", "training.learning_rate"))]
+    return [sys.executable, "-m", "dpo_runner", "-m", *fixed, *axes, f"sweep.dir={sweep_dir}"]
+
+
+def _overrides(job: Job) -> list[str]:
+    return [
+        f"model.model_name_or_path={job.model}",
+        f"model.dtype={job.dtype}",
+        *(["quant=nf4", "quant.bnb_4bit_use_double_quant=false"] if job.load_in_4bit else []),
+        "data=local_file",
+        f"data.path={job.rows}",
+        "data.eval_fraction=0",
+        "data.on_overlong=trl",
+        f"training.bf16={str(job.dtype == 'bfloat16').lower()}",
+        f"training.max_length={job.max_length}",
+        f"training.per_device_train_batch_size={job.batch}",
+        f"training.gradient_accumulation_steps={job.accumulation}",
+        f"training.learning_rate={job.learning_rate}",
+        f"training.beta={job.beta}",
+        f"training.max_steps={job.max_steps}",
+        "training.lr_scheduler_type=cosine",
+        "training.warmup_steps=0.1",
+        "training.logging_steps=1",
+        "training.eval_strategy=no",
+        "training.save_strategy=steps",
+        "training.save_steps=500",
+        "wandb=disabled",
+        f"seed={job.seed}",
+    ]
+
+
+def build_trl(job: Job, output_dir: Path, further: Sequence[str] = ()) -> list[str]:
+    """Return the command of `trl dpo`."""
+    settings = {
+        "dataset_name": str(Path(job.rows).with_suffix("")),
+        "model_name_or_path": job.model,
+        "dtype": job.dtype,
+        "output_dir": output_dir,
+        "max_length": job.max_length,
+        "per_device_train_batch_size": job.batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "learning_rate": job.learning_rate,
+        "beta": job.beta,
+        "max_steps": job.max_steps,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": job.seed,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0,
+        "lora_target_modules": "all-linear",
+        "bf16": str(job.dtype == "bfloat16").lower(),
+    }
+    flags = ["--use_peft", *(["--use_cpu"] if job.device == "cpu" else [])]
+    flags += ["--load_in_4bit"] if job.load_in_4bit else []
+    command = [str(Path(sys.executable).with_name("trl")), "dpo"]
+    return [*command, *(str(word) for key, value in settings.items() for word in (f"--{key}", value)), *flags, *further]
+
+
+def measure_ours(
+    side: str, job: Job, folder: Path, environment: Mapping[str, str], further: Sequence[str] = ()
+) -> Measured:
+    """Run dpo_runner and read its run directory."""
+    finished = run(build_ours(job, folder, further), environment, folder.with_suffix(".log"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    times = [event["time"] for event in read_metrics(folder) if "loss" in event]
+    return _measured(side, job, finished, folder / "checkpoints", summary["train_runtime"], times)
+
+
+def measure_trl(
+    side: str, job: Job, folder: Path, environment: Mapping[str, str], further: Sequence[str] = ()
+) -> Measured:
+    """Run `trl dpo` and read its last checkpoint and what it has printed."""
+    finished = run(build_trl(job, folder, further), environment, folder.with_suffix(".log"))
+    return read_trainer(side, job, finished, folder)
+
+
+def read_trainer(side: str, job: Job, finished: Finished, folder: Path) -> Measured:
+    """Read what a command around transformers' `Trainer` has printed and left in `folder`."""
+    runtime = next(event["train_runtime"] for _, event in reversed(finished.events) if "train_runtime" in event)
+    times = [when for when, event in finished.events if "loss" in event]
+    return _measured(side, job, finished, folder, runtime, times)
+
+
+def _measured(
+    side: str, job: Job, finished: Finished, checkpoints: Path, runtime: float, times: Sequence[float]
+) -> Measured:
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = [event for event in state["log_history"] if "loss" in event]
+    return Measured(
+        side=side,
+        steps=state["global_step"],
+        pairs=min(state["global_step"] * job.batch * job.accumulation, job.pairs),
+        train_seconds=runtime,
+        total_seconds=finished.seconds,
+        first_step_seconds=times[0] - finished.started,
+        peak_gb=finished.peak_gb,
+        cpu_seconds=finished.cpu_seconds,
+        step_seconds=[after - before for before, after in pairwise(times)],
+        history=_select(logged),
+    )
+
+
+def read_history(run_dir: Path) -> list[dict[str, float]]:
+    """Return the compared metrics of each step of a run of dpo_runner."""
+    return _select([event for event in read_metrics(run_dir) if "loss" in event])
+
+
+def _select(events: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [{key: event[key] for key in _COMPARED if key in event} for event in events]
+
+
+def write_trl_dataset(rows: str) -> None:
+    """Give `trl dpo` the rows as a folder, which is what `load_dataset` takes."""
+    folder = Path(rows).with_suffix("")
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_bytes(Path(rows).read_bytes())
+
+
+def vary(job: Job, **changes: Any) -> Job:
+    return replace(job, **changes)

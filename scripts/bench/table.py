@@ -1,0 +1,229 @@
+"""The report on training, made of nothing but the record."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.parts import COLD, WARM
+
+TARGETS = {
+    "training step, warm store": {"hh": 8.0, "bundled": 5.0, "demo": 4.0},
+    "one run, cold store, start to end": {"hh": 4.5, "bundled": 3.0, "demo": 2.5},
+    "peak memory": {"hh": 2.0, "bundled": 2.0, "demo": 2.0},
+    "sweep of 9 points": {"hh": 11.0, "bundled": 7.0, "demo": 5.5},
+    "share of the matmul peak": {"hh": 0.35, "bundled": 0.35, "demo": 0.35},
+}
+"""By measure and shape: how many times better than the best peer, and of the matmul peak the share itself."""
+NOT_MEASURED = "not measured"
+_OURS = (COLD, WARM)
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def write_report(data: Mapping[str, Any], path: Path) -> None:
+    path.write_text(build_report(data), encoding="utf-8")
+
+
+def build_report(data: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    machine = data["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl", "peft"))
+    parts = [
+        "# Training beside its peers\n",
+        "`make bench` (`scripts/bench_training.py`): each side's own command on the same pairs, the same tokens in the "
+        "same order, the same LoRA (r=16 on all linear layers), bf16, batch 4 × 2, one epoch, in fresh processes, in "
+        "turn. *pairs/s* is of the training loop. *Total* is the command from start to end. *First step* is from the "
+        "command's start to the end of its first step. *Memory* is the resident memory of the largest process. "
+        "Figures are medians, with the smallest and the largest; ratios are taken run by run. *Cold*: the reference "
+        "store was empty; *warm*: it had all pairs. A side that trained other tokens, or whose metrics differ by more "
+        "than rounding, is not compared.\n",
+        f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['flags']) or 'no bf16'}), "
+        f"{machine['memory_gb']} GB, {data['settings']['threads']} threads, Python {machine['python']}, {versions}; "
+        f"model {data['settings']['model']}.\n",
+        *_format_targets(data),
+        *(line for name in data["shapes"] for line in _format_shape(data, name)),
+        *_format_tuning(data),
+        *_format_sweeps(data),
+        *_format_growth(data),
+        *_format_mfu(data),
+    ]
+    return "\n".join(parts)
+
+
+def rate(entry: Mapping[str, Any]) -> float:
+    """Return pairs a second of the training loop."""
+    return float(entry["pairs"] / entry["train_seconds"])
+
+
+def peers_of(data: Mapping[str, Any], name: str) -> Runs:
+    """Return the runs of all sides that did dpo_runner's job."""
+    refused = data.get("refused", {}).get(name, {})
+    runs = data.get("runs", {}).get(name, {})
+    return {side: entries for side, entries in runs.items() if side not in (*_OURS, *refused) and entries}
+
+
+def compare(data: Mapping[str, Any], name: str, ours: str, key: str) -> tuple[str, list[float]] | None:
+    """Return the best peer by a measure of which less is better, and how many times dpo_runner beats it, run by run."""
+    peers, mine = peers_of(data, name), data.get("runs", {}).get(name, {}).get(ours)
+    if not peers or not mine:
+        return None
+    best = min(peers, key=lambda side: median(entry[key] for entry in peers[side]))
+    return best, [theirs[key] / entry[key] for theirs, entry in zip(peers[best], mine, strict=False)]
+
+
+def spread(values: Iterable[float], pattern: str = "{:.2f}") -> str:
+    """Return the median, and the smallest and largest of several values."""
+    values = list(values)
+    text = pattern.format(median(values))
+    return text if len(values) == 1 else f"{text} ({pattern.format(min(values))}–{pattern.format(max(values))})"
+
+
+def _format_targets(data: Mapping[str, Any]) -> list[str]:
+    measures: dict[str, Callable[[str], tuple[str, list[float]] | None]] = {
+        "training step, warm store": lambda name: compare(data, name, WARM, "train_seconds"),
+        "one run, cold store, start to end": lambda name: compare(data, name, COLD, "total_seconds"),
+        "peak memory": lambda name: compare(data, name, COLD, "peak_gb"),
+        "sweep of 9 points": lambda name: _sweep_ratio(data, name, "trl"),
+        "share of the matmul peak": lambda name: _mfu_of(data, name, WARM),
+    }
+    shapes = ["hh", "bundled", "demo"]
+    lines = [
+        "How many times better than the best peer of that measure, with the target behind it; of the matmul peak, the "
+        "share reached.\n",
+        f"| | {' | '.join(shapes)} |",
+        "|---|---|---|---|",
+    ]
+    for label, find in measures.items():
+        cells = []
+        for name in shapes:
+            found, target = find(name), TARGETS[label][name]
+            pattern = "{:.0%}" if target < 1 else "{:.1f}×"
+            cells.append(
+                f"{spread(found[1], pattern)} of {pattern.format(target)}, {found[0]}" if found else NOT_MEASURED
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _format_shape(data: Mapping[str, Any], name: str) -> list[str]:
+    shape, runs = data["shapes"][name], data.get("runs", {}).get(name)
+    if shape is None:
+        return [f"## {name}\n", f"{NOT_MEASURED}: its data is not at hand.\n"]
+    prompt, chosen, rejected = (sum(part) / shape["pairs"] for part in zip(*shape["lengths"], strict=True))
+    lines = [
+        f"## {name}\n",
+        f"{shape['pairs']} pairs, on average {prompt:.0f} prompt, {chosen:.0f} chosen and {rejected:.0f} rejected "
+        f"tokens, max_length {shape['max_length']}.\n",
+    ]
+    if not runs:
+        return [*lines, f"{NOT_MEASURED}.\n"]
+    refused, same = data.get("refused", {}).get(name, {}), data.get("same_job", {}).get(name, {})
+    lines += [
+        "| side | runs | pairs/s | total, s | first step, s | memory, GB | CPU time, s | last loss, margin |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for side, entries in runs.items():
+        if side in refused or not entries:
+            continue
+        last = entries[-1]["history"][-1]
+        end = ", ".join(f"{last[key]:.4f}" for key in ("loss", "rewards/margins") if key in last)
+        columns = [spread(map(rate, entries), "{:.3f}")]
+        for key, pattern in (
+            ("total_seconds", "{:.1f}"),
+            ("first_step_seconds", "{:.1f}"),
+            ("peak_gb", "{:.2f}"),
+            ("cpu_seconds", "{:.0f}"),
+        ):
+            columns.append(spread([entry[key] for entry in entries], pattern))
+        lines.append(f"| {side} | {len(entries)} | {' | '.join(columns)} | {end} |")
+    lines.append("")
+    lines += [f"- {side}: {told}" for side, told in same.items() if side not in _OURS]
+    lines += [f"- {side}: {NOT_MEASURED}; {reason}" for side, reason in refused.items()]
+    return [*lines, ""]
+
+
+def _format_tuning(data: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, variants in data.get("tune", {}).items():
+        lines += [f"| {name} | training, s | total, s | memory, GB |", "|---|---|---|---|"]
+        for variant, entries in variants.items():
+            if isinstance(entries, list):
+                keys = ("train_seconds", "total_seconds", "peak_gb")
+                lines.append(f"| {variant} | {' | '.join(f'{entries[0][key]:.1f}' for key in keys)} |")
+            else:
+                lines.append(f"| {variant} | {entries['failed'][:120].replace('|', '/')} | | |")
+        lines.append("")
+    return ["## Settings of `trl dpo`\n", "One run each, on few pairs.\n", *lines] if lines else []
+
+
+def _sweep_ratio(data: Mapping[str, Any], name: str, variant: str) -> tuple[str, list[float]] | None:
+    entries = data.get("sweep", {}).get(name, {})
+    theirs = entries.get(variant, [])
+    if "dpo_runner" not in entries or len(theirs) < 9:
+        return None
+    return variant, [sum(entry["total_seconds"] for entry in theirs) / entries["dpo_runner"]["total_seconds"]]
+
+
+def _format_sweeps(data: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, entries in data.get("sweep", {}).items():
+        if "dpo_runner" in entries:
+            lines.append(
+                f"{name}, {entries['pairs']} pairs: {entries['dpo_runner']['total_seconds']:.1f} s as one sweep."
+            )
+            for variant in ("trl", "trl precompute"):
+                if found := _sweep_ratio(data, name, variant):
+                    seconds = found[1][0] * entries["dpo_runner"]["total_seconds"]
+                    lines.append(f"As nine commands, {variant}: {seconds:.1f} s, {found[1][0]:.1f} times as long.")
+            lines.append("")
+    about = "3 beta × 3 learning rates, no run stopped early, the reference store cold, run by run the same job.\n"
+    return ["## A sweep of 9 points\n", about, *lines] if lines else []
+
+
+def _format_growth(data: Mapping[str, Any]) -> list[str]:
+    kinds = {"length": "tokens of a row", "share": "prompt's share of 1024 tokens", "rows": "rows"}
+    lines = []
+    for kind, title in kinds.items():
+        if cases := data.get(f"growth_{kind}"):
+            sides = list(dict.fromkeys(side for case in cases.values() for side in case))
+            header = [f"{side} {what}" for side in sides for what in ("step, s", "GB")]
+            lines += [f"| {title} | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
+            for label, case in cases.items():
+                cells = []
+                for side in sides:
+                    run = case[side][0] if case.get(side) else None
+                    cells += [spread(run["step_seconds"]), f"{run['peak_gb']:.2f}"] if run else [NOT_MEASURED, ""]
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+            lines.append("")
+    about = (
+        "The steps after the first. Over length and share: one pair a step, the prompt half of the row unless told "
+        "otherwise. Over rows: steps of 4 pairs of some 311 tokens, all rows prepared before; there the reference runs "
+        "along, because the store would score every row first. How fast rows are prepared is in [data.md](data.md).\n"
+    )
+    return ["## Growth\n", about, *lines] if lines else []
+
+
+def _mfu_of(data: Mapping[str, Any], name: str, side: str) -> tuple[str, list[float]] | None:
+    entry, runs = data.get("mfu", {}).get(name), data.get("runs", {}).get(name, {}).get(side)
+    if not entry or not runs:
+        return None
+    peak = entry["peak"]["flops_per_second"]
+    return f"{peak / 1e12:.2f} TFLOP/s", [entry["flops_per_pair"] * rate(run) / peak for run in runs]
+
+
+def _format_mfu(data: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name in data.get("mfu", {}):
+        sides = [*peers_of(data, name), *_OURS]
+        for side in sides:
+            if found := _mfu_of(data, name, side):
+                flops = data["mfu"][name]["flops_per_pair"] / 1e9
+                rows.append(f"| {name} | {side} | {flops:.0f} | {found[0]} | {spread(found[1], '{:.1%}')} |")
+    about = (
+        "Operations of a step that scores no token twice (`scripts/bench/flops.py` has the formula), times pairs/s, "
+        "over what bf16 matrix products of the model's own layers reach on as many tokens as a batch has. What a side "
+        "computes beyond that (padding, prompts twice, recomputation) is no credit to it.\n"
+    )
+    head = ["| shape | side | GFLOP a pair | matmul peak | share |", "|---|---|---|---|---|"]
+    return ["## Share of the matmul peak\n", about, *head, *rows, ""] if rows else []

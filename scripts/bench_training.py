@@ -1,0 +1,172 @@
+"""Measure training beside `trl dpo` and LLaMA-Factory: the same pairs, the same tokens, the same order, the same LoRA.
+
+    python scripts/bench_training.py --parts tune,runs --shapes hh --repeats 3
+
+Each side is its own command in a fresh process, one at a time and in turn (A B C A B C). Every measurement is kept in
+the JSON file as soon as it is made: the same command goes on where it was interrupted, and makes the table anew. A
+side that trained other tokens, or whose metrics are farther away than rounding, is refused and not compared.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.flops import mean_flops, measure_peak
+from bench.llamafactory import find_peer, install_peer
+from bench.machine import describe_machine
+from bench.parts import COLD, WARM, Bench, compare_runs, grow, grow_rows, sweep, tune_trl
+from bench.process import CommandFailed, aside
+from bench.record import Record
+from bench.same_job import DifferentJobs
+from bench.shapes import Rows, write_rows
+from bench.sides import Job
+from bench.table import write_report
+from bench_data import write_rows as write_many_rows
+
+from dpo_runner.default_model import load_default_model_path
+from dpo_runner.errors import DpoRunnerError
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("tune", "runs", "sweep", "growth", "mfu")
+ROWS = {"hh": 24, "bundled": 32, "demo": 8, "demo_fit": 8}
+SHARES = (0.1, 0.5, 0.9)
+
+
+def main() -> None:
+    args = parse_arguments()
+    model = str(args.model or load_default_model_path())
+    rows = {name: args.rows or ROWS[name] for name in args.shapes}
+    settings = {"model": Path(model).name, "threads": args.threads}
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.fresh:
+        args.out.unlink(missing_ok=True)
+    if args.install_peers and find_peer(args.peers) is None:
+        print(f"installing LLaMA-Factory into {args.peers}", flush=True)
+        install_peer(args.peers)
+    try:
+        record = Record(args.out, settings, describe_machine())
+        bench = Bench(
+            record,
+            args.work,
+            args.peers.resolve(),
+            ROOT,
+            Job("", 0, 0, model),
+            args.threads,
+            lambda text: print(text, flush=True),
+        )
+        measure(bench, args, rows)
+        write_report(record.data, args.out.with_suffix(".md"))
+        print(args.out.with_suffix(".md"))
+    except (DpoRunnerError, CommandFailed, DifferentJobs, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=choices_of(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument(
+        "--shapes", type=choices_of(ROWS), default=["hh", "bundled", "demo"], help=f"of {','.join(ROWS)}"
+    )
+    parser.add_argument("--rows", type=int, help=f"pairs of each shape; by default {ROWS}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tune-rows", type=int, default=8, help="pairs on which `trl dpo`'s settings are tried")
+    parser.add_argument("--sweep-shapes", type=choices_of(ROWS), default=["hh"])
+    parser.add_argument("--sweep-rows", type=int, default=16, help="pairs of each of the nine runs")
+    parser.add_argument("--lengths", type=numbers, default=[256, 512, 1024, 2048, 4096], help="of growth, in tokens")
+    parser.add_argument(
+        "--growth-rows", type=numbers, default=[1000, 10_000, 100_000], help="of growth, files of so many"
+    )
+    parser.add_argument("--model", type=Path, help="folder of another model than the default one")
+    parser.add_argument("--demo-data", type=Path, default=ROOT.parent / "shared" / "data" / "dpo_en_demo.json")
+    parser.add_argument(
+        "--peers", type=Path, default=ROOT / ".venv" / "peers", help="folder of the peers' environments"
+    )
+    parser.add_argument("--install-peers", action="store_true", help="install LLaMA-Factory there first (6 GB)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "bench_training", help="runs, caches and logs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training.json", help="and .md beside it")
+    parser.add_argument("--fresh", action="store_true", help="forget what --out holds")
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    return args
+
+
+def measure(bench: Bench, args: argparse.Namespace, rows: dict[str, int]) -> None:
+    """Measure each part that was asked for and is not in the record."""
+    shapes = bench.record.part("shapes")
+    for name, pairs in rows.items():
+        if name.startswith("demo") and not args.demo_data.exists():
+            shapes[name] = None
+            continue
+        made = make_rows(bench, args, name, pairs, bench.work / "rows")
+        if shapes.setdefault(name, made.to_dict())["lengths"] != made.to_dict()["lengths"]:
+            raise ValueError(f"{name}: measured with {shapes[name]['pairs']} pairs, now there are {pairs}; use --fresh")
+        if "tune" in args.parts or "runs" in args.parts:
+            tune_trl(bench, name, make_rows(bench, args, name, min(args.tune_rows, pairs), bench.work / "tune-rows"))
+        if "runs" in args.parts:
+            compare_runs(bench, name, made, args.repeats)
+    for name in args.sweep_shapes if "sweep" in args.parts else ():
+        if name in rows and shapes[name]:
+            made = make_rows(bench, args, name, min(args.sweep_rows, rows[name]), bench.work / "sweep-rows")
+            bench.record.part("sweep", name)["pairs"] = made.pairs
+            sweep(bench, name, made)
+    if "growth" in args.parts:
+        by_length = [(f"{length}", synthetic(bench, args, length, 0.5)) for length in args.lengths]
+        grow(bench, "length", by_length)
+        grow(bench, "share", [(f"{share:g}", synthetic(bench, args, 1024, share)) for share in SHARES])
+        grow_rows(bench, {count: many_rows(bench, count) for count in args.growth_rows})
+    if "mfu" in args.parts:
+        measure_flops(bench)
+    bench.record.save()
+
+
+def measure_flops(bench: Bench) -> None:
+    """Measure the matmul peak at each shape's tokens in a batch, and count a pair's operations."""
+    for name, shape in bench.record.part("shapes").items():
+        if shape and (runs := bench.record.part("runs").get(name)) and WARM in runs and COLD in runs:
+            tokens = bench.job.batch * sum(map(sum, shape["lengths"])) // shape["pairs"]
+            entry = bench.record.part("mfu", name)
+            if "peak" not in entry:
+                arguments = (bench.job.model, tokens, bench.job.device, bench.threads)
+                entry["peak"] = aside(measure_peak, *arguments)
+                entry["flops_per_pair"] = aside(mean_flops, bench.job.model, shape["lengths"])
+                bench.say(f"mfu / {name}: {entry['peak']['flops_per_second'] / 1e12:.2f} TFLOP/s at most")
+
+
+def make_rows(bench: Bench, args: argparse.Namespace, name: str, pairs: int, folder: Path) -> Rows:
+    folder.mkdir(parents=True, exist_ok=True)
+    demo = args.demo_data if args.demo_data.exists() else None
+    return aside(write_rows, name, pairs, bench.job.model, folder, demo)
+
+
+def synthetic(bench: Bench, args: argparse.Namespace, length: int, share: float) -> Rows:
+    folder = bench.work / "rows"
+    return aside(write_rows, "synthetic", 2, bench.job.model, folder, None, length, share)
+
+
+def many_rows(bench: Bench, count: int) -> Path:
+    path = bench.work / "rows" / f"rows-{count}.jsonl"
+    if not path.exists():
+        write_many_rows(path, count)
+    return path
+
+
+def choices_of(allowed: Any) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
