@@ -134,7 +134,10 @@ def test_the_sweep_is_the_job_with_nine_points(pairs: str, tiny_model: str, tmp_
 
 
 def make_run(side: str, seconds: float, margin: float = 0.1, tokens: bool = True) -> dict:
-    steps = [{"loss": math.log(2), "rewards/margins": 0.0}, {"loss": 0.6, "rewards/margins": margin}]
+    steps = [
+        {"loss": math.log(2), "rewards/margins": 0.0, "logps/chosen": -99.0},
+        {"loss": 0.6, "rewards/margins": margin},
+    ]
     history = [step | ({"num_tokens": 100.0 * at} if tokens else {}) for at, step in enumerate(steps, 1)]
     times = {"train_seconds": seconds, "total_seconds": 2 * seconds, "first_step_seconds": 3.0, "cpu_seconds": 9.0}
     return {
@@ -159,6 +162,9 @@ def test_unequal_jobs_are_refused() -> None:
         "trained 201 tokens by step 2": {"history": [mine["history"][0], mine["history"][1] | {"num_tokens": 201}]},
         "the first loss of trl is 0.7500": {"history": [mine["history"][0] | {"loss": 0.75}, mine["history"][1]]},
         "rewards/margins of trl and dpo_runner differ by up to 0.4": {"history": make_run("trl", 1, 0.5)["history"]},
+        "logps/chosen of trl is -90.0 at step 1, not -99.0": {
+            "history": [mine["history"][0] | {"logps/chosen": -90.0}, mine["history"][1]]
+        },
         "loss of trl and dpo_runner differ by up to nan": {
             "history": [mine["history"][0], mine["history"][1] | {"loss": math.nan}]
         },

@@ -6,6 +6,8 @@ from typing import Any
 
 _LIMITS = {"loss": 0.05, "rewards/margins": 0.15}
 """By how much a step's metrics may differ in bf16: rounding, amplified by the steps before."""
+_OF_LOGPS = 0.02
+"""The same of an answer's mean log-probability, as a share of it: attention across rows, say, goes far beyond."""
 
 
 class DifferentJobs(Exception):
@@ -44,6 +46,10 @@ def check_same_job(ours: Mapping[str, Any], theirs: Mapping[str, Any], limits: M
     for key, limit in limits.items():
         if (difference := worst[key]) is not None and not difference <= limit:
             raise DifferentJobs(f"{key} of {name} and dpo_runner differ by up to {difference:.3g}, over {limit:g}")
+    for key in ("logps/chosen", "logps/rejected"):
+        for number, (one, other) in enumerate(zip(mine, others, strict=True), 1):
+            if key in one and key in other and not abs(one[key] - other[key]) <= _OF_LOGPS * abs(one[key]):
+                raise DifferentJobs(f"{key} of {name} is {other[key]:.1f} at step {number}, not {one[key]:.1f}")
     told = ", ".join(f"{key} {value:.2g}" for key, value in worst.items() if value is not None)
     return f"{'the same tokens in each step; ' if tokens[1] else ''}largest difference in a step: {told}"
 
