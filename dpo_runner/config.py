@@ -64,6 +64,8 @@ class EngineConf:
     """Score the pairs of an optimizer step in groups of so many tokens, a shared prefix counted once, for the same
     gradient; null: as many as per_device_train_batch_size of the largest pairs have, on a CPU no more than 1024; 0: in
     TRL's batches."""
+    auto_gradient_checkpointing: bool = True
+    """Switch training.gradient_checkpointing on where, by the memory estimate, the run would not fit without it."""
     reference_store: bool = True
     """Compute the reference's log-probabilities once for all runs that compare with it, and keep them in the cache."""
     reference_store_gb: float = 10.0

@@ -143,7 +143,7 @@ def estimate_memory(conf: RunConf, longest: int | None, largest: PairShape | Non
     else:
         held, phases = _simulate(config, conf, args, length, pair)
     peak = max(phases.values(), key=lambda rows: sum(rows.values()))
-    name, total, free = _read_device(args)
+    name, total, free = read_device(args)
     totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
     return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), length, name, total, free)
 
@@ -287,7 +287,8 @@ def _uses_cpu(args: DPOConfig) -> bool:
     return bool(args.use_cpu) or not torch.cuda.is_available()
 
 
-def _read_device(args: DPOConfig) -> tuple[str, int, int]:
+def read_device(args: DPOConfig) -> tuple[str, int, int]:
+    """Return the name of the device that trains, its memory in bytes, and how much of that is free."""
     if not _uses_cpu(args):
         free, total = torch.cuda.mem_get_info()
         return torch.cuda.get_device_name(), total, free

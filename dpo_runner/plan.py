@@ -19,6 +19,7 @@ def build_plan(
     reference: str,
     padding: str | None,
     engine: str,
+    checkpointing: str | None,
     own_quantization: Any = None,
 ) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown.
@@ -30,6 +31,7 @@ def build_plan(
         reference: what the policy is compared with, in words.
         padding: the pad token, in words; None where there is no tokenizer.
         engine: which of its parts are on, and why others are not.
+        checkpointing: why gradient checkpointing is switched on though it is not set; None where it is not.
         own_quantization: what the checkpoint's config says of its quantization.
     """
     model, training = conf.model, conf.training
@@ -54,6 +56,7 @@ def build_plan(
         ),
         "steps": steps,
         "engine": engine,
+        **({"checkpointing": f"of gradients, switched on: {checkpointing}"} if checkpointing is not None else {}),
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }

@@ -21,6 +21,7 @@ with quiet_imports():
 
     from dpo_runner.adapters import find_other_bases
     from dpo_runner.base_pool import BasePool
+    from dpo_runner.checkpointing import explain_checkpointing, switch_on
     from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
@@ -40,6 +41,7 @@ from dpo_runner.checkpoint import check_continuable, check_unused, find_last_che
 from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
+from dpo_runner.data.splits import PairShape
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.tracking import Tracker, track
@@ -97,15 +99,19 @@ def run(
             padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
     reference = describe_reference(conf)
-    longest = data.longest() if data is not None else conf.training.max_length
-    engine = describe_engine(conf, without_weights, longest)
-    console.show_plan(build_plan(conf, data, path, reference, padding, engine, own_quantization))
+    longest, largest = (data.longest(), data.largest()) if data is not None else (None, None)
+    engine = describe_engine(conf, without_weights, longest or conf.training.max_length)
+    with route_library_logs(None):
+        checkpointing = explain_checkpointing(conf, args, without_weights, longest, largest)
+    console.show_plan(build_plan(conf, data, path, reference, padding, engine, checkpointing, own_quantization))
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
+    settled = switch_on(conf) if checkpointing is not None else conf
     if conf.dry_run:
-        _show_memory(conf, data, console)
+        _show_memory(settled, longest, largest, console)
         return None
     assert data is not None
+    args = build_dpo_config(settled, path / "checkpoints")
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
         further = [*callbacks, stopping]
@@ -115,13 +121,13 @@ def run(
     return summary
 
 
-def _show_memory(conf: RunConf, data: PreferenceData | None, console: RunConsole) -> None:
+def _show_memory(conf: RunConf, longest: int | None, largest: PairShape | None, console: RunConsole) -> None:
     """Say whether the run will fit into memory."""
     from dpo_runner.estimate import estimate_memory
 
     try:
         with route_library_logs(None):
-            estimate = estimate_memory(conf, *((data.longest(), data.largest()) if data is not None else (None, None)))
+            estimate = estimate_memory(conf, longest, largest)
     except ConfigError as error:
         console.warn(f"the memory that this run takes is not known: {error}")
     else:

@@ -126,9 +126,10 @@ def test_both_commands_say_the_same_job(load_in_4bit: bool, tiny_model: str, pai
 
 def test_the_sweep_is_the_job_with_nine_points(pairs: str, tiny_model: str, tmp_path: Path) -> None:
     job = Job(pairs, 24, 256, tiny_model)
-    command = build_our_sweep(job, tmp_path, (0.1, 0.2, 0.3), (1e-5, 2e-5, 3e-5))
+    command = build_our_sweep(job, tmp_path, (0.1, 0.2, 0.3), (1e-5, 2e-5, 3e-5), 2)
     fixed = {text for text in build_ours(job, tmp_path)[3:] if not text.startswith("run_dir=")}
-    axes = {"training.beta=0.1,0.2,0.3", "training.learning_rate=1e-05,2e-05,3e-05", f"sweep.dir={tmp_path}"}
+    axes = {"training.beta=0.1,0.2,0.3", "training.learning_rate=1e-05,2e-05,3e-05"}
+    axes |= {"sweep.workers=2", f"sweep.dir={tmp_path}"}
     single = {"training.beta=0.1", "training.learning_rate=0.00015"}
     assert set(command[3:]) - {"-m"} == (fixed - single) | axes
 

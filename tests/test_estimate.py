@@ -192,7 +192,7 @@ def test_a_dry_run_needs_only_the_models_config(tmp_path: Path) -> None:
 
 def test_a_dry_run_warns_of_what_does_not_fit(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def show(free: int) -> str:
-        monkeypatch.setattr(estimate, "_read_device", lambda args: ("a card", 10**9, free))
+        monkeypatch.setattr(estimate, "read_device", lambda args: ("a card", 10**9, free))
         text = io.StringIO()
         assert (
             run_conf(load_conf([*tiny_run, "dry_run=true"]), console=RunConsole(Console(file=text, width=200))) is None

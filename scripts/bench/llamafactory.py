@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bench.process import run
 from bench.shapes import check_same_tokens
 from bench.sides import Job, Measured, read_trainer
@@ -18,10 +20,11 @@ _TEMPLATE = "smollm"
 # Runs in its environment: prints the token ids that its own loader makes of the dataset of a configuration.
 _PRINT_TOKENS = """
 import json, sys
+import yaml
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
-model_args, data_args, training_args, _, _ = get_train_args(json.load(open(sys.argv[1])))
+model_args, data_args, training_args, _, _ = get_train_args(yaml.safe_load(open(sys.argv[1])))
 module = load_tokenizer(model_args)
 template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
 rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)["train_dataset"]
@@ -103,9 +106,9 @@ def measure_peer(
         ValueError: its tokens differ.
         CommandFailed: it did not get to its end.
     """
-    config = folder.with_suffix(".json")
+    config = folder.with_suffix(".yaml")  # it reads no JSON, which it offers: it loads a path as a file
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(build_config(job, folder, gradient_checkpointing), indent=1))
+    config.write_text(yaml.safe_dump(build_config(job, folder, gradient_checkpointing)))
     own = {**environment, "DISABLE_VERSION_CHECK": "0"}
     own.pop("PYTHONPATH", None)
     tokens = Path(job.rows).with_suffix(".tokens.json")

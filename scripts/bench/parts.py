@@ -150,6 +150,8 @@ def check_jobs(record: Record, name: str) -> None:
     runs, refused, same = record.part("runs", name), record.part("refused", name), record.part("same_job", name)
     mine = runs[WARM][0]
     for side, entries in list(runs.items()):
+        if not entries:  # it failed
+            continue
         try:
             same[side] = [check_same_job(mine, entry) for entry in entries][-1]
             refused.pop(side, None)
@@ -168,7 +170,7 @@ def sweep(bench: Bench, name: str, rows: Rows) -> None:
         folder, cache = bench.work / "sweeps" / name, bench.work / f"cache-sweep-{name}"
         for path in (folder, cache):
             shutil.rmtree(path, ignore_errors=True)
-        command = build_our_sweep(job, folder, BETAS, RATES)
+        command = build_our_sweep(job, folder, BETAS, RATES, bench.threads)
         finished = run(command, bench.environment(cache), folder.with_suffix(".log"))
         finals = [path for path in folder.iterdir() if (path / "summary.json").exists()]
         if len(finals) != len(points):

@@ -89,10 +89,22 @@ def build_ours(job: Job, run_dir: Path, further: Sequence[str] = ()) -> list[str
     return [sys.executable, "-m", "dpo_runner", *_overrides(job), f"run_dir={run_dir}", *further]
 
 
-def build_our_sweep(job: Job, sweep_dir: Path, betas: Sequence[float], rates: Sequence[float]) -> list[str]:
+def build_our_sweep(
+    job: Job, sweep_dir: Path, betas: Sequence[float], rates: Sequence[float], threads: int
+) -> list[str]:
+    """Return the command of the whole grid, which uses as many threads as one command of the others: a worker each."""
     axes = [f"training.beta={','.join(map(str, betas))}", f"training.learning_rate={','.join(map(str, rates))}"]
     fixed = [text for text in _overrides(job) if not text.startswith(("training.beta", "training.learning_rate"))]
-    return [sys.executable, "-m", "dpo_runner", "-m", *fixed, *axes, f"sweep.dir={sweep_dir}"]
+    return [
+        sys.executable,
+        "-m",
+        "dpo_runner",
+        "-m",
+        *fixed,
+        *axes,
+        f"sweep.workers={threads}",
+        f"sweep.dir={sweep_dir}",
+    ]
 
 
 def _overrides(job: Job) -> list[str]:
@@ -118,6 +130,7 @@ def _overrides(job: Job) -> list[str]:
         "training.save_strategy=steps",
         "training.save_steps=500",
         "wandb=disabled",
+        "samples.num_prompts=0",  # the others answer nothing
         f"seed={job.seed}",
     ]
 
