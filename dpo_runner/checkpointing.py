@@ -60,11 +60,9 @@ def bound_memory(args: DPOConfig, model: PreTrainedModel, longest: int | None) -
     """
     length = min((each for each in (longest, args.max_length) if each is not None), default=None)
     text = model.config.get_text_config()
-    sizes = [
-        getattr(text, key, None)
-        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    ]
-    if length is None or not all(isinstance(size, int) for size in sizes):
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    sizes = [size for key in keys if isinstance(size := getattr(text, key, None), int)]
+    if length is None or len(sizes) < len(keys):
         return math.inf
     layers, hidden, inner, heads, vocabulary = sizes
     # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_runner.engine import cpu_attention
@@ -76,6 +77,22 @@ def test_blocks_give_what_a_mask_gives(
     )
     for expected, other, found in zip(exact, theirs, ours, strict=True):
         assert (found - expected).norm() <= 1.5 * (other - expected).norm()
+
+
+def test_what_was_done_on_fake_tensors_leaves_nothing_behind() -> None:
+    """The memory estimate runs the same code in the same process before the training."""
+    pairs = LAYOUTS[2]
+    exact = differentiate(lambda *inputs: attend_under_mask(*inputs, pairs, 0.3), torch.float64, pairs, (6, 2), 64)
+    with FakeTensorMode():
+        sizes = [(1, heads, sum(pair.chosen + pair.tail for pair in pairs), 64) for heads in (6, 2, 2)]
+        fakes = [torch.zeros(size, requires_grad=True) for size in sizes]
+        attend(torch.nn.Module(), *fakes, None, pairs=pairs, scaling=0.3)[0].sum().backward()
+
+    def blocks(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend(torch.nn.Module(), *inputs, None, pairs=pairs, scaling=0.3)[0]
+
+    for expected, found in zip(exact, differentiate(blocks, torch.float32, pairs, (6, 2), 64), strict=True):
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_autocast_rounds_as_torchs_attention_does() -> None:

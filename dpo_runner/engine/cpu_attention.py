@@ -11,7 +11,6 @@ dO Vᵀ, which exponentials and differences are taken of, are products in fp32, 
 share keys are one product.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,10 +74,11 @@ class PairAttention(torch.autograd.Function):
         output = query.new_empty(query.size(1), query.size(0), value.size(2))
         grouped = _group(output.transpose(0, 1), key.size(0))
         queries, keys = _group(query.float() * scale, key.size(0)), key.float()
+        later = _tell_later(query.device)
         saved = []
         with torch.autocast("cpu", enabled=False):
             for block in _blocks(pairs):
-                scores = _score(queries, keys, block)
+                scores = _score(queries, keys, later, block)
                 weights = scores.softmax(dim=-1)
                 low = weights.to(query.dtype)
                 products = torch.bmm(low.flatten(1, 2), _see(value, block))
@@ -100,6 +100,7 @@ class PairAttention(torch.autograd.Function):
         of_query = torch.empty_like(query)
         of_queries = _group(of_query, key.size(0))
         of_key, of_value = torch.zeros_like(keys), torch.zeros_like(values)
+        later = _tell_later(query.device)
         with torch.autocast("cpu", enabled=False):
             for block, known in zip(_blocks(ctx.pairs), saved, strict=True):
                 mine, through, mean = (
@@ -107,7 +108,7 @@ class PairAttention(torch.autograd.Function):
                 )
                 weights = known
                 if block.keys > _KEPT:
-                    weights = _score(queries.float() * ctx.scale, keys, block).sub_(known).exp_()
+                    weights = _score(queries.float() * ctx.scale, keys, later, block).sub_(known).exp_()
                 weights = weights.flatten(1, 2)
                 _add(of_value, block, torch.bmm(weights.to(query.dtype).transpose(1, 2), through))
                 inner = torch.baddbmm(
@@ -139,22 +140,25 @@ def _add(total: torch.Tensor, block: _Block, part: torch.Tensor) -> None:
     total[:, block.own : block.last] += part[:, block.prefix :]
 
 
-def _score(queries: torch.Tensor, keys: torch.Tensor, block: _Block) -> torch.Tensor:
+def _tell_later(device: torch.device) -> torch.Tensor:
+    """Tell which keys come after which queries of a block: [queries, keys].
+
+    Made anew each time: kept from the memory estimate, it would be a fake tensor, which hides nothing from anyone.
+    """
+    return torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device=device).triu(1)
+
+
+def _score(queries: torch.Tensor, keys: torch.Tensor, later: torch.Tensor, block: _Block) -> torch.Tensor:
     """Return S of a block, -inf where a key is not seen: [key-value heads, heads of each, queries, keys], fp32.
 
     Args:
         queries: [key-value heads, heads of each, T, head size], fp32, times the scale.
         keys: [key-value heads, T, head size], fp32.
+        later: see `_tell_later`.
         block: which.
     """
     own = queries[:, :, block.first : block.last]
     products = torch.bmm(own.flatten(1, 2), _see(keys, block).transpose(1, 2))
     scores: torch.Tensor = products.unflatten(1, own.shape[1:3])
-    scores[..., -own.size(2) :].masked_fill_(_later(own.size(2), str(queries.device)), float("-inf"))
+    scores[..., -own.size(2) :].masked_fill_(later[: own.size(2), : own.size(2)], float("-inf"))
     return scores
-
-
-@functools.lru_cache(maxsize=2 * _QUERIES)
-def _later(count: int, device: str) -> torch.Tensor:
-    """Tell which of `count` keys come after which of as many queries: [queries, keys]."""
-    return torch.ones(count, count, dtype=torch.bool, device=device).triu(1)

@@ -4,6 +4,7 @@ Rules about configs cannot know every model; two forwards can. How far they may 
 to a token's log-probability when its row begins differently, which is what a wrong mask or position amounts to.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from trl import DPOTrainer
 
 from dpo_runner.engine.shared_prefix import share_prefixes
 
-_TOKENS = 16
-"""Of each prompt and each answer."""
+_TOKENS = (16, 192)
+"""Of each prompt and each answer, in two checks: attention goes by blocks, and has more than one only in long rows."""
 
 _SHARE = 0.25
 """Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
@@ -26,11 +27,10 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
         trainer: with TRL's own forward.
         trains_head: see `share_prefixes`.
     """
-    rows = [_cut(trainer.train_dataset[index]) for index in range(min(len(trainer.train_dataset), 2))]
-    elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
-    for model in (trainer.model, trainer.ref_model):
-        if model is None:
-            continue
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    for model, tokens in itertools.product(models, _TOKENS):
+        rows = [_cut(trainer.train_dataset[index], tokens) for index in range(min(len(trainer.train_dataset), 2))]
+        elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
         take_back = share_prefixes(model, trains_head)
         try:
@@ -45,12 +45,12 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     return None
 
 
-def _cut(row: dict[str, Any]) -> dict[str, list[int]]:
+def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     prompt, chosen, rejected = (list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return {
-        "prompt_ids": prompt[-_TOKENS:] or chosen[:1],
-        "chosen_ids": chosen[:_TOKENS],
-        "rejected_ids": rejected[: _TOKENS // 2],
+        "prompt_ids": prompt[-tokens:] or chosen[:1],
+        "chosen_ids": chosen[:tokens],
+        "rejected_ids": rejected[: tokens // 2],
     }
 
 
