@@ -103,15 +103,15 @@ def run(
     engine = describe_engine(conf, without_weights, longest or conf.training.max_length)
     with route_library_logs(None):
         checkpointing = explain_checkpointing(conf, args, without_weights, longest, largest)
+        settled = switch_on(conf) if checkpointing is not None else conf
+        args = build_dpo_config(settled, path / "checkpoints")
     console.show_plan(build_plan(conf, data, path, reference, padding, engine, checkpointing, own_quantization))
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
-    settled = switch_on(conf) if checkpointing is not None else conf
     if conf.dry_run:
         _show_memory(settled, longest, largest, console)
         return None
     assert data is not None
-    args = build_dpo_config(settled, path / "checkpoints")
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
         further = [*callbacks, stopping]

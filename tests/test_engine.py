@@ -85,6 +85,7 @@ SETTINGS = [
         ["data.on_overlong=trl", f"training.truncation_mode={mode}", "training.max_length=48"]
         for mode in ("keep_start", "keep_end")
     ),
+    ["data.on_overlong=trl", "training.truncation_mode=keep_end", "training.max_length=9"],
     ["training.gradient_checkpointing=true"],
     ["training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={use_reentrant:true}"],
     ["training.gradient_accumulation_steps=4"],

@@ -5,6 +5,7 @@ to a token's log-probability when its row begins differently, which is what a wr
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +29,13 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
         trains_head: see `share_prefixes`.
     """
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    longest = sys.maxsize if trainer.args.max_length is None else trainer.args.max_length
+    room = (longest - 1) // 2  # a row that the collator cuts would have other answers under another prompt
+    if not room:
+        return f"training.max_length={longest} leaves nothing to compare"
     for model, tokens in itertools.product(models, _TOKENS):
-        rows = [_cut(trainer.train_dataset[index], tokens) for index in range(min(len(trainer.train_dataset), 2))]
+        some = range(min(len(trainer.train_dataset), 2))
+        rows = [_cut(trainer.train_dataset[index], min(tokens, room)) for index in some]
         elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
         take_back = share_prefixes(model, trains_head)
