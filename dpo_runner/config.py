@@ -72,6 +72,9 @@ class EngineConf:
     """Gigabytes (1e9 bytes) that all stored references may take; the least recently used make room."""
     keep_base_model: bool = True
     """Load and quantize the base model once for all runs of a sweep's worker that train adapters on the same one."""
+    keep_dequantized: bool | None = None
+    """Dequantize bitsandbytes' 4-bit weights once, and keep them, in quant.bnb_4bit_compute_dtype, beside the packed
+    ones; null: on a CPU where, by the memory estimate, half of what is free stays free."""
 
 
 @dataclass

@@ -6,7 +6,6 @@ tensors, which have shapes and dtypes only, while it is recorded what is alive.
 
 import copy
 import math
-import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from trl.trainer import utils as trl_utils
 
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
+from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import explain_grouping, settle_budget
 from dpo_runner.errors import ConfigError
-from dpo_runner.fake_model import build_fake_models, tensors_of
+from dpo_runner.fake_model import build_fake_models, count_bytes, tensors_of
 from dpo_runner.fake_step import (
     build_packed_inputs,
     build_padded_inputs,
@@ -31,18 +31,16 @@ from dpo_runner.fake_step import (
     run_phase,
     without_tile_copies,
 )
-from dpo_runner.memory_tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker
+from dpo_runner.memory_tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
 from dpo_runner.reference import stores_reference
 from dpo_runner.trainer import build_dpo_config
 from dpo_runner.vocabulary import load_model_config
 
+KEPT = "dequantized weights"
+"""The row of what `engine.keep_dequantized` keeps."""
+
 _FULL_DEPTH = 8
 """Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
-
-_HEAP_GAPS = {False: {ACTIVATIONS: 0.14, LOGITS: 0.7}, True: {ACTIVATIONS: 0.1}}
-"""What glibc's heap holds beyond the tensors that are alive, as a share of them, without and with packed pairs: a
-freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
-(benchmarks/memory.md), for where they fall depends on every small block in between."""
 
 _COPIES = {  # values of 4 bytes that an optimizer keeps for each weight
     "adamw_torch": 2,
@@ -160,6 +158,8 @@ def _advise(conf: RunConf, rows: Rows) -> str:
     if conf.lora is None and conf.model.adapter is None:
         ways["optimizer"] += ["lora=r16"]
         ways["reference"] += ["engine.reference_store=true"]
+    if conf.engine.keep_dequantized:
+        ways[KEPT] = ["engine.keep_dequantized=false"]
     if not training.gradient_checkpointing:
         ways[ACTIVATIONS] += ["training.gradient_checkpointing=true"]
     if (batch := training.per_device_train_batch_size) > 1:
@@ -211,12 +211,15 @@ def _simulate(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy, reference, held = build_fake_models(config, conf, args, mode)
-    packed = conf.engine.shared_prefix and _share_prefixes(policy, reference, length, args)
-    use_cpu = _uses_cpu(args)
+    models = [model for model in (policy, reference) if model is not None]
+    packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
+    use_cpu = uses_cpu(args)
     with mode:
+        matrices = [each for model in models if conf.engine.keep_dequantized for each in keep_dequantized(model)]
+        held[KEPT] = count_bytes(matrices)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         held["optimizer"] = _count_optimizer(args.optim, trained)
-        kept = [*tensors_of(policy), *(tensors_of(reference) if reference is not None else ())]
+        kept = [*matrices, *(tensor for model in models for tensor in tensors_of(model))]
         width = config.get_text_config().vocab_size
         chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         widths = {width, width % chunk, min(width, chunk), chunk} - {0}
@@ -244,13 +247,12 @@ def _simulate(
     return held, phases
 
 
-def _share_prefixes(policy: Any, reference: Any, length: int, args: DPOConfig) -> bool:
-    """Put the engine's forward into the models where a run would, and say whether it would."""
-    models = [policy, *([reference] if reference is not None else [])]
+def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
+    """Put the engine's forward into policy and reference where a run would, and say whether it would."""
     if any(explain_refusal(model, length, not args.disable_dropout) for model in models):
         return False
     for model in models:
-        share_prefixes(model, trains_head(policy))
+        share_prefixes(model, trains_head(models[0]))
     return True
 
 
@@ -259,18 +261,11 @@ def _settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | Non
     batch = args.per_device_train_batch_size
     if (
         explain_grouping(args.loss_type)
-        or (budget := settle_budget(conf.engine, batch, sum(pair), _uses_cpu(args))) is None
+        or (budget := settle_budget(conf.engine, batch, sum(pair), uses_cpu(args))) is None
     ):
         return None
     whole: int = batch * args.gradient_accumulation_steps * sum(pair)
     return max(min(budget, whole), sum(pair))
-
-
-def count_heap_gaps(alive: Rows, packed: bool) -> int:
-    """Return the bytes that the allocator of the CPU holds beside tensors that are alive."""
-    if platform.libc_ver()[0] != "glibc":
-        return 0
-    return round(sum(share * alive[kind] for kind, share in _HEAP_GAPS[packed].items()))
 
 
 def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
@@ -283,13 +278,14 @@ def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
     return 4 * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trained)
 
 
-def _uses_cpu(args: DPOConfig) -> bool:
+def uses_cpu(args: DPOConfig) -> bool:
+    """Return whether the CPU trains."""
     return bool(args.use_cpu) or not torch.cuda.is_available()
 
 
 def read_device(args: DPOConfig) -> tuple[str, int, int]:
     """Return the name of the device that trains, its memory in bytes, and how much of that is free."""
-    if not _uses_cpu(args):
+    if not uses_cpu(args):
         free, total = torch.cuda.mem_get_info()
         return torch.cuda.get_device_name(), total, free
     import psutil

@@ -1,5 +1,6 @@
 """Follow which tensors are alive while a model runs on fake tensors, which have shapes and dtypes but no memory."""
 
+import platform
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
+
+_HEAP_GAPS = {False: {ACTIVATIONS: 0.14, LOGITS: 0.7}, True: {ACTIVATIONS: 0.1}}
+"""What glibc's heap holds beyond the tensors that are alive, as a share of them, without and with packed pairs: a
+freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
+(benchmarks/memory.md), for where they fall depends on every small block in between."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -76,3 +82,10 @@ class MemoryTracker(TorchDispatchMode):
         if total > self.peak:
             self.peak = total
             self.alive = self._now | {ACTIVATIONS: self._now[ACTIVATIONS] + scratch}
+
+
+def count_heap_gaps(alive: dict[str, int], packed: bool) -> int:
+    """Return the bytes that the allocator of the CPU holds beside tensors that are alive."""
+    if platform.libc_ver()[0] != "glibc":
+        return 0
+    return round(sum(share * alive[kind] for kind, share in _HEAP_GAPS[packed].items()))

@@ -20,6 +20,7 @@ def build_plan(
     padding: str | None,
     engine: str,
     checkpointing: str | None,
+    dequantized: str | None = None,
     own_quantization: Any = None,
 ) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown.
@@ -32,6 +33,7 @@ def build_plan(
         padding: the pad token, in words; None where there is no tokenizer.
         engine: which of its parts are on, and why others are not.
         checkpointing: why gradient checkpointing is switched on though it is not set; None where it is not.
+        dequantized: how often 4-bit weights are dequantized, and why; None where there are none.
         own_quantization: what the checkpoint's config says of its quantization.
     """
     model, training = conf.model, conf.training
@@ -57,6 +59,7 @@ def build_plan(
         "steps": steps,
         "engine": engine,
         **({"checkpointing": f"of gradients, switched on: {checkpointing}"} if checkpointing is not None else {}),
+        **({"4-bit weights": dequantized} if dequantized is not None else {}),
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }

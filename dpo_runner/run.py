@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ with quiet_imports():
     from dpo_runner.adapters import find_other_bases
     from dpo_runner.base_pool import BasePool
     from dpo_runner.checkpointing import explain_checkpointing, switch_on
+    from dpo_runner.dequantizing import settle_dequantized
     from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
@@ -105,17 +107,22 @@ def run(
         checkpointing = explain_checkpointing(conf, args, without_weights, longest, largest)
         settled = switch_on(conf) if checkpointing is not None else conf
         args = build_dpo_config(settled, path / "checkpoints")
-    console.show_plan(build_plan(conf, data, path, reference, padding, engine, checkpointing, own_quantization))
+        engine_conf, dequantized = settle_dequantized(
+            settled, args, without_weights, own_quantization, checkpointing is not None, longest, largest
+        )
+    plan = build_plan(conf, data, path, reference, padding, engine, checkpointing, dequantized, own_quantization)
+    console.show_plan(plan)
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
     if conf.dry_run:
-        _show_memory(settled, longest, largest, console)
+        _show_memory(replace(settled, engine=engine_conf), longest, largest, console)
         return None
     assert data is not None
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
         further = [*callbacks, stopping]
-        summary, weights = _train(directory, conf, args, tokenizer, data, console, tracker, further, bases)
+        settled = replace(conf, engine=engine_conf)
+        summary, weights = _train(directory, settled, args, tokenizer, data, console, tracker, further, bases)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary

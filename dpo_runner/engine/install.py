@@ -9,12 +9,14 @@ from trl import DPOTrainer
 
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
+from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.identity import identify_reference
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
+from dpo_runner.quantization import linear4bit_modules
 from dpo_runner.reference import stores_reference
 
 _VERSION = 2
@@ -34,13 +36,15 @@ def install_engine(
 
     Args:
         trainer: TRL's, with its reference settled.
-        conf: what to put in.
+        conf: what to put in, `keep_dequantized` settled; null keeps nothing.
         stores_reference: whether the reference is one that the store can hold.
         longest: tokens of the longest row.
         largest: tokens of the largest pair, its prompt counted once.
         description: of the reference, for whoever lists the store.
         tell: shows one line to a person.
     """
+    if conf.keep_dequantized:
+        _keep_dequantized(trainer.model, tell)
     shares = conf.shared_prefix
     if shares and (reason := _share_prefixes(trainer, longest)):
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
@@ -50,6 +54,8 @@ def install_engine(
         trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
+    if conf.keep_dequantized and trainer.ref_model is not None:
+        _keep_dequantized(trainer.ref_model, tell)
 
 
 def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str:
@@ -78,6 +84,13 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
         return f"shared prefixes, {stored}"
     reason = explain_grouping(conf.training.loss_type)
     return f"shared prefixes, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
+
+
+def _keep_dequantized(model: Any, tell: Callable[[str], None]) -> None:
+    """Keep the matrices of 4-bit layers, and say where some cannot be."""
+    kept, layers = len(keep_dequantized(model)), len(list(linear4bit_modules(model)))
+    if kept < layers:
+        tell(f"engine.keep_dequantized: {layers - kept} of {layers} 4-bit layers are dequantized at each use")
 
 
 def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
