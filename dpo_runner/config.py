@@ -64,6 +64,8 @@ class EngineConf:
     """Score the pairs of an optimizer step in groups of so many tokens, a shared prefix counted once, for the same
     gradient; null: as many as per_device_train_batch_size of the largest pairs have, on a CPU no more than 1024; 0: in
     TRL's batches."""
+    lean_layers: bool = True
+    """Keep less for the backward pass in LoRA layers, and on a CPU in the norms and MLPs of models built like Llama."""
     auto_gradient_checkpointing: bool = True
     """Switch training.gradient_checkpointing on where, by the memory estimate, the run would not fit without it."""
     reference_store: bool = True

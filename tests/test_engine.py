@@ -17,7 +17,7 @@ from dpo_runner.engine.install import describe_engine
 from dpo_runner.engine.packing import pack_pairs
 from dpo_runner.model import check_model
 
-PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false")
+PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false", "engine.lean_layers=false")
 PACKED = ("engine.shared_prefix=true", "engine.reference_store=false")
 STORED = ("engine.shared_prefix=true", "engine.reference_store=true")
 

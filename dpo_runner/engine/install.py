@@ -11,6 +11,7 @@ from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
 from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.identity import identify_reference
+from dpo_runner.engine.lean_layers import make_lean
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
@@ -45,12 +46,14 @@ def install_engine(
     """
     if conf.keep_dequantized:
         _keep_dequantized(trainer.model, tell)
+    use_cpu = trainer.accelerator.device.type == "cpu"
+    if conf.lean_layers:
+        make_lean(trainer.model, use_cpu)
     shares = conf.shared_prefix
     if shares and (reason := _share_prefixes(trainer, longest)):
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
         shares = False
     if shares and not explain_grouping(trainer.loss_types):
-        use_cpu = trainer.accelerator.device.type == "cpu"
         trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
