@@ -115,7 +115,10 @@ def _store_reference(
 ) -> None:
     """Give all rows what the reference thinks of them, and let go of a reference that is a model of its own."""
     adapter = reference_adapter(trainer)
-    computed = f"{'packed' if shares else 'padded'} {_VERSION}, autocast {trainer.accelerator.mixed_precision}"
+    # On a CPU a head that is trained is scored by another kernel, with other rounding.
+    head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
+    forward = f"packed {_VERSION}, head {head}" if shares else f"padded {_VERSION}"
+    computed = f"{forward}, autocast {trainer.accelerator.mixed_precision}"
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
     except TypeError as error:
