@@ -66,6 +66,8 @@ class EngineConf:
     TRL's batches."""
     lean_layers: bool = True
     """Keep less for the backward pass in LoRA layers, and on a CPU in the norms and MLPs of models built like Llama."""
+    compile_layers: bool = False
+    """Compile the model's layers, on a CPU, wherever packed rows are scored; needs a C++ compiler, and minutes once."""
     auto_gradient_checkpointing: bool = True
     """Switch training.gradient_checkpointing on where, by the memory estimate, the run would not fit without it."""
     reference_store: bool = True

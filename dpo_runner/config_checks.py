@@ -96,6 +96,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
             *check_model_groups(conf),
             *check_data(conf),
             *_check_training(conf),
+            *_check_compiling(conf),
             *_check_evaluation(conf),
             *_check_names(conf),
             *check_sweep(conf.sweep),
@@ -198,6 +199,21 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
         yield f"`training.max_steps={training.max_steps}`: must be above 0, or -1 for num_train_epochs to decide"
     if training.bf16 and training.fp16:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
+
+
+def _check_compiling(conf: "RunConf") -> Iterator[str]:
+    training = conf.training
+    if conf.engine.compile_layers and not conf.engine.shared_prefix:
+        yield (
+            "`engine.compile_layers=True`: compiles layers for packed rows, which engine.shared_prefix=false does "
+            "without; use engine.shared_prefix=true"
+        )
+    for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if conf.engine.shared_prefix and getattr(training, key):
+            yield (
+                f"`training.{key}={getattr(training, key)}`: would compile the whole model anew for each batch's pair "
+                "lengths, and give up after eight; use engine.compile_layers=true, or engine.shared_prefix=false"
+            )
 
 
 def _check_evaluation(conf: "RunConf") -> Iterator[str]:

@@ -215,7 +215,7 @@ def _simulate(
     models = [model for model in (policy, reference) if model is not None]
     packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
     use_cpu = uses_cpu(args)
-    if conf.engine.lean_layers:
+    if conf.engine.lean_layers and not conf.engine.compile_layers:
         make_lean(policy, use_cpu)
     with mode:
         matrices = [each for model in models if conf.engine.keep_dequantized for each in keep_dequantized(model)]

@@ -4,18 +4,20 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
+from dpo_runner.engine.compiling import check_compilable, compile_layers
 from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.identity import identify_reference
 from dpo_runner.engine.lean_layers import make_lean
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
-from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
+from dpo_runner.engine.shared_prefix import base_of, explain_refusal, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
 from dpo_runner.quantization import linear4bit_modules
 from dpo_runner.reference import stores_reference
@@ -43,18 +45,23 @@ def install_engine(
         largest: tokens of the largest pair, its prompt counted once.
         description: of the reference, for whoever lists the store.
         tell: shows one line to a person.
+
+    Raises:
+        ConfigError: `engine.compile_layers` is on, and the layers cannot be compiled.
     """
     if conf.keep_dequantized:
         _keep_dequantized(trainer.model, tell)
     use_cpu = trainer.accelerator.device.type == "cpu"
-    if conf.lean_layers:
+    if conf.lean_layers and not conf.compile_layers:  # inductor sees to it by itself
         make_lean(trainer.model, use_cpu)
-    shares = conf.shared_prefix
-    if shares and (reason := _share_prefixes(trainer, longest)):
+    reason = _share_prefixes(trainer, longest) if conf.shared_prefix else "engine.shared_prefix=false"
+    shares = reason is None
+    if conf.shared_prefix and reason is not None:
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
-        shares = False
     if shares and not explain_grouping(trainer.loss_types):
         trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
+    if conf.compile_layers:
+        _compile_layers(trainer, reason)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
     if conf.keep_dequantized and trainer.ref_model is not None:
@@ -68,19 +75,15 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
         conf: the run.
         model: the base model, which needs no weights.
         longest: tokens of the longest row; None where nothing limits it.
+
+    Raises:
+        ConfigError: `engine.compile_layers` is on, and the layers cannot be compiled.
     """
     stored = "reference from the store" if stores_reference(conf) else "reference run along"
-    if not conf.engine.shared_prefix:
-        return f"TRL's forward (engine.shared_prefix=false), {stored}"
-    chosen = conf.model.attn_implementation
-    adapter_dropout = conf.lora is not None and conf.lora.lora_dropout > 0
-    reason = (
-        f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
-        if chosen not in (None, IMPLEMENTATION)
-        else explain_refusal(
-            model, sys.maxsize if longest is None else longest, not conf.training.disable_dropout, adapter_dropout
-        )
-    )
+    reason = _explain_padding(conf, model, longest)
+    if conf.engine.compile_layers:
+        check_compilable(model, reason, conf.training.use_cpu or not torch.accelerator.is_available())
+        stored = f"compiled layers, {stored}"
     if reason:
         return f"TRL's forward ({reason}), {stored}"
     if conf.engine.max_tokens_per_micro_batch == 0:
@@ -94,6 +97,18 @@ def _keep_dequantized(model: Any, tell: Callable[[str], None]) -> None:
     kept, layers = len(keep_dequantized(model)), len(list(linear4bit_modules(model)))
     if kept < layers:
         tell(f"engine.keep_dequantized: {layers - kept} of {layers} 4-bit layers are dequantized at each use")
+
+
+def _explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str | None:
+    """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
+    if not conf.engine.shared_prefix:
+        return "engine.shared_prefix=false"
+    chosen = conf.model.attn_implementation
+    if chosen not in (None, IMPLEMENTATION):
+        return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
+    adapter_dropout = conf.lora is not None and conf.lora.lora_dropout > 0
+    most = sys.maxsize if longest is None else longest
+    return explain_refusal(model, most, not conf.training.disable_dropout, adapter_dropout)
 
 
 def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
@@ -110,6 +125,13 @@ def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
     return None
 
 
+def _compile_layers(trainer: DPOTrainer, padding: str | None) -> None:
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    for model in models:
+        check_compilable(base_of(model), padding, trainer.accelerator.device.type == "cpu")
+    compile_layers(models)
+
+
 def _store_reference(
     trainer: DPOTrainer, conf: EngineConf, shares: bool, description: Mapping[str, Any], tell: Callable[[str], None]
 ) -> None:
@@ -117,8 +139,8 @@ def _store_reference(
     adapter = reference_adapter(trainer)
     # On a CPU a head that is trained is scored by another kernel, with other rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
-    forward = f"packed {_VERSION}, head {head}" if shares else f"padded {_VERSION}"
-    computed = f"{forward}, autocast {trainer.accelerator.mixed_precision}"
+    packed = f"packed{', compiled' if conf.compile_layers else ''} {_VERSION}, head {head}"
+    computed = f"{packed if shares else f'padded {_VERSION}'}, autocast {trainer.accelerator.mixed_precision}"
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
     except TypeError as error:
