@@ -69,7 +69,9 @@ def test_the_norm_is_llamas(dtypes: tuple[str, str]) -> None:
     # the gradient against fp64, in which the same formula is written out
     exact = x.double().requires_grad_()
     weight = norm.weight.double()
-    (weight * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)).backward(outer.to(found.dtype).double())
+    (weight * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)).backward(
+        outer.to(found.dtype).double()
+    )
     assert ours.dtype == theirs.dtype
     assert (ours - exact.grad).norm() <= 1.02 * (theirs - exact.grad).norm() + 1e-7 * exact.grad.norm()
 
