@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo check format bench bench-data bench-memory clean
+.PHONY: help setup demo test test-slow test-demo check format bench bench-data bench-memory clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: setup  ## tune the default model on the bundled data and show the differen
 # Most tests keep one core busy. A file's tests share fixtures, so they stay together; tests/conftest.py orders files.
 test: setup  ## run the whole test suite, on up to four cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-slow: setup  ## run the cases that the suite leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-demo: setup  ## run the default run in full and check what it promises
 	$(BIN)/python -m pytest -m demo

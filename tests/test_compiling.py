@@ -21,7 +21,11 @@ from dpo_runner.step0 import MovementCheck
 
 COMPILED = (*PACKED, "engine.compile_layers=true")
 
-SETTINGS = [[], ["training.gradient_checkpointing=true"], ["quant=nf4", "quant.bnb_4bit_compute_dtype=float32"]]
+SETTINGS = [
+    [],
+    pytest.param(["training.gradient_checkpointing=true"], marks=pytest.mark.slow),
+    pytest.param(["quant=nf4", "quant.bnb_4bit_compute_dtype=float32"], marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def test_layers_with_hooks_within_are_not_compiled(tiny_run: list[str], tmp_path
     assert len(check._reached) == sum(".lora_" in name for name, _ in trainer.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_generation_and_padded_rows_are_not_compiled(tiny_run: list[str], tmp_path: Path) -> None:
     trainer = build([*tiny_run, *COMPILED], tmp_path)
     trainer.evaluate()
@@ -77,6 +82,7 @@ def test_a_run_on_a_kept_base_is_the_run_alone_and_keeps_its_reference_apart(run
     assert runner.kept == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_torch_gives_a_layer_up(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
