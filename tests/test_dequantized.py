@@ -259,7 +259,10 @@ def test_where_there_is_room_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ([], "no 4-bit weights"),
         (["quant=int8"], "no 4-bit weights"),
-        (["quant=nf4", "training.torch_compile=true"], "not with training.fsdp, deepspeed or torch_compile"),
+        (
+            ["quant=nf4", "training.torch_compile=true", "engine.shared_prefix=false"],
+            "not with training.fsdp, deepspeed or torch_compile",
+        ),
     ],
 )
 def test_where_they_cannot_be_kept_the_key_is_refused(overrides: list[str], reason: str) -> None:
