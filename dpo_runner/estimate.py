@@ -20,7 +20,7 @@ from trl.trainer import utils as trl_utils
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
 from dpo_runner.engine.dequantized import keep_dequantized
-from dpo_runner.engine.lean_layers import make_lean
+from dpo_runner.engine.lean_layers import is_lean, make_lean
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import explain_grouping, settle_budget
 from dpo_runner.errors import ConfigError
@@ -215,7 +215,7 @@ def _simulate(
     models = [model for model in (policy, reference) if model is not None]
     packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
     use_cpu = uses_cpu(args)
-    if conf.engine.lean_layers and not conf.engine.compile_layers:
+    if is_lean(conf.engine):
         make_lean(policy, use_cpu)
     with mode:
         matrices = [each for model in models if conf.engine.keep_dequantized for each in keep_dequantized(model)]

@@ -40,7 +40,7 @@ with quiet_imports():
 from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
 from dpo_runner.checkpoint import check_continuable, check_unused, find_last_checkpoint, read_epoch, read_step
-from dpo_runner.config import RunConf
+from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
 from dpo_runner.data.splits import PairShape
@@ -121,8 +121,7 @@ def run(
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
         further = [*callbacks, stopping]
-        settled = replace(conf, engine=engine_conf)
-        summary, weights = _train(directory, settled, args, tokenizer, data, console, tracker, further, bases)
+        summary, weights = _train(directory, conf, engine_conf, args, tokenizer, data, console, tracker, further, bases)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary
@@ -182,6 +181,7 @@ def _recorded(
 def _train(
     directory: RunDirectory,
     conf: RunConf,
+    engine_conf: EngineConf,
     args: DPOConfig,
     tokenizer: Any,
     data: PreferenceData,
@@ -202,7 +202,8 @@ def _train(
 
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
     callbacks = [events, *([MovementCheck()] if conf.checks.step0 else []), *further]
-    trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks, console.say)
+    settled = replace(conf, engine=engine_conf)
+    trainer = build_trainer(settled, args, policy, data, tokenizer, callbacks, console.say)
 
     if conf.checks.step0:
         check_trainable(trainer)

@@ -72,7 +72,10 @@ def test_generation_and_padded_rows_are_not_compiled(tiny_run: list[str], tmp_pa
     assert count_compiled() == before
 
 
-def test_a_run_on_a_kept_base_is_the_run_alone_and_keeps_its_reference_apart(runner: Runner) -> None:
+def test_a_run_on_a_kept_base_is_the_run_alone_and_keeps_its_reference_apart(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path))  # that of all tests may hold the uncompiled reference already
     compiled = ["engine.compile_layers=true"]
     alone, stored = runner(compiled), set(cache_dir().glob("reference/*.sqlite"))
     bases = BasePool()

@@ -13,7 +13,7 @@ from dpo_runner.engine.attention import IMPLEMENTATION
 from dpo_runner.engine.compiling import check_compilable, compile_layers
 from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.identity import identify_reference
-from dpo_runner.engine.lean_layers import make_lean
+from dpo_runner.engine.lean_layers import is_lean, make_lean
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
@@ -52,7 +52,7 @@ def install_engine(
     if conf.keep_dequantized:
         _keep_dequantized(trainer.model, tell)
     use_cpu = trainer.accelerator.device.type == "cpu"
-    if conf.lean_layers and not conf.compile_layers:  # inductor sees to it by itself
+    if is_lean(conf):
         make_lean(trainer.model, use_cpu)
     reason = _share_prefixes(trainer, longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None

@@ -31,6 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from dpo_runner.config import EngineConf
+
 _CACHED = 2**17
 """Elements at a time in what goes over them several times."""
 
@@ -89,6 +91,11 @@ class GatedSiLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
+def is_lean(conf: EngineConf) -> bool:
+    """Whether a run's layers keep less; compiled ones are left alone, for inductor sees to it by itself."""
+    return conf.lean_layers and not conf.compile_layers
+
+
 def make_lean(model: nn.Module, use_cpu: bool) -> None:
     """Let the layers of a trainer's model keep less; those of which it is not known to be exact stay what they are.
 
@@ -125,8 +132,8 @@ def _read(code: Any) -> tuple[Any, ...]:
 
 def _keep_input_dtype(layer: Any, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Take the place of PEFT's `_cast_input_dtype`."""
-    if x is not None and torch.is_autocast_enabled(x.device.type):
-        return x if x.dtype == torch.get_autocast_dtype(x.device.type) else x.to(dtype)
+    if x is not None and torch.is_autocast_enabled(kind := x.device.type) and x.dtype == torch.get_autocast_dtype(kind):
+        return x
     cast: torch.Tensor | None = type(layer)._cast_input_dtype(layer, x, dtype)
     return cast
 
