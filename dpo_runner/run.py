@@ -37,7 +37,6 @@ with quiet_imports():
     from dpo_runner.vocabulary import describe_padding
     from dpo_runner.weights import save_weights
 
-from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
 from dpo_runner.checkpoint import check_continuable, check_unused, find_last_checkpoint, read_epoch, read_step
 from dpo_runner.config import EngineConf, RunConf
@@ -192,7 +191,6 @@ def _train(
 ) -> tuple[dict[str, Any], Path]:
     """Model, trainer, step-0 check, train, evaluate, sample, save, summary. Return the summary, and the weights."""
     console.say("loading the model")
-    keep_freed_memory()
     reset_peak_memory()
     set_seed(conf.seed)
     policy = load_policy(conf, bases, console.say)

@@ -54,7 +54,6 @@ COMMON = [
 
 def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
     """Return the bytes that loading the model, or training it for two steps, takes at most in this process."""
-    from dpo_runner.allocator import keep_freed_memory
     from dpo_runner.config import load_conf
     from dpo_runner.data import load_preferences
     from dpo_runner.model import load_policy
@@ -66,8 +65,6 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
         args = build_dpo_config(conf, Path(folder) / "checkpoints")
         tokenizer = load_tokenizer(conf.model)
         data = load_preferences(conf, tokenizer)
-        if not load_only:
-            keep_freed_memory()
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
         before = _read_status("VmRSS")

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
+from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
 from dpo_runner.engine.compiling import check_compilable, compile_layers
@@ -56,6 +57,7 @@ def install_engine(
         make_lean(trainer.model, use_cpu)
     reason = _share_prefixes(trainer, longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None
+    keep_freed_memory()  # not before the self-check: its blocks have other sizes, and would leave gaps in the heap
     if conf.shared_prefix and reason is not None:
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
     if shares and not explain_grouping(trainer.loss_types):
