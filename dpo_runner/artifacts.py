@@ -4,6 +4,7 @@ config.yaml overrides.yaml environment.json status.json metrics.jsonl summary.js
 samples.jsonl data_report.json dropped_rows.jsonl adapter/ checkpoints/ run.log wandb/
 """
 
+import fcntl
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _COMMIT_KEYS = ("revision", "adapter_revision", "commit")
 """A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
 
 HEARTBEAT_SECONDS = 10
+
+LOCK_FILE = ".lock"
+"""In a run directory, held by the process that writes there; the system lets go of it however that ends."""
 
 
 def mask_secrets(value: Any, key: str = "") -> Any:
@@ -156,6 +161,22 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"`run_dir={path}`: cannot be written to; {error.strerror}") from None
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the only process that writes here for as long as this lasts.
+
+        Raises:
+            ConfigError: another process does.
+        """
+        with (self.path / LOCK_FILE).open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
+            except (BlockingIOError, PermissionError):
+                raise ConfigError(
+                    f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
+                ) from None
+            yield
 
     def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
         text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)

@@ -1,8 +1,8 @@
-"""Whether a run directory may be written to or continued, and from which checkpoint."""
+"""Whether a run directory may be written to or continued, and what its checkpoints say of themselves."""
 
 import json
 import os
-import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,19 @@ from typing import Any
 import psutil
 import yaml
 
-from dpo_runner.artifacts import HEARTBEAT_SECONDS, mask_secrets
+from dpo_runner.artifacts import HEARTBEAT_SECONDS, LOCK_FILE, mask_secrets
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError
+from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
-TOKEN_COUNT_FILE = "num_tokens.json"
-_PARTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", TOKEN_COUNT_FILE)
+_FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
+"""What a run writes before its status.json, beside an empty checkpoints/."""
 
 
-def find_last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in `folder`, or None.
-
-    transformers' `get_last_checkpoint` takes the newest one, complete or not, and training goes on silently
-    without the optimizer's state where that is what a kill cut off.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        weights = list(path.glob("*.safetensors"))
-        if weights and all((path / part).exists() for part in _PARTS) and _is_json(path / "trainer_state.json"):
-            return path
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return False
-    return True
+_MOVABLE = ("model.base",)
+"""In environment.json: a path, which may change while the files stay the same."""
 
 
 def read_step(checkpoint: Path) -> int:
@@ -53,15 +36,21 @@ def read_epoch(checkpoint: Path) -> float:
 
 
 def check_unused(run_dir: Path) -> None:
-    """Refuse to write among files that no run has left there.
+    """Refuse to write among files that no run has left there; one that was killed at once has left a few.
 
     Raises:
         ConfigError: `run_dir` is a file, or holds anything.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and (not run_dir.is_dir() or not all(map(_is_beginning, run_dir.iterdir()))):
         raise ConfigError(
             f"`run_dir={run_dir}`: holds something that is no run of this program; use a new or empty folder"
         )
+
+
+def _is_beginning(path: Path) -> bool:
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in _FIRST or path.name.startswith(tuple(f".{name}-" for name in (*_FIRST, "status.json")))
 
 
 def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> None:
@@ -92,6 +81,35 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS
     ]
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Refuse to continue on other data or another model than the run began with.
+
+    Args:
+        run_dir: where its environment.json is.
+        environment: of this process; see `collect_environment`.
+        tell: shows one line to a person: other libraries and hardware are allowed, and may round differently.
+
+    Raises:
+        ConfigError: with one line for each difference.
+    """
+    before, now = (
+        _flatten({part: each.get(part, {}) for part in ("model", "data", "packages", "hardware")})
+        for each in (json.loads((run_dir / "environment.json").read_text(encoding="utf-8")), environment)
+    )
+    changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    changed = {key: values for key, values in changed.items() if values[0] != values[1] and key not in _MOVABLE}
+    mistakes = []
+    for key, (old, new) in changed.items():
+        if key.startswith(("model.", "data.")):
+            mistakes.append(
+                f"{run_dir} was begun with {key}={old}, and it is {new} now; put that back, or use another run_dir"
+            )
+        else:
+            tell(f"begun with {key}={old}, continued with {new}: the last digits of the results may differ")
     if mistakes:
         raise ConfigError(mistakes)
 

@@ -87,6 +87,11 @@ class ChecksConf:
 
     step0: bool = True
     """Before training: policy = reference, what is trained is fp32; after the first steps: it has moved."""
+    on_nonfinite: str = field(default="stop", metadata={"choices": ("stop", "skip_batch")})
+    """What a step does whose loss or gradient is NaN or infinite: end the run, or leave the weights as they are and be
+    counted. Its pairs are written into nonfinite/ either way."""
+    max_skipped_batches: int = 10
+    """With on_nonfinite=skip_batch: how many steps may be skipped before the run ends."""
 
 
 @dataclass

@@ -52,6 +52,7 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("data.min_score_gap", 0, True, None, False),
     ("data.max_train_samples", 1, True, None, False),
     ("data.max_eval_samples", 1, True, None, False),
+    ("checks.max_skipped_batches", 1, True, None, False),
     ("engine.max_tokens_per_micro_batch", 0, True, None, False),
     ("engine.reference_store_gb", 0, True, None, False),
     ("samples.num_prompts", 0, True, None, False),
@@ -199,6 +200,8 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
         yield f"`training.max_steps={training.max_steps}`: must be above 0, or -1 for num_train_epochs to decide"
     if training.bf16 and training.fp16:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
+    if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
+        yield "`checks.on_nonfinite=skip_batch`: fp16's loss scaler skips such steps by itself; use on_nonfinite=stop"
 
 
 def _check_compiling(conf: "RunConf") -> Iterator[str]:

@@ -7,12 +7,13 @@ from transformers import TrainerCallback
 
 from dpo_runner.artifacts import RunDirectory
 from dpo_runner.console import RunConsole
+from dpo_runner.drift import DriftWarnings
 from dpo_runner.errors import RunError
 from dpo_runner.tracking import Tracker
 
 
 class RunEvents(TrainerCallback):  # type: ignore[misc]
-    """Writes each log event to metrics.jsonl and W&B and shows it; stops a run whose loss is no number.
+    """Writes each log event to metrics.jsonl and W&B and shows it; stops a run whose evaluation is no number.
 
     Args:
         directory: where metrics.jsonl is.
@@ -24,10 +25,12 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
     def __init__(self, directory: RunDirectory, tracker: Tracker, console: RunConsole, show_progress: bool) -> None:
         self._directory, self._tracker, self._console = directory, tracker, console
         self._show_progress = show_progress
+        self._drift: DriftWarnings | None = None
         self.silent = False
         """Set while events are not to be written or shown."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._drift = DriftWarnings(args.beta)
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
 
@@ -44,13 +47,13 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._tracker.log(event)
         if "loss" in logs:
             self._console.show_step(state.global_step, logs)
-        # In fp16 an infinite gradient is in order: the loss scaler skips the step and tries a smaller scale.
-        for key in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
-            if key in logs and not math.isfinite(float(logs[key])):
-                raise RunError(
-                    f"{key} is {logs[key]} at step {state.global_step}; nothing after the last checkpoint is kept. "
-                    f"Try a smaller training.learning_rate (now {args.learning_rate:g}) or training.max_grad_norm"
-                )
+            for warning in self._drift.note(logs) if self._drift is not None else ():
+                self._console.warn(warning)
+        if "eval_loss" in logs and not math.isfinite(float(logs["eval_loss"])):
+            raise RunError(
+                f"eval_loss is {logs['eval_loss']} at step {state.global_step}; nothing after the last checkpoint is "
+                f"kept. Try a smaller training.learning_rate (now {args.learning_rate:g}) or training.max_grad_norm"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._console.stop_training()

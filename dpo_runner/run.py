@@ -38,13 +38,14 @@ with quiet_imports():
     from dpo_runner.weights import save_weights
 
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
-from dpo_runner.checkpoint import check_continuable, check_unused, find_last_checkpoint, read_epoch, read_step
+from dpo_runner.checkpoint import check_continuable, check_same_inputs, check_unused, read_epoch, read_step
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
 from dpo_runner.data.splits import PairShape
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.plan import build_plan, count_steps
+from dpo_runner.sealing import open_last_checkpoint
 from dpo_runner.tracking import Tracker, track
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ def run(
         ConfigError: the configuration, or a file or model that it names, cannot be used. Nothing was trained.
         RunError: the run itself failed. status.json says how, run.log has the traceback.
         RunPruned: one of `callbacks` has given the run up.
-        RunInterrupted: SIGINT or SIGTERM; of the training, the step is finished and a checkpoint written before, unless
-            it was sent twice. The same command with run_dir set continues from the last checkpoint.
+        RunInterrupted: SIGINT, SIGTERM or SIGUSR1; the training has finished its step and written a checkpoint before,
+            unless it was sent twice. The same command with run_dir set continues from the last checkpoint.
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)
@@ -145,6 +146,7 @@ def _recorded(
 ) -> Iterator[tuple[RunDirectory, Tracker]]:
     """Keep status.json, run.log and W&B true to what happens inside, however it ends."""
     with ExitStack() as stack:
+        stack.enter_context(directory.claim())
         stack.enter_context(route_library_logs(directory.log))
         stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
@@ -194,12 +196,17 @@ def _train(
     reset_peak_memory()
     set_seed(conf.seed)
     policy = load_policy(conf, bases, console.say)
-    directory.write_environment(collect_environment(conf, data, policy.base, policy.model))
+    checkpoint = open_last_checkpoint(directory.checkpoints, console.warn)
+    environment = collect_environment(conf, data, policy.base, policy.model)
+    if checkpoint is not None:
+        check_same_inputs(directory.path, environment, console.warn)
+    directory.write_environment(environment)
     directory.write_data_report(data.report.to_dict(), data.dropped())
     tracker.log_data_report(data.report)
 
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
-    callbacks = [events, *([MovementCheck()] if conf.checks.step0 else []), *further]
+    movement = [MovementCheck(conf.checks.on_nonfinite == "skip_batch")] if conf.checks.step0 else []
+    callbacks = [events, *movement, *further]
     settled = replace(conf, engine=engine_conf)
     trainer = build_trainer(settled, args, policy, data, tokenizer, callbacks, console.say)
 
@@ -208,7 +215,6 @@ def _train(
         difference = check_reference(trainer, is_initial=is_initial(conf))
         console.say(f"step-0 check: the reference, {describe_reference(conf)}, differs by {difference:.2g} per token")
 
-    checkpoint = find_last_checkpoint(directory.checkpoints)
     if checkpoint is not None and conf.training.sync_ref_model:
         raise ConfigError(
             "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
@@ -268,7 +274,7 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
     start = time.monotonic()
     epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
     if checkpoint is not None:
-        trainer.restore_token_count(checkpoint)
+        trainer.restore_progress(checkpoint)
     if checkpoint is not None and read_step(checkpoint) >= steps:
         # It was stopped after its last step; Trainer would train one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -112,9 +112,13 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
     gradient is 0 in the first. Layers that no token reached (idle experts) are exempt. Of everything that is trained,
     and of whole modules beside an adapter (`modules_to_save`), at least one weight must have moved after the second:
     in other methods and in full fine-tuning a single tensor may rightly stay, as what no token uses does.
+
+    Args:
+        may_skip: whether the trainer may leave a step out, as the loss scaler of fp16 may too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_skip: bool = False) -> None:
+        self._may_skip = may_skip
         self._steps = 0
         self._skipped = 0
         self._highest_rate = 0.0
@@ -142,8 +146,8 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
         if not self._start or rate == 0:
             return
         now = _take_fingerprints(model)
-        if args.fp16 and now == self._last and self._skipped < _MOST_SKIPPED_STEPS:
-            self._skipped += 1  # the loss scaler has skipped the step
+        if (args.fp16 or self._may_skip) and now == self._last and self._skipped < _MOST_SKIPPED_STEPS:
+            self._skipped += 1
             return
         self._steps, self._last = self._steps + 1, now
         self._highest_rate = max(self._highest_rate, rate)

@@ -12,8 +12,12 @@ from transformers import TrainerCallback
 _NOTICE = b"\nstopping after this step, with a checkpoint; the same signal again stops at once\n"
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, a scheduler that takes the machine back, and one that warns beforehand (Slurm's `--signal=USR1@120`)."""
+
+
 class Stopping(TrainerCallback):  # type: ignore[misc]
-    """Lets SIGINT and SIGTERM end the training with a checkpoint of the step that it is in.
+    """Lets a signal end the training with a checkpoint of the step that it is in.
 
     Before and after the training, and where it is a second one, a signal ends the run where it stands.
 
@@ -31,7 +35,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._heed) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._heed) for number in SIGNALS}
         try:
             yield
         finally:

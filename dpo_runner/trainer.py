@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from dpo_runner.artifacts import write_json
-from dpo_runner.checkpoint import TOKEN_COUNT_FILE
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.engine.install import install_engine
-from dpo_runner.engine.token_batches import TokenBatchTrainer
 from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.finite import FiniteTrainer
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
 from dpo_runner.reference import describe_reference, stores_reference, trains_all
@@ -35,17 +32,11 @@ logger = logging.getLogger(__name__)
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
-for _name in (
-    "_prepare_dataset",
-    "_precompute_ref_logps",
-    "_save_checkpoint",
-    "_prepare_inputs",
-    "_load_from_checkpoint",
-):
+for _name in ("_prepare_dataset", "_precompute_ref_logps", "_prepare_inputs", "_load_from_checkpoint"):
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
-class RunTrainer(TokenBatchTrainer):
+class RunTrainer(FiniteTrainer):
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
     def __init__(
@@ -118,16 +109,6 @@ class RunTrainer(TokenBatchTrainer):
         # TRL adds its averages to the event's metrics here; the event itself is told once, for all parts together.
         logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
         self._metrics["eval"].clear()
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write_json(folder / TOKEN_COUNT_FILE, {"num_tokens": self._total_train_tokens})
-
-    def restore_token_count(self, checkpoint: Path) -> None:
-        """Go on counting `num_tokens` where a checkpoint stopped; TRL would begin at 0 again."""
-        saved = json.loads((checkpoint / TOKEN_COUNT_FILE).read_text(encoding="utf-8"))
-        self._total_train_tokens = saved["num_tokens"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside checkpoints: the run writes one card, for its result."""
@@ -220,6 +201,8 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:  # so TRL and peft refuse, anywhere in a constructor of theirs
         # with its cause, so that run.log has a traceback where it was no refusal
         raise ConfigError(f"`training`, `lora` or `model`: {reason_of(error)}") from error
+    trainer.data, trainer.dumps, trainer.say = data, Path(args.output_dir).with_name("nonfinite"), tell
+    trainer.max_skipped = conf.checks.max_skipped_batches if conf.checks.on_nonfinite == "skip_batch" else 0
     trainer.remove_callback(PrinterCallback)
     if isinstance(trainer.model, PeftModel):
         if conf.lora is not None and conf.lora.init_lora_weights == "eva":

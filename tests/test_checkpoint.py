@@ -1,12 +1,18 @@
-"""Only complete checkpoints are continued from."""
+"""What a checkpoint says of itself, and which folders a run may begin in."""
 
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_runner import load_conf, run
-from dpo_runner.checkpoint import find_last_checkpoint, read_epoch, read_step
+from dpo_runner.artifacts import RunDirectory
+from dpo_runner.checkpoint import check_unused, read_epoch, read_step
+from dpo_runner.errors import ConfigError, RunInterrupted
+from dpo_runner.sealing import find_last_checkpoint
+from dpo_runner.trainer import RunTrainer
 
 
 @pytest.fixture
@@ -22,26 +28,65 @@ def test_the_newest_is_found_with_its_step_and_epoch(checkpoints: Path) -> None:
     assert read_epoch(newest) == pytest.approx(4 * 2 / 22)
 
 
-@pytest.mark.parametrize(
-    "part", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
-)
-def test_one_without_all_its_parts_is_passed_over(checkpoints: Path, part: str) -> None:
-    """Trap 12: transformers takes the newest and goes on without the optimizer's state."""
-    (checkpoints / "checkpoint-4" / part).unlink()
-    found = find_last_checkpoint(checkpoints)
-    assert found is not None and found.name == "checkpoint-2"
+def test_what_a_run_that_was_killed_at_once_has_left_is_no_obstacle(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in (".lock", "run.log", ".config.yaml-abc", ".status.json-x1"):
+        (folder / name).touch()
+    check_unused(folder)
+    (folder / "checkpoints" / "checkpoint-7").mkdir()
+    with pytest.raises(ConfigError, match="holds something that is no run"):
+        check_unused(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="holds something that is no run"):
+        check_unused(tmp_path / "other")
 
 
-def test_a_torn_state_is_passed_over(checkpoints: Path) -> None:
-    state = checkpoints / "checkpoint-4" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
-    found = find_last_checkpoint(checkpoints)
-    assert found is not None and found.name == "checkpoint-2"
+@pytest.fixture
+def stopped(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides of a run that was interrupted behind its first checkpoint."""
+    step = RunTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    overrides = [*tiny_run, "run_dir=r", "samples.num_prompts=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", interrupted)
+        with pytest.raises(RunInterrupted):
+            run(load_conf(overrides))
+    assert find_last_checkpoint(Path("r/checkpoints")) is not None
+    return overrides
 
 
-def test_none_is_none(checkpoints: Path, tmp_path: Path) -> None:
-    shutil.rmtree(checkpoints / "checkpoint-2")
-    shutil.rmtree(checkpoints / "checkpoint-4")
-    (checkpoints / "checkpoint-best").mkdir()
-    assert find_last_checkpoint(checkpoints) is None
-    assert find_last_checkpoint(tmp_path / "absent") is None
+def test_a_run_is_not_continued_on_other_data(stopped: list[str], pairs: str) -> None:
+    data = Path(pairs).read_text()
+    Path(pairs).write_text(data.replace("It is 2.", "It is two."))
+    with pytest.raises(
+        ConfigError, match=r"^r was begun with data\.train\.fingerprint=\w+, and it is \w+ now; put that back"
+    ):
+        run(load_conf(stopped))
+    Path(pairs).write_text(data)
+    summary = run(load_conf(stopped))
+    assert summary is not None and summary["steps"] == 4
+
+
+def test_other_libraries_are_told_of(stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("r/environment.json")
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    run(load_conf(stopped))
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"begun with packages.torch=1.0, continued with {torch.__version__}: the last digits" in told
+
+
+def test_two_processes_do_not_run_in_one_directory(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from dpo_runner.artifacts import RunDirectory\n"
+    program += "with RunDirectory(Path(sys.argv[1])).claim(): pass"
+    command = [sys.executable, "-c", program, str(tmp_path / "r")]
+    with RunDirectory(tmp_path / "r").claim():
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "another process is running there; wait for it, or use another run_dir" in second.stderr
+    assert subprocess.run(command, check=False).returncode == 0

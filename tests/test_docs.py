@@ -14,7 +14,7 @@ from dpo_runner.config_files import SCHEMA, ConfigFiles, schema_key
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]
-FURTHER = ["docs/data.md", "docs/models.md", "docs/sweeps.md", "docs/engine.md"]
+FURTHER = ["docs/data.md", "docs/models.md", "docs/sweeps.md", "docs/engine.md", "docs/reliability.md"]
 NOT_RUN = "<!-- not run: needs a GPU and the hub -->"
 SERVERS = ("<!-- not run: needs vLLM -->", "<!-- not run: needs Ollama -->")
 

@@ -48,6 +48,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert names == {
         "config.yaml", "overrides.yaml", "status.json", "metrics.jsonl", "summary.json", "samples.jsonl",
         "environment.json", "adapter", "checkpoints", "run.log", "wandb", "data_report.json", "dropped_rows.jsonl",
+        ".lock",
     }  # fmt: skip
     assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["max_steps"] == 4
     assert "training=smoke" in yaml.safe_load((finished / "overrides.yaml").read_text())
@@ -194,6 +195,7 @@ CONTINUED = [
     ["sft", "model.adapter_mode=stack"],
     ["training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=3"],
     ["lora=none", "training.learning_rate=1e-3"],
+    ["training.logging_steps=3"],  # an interval of averages is cut in two
 ]
 
 
@@ -340,7 +342,8 @@ runpy.run_module("dpo_runner", run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("number", "times", "code", "checkpoint"), [(signal.SIGINT, 1, 130, 8), (signal.SIGTERM, 2, 143, 5)]
+    ("number", "times", "code", "checkpoint"),
+    [(signal.SIGINT, 1, 130, 8), (signal.SIGUSR1, 1, 138, 8), (signal.SIGTERM, 2, 143, 5)],
 )
 def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
     number, times, code, checkpoint, tiny_run, tmp_path

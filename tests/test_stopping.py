@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_runner.stopping import Stopping
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from dpo_runner.stopping import SIGNALS, Stopping
 
 
 def send(number: int) -> None:

@@ -133,7 +133,7 @@ class TokenBatchTrainer(DPOTrainer):  # type: ignore[misc]
             for micro_batch in micro_batches:
                 self.current_gradient_accumulation_steps = micro_batch.divisor
                 with _forward_of(models, scores.record(micro_batch.places)):
-                    super().training_step(model, _select(self._batches, micro_batch.places), num_items_in_batch)
+                    super().training_step(model, select_pairs(self._batches, micro_batch.places), num_items_in_batch)
         self.current_gradient_accumulation_steps = len(self._batches)
         return self._log_batches(model, models, scores)
 
@@ -234,7 +234,7 @@ def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return batch["input_ids"], batch["attention_mask"], labels
 
 
-def _select(batches: Sequence[Batch], places: Sequence[Place]) -> Batch:
+def select_pairs(batches: Sequence[Batch], places: Sequence[Place]) -> Batch:
     """Return the batch that TRL's collator would have made of these pairs, padded as wide as the widest of theirs."""
     width = max(batches[place.batch]["input_ids"].size(1) for place in places)
     selected: Batch = {}

@@ -1,0 +1,95 @@
+"""How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import DPOTrainer
+
+from dpo_runner.artifacts import write_json
+from dpo_runner.engine.token_batches import TokenBatchTrainer
+from dpo_runner.errors import RunError
+from dpo_runner.sealing import list_checkpoints, write_sealed
+
+# Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
+assert hasattr(DPOTrainer, "_save_checkpoint"), "transformers' Trainer._save_checkpoint is gone"
+
+PROGRESS_FILE = "progress.json"
+"""In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
+
+_COPIES = 3
+"""Of each trained weight in a first checkpoint: the weight and Adam's two moments."""
+
+
+class SavingTrainer(TokenBatchTrainer):
+    """Saves under another name first; see `sealing.py`."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint whole or not at all, then drop those that `save_total_limit` has no room for."""
+        folder = Path(self.args.output_dir)
+        self._check_room(folder)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _check_room(self, folder: Path) -> None:
+        last = next(iter(list_checkpoints(folder)), None)
+        if last is None:
+            needed = _COPIES * sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        else:
+            needed = sum(file.stat().st_size for file in last.rglob("*"))
+        if (free := shutil.disk_usage(folder).free) < needed:
+            kept = f"; {last.name} is whole, and the same command continues from it" if last else ""
+            raise RunError(
+                f"{folder}: {free / 1e6:,.0f} MB are free on its disk, and a checkpoint takes {needed / 1e6:,.0f} MB; "
+                f"free some{kept}"
+            )
+
+    def _fill_checkpoint(self, model: Any, trial: Any, final: Path, staging: Path) -> None:
+        folder, self.args.output_dir = self.args.output_dir, str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = folder
+        for file in (written := staging / final.name).iterdir():
+            file.rename(staging / file.name)
+        written.rmdir()
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        write_json(staging / PROGRESS_FILE, self.progress())
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold beside what Trainer puts there."""
+        return {
+            "num_tokens": self._total_train_tokens,
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+        }
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        """Go on from `progress`; called when a training begins, right after Trainer has set all of it to nothing."""
+        self._total_train_tokens = progress["num_tokens"]
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        self._metrics["train"].update(progress["metrics"])
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
+        progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        self.add_callback(_TakingUp(self, progress))
+
+
+class _TakingUp(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: SavingTrainer, progress: dict[str, Any]) -> None:
+        self._trainer, self._progress = trainer, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.take_up(self._progress)

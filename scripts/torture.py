@@ -1,0 +1,205 @@
+"""Kill and signal runs at random instants, continue them until they are done, and compare with undisturbed ones.
+
+    python scripts/torture.py --kills 90 --real-kills 10 --signals 20
+
+A trial is a process of its own in a directory of its own. It is killed (or sent a signal) at an instant drawn over the
+time that an undisturbed run takes, the same command is given again until it exits with 0, and adapter, metrics,
+results and answers have to be those of the undisturbed run, to the last bit. Every trial that is not is printed, with
+its seed, and the exit code is 1.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.artifacts import read_metrics, read_status, read_summary
+from dpo_runner.stopping import SIGNALS
+
+TINY = [
+    "model=tiny_random",
+    "training=smoke",
+    "training.max_steps=8",
+    "training.save_steps=2",
+    "training.eval_steps=4",
+    "training.logging_steps=3",
+    "samples.num_prompts=2",
+    "samples.max_new_tokens=4",
+    "wandb=disabled",
+]
+REAL = [
+    "data.max_train_samples=8",
+    "data.max_eval_samples=4",
+    "training.max_steps=6",
+    "training.per_device_train_batch_size=1",
+    "training.gradient_accumulation_steps=1",
+    "training.save_steps=1",
+    "training.eval_steps=3",
+    "samples.num_prompts=1",
+    "samples.max_new_tokens=8",
+    "wandb=disabled",
+]
+_OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second|preparation_time)$")
+_ATTEMPTS = 5
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["dpo_runner.run", "dpo_runner.estimate"])  # imports take longer than a tiny run
+
+
+@dataclass
+class Outcome:
+    """What became of a row of trials.
+
+    Attributes:
+        name: what was done.
+        trials: how many there were.
+        failures: one line for each that did not end as it has to.
+        states: how many were disturbed in which state of the run.
+    """
+
+    name: str
+    trials: int = 0
+    failures: list[str] = field(default_factory=list)
+    states: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.trials - len(self.failures)} of {self.trials} as they have to be; {self.states}"
+
+
+def train(overrides: list[str], log: str) -> None:
+    """Be one process of the program, which ends with its exit code."""
+    from dpo_runner.__main__ import main
+
+    with Path(log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["dpo_runner", *overrides]
+    main()
+
+
+def start(overrides: list[str], run_dir: Path) -> Any:
+    process = _processes.Process(target=train, args=([*overrides, f"run_dir={run_dir}"], f"{run_dir}.log"))
+    process.start()
+    return process
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return all of a finished run that no machine and no clock has a part in."""
+    summary = read_summary(run_dir)
+    events = [
+        {key: value for key, value in event.items() if not _OF_THE_MACHINE.search(key)}
+        for event in read_metrics(run_dir)
+    ]
+    return {
+        "weights": (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "answers": (run_dir / "samples.jsonl").read_text(encoding="utf-8"),
+        "metrics": json.dumps(events, sort_keys=True),
+        "results": json.dumps([summary["before"], summary["after"], summary["steps"]], sort_keys=True),
+    }
+
+
+def torture(
+    name: str, overrides: list[str], trials: int, disturb: Callable[[Any, int], int], seed: int, folder: Path
+) -> Outcome:
+    """Disturb `trials` runs, one after the other.
+
+    Args:
+        name: of the row.
+        overrides: of the run.
+        trials: how many.
+        disturb: gets the process and the trial's number, and returns the exit code that this has to lead to.
+        seed: of the instants.
+        folder: for run directories; those of trials that went as they have to are removed.
+    """
+    outcome, draw = Outcome(name), random.Random(seed)
+    begin = time.monotonic()
+    (process := start(overrides, folder / "undisturbed")).join()
+    duration = time.monotonic() - begin
+    expected = read_result(folder / "undisturbed")
+    for number in range(trials):
+        run_dir, instant = folder / f"{name.split()[0]}-{number}", draw.uniform(0, duration)
+        outcome.trials += 1
+        process = start(overrides, run_dir)
+        process.join(instant)
+        status = read_status(run_dir) or {"state": "not begun"}
+        phase = f"step {status['step']}" if status.get("step") else status["state"]
+        outcome.states[phase] = outcome.states.get(phase, 0) + 1
+        code = disturb(process, number)
+        process.join()
+        told = f"{name}, seed {seed}, trial {number}, after {instant:.2f} s, in {phase}"
+        if (ended := _as_shell(process.exitcode)) not in (code, 0):  # 0: it was over already
+            outcome.failures.append(f"{told}: exit code {ended}, not {code}")
+            continue
+        for _ in range(_ATTEMPTS):
+            (process := start(overrides, run_dir)).join()
+            if process.exitcode == 0:
+                break
+        wrong = (
+            [key for key, value in read_result(run_dir).items() if value != expected[key]]
+            if (run_dir / "summary.json").exists()
+            else ["no result"]
+        )
+        if process.exitcode or wrong:
+            outcome.failures.append(f"{told}: exit code {process.exitcode}; differs in {', '.join(wrong) or 'nothing'}")
+        else:
+            shutil.rmtree(run_dir)
+            Path(f"{run_dir}.log").unlink()
+    return outcome
+
+
+def _as_shell(code: int) -> int:
+    """Return an exit code as shells have it: 128 + N where signal N has ended a process that did not catch it yet."""
+    return code if code >= 0 else 128 - code
+
+
+def kill(process: Any, number: int) -> int:
+    process.kill()
+    return 128 + signal.SIGKILL
+
+
+def send_in_turn(process: Any, number: int) -> int:
+    chosen = SIGNALS[number % len(SIGNALS)]
+    if process.is_alive():
+        os.kill(process.pid, chosen)
+    return 128 + chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=90, help="kill -9 on the tiny model")
+    parser.add_argument("--real-kills", type=int, default=10, help="kill -9 on the default model")
+    parser.add_argument("--signals", type=int, default=20, help=f"instants for each of {len(SIGNALS)} signals")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where runs go; a temporary folder unless told otherwise")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="torture-"))
+    rows = [
+        ("kill -9, tiny model", TINY, args.kills, kill),
+        ("SIGINT, SIGTERM and SIGUSR1, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
+        ("kill -9, default model", REAL, args.real_kills, kill),
+    ]
+    failed = False
+    for place, (name, overrides, trials, disturb) in enumerate(rows):
+        if trials:
+            (folder / str(place)).mkdir(parents=True, exist_ok=True)
+            outcome = torture(name, overrides, trials, disturb, args.seed, folder / str(place))
+            print(outcome, *outcome.failures, sep="\n  ", flush=True)
+            failed |= bool(outcome.failures)
+    if args.folder is None and not failed:
+        shutil.rmtree(folder)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
