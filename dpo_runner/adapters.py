@@ -19,6 +19,7 @@ from dpo_runner.default_model import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.locations import is_adapter, resolve_adapter_path, resolve_model_path
 from dpo_runner.model_config import LoraConf, ModelConf
+from dpo_runner.pickles import refuse_pickled_adapter
 
 _SAYS_NOTHING = re.compile(r"model|merged|checkpoint-\d+")  # folders that results of any base are in
 
@@ -130,13 +131,9 @@ def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensor
         ConfigError: a name or a shape does not fit, all of its lora_B are 0, or it is pickled.
     """
     file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        if (folder / "adapter_model.bin").exists() and not use_safetensors:
-            return
-        why = "holds no adapter_model.safetensors"
-        if (folder / "adapter_model.bin").exists():
-            why += ", only a pickle, which may run code; model.use_safetensors=false allows it"
-        raise ConfigError(f"`model.adapter={folder}`: {why}")
+    if not use_safetensors and not file.exists() and (folder / "adapter_model.bin").exists():
+        return
+    refuse_pickled_adapter(folder, f"model.adapter={folder}")
     modules = dict(meta.named_modules())
     moved = None
     with safe_open(file, "pt") as tensors:

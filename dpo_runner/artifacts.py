@@ -7,6 +7,7 @@ samples.jsonl data_report.json dropped_rows.jsonl adapter/ checkpoints/ run.log 
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -170,12 +171,10 @@ class RunDirectory:
             ConfigError: another process does.
         """
         with (self.path / LOCK_FILE).open("a") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
-            except (BlockingIOError, PermissionError):
+            if not _try_lock(file) and not (time.sleep(0.1) or _try_lock(file)):  # the first may be who only asks
                 raise ConfigError(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
-                ) from None
+                )
             yield
 
     def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
@@ -196,7 +195,8 @@ class RunDirectory:
                 self._status = {"started": _now()}
             else:
                 self._stopped.set()  # the run is over, and so is its heartbeat
-            self._status |= {"state": state, "pid": os.getpid(), "heartbeat": _now(), **details}
+            place = {"pid": os.getpid(), "host": platform.node()}
+            self._status |= {"state": state, **place, "heartbeat": _now(), **details}
             write_json(self.path / "status.json", self._status)
 
     def note_step(self, step: int) -> None:
@@ -250,6 +250,14 @@ class RunDirectory:
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def update_status(run_dir: Path, **changes: Any) -> None:

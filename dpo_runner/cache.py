@@ -1,4 +1,7 @@
-"""What is kept between runs, listed and cleared: `python -m dpo_runner.cache [list | clear KIND [KIND ...]]`."""
+"""What is kept between runs, and old checkpoints, listed and cleared.
+
+python -m dpo_runner.cache [list | clear KIND [KIND ...] | checkpoints [FOLDER ...] [--clear]]
+"""
 
 import argparse
 import shutil
@@ -13,8 +16,9 @@ from rich.text import Text
 from dpo_runner.artifacts import cache_dir
 from dpo_runner.console import visible
 from dpo_runner.engine.reference_store import list_references, make_room, store_dir
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.exits import honest_exit
+from dpo_runner.old_checkpoints import clear_checkpoints, find_checkpoints
 
 Entry = tuple[Path, str]
 """A file or folder, and what it is."""
@@ -25,16 +29,26 @@ def main(argv: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 2 an argument is of no use, 130 interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m dpo_runner.cache", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo_runner.cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="show what there is (the default)")
     clear = actions.add_parser("clear", help="delete it; the next run makes again what it needs")
     clear.add_argument("kinds", nargs="+", choices=(*_KINDS, "all"), metavar="KIND", help=f"{', '.join(_KINDS)} or all")
+    old = actions.add_parser("checkpoints", help="show the checkpoints of runs, and which of them are of no more use")
+    old.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (default: outputs)")
+    old.add_argument("--clear", action="store_true", help="delete those that are of no more use")
     args = parser.parse_args(argv)
     console = Console(highlight=False)
     with honest_exit("interrupted"):
         if args.action == "clear":
             _clear(list(_KINDS) if "all" in args.kinds else args.kinds, console)
+        elif args.action == "checkpoints":
+            _show_checkpoints(args.folders or [Path("outputs")], args.clear, console)
         else:
             _list(console)
 
@@ -97,6 +111,33 @@ def _clear(kinds: list[str], console: Console) -> None:
     console.print(f"{_format(freed)} freed")
     if kept:
         raise ConfigError(f"{', '.join(map(str, kept))}: in use or not ours to delete; still there")
+
+
+def _show_checkpoints(folders: list[Path], clear: bool, console: Console) -> None:
+    """List the checkpoints of runs, and with `clear` delete those that are of no more use."""
+    runs, notes = find_checkpoints(folders)
+    table = Table("run", "state", "old", "size", "kept")
+    freed, refused = 0, list(notes)
+    for run in runs:
+        size = sum(map(_measure, run.old))
+        whys = {why: [path.name for path in run.kept if run.kept[path] == why] for why in run.kept.values()}
+        kept = "; ".join(f"{', '.join(names)}: {why}" for why, names in whys.items())
+        old = ", ".join(path.name for path in run.old)
+        cells = (str(run.run_dir), run.state, old, _format(size) if run.old else "", kept)
+        table.add_row(*(Text(visible(cell), overflow="fold") for cell in cells))
+        if clear and run.old:
+            try:
+                clear_checkpoints(run)
+            except (ConfigError, OSError) as error:
+                refused.append(f"{run.run_dir}: its checkpoints stay; {reason_of(error)}")
+                continue
+        freed += size
+    if runs:
+        console.print(table)
+    done = "freed" if clear else "in old checkpoints; add --clear to delete them"
+    console.print(f"{_format(freed)} {done}" if runs else "no checkpoints")
+    if refused:
+        raise ConfigError(refused)
 
 
 def _measure(path: Path) -> int:

@@ -5,8 +5,11 @@ how far back its origin is known.
 """
 
 import json
+import logging
 import re
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,15 +23,24 @@ from dpo_runner.card_use import explain_use
 from dpo_runner.citations import list_citations
 from dpo_runner.config import config_keys
 from dpo_runner.data_config import resolve_sources
+from dpo_runner.errors import reason_of
 from dpo_runner.plan import describe_adapter
-from dpo_runner.plots import write_plots
+from dpo_runner.plots import Plot, write_plots
 from dpo_runner.quantization import describe_quantization
+
+logger = logging.getLogger(__name__)
 
 PLOTS = "plots"
 """The folder beside README.md that holds the curves."""
 
 
-def write_card(folder: Path, facts: RunFacts, name: str, lineage: dict[str, Any] | None = None) -> None:
+def write_card(
+    folder: Path,
+    facts: RunFacts,
+    name: str,
+    lineage: dict[str, Any] | None = None,
+    tell: Callable[[str], None] = logger.warning,
+) -> None:
     """Write README.md and `plots/` into a folder that holds a run's weights already.
 
     Args:
@@ -36,11 +48,12 @@ def write_card(folder: Path, facts: RunFacts, name: str, lineage: dict[str, Any]
         facts: of the run.
         name: what code calls the folder: a path, or the id of the repository that it is going to be.
         lineage: what lineage.json holds, for an export; None: `folder` is the run's own.
+        tell: shows one line to a person, where the curves cannot be drawn: the card goes without.
     """
     adapter_file = folder / "adapter_config.json"
     adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.exists() else None
     conf, mask = facts.conf, mask_secrets
-    plots = write_plots(folder / PLOTS, facts.events)
+    plots = _draw_plots(folder / PLOTS, facts, tell)
     config = yaml.safe_dump(mask(config_keys(conf)), sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", config)), 0)
     sections = {
@@ -67,6 +80,16 @@ def write_card(folder: Path, facts: RunFacts, name: str, lineage: dict[str, Any]
     body = "\n\n".join("\n".join([heading, "", *lines]) for heading, lines in sections.items())
     metadata = build_metadata(facts, adapter is not None)
     write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+
+
+def _draw_plots(folder: Path, facts: RunFacts, tell: Callable[[str], None]) -> list[Plot]:
+    try:
+        return write_plots(folder, facts.events)
+    except Exception as error:  # whatever it is, it is not to cost the weights
+        logger.exception("the curves cannot be drawn")
+        tell(f"the model card has no curves; drawing them failed: {reason_of(error)}")
+        shutil.rmtree(folder, ignore_errors=True)
+        return []
 
 
 def _table(head: list[str], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -3,16 +3,15 @@
 import json
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from dpo_runner.artifacts import HEARTBEAT_SECONDS, LOCK_FILE, mask_secrets
+from dpo_runner.artifacts import LOCK_FILE, mask_secrets
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError
+from dpo_runner.liveness import explain_death
 from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
@@ -68,7 +67,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
-    if status["state"] == "running" and status["pid"] != os.getpid() and is_alive(status):
+    if status["state"] == "running" and status["pid"] != os.getpid() and explain_death(run_dir, status) is None:
         raise ConfigError(
             f"`run_dir={run_dir}`: process {status['pid']} is running there; wait for it, or use another run_dir"
         )
@@ -112,22 +111,6 @@ def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable
             tell(f"begun with {key}={old}, continued with {new}: the last digits of the results may differ")
     if mistakes:
         raise ConfigError(mistakes)
-
-
-def is_alive(status: dict[str, Any]) -> bool:
-    """Whether the process that wrote a status is alive: its heartbeat is fresh, or at least its pid is in use."""
-    age = (datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])).total_seconds()
-    return age <= 6 * HEARTBEAT_SECONDS and is_process_alive(status["pid"])
-
-
-def is_process_alive(pid: int) -> bool:
-    """Whether there is such a process; one that has ended, and that nobody has asked about (a zombie), is none."""
-    try:
-        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

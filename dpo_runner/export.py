@@ -16,6 +16,7 @@ from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.exits import honest_exit
 from dpo_runner.lineage import digest_weights, trace_origins
 from dpo_runner.model_config import ModelConf
+from dpo_runner.pickles import refuse_pickled_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +73,8 @@ def export_run(
     tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
     if adapter_only and tuned.name == "model":
         raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
+    if tuned.name == "adapter":
+        refuse_pickled_adapter(tuned)
     conf = read_run_conf(run_dir)
     facts = read_facts(run_dir, conf, describe_reference(conf), read_summary(run_dir))
     if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
@@ -91,7 +94,7 @@ def export_run(
             _name_base(staging / "adapter_config.json", facts)
         lineage["export"]["sha256"] = digest_weights(staging)
         write_json(staging / "lineage.json", lineage)
-        write_card(staging, facts, name or out.name, lineage)
+        write_card(staging, facts, name or out.name, lineage, say)
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

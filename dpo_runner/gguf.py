@@ -49,9 +49,13 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
     from transformers.utils.quantization_config import GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     # transformers refuses to save what it believes to be packed GGUF, although the weights are dense by now.
     model.config.quantization_config = None
     del model.config.quantization_config

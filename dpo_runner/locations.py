@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from dpo_runner.config import read_adapter_base
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
@@ -104,6 +105,11 @@ def explain_missing(name: str, key: str) -> Iterator[None]:
     """Turn a loader's long message about a missing model into one line."""
     try:
         yield
+    except UnpicklingError:
+        raise ConfigError(
+            f"`{key}={name}`: holds a pickle that asks for more than weights, which could run code; nothing of it was "
+            "loaded"
+        ) from None
     except (OSError, ValueError) as error:
         if "safetensors" in str(error) and "does not appear to have" in str(error):
             raise ConfigError(

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.locations import explain_missing
 from dpo_runner.model_config import ModelConf
 
 
@@ -34,7 +35,10 @@ def load_merged_path(conf: ModelConf, base: str, adapter: str, load_base: Callab
     folder = cache_dir() / f"merged-{digest.hexdigest()[:16]}"
     if not folder.exists():
         with torch.random.fork_rng():  # PEFT draws weights before it loads them, on the first use only
-            model = PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
+            beneath = load_base()
+            with explain_missing(str(conf.adapter), "model.adapter"):
+                model = PeftModel.from_pretrained(beneath, adapter)
+            model = model.merge_and_unload()
         revision = conf.revision if base == conf.model_name_or_path else None
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=conf.trust_remote_code)
 

@@ -44,6 +44,7 @@ from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
 from dpo_runner.data.splits import PairShape
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.pickles import refuse_pickled_code
 from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.sealing import open_last_checkpoint
 from dpo_runner.tracking import Tracker, track
@@ -197,6 +198,8 @@ def _train(
     set_seed(conf.seed)
     policy = load_policy(conf, bases, console.say)
     checkpoint = open_last_checkpoint(directory.checkpoints, console.warn)
+    if checkpoint is not None:
+        refuse_pickled_code(checkpoint)
     environment = collect_environment(conf, data, policy.base, policy.model)
     if checkpoint is not None:
         check_same_inputs(directory.path, environment, console.warn)
@@ -238,7 +241,7 @@ def _train(
     tracker.log_samples(samples)
 
     summary = {"before": before, "after": after, **trained, "peak_memory_gb": round(measure_peak_memory(), 3)}
-    weights = save_weights(directory, trainer.model, tokenizer, conf, policy, summary)
+    weights = save_weights(directory, trainer.model, tokenizer, conf, policy, summary, console.warn)
     directory.write_summary(summary)
     tracker.log_summary(summary, conf.sweep.search.objective)
 

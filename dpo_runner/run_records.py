@@ -6,18 +6,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import HEARTBEAT_SECONDS, mask_secrets
+from dpo_runner.artifacts import mask_secrets
 from dpo_runner.errors import ConfigError
+from dpo_runner.liveness import explain_death
 from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
 from dpo_runner.run_search import RUN_FILES, find_run_folders
 
-_SILENT_AFTER = 6 * HEARTBEAT_SECONDS
 _MOST_NODES = 20_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
 
@@ -29,8 +28,8 @@ class RunRecord:
     Attributes:
         path: the directory.
         name: what it is called among the others, unique.
-        state: status.json's; `stopped` where a running one has gone silent, `unknown` where nothing says.
-        error: why it failed, or "".
+        state: status.json's; `died` where the process of a running one is gone, `unknown` where nothing says.
+        error: why it failed or died, or "".
         config: the configuration by dotted key; empty where it is not known.
         fingerprints: of `model` and `data`, independent of where they were, and of what was evaluated (`evaluation`).
         metrics: results by name: those after training, or the newest ones of a run that has not ended.
@@ -153,13 +152,9 @@ def _read_run(path: Path) -> RunRecord:
 def _read_state(run: RunRecord, status: dict[str, Any], summary: dict[str, Any]) -> None:
     run.state = str(status.get("state") or ("finished" if summary and not status else "unknown"))
     run.error = str(mask_secrets(str(status.get("error") or "")))
-    if run.state == "running":
-        try:
-            silent = (datetime.now(UTC) - datetime.fromisoformat(str(status.get("heartbeat")))).total_seconds()
-        except (ValueError, TypeError):
-            return
-        if silent > _SILENT_AFTER:
-            run.state, run.error = "stopped", f"no sign of life since {status['heartbeat']}"
+    if run.state == "running" and (death := explain_death(run.path, status)) is not None:
+        steps = [to_number(status.get("step")) or 0, *(points[0][-1] for points in run.curves.values() if points[0])]
+        run.state, run.error = "died", str(mask_secrets(f"{death}; step {max(steps):.0f} is the last that is known of"))
     if run.finished and not summary:
         run.notes.append("summary.json is missing; figures are the last ones of metrics.jsonl")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer
 
@@ -55,6 +56,7 @@ class SavingTrainer(TokenBatchTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = folder
+        (staging / final.name / TRAINING_ARGS_NAME).unlink()  # a pickle that only code can read, hub_token included
         for file in (written := staging / final.name).iterdir():
             file.rename(staging / file.name)
         written.rmdir()

@@ -59,7 +59,8 @@ def _load_with_added(conf: ModelConf) -> "tuple[PreTrainedTokenizerBase, list[in
         tokenizer = _load_base_tokenizer(conf)
     else:
         with explain_missing(str(conf.adapter), "model.adapter"):
-            tokenizer = AutoTokenizer.from_pretrained(adapter)
+            # Without the setting, transformers would ask at the terminal whether to run an adapter's own code.
+            tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=conf.trust_remote_code)
         _check_vocabulary(tokenizer, conf)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _load_base_tokenizer(conf).chat_template

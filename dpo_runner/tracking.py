@@ -33,7 +33,7 @@ class Tracker:
 
     def __init__(self, wandb_run: Any, warn: Callable[[str], None], refused: str | None = None) -> None:
         self._run = wandb_run
-        self._warn = warn
+        self._warn, self._warned = warn, False
         self._id: str | None = None if wandb_run is None else wandb_run.id
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
@@ -132,7 +132,7 @@ class Tracker:
             failure = explain(error)
         self._run = None
         if self.url is None:
-            if failure is not None:
+            if failure is not None and not self._warned:
                 self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
             return
         failure = failure or messages.failure
@@ -160,7 +160,9 @@ class Tracker:
             call()
         except Exception as error:  # whatever it is, the training is worth more than its curves
             logger.exception("W&B failed")
-            self._warn(f"W&B: {explain(error)}; the run goes on, metrics.jsonl has everything")
+            if not self._warned:  # where its service has died, every event fails
+                self._warn(f"W&B: {explain(error)}; the run goes on, metrics.jsonl has everything")
+            self._warned = True
 
 
 @contextlib.contextmanager

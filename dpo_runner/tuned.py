@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from dpo_runner.artifacts import read_status
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.liveness import explain_death
 from dpo_runner.model_config import ModelConf
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ def check_finished(run_dir: Path) -> None:
     status = read_status(run_dir)
     if status is None:
         raise ConfigError(f"{run_dir}: holds no run (no status.json)")
-    if status["state"] != "finished":
-        raise ConfigError(f"{run_dir}: the run is {status['state']}, not finished; there is no tuned model yet")
+    state = status["state"]
+    if state == "running" and explain_death(run_dir, status) is not None:
+        raise ConfigError(f"{run_dir}: the run has died; the command that began it continues it, with this run_dir")
+    if state != "finished":
+        raise ConfigError(f"{run_dir}: the run is {state}, not finished; there is no tuned model yet")
 
 
 def read_run_conf(run_dir: Path) -> RunConf:
@@ -41,11 +45,16 @@ def read_run_conf(run_dir: Path) -> RunConf:
 
 
 def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the model a run ended with, on the base and quantization that it was trained on."""
+    """Load the model a run ended with, on the base and quantization that it was trained on.
+
+    Raises:
+        ConfigError: a model or adapter that the run names is not there any more, or has become a pickle.
+    """
     from peft import PeftModel
 
     from dpo_runner.base_model import load_base_model
-    from dpo_runner.locations import resolve_adapter_path
+    from dpo_runner.locations import explain_missing, resolve_adapter_path
+    from dpo_runner.pickles import refuse_pickled_adapter
     from dpo_runner.stacking import load_lora_alone
     from dpo_runner.tokenizer import load_tokenizer
 
@@ -54,12 +63,18 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     if (run_dir / "model").is_dir():
         conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
         return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
+    refuse_pickled_adapter(run_dir / "adapter")
     base, _ = load_base_model(conf, run.quant)
     model = PeftModel.from_pretrained(base, run_dir / "adapter")
-    if conf.adapter is not None and conf.adapter_mode == "continue":
-        model.load_adapter(resolve_adapter_path(conf), INITIAL)
-    elif conf.adapter is not None and conf.adapter_mode == "stack":  # the result has put its embeddings into the base
-        load_lora_alone(model, resolve_adapter_path(conf), INITIAL)
+    if conf.adapter is not None and conf.adapter_mode in ("continue", "stack"):
+        folder = resolve_adapter_path(conf)
+        if conf.use_safetensors:
+            refuse_pickled_adapter(Path(folder), f"model.adapter={conf.adapter}")
+        with explain_missing(str(conf.adapter), "model.adapter"):
+            if conf.adapter_mode == "continue":
+                model.load_adapter(folder, INITIAL)
+            else:  # the result has put its embeddings into the base
+                load_lora_alone(model, folder, INITIAL)
     return model.eval(), load_tokenizer(conf)
 
 

@@ -66,16 +66,20 @@ def open_run(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]
         warn(f"wandb.mode={conf.wandb.mode}: W&B's sweep sees nothing of this run; add wandb=online to its command")
     if conf.wandb.mode == "disabled":
         return None, None
-    refused = None
+    reasons: list[str] = []
     modes: list[_Mode] = ["online", "offline"] if conf.wandb.mode == "online" else ["offline"]
     for mode in modes:
         try:
-            return _start(conf, directory, mode), refused
+            wandb_run = _start(conf, directory, mode)
         except Exception as error:
             logger.exception("W&B did not start in mode %s", mode)
-            then = "the run is recorded offline instead" if mode != modes[-1] else "the run goes on without it"
-            refused = explain(error)
-            warn(f"W&B did not start: {refused}; {then}")
+            reasons.append(explain(error))
+        else:
+            if reasons:
+                warn(f"W&B did not start: {reasons[0]}; the run is recorded offline instead")
+            return wandb_run, reasons[0] if reasons else None
+    refused = ", nor offline: ".join(dict.fromkeys(reasons))
+    warn(f"W&B did not start: {refused}; the run goes on without it")
     return None, refused
 
 

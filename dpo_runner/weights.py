@@ -1,5 +1,6 @@
 """The result one can serve: the tuned adapter (or model) with tokenizer, chat template and model card."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ def save_weights(
     conf: RunConf,
     policy: Policy,
     summary: dict[str, Any],
+    tell: Callable[[str], None],
 ) -> Path:
     """Write adapter/ as safetensors (full fine-tuning: model/) with its model card, whole or not at all.
 
@@ -34,6 +36,7 @@ def save_weights(
         conf: the run.
         policy: which adapters make up the result.
         summary: what summary.json is going to hold.
+        tell: shows one line to a person.
 
     Returns:
         The folder, loadable with plain transformers and peft.
@@ -56,7 +59,7 @@ def save_weights(
         else:
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        write_card(staging, facts, folder.name)
+        write_card(staging, facts, folder.name, tell=tell)
 
     write_folder(folder, fill)
     return folder

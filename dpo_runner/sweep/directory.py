@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.artifacts import find_fresh_folder, mask_override, update_status, write_json
-from dpo_runner.checkpoint import is_process_alive
 from dpo_runner.errors import ConfigError
+from dpo_runner.liveness import is_process_alive
 from dpo_runner.sweep.names import assign_names
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep_config import SweepConf

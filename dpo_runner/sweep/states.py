@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.artifacts import read_metrics, read_status, read_summary
-from dpo_runner.checkpoint import is_alive, read_step
+from dpo_runner.checkpoint import read_step
+from dpo_runner.liveness import explain_death
 from dpo_runner.sealing import find_last_checkpoint
 from dpo_runner.sweep.names import split_name
 
@@ -25,7 +26,7 @@ class JobState:
 
     Attributes:
         name: the directory's name.
-        state: pending, running, finished, failed, interrupted or pruned.
+        state: pending, running, finished, failed, interrupted, pruned; died, where it was running and could not say so.
         error: why it did not finish.
         log: the file that tells more.
         metrics: of the tuned model; {} unless it is finished.
@@ -44,8 +45,8 @@ def read_job(path: Path) -> JobState:
     """Return the state of one job; a directory that is not there is of a job that is pending."""
     status = read_status(path) or {"state": "pending"}
     state, error = status["state"], status.get("error")
-    if state == "running" and not is_alive(status):  # it could not say so itself
-        state, error = "interrupted", f"its process, {status['pid']}, was killed, or went down with the machine"
+    if state == "running" and (death := explain_death(path, status)) is not None:
+        state, error = "died", f"{death}; step {read_progress(path)} is the last that is known of"
     last = find_last_checkpoint(path / "checkpoints") if state not in DONE else None
     return JobState(
         path.name,
