@@ -171,7 +171,7 @@ class RunDirectory:
             ConfigError: another process does.
         """
         with (self.path / LOCK_FILE).open("a") as file:
-            if not _try_lock(file) and not (time.sleep(0.1) or _try_lock(file)):  # the first may be who only asks
+            if not any(_try_lock(file) for _ in range(2)):
                 raise ConfigError(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
                 )
@@ -256,6 +256,7 @@ def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
     except (BlockingIOError, PermissionError):
+        time.sleep(0.05)  # it may be one who only asks whether anybody has it
         return False
     return True
 

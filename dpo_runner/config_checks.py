@@ -254,3 +254,6 @@ def _may_bring_evaluation(path: str | None) -> bool:
 def _check_names(conf: "RunConf") -> Iterator[str]:
     if not conf.run_name or "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
+    for key, path in (("run_name", conf.run_name), ("run_dir", conf.run_dir)):
+        if path is not None and "\0" in path:
+            yield f"`{key}`: {path!r} holds a null character, which no path can"

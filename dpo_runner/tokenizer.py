@@ -1,5 +1,6 @@
 """The tokenizer, what it asks of the embeddings, and the chat template that counts: whose of three it is."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def _load_with_added(conf: ModelConf) -> "tuple[PreTrainedTokenizerBase, list[in
             tokenizer.chat_template = _load_base_tokenizer(conf).chat_template
     if conf.chat_template is not None:
         tokenizer.chat_template = resolve_chat_template(conf.chat_template)
+    _check_template_names(tokenizer, conf)
     new_ids = add_tokens(tokenizer, conf.added_tokens)
     settle_pad_token(tokenizer, conf.pad_token)
     return tokenizer, new_ids
@@ -107,6 +109,16 @@ def _find_adapter_tokenizer(conf: ModelConf) -> str | None:
         return None
     folder = resolve_adapter_path(conf)
     return folder if (Path(folder) / "tokenizer_config.json").exists() else None
+
+
+def _check_template_names(tokenizer: Any, conf: ModelConf) -> None:
+    """Refuse a name by which a template would be saved elsewhere than among the result's, or not at all."""
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not re.fullmatch(r"\w[\w .-]{0,99}", name):
+            raise ConfigError(
+                f"`model.model_name_or_path={conf.model_name_or_path}`: its tokenizer calls a chat template "
+                f"{name[:100]!r}, which is no name for a file; set model.chat_template"
+            )
 
 
 def _check_vocabulary(tokenizer: Any, conf: ModelConf) -> None:

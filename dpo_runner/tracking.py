@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_runner.artifacts import RunDirectory
 from dpo_runner.config import RunConf
 from dpo_runner.errors import RunPruned
-from dpo_runner.wandb_files import list_commands, mark_sent
+from dpo_runner.wandb_files import find_folder, keep_data_in, list_commands, mark_sent
 from dpo_runner.wandb_run import explain, messages, open_run
 
 if TYPE_CHECKING:
@@ -174,22 +174,23 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
         directory: holds the id of the W&B run, which a resumed run continues.
         warn: shows one line to the person at the terminal.
     """
-    wandb_run, refused = open_run(conf, directory, warn)
-    tracker = Tracker(wandb_run, warn, refused)
-    directory.note(wandb=tracker.state)
-    try:
-        yield tracker
-    except RunPruned as error:
-        tracker.add_tag("pruned")
-        tracker.finish("pruned", 0, steps=error.step)
-        raise
-    except KeyboardInterrupt as error:
-        tracker.finish("interrupted", 128 + (error.args[0] if error.args else signal.SIGINT))
-        raise
-    except BaseException:
-        tracker.finish("failed", 1)
-        raise
-    else:
-        tracker.finish("finished", 0)
-    finally:
+    with keep_data_in(find_folder(conf.wandb.dir, directory.path)):
+        wandb_run, refused = open_run(conf, directory, warn)
+        tracker = Tracker(wandb_run, warn, refused)
         directory.note(wandb=tracker.state)
+        try:
+            yield tracker
+        except RunPruned as error:
+            tracker.add_tag("pruned")
+            tracker.finish("pruned", 0, steps=error.step)
+            raise
+        except KeyboardInterrupt as error:
+            tracker.finish("interrupted", 128 + (error.args[0] if error.args else signal.SIGINT))
+            raise
+        except BaseException:
+            tracker.finish("failed", 1)
+            raise
+        else:
+            tracker.finish("finished", 0)
+        finally:
+            directory.note(wandb=tracker.state)

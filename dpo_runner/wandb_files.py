@@ -1,16 +1,37 @@
 """What W&B keeps on the disk: where it is, what of it the server has, and the commands that show and upload it."""
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _HEADER_BYTES = 7
 """Of a .wandb file. One that holds no more, of a run that was killed at once, `wandb sync` cannot read."""
 
 
+_DATA_DIR = "WANDB_DATA_DIR"
+
+
 def find_folder(configured: str | None, default: Path) -> Path:
     """Return the folder of W&B's files, which is in `wandb.dir`, or where that is not set in `default`."""
     return (default if configured is None else Path(configured).expanduser()) / "wandb"
+
+
+@contextmanager
+def keep_data_in(folder: Path) -> Iterator[None]:
+    """Have W&B keep what it is going to upload (tables of answers, say) with its other files, not in the home folder.
+
+    There it would stay, one file for each run, and `wandb sync` on another machine would not find it.
+    """
+    if _DATA_DIR in os.environ:
+        yield
+        return
+    os.environ[_DATA_DIR] = str(folder.absolute())
+    try:
+        yield
+    finally:
+        del os.environ[_DATA_DIR]
 
 
 def find_parts(folder: Path, run_id: str) -> set[Path]:

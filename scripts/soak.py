@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
+from typing import Any
 
 import psutil
 from transformers import TrainerCallback
@@ -36,7 +37,7 @@ TINY = [
     "samples.max_new_tokens=2",
     "wandb=offline",
 ]
-TURN = ([], ["quant=nf4"], ["lora=none", "training.learning_rate=1e-4"], ["run_name=fails"])
+TURN: tuple[list[str], ...] = ([], ["quant=nf4"], ["lora=none", "training.learning_rate=1e-4"], ["run_name=fails"])
 WARM_UP = 20
 """Runs after which nothing is made for the first time any more."""
 SLOPE = 0.1
@@ -97,10 +98,10 @@ class Soak:
         )
 
 
-class Failure(TrainerCallback):
+class Failure(TrainerCallback):  # type: ignore[misc]
     """Fails a run that is named so."""
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.run_name == "fails":
             raise RuntimeError("as it has to")
 
@@ -151,7 +152,7 @@ def main() -> None:
         soaked = soak(args.runs, Path(folder), progress=args.progress)
     grown = soaked.find_growth(args.slope)
     print(soaked.describe(), *grown, sep="\n")
-    sys.exit(bool(grown))
+    sys.exit(int(bool(grown)))
 
 
 if __name__ == "__main__":
