@@ -11,7 +11,7 @@ from dpo_runner.artifacts import RunDirectory
 from dpo_runner.config import RunConf
 from dpo_runner.errors import RunPruned
 from dpo_runner.wandb_files import find_folder, keep_data_in, list_commands, mark_sent
-from dpo_runner.wandb_run import explain, messages, open_run
+from dpo_runner.wandb_run import explain, has_lost_service, messages, open_run, stop_service
 
 if TYPE_CHECKING:
     from dpo_runner.data.report import DataReport
@@ -34,6 +34,7 @@ class Tracker:
     def __init__(self, wandb_run: Any, warn: Callable[[str], None], refused: str | None = None) -> None:
         self._run = wandb_run
         self._warn, self._warned = warn, False
+        self._untold: str | None = None
         self._id: str | None = None if wandb_run is None else wandb_run.id
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
@@ -97,7 +98,7 @@ class Tracker:
                 raise
 
         if samples:
-            self._attempt(log_table)
+            self._attempt(log_table, tell=False)  # `finish` does so in a moment, with what can be done about it
 
     def log_summary(self, summary: dict[str, Any], objective: str) -> None:
         """Put the run's figures into the W&B summary, by which runs are compared.
@@ -130,18 +131,21 @@ class Tracker:
         except Exception as error:
             logger.exception("W&B failed")
             failure = explain(error)
+            if has_lost_service(error):
+                stop_service()  # which would fail once more when this process ends, and fail its next run
         self._run = None
         if self.url is None:
-            if failure is not None and not self._warned:
-                self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
+            if failure := failure or self._untold:
+                self._warn_once(failure)
             return
-        failure = failure or messages.failure
+        failure = failure or messages.failure or self._untold
         if failure is None:
             mark_sent(self.folder)
         else:
             self.state += f", which does not have all of it: {failure}"
             upload = "".join(f"; the rest is uploaded by {command}" for command in self.commands()[1:])
-            self._warn(f"W&B does not have all of this run: {failure}{upload}")
+            if upload or not self._warned:
+                self._warn(f"W&B does not have all of this run: {failure}{upload}")
 
     def add_tag(self, tag: str) -> None:
         def add() -> None:
@@ -153,16 +157,23 @@ class Tracker:
         """Return the commands that show this run: in the terminal, and on the web where the server lacks some of it."""
         return [] if self.folder is None else list_commands(self.folder.parent, self._id)
 
-    def _attempt(self, call: Callable[[], Any]) -> None:
+    def _attempt(self, call: Callable[[], Any], tell: bool = True) -> None:
         if self._run is None:
             return
         try:
             call()
         except Exception as error:  # whatever it is, the training is worth more than its curves
             logger.exception("W&B failed")
-            if not self._warned:  # where its service has died, every event fails
-                self._warn(f"W&B: {explain(error)}; the run goes on, metrics.jsonl has everything")
-            self._warned = True
+            if tell:
+                self._warn_once(explain(error))
+            else:
+                self._untold = explain(error)
+
+    def _warn_once(self, failure: str) -> None:
+        """Tell of a failure, but not again at every event, as where W&B's own process has died."""
+        if not self._warned:
+            self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
+        self._warned = True
 
 
 @contextlib.contextmanager

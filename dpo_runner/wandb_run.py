@@ -165,9 +165,19 @@ def explain(error: Exception) -> str:
     return _shorten(reason_of(error), _LONGEST_REASON)
 
 
+def has_lost_service(error: Exception) -> bool:
+    """Whether W&B fails because the process in which it serves this one has died."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return isinstance(error, (ConnectionError, HandleAbandonedError, MailboxClosedError))
+
+
 def stop_service() -> None:
-    """End the process in which W&B serves this one, if there is any; the next run starts another."""
+    """End the process in which W&B serves this one, if there is any, or forget it; the next run starts another."""
     if "wandb" in sys.modules:
         import wandb
 
-        wandb.teardown()
+        try:
+            wandb.teardown()
+        except (Exception, SystemExit):  # SystemExit: so W&B tells of a process that has ended by itself
+            logger.exception("W&B's process has not ended in order")

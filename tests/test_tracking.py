@@ -161,7 +161,25 @@ def test_any_failure_while_logging_is_a_warning() -> None:
     tracker.log_samples([])
     tracker.finish("finished", exit_code=0)
     tracker.log({"step": 2, "loss": 0.5})  # after the end: nothing happens
-    assert len(warnings) == 3 and "quota" in warnings[0] and "metrics.jsonl" in warnings[0]
+    (told,) = warnings
+    assert "quota" in told and "metrics.jsonl" in told
+
+
+def test_the_run_after_one_whose_wandb_was_killed_has_a_new_one(tmp_path: Path) -> None:
+    import psutil
+
+    conf, told = load_conf(["wandb=offline"]), []
+    with track(conf, RunDirectory(tmp_path / "first"), told.append) as tracker:
+        for child in psutil.Process().children(recursive=True):
+            if "wandb" in child.name():
+                child.kill()
+                child.wait()
+        for step in range(3):
+            tracker.log({"step": step, "loss": 0.5})
+    assert len(told) == 1 and "the run goes on" in told[0]
+    with track(conf, RunDirectory(tmp_path / "second"), told.append) as tracker:
+        tracker.log({"step": 1, "loss": 0.5})
+    assert len(told) == 1 and "train/loss" in inspect(tmp_path / "second" / "wandb")
 
 
 def test_no_process_of_wandb_outlives_its_job(tiny_run, tmp_path: Path) -> None:

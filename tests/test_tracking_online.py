@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -12,9 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from conftest import ROWS
 from programs import start_python
 from wandb_server import API_KEY, Fault, WandbServer
+
+from dpo_runner import load_conf, run
 
 HOLD = """
 import pathlib, time
@@ -171,6 +176,29 @@ def sync(printed: str, environment: dict[str, str]) -> None:
     run_wandb(environment, *command[1:])
 
 
+def tell_warnings(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("warning:")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the run without any W&B."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={folder / 'pairs.jsonl'}"]
+    sizes = ["samples.num_prompts=2", "samples.max_new_tokens=4", "wandb=disabled", f"run_dir={folder / 'r'}"]
+    run(load_conf([*overrides, *sizes]))
+    return (folder / "r" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def assert_untouched(undisturbed: bytes) -> None:
+    """The run is what it is without W&B: finished, with the same weights, no row lost."""
+    assert Path("r/adapter/adapter_model.safetensors").read_bytes() == undisturbed
+    assert read_status()["state"] == "finished"
+    steps = [event["step"] for event in read_logged() if "loss" in event]
+    assert steps == [1, 2, 3, 4]
+
+
 def test_an_online_run_is_on_the_server_whole(
     server: WandbServer, environment: dict[str, str], online: list[str]
 ) -> None:
@@ -209,11 +237,13 @@ def test_a_resumed_online_run_goes_on_where_it_was(
 
 @pytest.mark.parametrize("fault", ["500", "no answer", "401", "key unknown", "closed port"])
 def test_without_a_server_at_the_start_the_run_is_recorded_offline(
-    server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+    server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
 ) -> None:
     server.fail(fault)
     printed = Run(online, environment, _IMPATIENT).succeed()
-    assert re.search("W&B did not start: .+; the run is recorded offline instead", printed)
+    (told,) = tell_warnings(printed)
+    assert re.search("W&B did not start: .+; the run is recorded offline instead", told)
+    assert_untouched(undisturbed)
     assert re.match("offline: .+", read_status()["wandb"]) and read_status()["state"] == "finished"
     assert len(list(Path("r/wandb").glob("*run-*"))) == 1  # nothing is left of the start that failed
     assert without_time(read_logged()) == read_local()
@@ -226,7 +256,7 @@ def test_without_a_server_at_the_start_the_run_is_recorded_offline(
 
 @pytest.mark.parametrize("fault", ["500 for rows", "answer lost", "401", "closed port"])
 def test_a_server_that_is_lost_on_the_way_costs_nothing(
-    server: WandbServer, environment: dict[str, str], online: list[str], fault: Fault
+    server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
 ) -> None:
     # W&B asks 20 seconds long for the samples' table where no answer comes: one of the two cases is enough.
     samples = fault != "answer lost"
@@ -237,7 +267,9 @@ def test_a_server_that_is_lost_on_the_way_costs_nothing(
     run.go(2)
     printed = run.succeed()
     assert time.monotonic() - lost < 200  # by itself W&B would go on for a week
-    assert "W&B does not have all of this run" in printed
+    (told,) = tell_warnings(printed)
+    assert "W&B does not have all of this run" in told and "; the rest is uploaded by wandb sync " in told
+    assert_untouched(undisturbed)
     assert "does not have all of it" in read_status()["wandb"] and read_status()["state"] == "finished"
     assert without_time(read_logged()) == read_local()
     server.recover()
@@ -358,3 +390,45 @@ def test_a_killed_run_loses_its_last_two_seconds_at_most(
     assert [event for event in without_time(read_logged()) if event not in as_events(stored.history)] == []
     assert list(server.runs) == [identity] and stored.exit_code == 0
     assert stored.summary["steps"] == 4
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandbs_own_process_may_be_killed(
+    environment: dict[str, str], tiny_run: list[str], undisturbed: bytes, mode: str
+) -> None:
+    run = Run([*tiny_run, f"wandb={mode}"], environment, _IMPATIENT, hold=(2,))
+    run.reached(2)
+    services = [child for child in psutil.Process(run.pid).children(recursive=True) if "wandb" in child.name()]
+    assert services
+    for service in services:
+        service.kill()
+    killed = time.monotonic()
+    run.go(2)
+    printed = run.succeed()
+    assert time.monotonic() - killed < 60
+    assert len(tell_warnings(printed)) == 1 and "Traceback" not in printed, printed
+    assert_untouched(undisturbed)
+
+
+def test_a_folder_of_wandbs_that_disappears_costs_nothing(
+    environment: dict[str, str], tiny_run: list[str], undisturbed: bytes
+) -> None:
+    run = Run([*tiny_run, "wandb=offline"], environment, _IMPATIENT, hold=(2,))
+    run.reached(2)
+    shutil.rmtree("r/wandb")
+    run.go(2)
+    printed = run.succeed()
+    assert len(tell_warnings(printed)) <= 1 and "Traceback" not in printed, printed
+    assert_untouched(undisturbed)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_folder_that_cannot_be_made_costs_nothing(
+    environment: dict[str, str], tiny_run: list[str], undisturbed: bytes, mode: str
+) -> None:
+    Path("taken").touch()
+    printed = Run([*tiny_run, f"wandb={mode}", "wandb.dir=taken/w"], environment, _IMPATIENT).succeed()
+    (told,) = tell_warnings(printed)
+    assert re.fullmatch("warning: W&B did not start: Not a directory .*; the run goes on without it", told)
+    assert read_status()["wandb"].startswith("disabled: Not a directory")
+    assert_untouched(undisturbed)
