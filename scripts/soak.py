@@ -8,6 +8,7 @@ records for W&B offline. Figures are taken after each such turn. The exit code i
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import shutil
@@ -108,6 +109,8 @@ class Failure(TrainerCallback):  # type: ignore[misc]
 
 def measure(runs: int) -> Sample:
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what is free and kept for later differs by tens of MB from run to run
     process = psutil.Process()
     memory = process.memory_info()
     anonymous = memory.rss - getattr(memory, "shared", 0)  # files that are mapped come and go as the system likes

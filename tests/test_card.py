@@ -320,3 +320,24 @@ def test_what_is_cited_is_what_was_used() -> None:
 def test_every_metric_that_is_named_is_one_of_a_runs(facts) -> None:
     measured = {key.removeprefix("eval_") for key in facts.summary["after"]}
     assert measured >= LABELS.keys()
+
+
+def test_curves_that_cannot_be_drawn_cost_no_weights(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load_conf([*tiny_run, "run_dir=whole"]))
+
+    def fail(path: Path, panels: object) -> None:
+        path.write_text("half a picture")
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(sys.modules["dpo_runner.plots"], "_draw", fail)
+    capsys.readouterr()
+    run(load_conf([*tiny_run, "run_dir=r"]))
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert told == "warning: the model card has no curves; drawing them failed: no font"
+    weights = [Path(name, "adapter", "adapter_model.safetensors").read_bytes() for name in ("r", "whole")]
+    assert weights[0] == weights[1] and not Path("r/adapter/plots").exists()
+    assert load("r/adapter").text and "plots/" not in load("r/adapter").text
+    assert export(["r", "--out", "out", "--adapter-only"]) is None
+    assert "drawing them failed: no font" in capsys.readouterr().out

@@ -82,12 +82,13 @@ def test_a_run_that_has_not_ended_tells_its_newest_figures_but_not_those_before_
     assert not any(name.startswith("eval_") for name in read_one(tmp_path / "half").metrics)
 
 
-def test_a_running_run_without_a_heartbeat_has_stopped(tmp_path: Path) -> None:
+def test_a_running_run_without_a_heartbeat_has_died(tmp_path: Path) -> None:
     from datetime import UTC, datetime
 
     path = write_run(tmp_path / "r", state="running")
     run = read_one(path)
-    assert run.state == "stopped" and run.error == "no sign of life since 2026-01-01T00:00:00+00:00"
+    assert run.state == "died"
+    assert run.error == "no sign of life since 2026-01-01T00:00:00+00:00; step 40 is the last that is known of"
     now = datetime.now(UTC).isoformat(timespec="seconds")
     (path / "status.json").write_text(json.dumps({"state": "running", "heartbeat": now}))
     assert read_one(path).state == "running"

@@ -1,5 +1,6 @@
 """A sweep's directory: which one it is, who may work there, what is read from it, and how failures are told."""
 
+import io
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ def test_a_new_sweep_is_pending_and_its_record_holds_no_secret(tmp_path: Path) -
     assert token not in text and json.loads(text)["jobs"]
 
 
-def test_states_are_read_as_they_are_and_a_dead_process_is_an_interruption(tmp_path: Path) -> None:
+def test_states_are_read_as_they_are_and_a_dead_process_has_died(tmp_path: Path) -> None:
     names = make_sweep(tmp_path / "s")
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as where a container's first process reaps none
@@ -48,9 +49,9 @@ def test_states_are_read_as_they_are_and_a_dead_process_is_an_interruption(tmp_p
     (tmp_path / "s" / "10-0123abcd").mkdir()
     (tmp_path / "s" / "notes").mkdir()
     jobs = read_jobs(tmp_path / "s")
-    assert [job.state for job in jobs] == ["interrupted", "running", "failed", "pending"]
+    assert [job.state for job in jobs] == ["died", "running", "failed", "pending"]
     child.wait()
-    assert read_jobs(tmp_path / "s")[0].state == "interrupted"
+    assert read_jobs(tmp_path / "s")[0].state == "died"
     assert f"its process, {child.pid}, was killed" in str(jobs[0].error)
     assert (jobs[2].error, jobs[2].log, jobs[3].name) == ("ValueError: no", "somewhere", "10-0123abcd")
 
@@ -158,3 +159,18 @@ def test_the_table_of_failures_names_all_with_their_logs() -> None:
     assert text.startswith("3 of 5 runs of the sweep failed; sweep.dir=s")
     for n in range(3):
         assert f"{n}-01234567  beta=0.{n}\n      error {n}\n      advice\n      log: log {n}" in text
+
+
+def test_a_comparison_that_cannot_be_written_costs_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from dpo_runner import compare_page
+    from dpo_runner.sweep.screen import SweepScreen
+
+    def fail(path: Path) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(compare_page, "rebuild_page", fail)
+    output = io.StringIO()
+    assert not SweepScreen(console=Console(file=output, width=200)).renew_page(tmp_path)
+    assert output.getvalue() == "compare.html cannot be written; KeyError: 'broken'\n"
