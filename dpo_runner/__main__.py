@@ -48,9 +48,11 @@ def _run_with_hydra() -> None:
         if hydra_config.mode == RunMode.MULTIRUN:  # under one of Hydra's own launchers
             _run_in_sweep(conf, typed, Path(hydra_config.runtime.output_dir))
             return
-        from dpo_runner.run import run
 
         try:
+            _check_early(conf)
+            from dpo_runner.run import run
+
             run(conf, typed)
         except DpoRunnerError as error:
             failure_alone.append(error)
@@ -64,6 +66,15 @@ def _run_with_hydra() -> None:
     application()
     if failure_alone:
         raise failure_alone[0]
+
+
+def _check_early(conf: RunConf) -> None:
+    """Refuse data files that a new run cannot use within a second; one that is continued may have done with them."""
+    from dpo_runner.artifacts import read_status
+    from dpo_runner.data.sources import check_local_sources
+
+    if conf.run_dir is None or read_status(Path(conf.run_dir).expanduser()) is None:
+        check_local_sources(conf.data)
 
 
 def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:

@@ -4,6 +4,7 @@ config.yaml overrides.yaml environment.json status.json metrics.jsonl summary.js
 samples.jsonl data_report.json dropped_rows.jsonl adapter/ checkpoints/ run.log wandb/
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from typing import IO, Any
 import yaml
 
 from dpo_runner.config import RunConf, config_keys
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, RunError, reason_of
 
 MASK = "***"
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|access_key|credential)$", re.IGNORECASE)
@@ -110,22 +111,6 @@ def cache_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
 
 
-def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder of a cache: several processes may do so at once, and the first to finish wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        fill(staging)
-        staging.chmod(0o755)
-        try:
-            staging.rename(path)
-        except OSError:
-            if not path.is_dir():  # not lost to another process: a real failure
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def resolve_run_dir(conf: RunConf) -> Path:
     """Return the run's directory: `run_dir`, else a fresh outputs/<run_name>/<timestamp>. Creates nothing."""
     if conf.run_dir is not None:
@@ -158,19 +143,26 @@ class RunDirectory:
         self._status: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        try:
+        with self._writable():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ConfigError(f"`run_dir={path}`: cannot be written to; {error.strerror}") from None
+            raise ConfigError(f"`run_dir={self.path}`: cannot be written to; {error.strerror}") from None
 
     @contextmanager
     def claim(self) -> Iterator[None]:
         """Be the only process that writes here for as long as this lasts.
 
         Raises:
-            ConfigError: another process does.
+            ConfigError: another process does, or it cannot be written to.
         """
-        with (self.path / LOCK_FILE).open("a") as file:
+        with self._writable():
+            opened = (self.path / LOCK_FILE).open("a")
+        with opened as file:
             if not any(_try_lock(file) for _ in range(2)):
                 raise ConfigError(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
@@ -179,8 +171,9 @@ class RunDirectory:
 
     def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
         text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)
-        write_text(self.path / "config.yaml", text)
-        write_text(self.path / "overrides.yaml", yaml.safe_dump([mask_override(text) for text in overrides]))
+        with self._writable():
+            write_text(self.path / "config.yaml", text)
+            write_text(self.path / "overrides.yaml", yaml.safe_dump([mask_override(text) for text in overrides]))
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         write_json(self.path / "environment.json", environment)
@@ -189,6 +182,9 @@ class RunDirectory:
         """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error.
 
         A job of a sweep is `pending` before, and `pruned` where its search has stopped it.
+
+        Raises:
+            RunError: it cannot be written, as where the disk is full.
         """
         with self._lock:
             if state == "running":
@@ -197,7 +193,15 @@ class RunDirectory:
                 self._stopped.set()  # the run is over, and so is its heartbeat
             place = {"pid": os.getpid(), "host": platform.node()}
             self._status |= {"state": state, **place, "heartbeat": _now(), **details}
-            write_json(self.path / "status.json", self._status)
+            try:
+                write_json(self.path / "status.json", self._status)
+            except OSError as error:
+                raise RunError(f"{self.path / 'status.json'}: cannot be written; {reason_of(error)}") from error
+
+    def write_last_status(self, state: str, **details: Any) -> None:
+        """Record how a run has ended that did not finish, as far as its disk lets it."""
+        with contextlib.suppress(RunError):
+            self.write_status(state, **details)
 
     def note_step(self, step: int) -> None:
         """Let status.json say, from the next time that it is written, how many optimizer steps were made."""
@@ -212,6 +216,11 @@ class RunDirectory:
         """Add details to status.json while the state stays what it is."""
         with self._lock:
             self._status |= details
+            self._renew_status()
+
+    def _renew_status(self) -> None:
+        """Write status.json; where that fails, the next time says the same, and what the run lives by fails too."""
+        with contextlib.suppress(OSError):
             write_json(self.path / "status.json", self._status)
 
     def start_heartbeat(self) -> None:
@@ -221,7 +230,7 @@ class RunDirectory:
             while not self._stopped.wait(HEARTBEAT_SECONDS):
                 with self._lock:
                     self._status["heartbeat"] = _now()
-                    write_json(self.path / "status.json", self._status)
+                    self._renew_status()
 
         self._stopped.clear()
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()

@@ -92,6 +92,10 @@ class ChecksConf:
     counted. Its pairs are written into nonfinite/ either way."""
     max_skipped_batches: int = 10
     """With on_nonfinite=skip_batch: how many steps may be skipped before the run ends."""
+    on_out_of_memory: str = field(default="stop", metadata={"choices": ("stop", "smaller_batch")})
+    """What a run does that finds too little memory: end, or go on from its last checkpoint with half the tokens to a
+    micro-batch; where rows are counted, with half the rows and twice the accumulation. Evaluation halves its batches.
+    status.json and summary.json tell of it."""
 
 
 @dataclass

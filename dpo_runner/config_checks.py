@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.training_rules import LOSSES_WITH_LABEL_SMOOTHING
+from dpo_runner.training_rules import LOSSES_OF_WHOLE_BATCHES, LOSSES_WITH_LABEL_SMOOTHING
 
 if TYPE_CHECKING:
     from dpo_runner.config import RunConf
@@ -202,6 +202,17 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
     if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
         yield "`checks.on_nonfinite=skip_batch`: fp16's loss scaler skips such steps by itself; use on_nonfinite=stop"
+    if conf.checks.on_out_of_memory == "smaller_batch":
+        if not_sums := sorted(LOSSES_OF_WHOLE_BATCHES & set(losses)):
+            yield (
+                f"`checks.on_out_of_memory=smaller_batch`: loss_type={', '.join(not_sums)} is no sum over pairs, and "
+                "another one with other batches; use on_out_of_memory=stop"
+            )
+        if training.sync_ref_model:
+            yield (
+                "`checks.on_out_of_memory=smaller_batch`: goes on from a checkpoint, and those of "
+                "training.sync_ref_model=true lack the reference; use on_out_of_memory=stop"
+            )
 
 
 def _check_compiling(conf: "RunConf") -> Iterator[str]:

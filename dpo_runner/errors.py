@@ -1,5 +1,7 @@
 """The errors a person sees, and the exit code that each one ends the program with."""
 
+import errno
+
 
 class DpoRunnerError(Exception):
     """Base of every error that is shown as one line, without a traceback."""
@@ -76,7 +78,21 @@ def describe_failure(error: BaseException) -> str:
     """Return the kind of an error and what it says; of SystemExit, which says nothing, what happened."""
     if isinstance(error, SystemExit):
         return f"the run called sys.exit({error.code!r})"
+    if is_disk_full(error) and not isinstance(error, DpoRunnerError):
+        return f"no space is left on a disk; free some, and the same command goes on ({str(error).strip()})"
     return f"{type(error).__name__}: {str(error).strip()}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or what caused it, is of a disk without space."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "(os error 28)" in str(cause):  # so safetensors says it, whose errors are no OSError
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def reason_of(error: Exception) -> str:

@@ -19,6 +19,7 @@ from trl.trainer import utils as trl_utils
 
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
+from dpo_runner.device_memory import read_memory
 from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.lean_layers import is_lean, make_lean
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
@@ -288,10 +289,4 @@ def uses_cpu(args: DPOConfig) -> bool:
 
 def read_device(args: DPOConfig) -> tuple[str, int, int]:
     """Return the name of the device that trains, its memory in bytes, and how much of that is free."""
-    if not uses_cpu(args):
-        free, total = torch.cuda.mem_get_info()
-        return torch.cuda.get_device_name(), total, free
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return "CPU", memory.total, memory.available
+    return read_memory(of_host=uses_cpu(args))

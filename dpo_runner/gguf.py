@@ -5,7 +5,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.artifacts import cache_dir
+from dpo_runner.cached_folder import write_folder_once
 from dpo_runner.errors import ConfigError, RunError, reason_of
 
 if TYPE_CHECKING:

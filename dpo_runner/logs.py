@@ -11,6 +11,18 @@ from pathlib import Path
 _CHATTY = ("transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "wandb", "huggingface_hub")
 
 
+class _LogFile(logging.FileHandler):
+    """Says nothing of lines that a full disk does not take: what the run lives by is about to fail of that too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
     """Keep what libraries print while they are imported away from the terminal, unless the import fails."""
@@ -35,7 +47,7 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
         import datasets
         import transformers
 
-    handler: logging.Handler = logging.FileHandler(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = _LogFile(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if log else logging.ERROR)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in _CHATTY]

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.artifacts import cache_dir
+from dpo_runner.cached_folder import write_folder_once
 from dpo_runner.locations import explain_missing
 from dpo_runner.model_config import ModelConf
 

@@ -42,8 +42,9 @@ from dpo_runner.checkpoint import check_continuable, check_same_inputs, check_un
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.data.splits import PairShape
+from dpo_runner.device_memory import ANSWERING, LOADING, PREPARING, watch_memory
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.fitting import Records, Settings, run_within_memory, show_memory, with_settings
 from dpo_runner.pickles import refuse_pickled_code
 from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.sealing import open_last_checkpoint
@@ -116,29 +117,29 @@ def run(
     for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
         console.warn(warning)
     if conf.dry_run:
-        _show_memory(replace(settled, engine=engine_conf), longest, largest, console)
+        show_memory(replace(settled, engine=engine_conf), longest, largest, console)
         return None
-    assert data is not None
+    assert data is not None and longest is not None and largest is not None
     stopping = Stopping()
     with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
-        further = [*callbacks, stopping]
-        summary, weights = _train(directory, conf, engine_conf, args, tokenizer, data, console, tracker, further, bases)
+        settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
+
+        def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
+            stopping.on_train_end(args, None, None)  # of an attempt before, which memory has ended
+            now = with_settings(settled, smaller)
+            changed, now_args = with_settings(conf, smaller), build_dpo_config(now, path / "checkpoints")
+            first = (directory, changed, now.engine, now_args, tokenizer, data, console, tracker)
+            return _train(*first, further, bases, records)
+
+        def note(records: Records) -> None:
+            directory.note(out_of_memory=records)
+            tracker.log_out_of_memory(records)
+
+        records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
+        summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary
-
-
-def _show_memory(conf: RunConf, longest: int | None, largest: PairShape | None, console: RunConsole) -> None:
-    """Say whether the run will fit into memory."""
-    from dpo_runner.estimate import estimate_memory
-
-    try:
-        with route_library_logs(None):
-            estimate = estimate_memory(conf, longest, largest)
-    except ConfigError as error:
-        console.warn(f"the memory that this run takes is not known: {error}")
-    else:
-        console.show_memory(estimate)
 
 
 @contextmanager
@@ -160,21 +161,21 @@ def _recorded(
         except KeyboardInterrupt as error:
             console.stop_training()
             number = error.args[0] if error.args else signal.SIGINT
-            directory.write_status("interrupted", error=signal.Signals(number).name)
+            directory.write_last_status("interrupted", error=signal.Signals(number).name)
             raise RunInterrupted(
                 f"interrupted; continue with the same command and run_dir={directory.path}", signal_number=number
             ) from None
         except RunPruned as error:
             console.stop_training()
             console.say(str(error))
-            directory.write_status("pruned", step=error.step, steps=error.steps)
+            directory.write_last_status("pruned", step=error.step, steps=error.steps)
             directory.drop_checkpoints()  # nobody continues it
             raise
         except (Exception, SystemExit) as error:
             console.stop_training()
             logger.error("the run failed\n%s", traceback.format_exc())
             told = describe_failure(error)
-            directory.write_status("failed", error=told)
+            directory.write_last_status("failed", error=told)
             if isinstance(error, DpoRunnerError):
                 raise
             raise RunError(f"{told}; the traceback is in {directory.log}") from error
@@ -191,12 +192,14 @@ def _train(
     tracker: Tracker,
     further: Sequence[TrainerCallback],
     bases: BasePool | None,
+    records: Records,
 ) -> tuple[dict[str, Any], Path]:
     """Model, trainer, step-0 check, train, evaluate, sample, save, summary. Return the summary, and the weights."""
     console.say("loading the model")
     reset_peak_memory()
     set_seed(conf.seed)
-    policy = load_policy(conf, bases, console.say)
+    with watch_memory(LOADING):
+        policy = load_policy(conf, bases, console.say)
     checkpoint = open_last_checkpoint(directory.checkpoints, console.warn)
     if checkpoint is not None:
         refuse_pickled_code(checkpoint)
@@ -211,11 +214,13 @@ def _train(
     movement = [MovementCheck(conf.checks.on_nonfinite == "skip_batch")] if conf.checks.step0 else []
     callbacks = [events, *movement, *further]
     settled = replace(conf, engine=engine_conf)
-    trainer = build_trainer(settled, args, policy, data, tokenizer, callbacks, console.say)
+    with watch_memory(PREPARING):
+        trainer = build_trainer(settled, args, policy, data, tokenizer, callbacks, console.say)
 
     if conf.checks.step0:
         check_trainable(trainer)
-        difference = check_reference(trainer, is_initial=is_initial(conf))
+        with watch_memory(PREPARING):
+            difference = check_reference(trainer, is_initial=is_initial(conf))
         console.say(f"step-0 check: the reference, {describe_reference(conf)}, differs by {difference:.2g} per token")
 
     if checkpoint is not None and conf.training.sync_ref_model:
@@ -241,6 +246,7 @@ def _train(
     tracker.log_samples(samples)
 
     summary = {"before": before, "after": after, **trained, "peak_memory_gb": round(measure_peak_memory(), 3)}
+    summary |= {"out_of_memory": records} if records else {}
     weights = save_weights(directory, trainer.model, tokenizer, conf, policy, summary, console.warn)
     directory.write_summary(summary)
     tracker.log_summary(summary, conf.sweep.search.objective)
@@ -259,7 +265,8 @@ def _measure(
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
     length = conf.samples.max_new_tokens
-    answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
+    with watch_memory(ANSWERING):
+        answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
     return {**metrics, **summarize_answers(answers)}, answers
 
 

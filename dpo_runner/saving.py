@@ -38,6 +38,7 @@ class SavingTrainer(TokenBatchTrainer):
         rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _check_room(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have taken it away
         last = next(iter(list_checkpoints(folder)), None)
         if last is None:
             needed = _COPIES * sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)

@@ -70,6 +70,10 @@ class Tracker:
 
         self._attempt(log_report)
 
+    def log_out_of_memory(self, records: list[dict[str, Any]]) -> None:
+        """Add to the configuration what was made smaller because memory ran out."""
+        self._attempt(lambda: self._run.config.update({"out_of_memory": records}, allow_val_change=True))
+
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Log the answers before and after as a table, and nothing where there are none."""
 

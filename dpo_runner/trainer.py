@@ -19,11 +19,12 @@ from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.engine.install import install_engine
-from dpo_runner.errors import ConfigError, reason_of
-from dpo_runner.finite import FiniteTrainer
+from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.evaluation_clock import ClockedTrainer
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
 from dpo_runner.reference import describe_reference, stores_reference, trains_all
+from dpo_runner.sealing import explain_damage
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
 
@@ -32,11 +33,17 @@ logger = logging.getLogger(__name__)
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
-for _name in ("_prepare_dataset", "_precompute_ref_logps", "_prepare_inputs", "_load_from_checkpoint"):
+for _name in (
+    "_prepare_dataset",
+    "_precompute_ref_logps",
+    "_prepare_inputs",
+    "_load_from_checkpoint",
+    "_load_best_model",
+):
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
-class RunTrainer(FiniteTrainer):
+class RunTrainer(ClockedTrainer):
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
     def __init__(
@@ -103,12 +110,20 @@ class RunTrainer(FiniteTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.correct_times(logs)
         if not self._evaluates_part:
             super().log(logs, start_time)
             return
         # TRL adds its averages to the event's metrics here; the event itself is told once, for all parts together.
         logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
         self._metrics["eval"].clear()
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint; where it is not what was saved, transformers would go on with the last weights."""
+        best = Path(self.state.best_model_checkpoint)
+        if damage := explain_damage(best, whole=True):
+            raise RunError(f"{best}: the best checkpoint cannot be loaded; {damage}")
+        super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside checkpoints: the run writes one card, for its result."""

@@ -49,3 +49,6 @@ OUR_DEFAULTS: dict[str, tuple[object, str]] = {
 
 LOSSES_WITH_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
 """TRL's losses that read `label_smoothing`."""
+
+LOSSES_OF_WHOLE_BATCHES = {"aot", "aot_unpaired", "sft"}
+"""TRL's losses that are no sums over pairs: `aot` and `aot_unpaired` sort them, `sft` averages over all tokens."""

@@ -11,10 +11,10 @@ import pytest
 
 from dpo_runner.artifacts import update_status
 from dpo_runner.config import load_conf
-from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
-from dpo_runner.sweep.failures import advise_on_memory, describe_death, is_out_of_memory, list_failures
+from dpo_runner.sweep.failures import advise_on_memory, describe_death, list_failures
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
 from dpo_runner.sweep.points import ONLY_POINT, build_points
 from dpo_runner.sweep.states import JobState, read_jobs
@@ -117,21 +117,7 @@ def test_a_job_has_its_place_also_in_w_and_b() -> None:
     assert place_conf(load_conf(), Path("a/b"), ONLY_POINT).wandb.name is None  # the run's own name says more
 
 
-class OutOfMemoryError(RuntimeError):
-    """Called as torch's is."""
-
-
-def test_memory_that_ran_out_is_recognised_wherever_it_is() -> None:
-    try:
-        try:
-            raise OutOfMemoryError("CUDA out of memory")
-        except RuntimeError as error:
-            raise RunError("the run failed") from error
-    except RunError as error:
-        assert is_out_of_memory(error)
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(ValueError("out of memory"))
+def test_how_a_worker_died_is_told() -> None:
     assert describe_death(-9, oom_kills=1) == ("its process was killed by SIGKILL: the machine was out of memory", True)
     assert describe_death(-9, oom_kills=0)[1] is False
     assert describe_death(7, oom_kills=1) == ("its process ended with exit code 7", False)
@@ -139,7 +125,7 @@ def test_memory_that_ran_out_is_recognised_wherever_it_is() -> None:
 
 def test_the_advice_names_keys_and_values_that_compose() -> None:
     conf = load_conf(["training.per_device_train_batch_size=6", "training.gradient_accumulation_steps=2"])
-    advice = advise_on_memory(conf, workers=2)
+    advice = advise_on_memory(conf, workers=2, has_advice=False)
     ways = advice.removeprefix("try ").split(", or ")
     assert ways[:2] == [
         "sweep.workers=1",
@@ -150,7 +136,10 @@ def test_the_advice_names_keys_and_values_that_compose() -> None:
         assert smaller != conf
     assert "quant=nf4" in advice and "training.max_length=512" in advice
     small = load_conf(["training.per_device_train_batch_size=1", "training.gradient_checkpointing=true", "quant=nf4"])
-    assert advise_on_memory(small, workers=1).startswith("try training.per_device_eval_batch_size=2, or ")
+    advice = advise_on_memory(small, workers=1, has_advice=False)
+    assert advice.startswith("try training.per_device_eval_batch_size=2, or ")
+    assert advise_on_memory(small, workers=3, has_advice=True) == "try sweep.workers=2"
+    assert advise_on_memory(small, workers=1, has_advice=True) == ""
 
 
 def test_the_table_of_failures_names_all_with_their_logs() -> None:

@@ -18,7 +18,7 @@ from dpo_runner.data.overlong import Limit, cut_rows
 from dpo_runner.data.prepare import Prepared, prepare
 from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
-from dpo_runner.data.sources import RowSource, open_sources
+from dpo_runner.data.sources import RowSource, open_sources, source_key
 from dpo_runner.data.splits import Mask, PairShape, Split, hold_out
 from dpo_runner.data_config import DataConf, SourceConf, resolve_sources
 from dpo_runner.errors import DataError
@@ -116,11 +116,11 @@ def load_preferences(
     prepared = [
         (name, split, _prepare(name, rows, source, template, conf, progress))
         for name, source in sources.items()
-        for split, rows in zip(("train", "eval"), open_sources(source, _key(name, data)), strict=True)
+        for split, rows in zip(("train", "eval"), open_sources(source, source_key(name, data)), strict=True)
         if rows is not None
     ]
     for name, _, part in prepared:
-        check_bad_rows(part, data, _key(name, data))
+        check_bad_rows(part, data, source_key(name, data))
     splits = _split(prepared, data)
     limit = Limit.of(conf, template)
     built: dict[str, Dataset] = {}
@@ -144,15 +144,11 @@ def load_preferences(
     )
 
 
-def _key(name: str, data: DataConf) -> str:
-    return f"data.sources.{name}" if data.sources else "data"
-
-
 def _prepare(
     name: str, rows: RowSource, source: SourceConf, template: ChatTemplate, conf: RunConf, progress: Progress
 ) -> Prepared:
     data = conf.data
-    recipe = Recipe(source, template, [data.system_prompt, data.on_no_system_role], _key(name, data))
+    recipe = Recipe(source, template, [data.system_prompt, data.on_no_system_role], source_key(name, data))
 
     def watch(outcome: Outcome, source: RowSource) -> None:
         progress(name, outcome.rows)

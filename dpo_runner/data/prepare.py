@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_runner.artifacts import cache_dir, write_folder_once
+from dpo_runner.artifacts import cache_dir
+from dpo_runner.cached_folder import write_folder_once
 from dpo_runner.data.batches import Outcome, schema
 from dpo_runner.data.recipe import Recipe
 from dpo_runner.data.sources import RowSource

@@ -17,7 +17,19 @@ from dpo_runner.errors import RowError, reason_of
 _CHUNK = 1 << 20  # bytes read at once
 _BATCH_BYTES = 32 << 20  # a batch of long rows ends early, so that memory stays flat whatever the rows are like
 _LONGEST_ROW = 64 << 20  # what is longer is no row, but a file that is not laid out as its suffix says
+_MOST_BLANK = 1 << 20  # lines or characters in a row; a packed file of them alone has no end for practical purposes
 _SPACE = re.compile(r"[ \t\n\r]*")
+_OTHER_KINDS = (  # what a text file begins with that is none
+    (codecs.BOM_UTF32_LE, "it is UTF-32; save it as UTF-8"),  # begins like UTF-16
+    (codecs.BOM_UTF32_BE, "it is UTF-32; save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "it is UTF-16; save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "it is UTF-16; save it as UTF-8"),
+    (b"\x1f\x8b", "it is packed by gzip; add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "it is packed by zstd; add .zst to its name"),
+    (b"PAR1", "it is Parquet; name it so, with .parquet"),
+    (b"ARROW1", "it is Arrow; name it so, with .arrow"),
+    (b"PK\x03\x04", "it is a zip archive; unpack it"),
+)
 
 
 class Unreadable(Exception):
@@ -109,8 +121,10 @@ def _read_text(path: Path, suffix: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row) from a text file, packed or not."""
     kind, _, packing = suffix.removeprefix(".").partition(".")
     with _open(path, packing) as file:
-        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise Unreadable("it is UTF-16; save it as UTF-8")
+        start = file.peek(8)[:8]
+        for mark, told in _OTHER_KINDS:
+            if start.startswith(mark):
+                raise Unreadable(told)
         if kind in ("csv", "tsv"):
             yield from _read_table(file, "," if kind == "csv" else "\t")
         elif kind == "json":
@@ -130,20 +144,36 @@ def _open(path: Path, packing: str) -> io.BufferedReader:
 
 
 def _read_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
-    number = 0
+    number = blank = 0
     while line := file.readline(_LONGEST_ROW + 1):
         number += 1
         if len(line) > _LONGEST_ROW:
             raise Unreadable(f"line {number}: longer than {_LONGEST_ROW:,} bytes; each row needs a line of its own")
         line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
+        blank = 0 if line else blank + 1
+        if blank > _MOST_BLANK:
+            raise Unreadable(f"line {number}: the last {blank:,} lines are blank")
         if line:
             yield number, line
+
+
+def _limit_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    number = blank = 0
+    while line := text.readline(_LONGEST_ROW + 1):
+        number += 1
+        if len(line) > _LONGEST_ROW:
+            raise Unreadable(f"line {number}: longer than {_LONGEST_ROW:,} characters")
+        blank = 0 if line.strip() else blank + 1
+        if blank > _MOST_BLANK:
+            raise Unreadable(f"line {number}: the last {blank:,} lines are blank")
+        yield line
 
 
 def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_LONGEST_ROW)  # the csv module's own, 128 KiB, is less than a long conversation
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)  # not strict, it guesses where a quoted cell ends
+    # not strict, it guesses where a quoted cell ends
+    reader = csv.reader(_limit_lines(text), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -211,12 +241,16 @@ class _JsonText:
 
     def _peek(self) -> str:
         """Return the next character that is no space, or "" at the end."""
+        blank = 0
         while True:
             match = _SPACE.match(self.text, self.position)
             assert match is not None
+            blank += match.end() - self.position
             self._move(match.end())
             if self.position < len(self.text) or self.ended:
                 return self.text[self.position : self.position + 1]
+            if blank > _LONGEST_ROW:
+                raise self._broken(f"the last {blank:,} characters are blank")
             self._read_on()
 
     def _take(self) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from dpo_runner.config_checks import suggest
 from dpo_runner.data.decoding import Batch, decode_rows
 from dpo_runner.data.readers import Unreadable, read_file, read_hub
-from dpo_runner.data_config import SourceFields
+from dpo_runner.data_config import DataConf, SourceFields, resolve_sources
 from dpo_runner.errors import DataError, reason_of
 
 __all__ = ["BUNDLED_PREFIX", "Batch", "RowSource", "decode_rows", "open_sources"]
@@ -98,6 +98,22 @@ class RowSource:
         return read_file(file, self.paths[file], _suffix(self.files[file]), size)
 
 
+def check_local_sources(conf: DataConf) -> None:
+    """Find what can be found wrong with local files before any library is imported that reads them.
+
+    Raises:
+        DataError: as `open_sources` does.
+    """
+    for name, source in resolve_sources(conf).items():
+        if not source.path or not is_hub_id(source.path):
+            open_sources(source, source_key(name, conf))
+
+
+def source_key(name: str, conf: DataConf) -> str:
+    """Return where a source stands in the configuration, such as `data.sources.math`."""
+    return f"data.sources.{name}" if conf.sources else "data"
+
+
 def open_sources(conf: SourceFields, key: str) -> tuple[RowSource, RowSource | None]:
     """Return the training rows, and the evaluation rows where the source brings them.
 
@@ -177,6 +193,8 @@ def _list_files(text: str, setting: str) -> list[_File]:
         names = sorted(glob(str(root), recursive=True))  # noqa: PTH207 (that of Path takes hidden files too)
         files = [(name, Path(name)) for name in names if Path(name).is_file()]
         rule = "no file matches"
+    elif root.is_symlink():
+        files, rule = [], "is a link that leads nowhere"
     else:
         near = suggest(root.name, [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else [])
         files, rule = [], "no such file" + (f"; {near}" if near.startswith("did") else "")
@@ -244,7 +262,8 @@ def _suffix(name: str) -> str:
 def _build(files: list[_File], setting: str) -> RowSource:
     for name, path in files:
         if not path.is_file():
-            raise _mistake(setting, name, "no such regular file")
+            is_broken = path.is_symlink() and not path.exists()
+            raise _mistake(setting, name, "is a link that leads nowhere" if is_broken else "no such regular file")
         if (suffix := _suffix(name)) not in _SUFFIXES:
             raise _mistake(setting, name, f"no such format `{suffix}`; use {_FORMATS}")
         with path.open("rb") as file:

@@ -29,8 +29,7 @@ from dpo_runner.config import EngineConf
 from dpo_runner.engine.packing import pack_pairs
 from dpo_runner.engine.shared_prefix import base_of
 from dpo_runner.reference import count_processes
-
-_NOT_SUMS = {"aot", "aot_unpaired", "sft"}
+from dpo_runner.training_rules import LOSSES_OF_WHOLE_BATCHES
 
 _ENOUGH = 1024
 """Tokens from which on a CPU is no faster with more at a time, while its memory grows."""
@@ -58,7 +57,7 @@ class MicroBatch:
 
 def explain_grouping(loss_type: str | Sequence[str]) -> str | None:
     """Say why batches have to stay as they are under a loss, or a mix of several, or return None."""
-    kinds = _NOT_SUMS.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
+    kinds = LOSSES_OF_WHOLE_BATCHES.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
     if kinds:
         return f"training.loss_type={', '.join(sorted(kinds))} is no sum over pairs"
     return "there are several processes" if count_processes() > 1 else None

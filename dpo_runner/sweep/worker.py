@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
+from dpo_runner.device_memory import OutOfMemory, is_out_of_memory
 from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.exits import report
-from dpo_runner.sweep.failures import is_out_of_memory
 from dpo_runner.sweep.states import DONE
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def perform(
         else:
             traceback.print_exc()
         update_status(path, state="failed", error=told, **place)
-        return {"state": "failed", "error": told, "out_of_memory": is_out_of_memory(error)}
+        of_memory = is_out_of_memory(error)
+        return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}
     return {"state": "finished"}
 
 

@@ -165,7 +165,7 @@ class WorkerPool:
             if (told := (read_status(job.path) or {}).get("state")) in DONE:
                 state, error = str(told), None  # it died after its job, before it could say so
         if message.get("out_of_memory"):
-            error = f"{error}\n{advise_on_memory(job.conf, self.count)}"
+            error = f"{error}\n{advise_on_memory(job.conf, self.count, message.get('has_advice', False))}".rstrip()
         if state not in DONE and (died or message.get("out_of_memory")):
             update_status(job.path, state=state, error=error, log=str(job.path / "job.log"))
         return Outcome(job, state, time.monotonic() - worker.started, error)
