@@ -2,10 +2,16 @@
 
 import copy
 import gzip
+import io
 import itertools
 import json
+import os
+import pickle
 import re
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import children_seconds
+from programs import run_python
 
 from dpo_runner.config import RunConf, load_conf
 from dpo_runner.data import PreferenceData, load_preferences
@@ -875,6 +883,27 @@ def test_rows_of_which_none_can_be_read_name_the_first(load: Load) -> None:
 
 LIST = json.dumps(GOOD["preference"], indent=1)
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD["preference"])
+BOMBS = {  # 256 MiB, of a fraction of one
+    start: gzip.compress((start[-1:] * 2**20).encode(), 1) * 255 for start in ("x", "\n", " ")
+}
+BOMBS['["x'] = gzip.compress(b'["') + BOMBS["x"]
+WRAPPED = json.dumps({"data": GOOD["preference"]})
+PARQUET, ARROW = io.BytesIO(), io.BytesIO()
+pq.write_table(pa.Table.from_pylist(GOOD["preference"]), PARQUET, write_page_checksum=True)
+with pa.ipc.new_file(ARROW, pa.Table.from_pylist(GOOD["preference"]).schema) as arrow_writer:
+    arrow_writer.write_table(pa.Table.from_pylist(GOOD["preference"]))
+PACKED = gzip.compress(LINES.encode())
+
+
+def changed(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    pq.write_table(table, sink := io.BytesIO())
+    return sink.getvalue()
+
+
 BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "empty": ("rows.jsonl", "", "the file is empty"),
     "empty list": ("rows.json", " [ ]\n", "holds no rows"),
@@ -900,6 +929,81 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "a list of lists never closed": ("rows.json", "[" * 100_000, "cannot be read; line 1, column 2: nested too deeply"),
     "UTF-16": ("rows.jsonl", LINES.encode("utf-16"), "cannot be read; it is UTF-16; save it as UTF-8"),
+    "UTF-16 in a list": ("rows.json", LIST.encode("utf-16"), "cannot be read; it is UTF-16; save it as UTF-8"),
+    "UTF-16 in a table": ("rows.csv", TABLE.encode("utf-16"), "cannot be read; it is UTF-16; save it as UTF-8"),
+    "UTF-32": ("rows.jsonl", LINES.encode("utf-32"), "cannot be read; it is UTF-32; save it as UTF-8"),
+    "UTF-16 that is packed": (
+        "rows.jsonl.gz",
+        gzip.compress(LINES.encode("utf-16")),
+        "cannot be read; it is UTF-16; save it as UTF-8",
+    ),
+    "UTF-16 without a mark": (
+        "rows.jsonl",
+        LINES.encode("utf-16-le"),
+        "none of the first rows can be used; rows.jsonl:1: broken JSON",
+    ),
+    "gzip without its suffix": ("rows.jsonl", PACKED, "cannot be read; it is packed by gzip; add .gz to its name"),
+    "gzip in gzip": ("rows.jsonl.gz", gzip.compress(PACKED), "cannot be read; it is packed by gzip; add .gz"),
+    "zstd without its suffix": (
+        "rows.json",
+        pa.compress(LIST.encode(), codec="zstd", asbytes=True),
+        "cannot be read; it is packed by zstd; add .zst to its name",
+    ),
+    "Parquet called JSON": ("rows.jsonl", PARQUET.getvalue(), "cannot be read; it is Parquet; name it so"),
+    "Arrow called CSV": ("rows.csv", ARROW.getvalue(), "cannot be read; it is Arrow; name it so"),
+    "zip called JSON": ("rows.json", b"PK\x03\x04" + bytes(40), "cannot be read; it is a zip archive; unpack it"),
+    "a table called JSON": ("rows.jsonl", TABLE, "none of the first rows can be used; rows.jsonl:1: broken JSON"),
+    "a table called a list": ("rows.json", TABLE, "cannot be read; line 1, column 1: Expecting an object"),
+    "JSON called a table": ("rows.csv", LINES, 'rows of no known layout, with columns: {"prompt": "q0"'),
+    "a web page": ("rows.json", "<!DOCTYPE html>\n<html>", "cannot be read; line 1, column 1: Expecting an object"),
+    "a pickle": ("rows.jsonl", pickle.dumps(GOOD["preference"]), "none of the first rows can be used; rows.jsonl:1: "),
+    "a pickle by name": ("rows.pkl", pickle.dumps(GOOD), "no such format `.pkl`"),
+    "zeros": ("rows.json", bytes(1000), "cannot be read; line 1, column 1: Expecting an object"),
+    "lines that end as on old Macs": (
+        "rows.jsonl",
+        LINES.replace("\n", "\r"),
+        "none of the first rows can be used; rows.jsonl:1: broken JSON: Extra data",
+    ),
+    "rows in an object": ("rows.json", WRAPPED, "rows of no known layout, with columns: data; needed are"),
+    "a list of lists": (
+        "rows.json",
+        "[[], []]",
+        "none of the first rows can be used; rows.json:1: not an object: a list",
+    ),
+    "a number as JSON": ("rows.json", "3", "cannot be read; line 1, column 1: Expecting an object"),
+    "null as JSON": ("rows.json", "null", "cannot be read; line 1, column 1: Expecting an object"),
+    "a comment": ("rows.json", "// pairs\n" + LIST, "cannot be read; line 1, column 1: Expecting an object"),
+    "quotes of Python": ("rows.json", "[{'prompt': 'a'}]", "cannot be read; line 1, column 3: Expecting property name"),
+    "an object never closed": ("rows.json", '{"prompt": "a"', "cannot be read; line 1, column 15: "),
+    "a list in a list never closed": ("rows.json", '[{"prompt": [', "cannot be read; line 1, column 14: "),
+    "gzip with a wrong checksum": (
+        "rows.jsonl.gz",
+        changed(PACKED, len(PACKED) - 6),
+        "cannot be read; CRC check failed",
+    ),
+    "gzip with damage": ("rows.jsonl.gz", changed(PACKED, len(PACKED) // 2), "cannot be read; "),
+    "gzip and rubbish": ("rows.jsonl.gz", PACKED + b"rubbish", "cannot be read; Not a gzipped file"),
+    "Parquet cut off": ("rows.parquet", PARQUET.getvalue()[:-30], "cannot be read; "),
+    "Parquet without its end": ("rows.parquet", PARQUET.getvalue()[: len(PARQUET.getvalue()) // 2], "cannot be read; "),
+    "Parquet with damage": ("rows.parquet", changed(PARQUET.getvalue(), 60), "cannot be read; "),
+    "Parquet of no rows": (
+        "rows.parquet",
+        to_parquet(pa.table({"prompt": pa.array([], pa.string())})),
+        "holds no rows",
+    ),
+    "Parquet of no columns": ("rows.parquet", to_parquet(pa.table({})), "holds no rows"),
+    "Parquet of numbers": (
+        "rows.parquet",
+        to_parquet(pa.table({"a": [1, 2]})),
+        "rows of no known layout, with columns: a; needed are",
+    ),
+    "Arrow cut off": ("rows.arrow", ARROW.getvalue()[: len(ARROW.getvalue()) // 2], "cannot be read; "),
+    "one line without end": ("rows.jsonl.gz", BOMBS["x"], "cannot be read; line 1: longer than 67,108,864 bytes"),
+    "one cell without end": ("rows.csv.gz", BOMBS["x"], "cannot be read; line 1: longer than 67,108,864 characters"),
+    "one text without end": ("rows.json.gz", BOMBS['["x'], "cannot be read; line 1, column 2: longer than 67,108,864"),
+    "blank lines without end": ("rows.jsonl.gz", BOMBS["\n"], "cannot be read; line 1048577: the last 1,048,577 lines"),
+    "blank cells without end": ("rows.csv.gz", BOMBS["\n"], "cannot be read; line 1048577: the last 1,048,577 lines"),
+    "blanks without end": ("rows.json.gz", BOMBS[" "], "cannot be read; line 1, column "),
     "no gzip": ("rows.jsonl.gz", LINES.encode(), "cannot be read; Not a gzipped file"),
     "cut gzip": ("rows.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read; Compressed file ended before"),
     "no zstd": ("rows.jsonl.zst", LINES.encode(), "cannot be read; ZSTD decompress failed"),
@@ -926,8 +1030,14 @@ def test_a_bad_file_is_one_line_that_names_it(load: Load, name: str) -> None:
     path, content, problem = BAD_FILES[name]
     Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
     for policy in ("drop", "error"):
+        began = time.process_time()
         message = error_of(load, path, on_bad_row=policy, max_bad_fraction=1.0)
-        assert message.startswith(f"`data.path={path}`: ") and problem in message
+        assert time.process_time() - began < 2
+        assert re.match(rf"`data(\.path={re.escape(path)})?`: ", message) and problem in message
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(BAD_FILES) >= 60 and len(BAD_ROWS) >= 100
 
 
 @pytest.mark.parametrize("name", ["empty", "broken list", "cut gzip", "short Parquet", "column that stands twice"])
@@ -981,6 +1091,113 @@ def test_what_is_not_there_is_one_line(load: Load, path: str, problem: str) -> N
     Path("only_test/test.jsonl").write_text(LINES)
     message = error_of(load, path)
     assert message.startswith(f"`data.path={path}`: ") and problem in message
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("gone.jsonl")
+
+
+def link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def link_to_its_folder(path: Path) -> None:
+    path.symlink_to(path.parent, target_is_directory=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (make_pipe, "no such regular file"),
+        (make_socket, "no such regular file"),
+        (link_to_zeros, "no such regular file"),
+        (link_to_itself, "is a link that leads nowhere"),
+        (link_to_nothing, "is a link that leads nowhere"),
+    ],
+)
+def test_what_is_no_file_is_one_line_and_never_waited_for(
+    load: Load, make: Callable[[Path], None], problem: str
+) -> None:
+    Path("folder").mkdir()
+    make(Path("folder/rows.jsonl"))
+    for path in ("folder/rows.jsonl", "folder"):
+        message = error_of(load, path)
+        assert message.startswith(f"`data.path={path}`: ") and problem in message
+    assert error_of(load, "folder/*.jsonl") == "`data.path=folder/*.jsonl`: no file matches"
+    Path("folder/rows.jsonl").unlink()
+    Path("fine.jsonl").write_text(LINES)
+    make(Path("held_out.jsonl"))
+    assert error_of(load, "fine.jsonl", eval_path="held_out.jsonl").startswith("`data.eval_path=held_out.jsonl`: ")
+
+
+@pytest.mark.parametrize(
+    "path", ["/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "a\0b.jsonl", "x" * 256 + ".csv"]
+)
+def test_paths_that_are_no_files_of_rows(load: Load, path: str) -> None:
+    error_of(load, path)
+
+
+def test_a_folder_that_holds_itself_is_walked_once(load: Load) -> None:
+    Path("folder").mkdir()
+    Path("folder/rows.jsonl").write_text(LINES)
+    link_to_its_folder(Path("folder/again"))
+    assert len(load("folder").train) == 24
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("path", ["rows.jsonl", "folder"])
+def test_what_may_not_be_read_is_one_line(load: Load, path: str) -> None:
+    Path("folder").mkdir()
+    Path("rows.jsonl").write_text(LINES)
+    Path(path).chmod(0)
+    assert "Permission denied" in error_of(load, path)
+
+
+def test_a_mark_of_UTF8_in_the_middle_costs_its_row(load: Load) -> None:
+    Path("rows.jsonl").write_text(LINES + "\ufeff" + json.dumps(pair()) + "\n")
+    check_costs_one_row(load, "rows.jsonl", 25, "broken JSON", "")
+
+
+COMMAND = ("model=tiny_random", "data=local_file", "wandb=disabled", "run_dir=r")
+
+
+@pytest.mark.parametrize("name", ["empty", "text file", "pipe", "missing"])
+def test_the_command_ends_within_a_second_where_no_tokenizer_is_needed(name: str) -> None:
+    path, content, problem = BAD_FILES.get(name, ("rows.jsonl", b"", "no such"))
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name != "missing":
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+    before = children_seconds()
+    command = [sys.executable, "-m", "dpo_runner", *COMMAND, f"data.path={path}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert children_seconds() - before < 2
+    assert result.returncode == 2 and result.stdout == "" and not Path("r").exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: `data.path={path}`: ") and problem in line
+
+
+@pytest.mark.parametrize("name", ["cut gzip", "Parquet with damage", "UTF-16", "blank lines without end"])
+def test_the_command_ends_in_one_line_where_a_tokenizer_is_needed(name: str) -> None:
+    path, content, problem = BAD_FILES[name]
+    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+    result = run_python("-m", "dpo_runner", *COMMAND, f"data.path={path}", timeout=60)
+    assert result.returncode == 2 and not Path("r").exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: `data.path={path}`: ") and problem in line
 
 
 def test_a_hub_out_of_reach_is_one_line(load: Load) -> None:

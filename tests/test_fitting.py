@@ -1,4 +1,4 @@
-"""A run that finds too little memory says what would take less, or is the run that had smaller batches from the start."""
+"""A run without enough memory says what would take less, or is the run that had smaller batches from the start."""
 
 import json
 import re

@@ -1,0 +1,363 @@
+"""Feed the data preparation rows and files of all kinds: each becomes pairs, or is refused in one line.
+
+    python scripts/torture_rows.py --cases 5000
+
+Four of five cases are rows (of JSON's values, most of them near to rows as people have them), put into files among
+sound ones; the fifth is a file of bytes, or a sound file that is damaged. A row has to become pairs, be left out, or be
+counted as one that cannot be used, with its line; a file may be refused, by an error of ours in one printable line that
+names it. Anything else, and what takes longer than ten seconds, is printed, and the exit code is 1.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import random
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+
+from dpo_runner.config import RunConf, load_conf
+from dpo_runner.data import PreferenceData, load_preferences
+from dpo_runner.data_config import FORMATS
+from dpo_runner.default_model import load_random_model_path
+from dpo_runner.errors import ConfigError
+
+_ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 3
+_COLUMNS = (
+    *("prompt", "chosen", "rejected", "conversations", "instruction", "input", "output", "history", "question"),
+    *("system", "tools", "chat_template_kwargs", "responses", "scores", "response", "helpfulness", "score"),
+    *("context", "response1", "response2", "overall_preference", "score_chosen", "score_rejected", "messages"),
+)
+_TURN = ("role", "from", "content", "value", "tool_calls", "name")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".txt", "")
+
+_WORDS = st.sampled_from(
+    ["", " ", "\n", "Why?", "So.", "No.", "<|im_end|>", "\ud800", "\0", "\u2028", "\n\nHuman: a\n\nAssistant: b", "nan"]
+)
+_TEXTS = st.one_of(_WORDS, st.text(max_size=8))
+_ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "narrator", "", "USER"])
+_NUMBERS = st.one_of(st.integers(-3, 3), st.just(10**400), st.floats(), st.booleans(), st.none())
+_VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(_TEXTS, _NUMBERS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_TEXTS, inner, max_size=3)),
+    max_leaves=6,
+)
+_MESSAGES = st.one_of(
+    st.fixed_dictionaries({"role": _ROLES, "content": _TEXTS}),
+    st.fixed_dictionaries({"from": _ROLES, "value": _TEXTS}),
+    st.dictionaries(st.sampled_from(_TURN), st.one_of(_ROLES, _VALUES), max_size=3),
+)
+_CELLS = st.one_of(_TEXTS, st.lists(_MESSAGES, max_size=4), st.lists(_TEXTS, max_size=3), _NUMBERS, _VALUES)
+_ANSWERS = {"prompt": _CELLS, "chosen": _CELLS, "rejected": _CELLS}
+_OBJECTS = st.one_of(
+    st.fixed_dictionaries(_ANSWERS, optional=dict.fromkeys(_COLUMNS[3:], _CELLS)),
+    st.fixed_dictionaries({"prompt": _CELLS, "responses": st.lists(_TEXTS, max_size=4), "scores": st.lists(_NUMBERS)}),
+    st.dictionaries(st.sampled_from(_COLUMNS), _CELLS, max_size=6),
+    st.dictionaries(_TEXTS, _VALUES, max_size=3),
+)
+ROWS = st.one_of(_OBJECTS, _OBJECTS, _OBJECTS, _VALUES)
+"""Values of JSON, most of them objects with columns as preference data have them."""
+
+_SOUND_ROWS = {
+    "preference": lambda n: {"prompt": f"q{n}", "chosen": f"so {n}", "rejected": "no"},
+    "hh": lambda n: {"chosen": f"\n\nHuman: q{n}\n\nAssistant: so", "rejected": f"\n\nHuman: q{n}\n\nAssistant: no"},
+    "sharegpt": lambda n: {"conversations": [{"from": "human", "value": f"q{n}"}], "chosen": "so", "rejected": "no"},
+    "alpaca": lambda n: {"instruction": f"q{n}", "chosen": "so", "rejected": "no"},
+    "orca": lambda n: {"question": f"q{n}", "chosen": "so", "rejected": "no"},
+    "scored": lambda n: {"prompt": f"q{n}", "responses": ["so", "no"], "scores": [2, 1]},
+    "helpsteer": lambda n: {"context": f"q{n}", "response1": "a", "response2": "b", "overall_preference": -1},
+}
+
+
+def near_rows(layout: str) -> st.SearchStrategy[Any]:
+    """Sound rows of a layout in which one or two columns hold something else."""
+    sound = _SOUND_ROWS.get(layout, _SOUND_ROWS["preference"])(0)
+    columns = st.sampled_from([*sound, *sound, *_COLUMNS])
+    changes = st.dictionaries(columns, _CELLS, min_size=1, max_size=2)
+    return changes.map(lambda change: {**sound, **change})
+
+
+@dataclass
+class Outcome:
+    """What became of the cases.
+
+    Attributes:
+        cases: how many rows and files there were.
+        accepted: rows that became pairs.
+        left_out: sound rows of which none are made.
+        refused: rows and whole files that cannot be used, by the reason.
+        failures: what did not end as it has to, a line each.
+    """
+
+    cases: int = 0
+    accepted: int = 0
+    left_out: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cases:,} cases: {self.accepted:,} became pairs, {self.left_out:,} left out, "
+            f"{self.refused.total():,} refused for {len(self.refused)} reasons, {len(self.failures)} went wrong"
+        )
+
+
+class Wrong(Exception):
+    """What is not as it has to be."""
+
+
+def fuzz_rows(cases: int, seed: int, folder: Path) -> Outcome:
+    """Prepare `cases` rows and files that `seed` determines.
+
+    Args:
+        cases: how many.
+        seed: of what is drawn.
+        folder: for the files; those that went wrong stay.
+    """
+    from transformers import AutoTokenizer
+
+    overrides = ["model=tiny_random", "data=local_file", "data.path=x", "data.eval_fraction=0.1"]
+    conf = load_conf([*overrides, "data.max_bad_fraction=1", "training.dataset_num_proc=1"])
+    bench = _Bench(conf, AutoTokenizer.from_pretrained(load_random_model_path()), folder, Outcome())
+    files = cases // 5
+    for place, layout in enumerate(FORMATS):
+        count = (cases - files + place) // len(FORMATS)
+        drawn = draw(st.one_of(near_rows(layout), near_rows(layout), ROWS), count, seed + place)
+        rows = [json.dumps(row, ensure_ascii=bool(n % 2)) for n, row in enumerate(drawn)]
+        for start in range(0, count, _ROWS_PER_FILE):
+            bench.try_rows(rows[start : start + _ROWS_PER_FILE], layout)
+    random_bytes = draw(st.binary(max_size=60), files // 2, seed)
+    for number, content in enumerate([*random_bytes, *_damage(files - files // 2, seed)]):
+        bench.try_file(content, number)
+    return bench.outcome
+
+
+def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
+    """Return `count` values, the same for the same seed."""
+    found: list[Any] = []
+    while len(found) < count:
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=count - len(found),
+            database=None,
+            deadline=None,
+            derandomize=False,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(strategy)
+        def collect(value: Any) -> None:
+            found.append(value)
+
+        collect()
+        seed += 1
+    return found[:count]
+
+
+def _damage(count: int, seed: int) -> Iterator[bytes]:
+    """Yield sound files of all formats with bytes changed, left out and put in."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    make: Callable[[int], dict[str, Any]] = _SOUND_ROWS["preference"]
+    sound = [make(number) for number in range(12)]
+    table = pa.Table.from_pylist(sound)
+    parquet.write_table(table, packed := io.BytesIO(), write_page_checksum=True)
+    with pa.ipc.new_file(arrow := io.BytesIO(), table.schema) as writer:
+        writer.write_table(table)
+    lines = "".join(json.dumps(row) + "\n" for row in sound).encode()
+    cells = "".join(",".join(row.values()) + "\n" for row in [dict(zip(sound[0], sound[0], strict=True)), *sound])
+    kinds = [json.dumps(sound).encode(), lines, cells.encode(), cells.replace(",", "\t").encode(), packed.getvalue()]
+    kinds += [arrow.getvalue(), gzip.compress(json.dumps(sound).encode()), gzip.compress(lines)]
+    kinds.append(pa.compress(lines, codec="zstd", asbytes=True))
+    chance = random.Random(seed)
+    for number in range(count):
+        content = bytearray(kinds[number % len(kinds)])
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(content))
+            change = chance.choice(["set", "flip", "cut", "insert"])
+            if change == "set":
+                content[at] = chance.randrange(256)
+            elif change == "flip":
+                content[at] ^= 1 << chance.randrange(8)
+            elif change == "cut":
+                del content[at : at + chance.randint(1, 20)]
+            else:
+                content[at:at] = chance.randbytes(chance.randint(1, 4))
+            content = content or bytearray(b"\0")
+        yield bytes(content)
+
+
+@dataclass
+class _Bench:
+    conf: RunConf
+    tokenizer: Any
+    folder: Path
+    outcome: Outcome
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def try_rows(self, rows: Sequence[str], layout: str) -> None:
+        """Prepare rows among sound ones of a layout; where something goes wrong, one by one."""
+        self.outcome.cases += len(rows)
+        try:
+            self._count(self._load_rows(rows, layout))
+        except Wrong:
+            for row in rows:
+                try:
+                    self._load_rows([row], layout)
+                except Wrong as error:
+                    self.outcome.failures.append(f"as {layout}: {row!r:.300}: {error}")
+
+    def _load_rows(self, rows: Sequence[str], layout: str) -> PreferenceData:
+        make = _SOUND_ROWS.get(layout, _SOUND_ROWS["preference"])
+        sound = [json.dumps(make(number)) for number in range(_SOUND)]
+        path = self._write("\n".join([*sound, *rows]).encode("utf-8", "surrogatepass") + b"\n", ".jsonl")
+        data = self._load(path, layout)
+        if isinstance(data, ConfigError):
+            raise Wrong(f"the sound rows are refused too: {data}")
+        (source,) = {part.name: part for part in data.report.sources}.values()
+        if source.rows != len(sound) + len(rows):
+            raise Wrong(f"{source.rows} rows are told of, of {len(sound) + len(rows)}")
+        path.unlink()
+        return data
+
+    def try_file(self, content: bytes, number: int) -> None:
+        """Prepare a file of any bytes."""
+        self.outcome.cases += 1
+        # a damaged file keeps its suffix, as `_damage` has their kinds in the same order
+        path = self._write(content, _SUFFIXES[number % len(_SUFFIXES)] if len(content) < 100 else _guess(content))
+        try:
+            data = self._load(path, "auto")
+        except Wrong as error:
+            self.outcome.failures.append(f"{path}: {error}")
+            return
+        if isinstance(data, ConfigError):
+            self.outcome.refused["a file"] += 1
+        else:
+            self._count(data)
+        path.unlink()
+
+    def _count(self, data: PreferenceData) -> None:
+        for source in data.report.sources:
+            self.outcome.refused.update(source.bad)
+            self.outcome.left_out += sum(source.left_out.values())
+            self.outcome.accepted += source.rows - sum(source.bad.values()) - sum(source.left_out.values())
+
+    def _load(self, path: Path, layout: str) -> PreferenceData | ConfigError:
+        """Prepare a file, and check what is told of it.
+
+        Raises:
+            Wrong: it is not what it has to be.
+        """
+        data_conf = dataclasses.replace(self.conf.data, path=str(path), format=layout)
+        conf = dataclasses.replace(self.conf, data=data_conf)
+        try:
+            with _patience(_SECONDS):
+                data = load_preferences(conf, self.tokenizer)
+                dropped = list(data.dropped())
+        except ConfigError as error:
+            told = str(error)
+            if len(error.mistakes) != 1 or "\n" in told or "\r" in told or len(told) > 1000:
+                raise Wrong(f"not told in one line: {told!r:.300}") from None
+            _encode(told)
+            return error
+        except Exception as error:
+            raise Wrong(f"{type(error).__name__}: {error}") from error
+        _check_account(data, dropped)
+        return data
+
+    def _write(self, content: bytes, suffix: str) -> Path:
+        path = self.folder / f"{next(self._numbers)}{suffix}"
+        path.write_bytes(content)
+        return path
+
+
+def _guess(content: bytes) -> str:
+    if content[:2] == b"\x1f\x8b":
+        return ".json.gz" if len(content) % 2 else ".jsonl.gz"
+    marks = {b"\x28\xb5": ".jsonl.zst", b"PA": ".parquet", b"AR": ".arrow", b'{"': ".jsonl", b"[{": ".json"}
+    return marks.get(content[:2], ".tsv" if b"\t" in content else ".csv")
+
+
+def _check_account(data: PreferenceData, dropped: Sequence[dict[str, Any]]) -> None:
+    bad = 0
+    for source in data.report.sources:
+        bad += sum(source.bad.values())
+        if sum(source.bad.values()) + sum(source.left_out.values()) > source.rows:
+            raise Wrong(f"more rows are accounted for than there are: {source}")
+    used = {(part.source.files[f], n) for _, _, part in data._prepared for f, n in _places(part.rows)}
+    rows = sum(source.rows - sum(source.left_out.values()) for source in data.report.sources)
+    if len(used) + bad != rows:
+        raise Wrong(f"{len(used)} rows became pairs and {bad} are bad, of {rows}")
+    for name, split in data.report.splits.items():
+        if split.kept + split.unused + sum(split.dropped.values()) != split.pairs:
+            raise Wrong(f"the account of {name} does not add up: {split}")
+    if sum(split.pairs for split in data.report.splits.values()) != sum(
+        len(part.rows) for _, _, part in data._prepared
+    ):
+        raise Wrong("pairs of the splits are not those of the sources")
+    if len(dropped) != bad + sum(sum(split.dropped.values()) for split in data.report.splits.values()):
+        raise Wrong(f"{len(dropped)} dropped rows are listed")
+    for row in dropped:
+        _encode(json.dumps(row, ensure_ascii=False))
+        if "\n" in row["detail"] or len(row["detail"]) > 1000:
+            raise Wrong(f"a detail that is not one line: {row['detail']!r:.200}")
+    for rows_of in (data.train, data.eval):
+        for row in rows_of or ():
+            if not row["prompt_ids"] or not row["chosen_ids"] or not row["rejected_ids"]:
+                raise Wrong(f"a pair without tokens: {row}")
+
+
+def _places(rows: Any) -> Iterator[tuple[int, int]]:
+    columns = (rows.data.column(name).to_pylist() for name in ("file", "number"))
+    return zip(*columns, strict=True)
+
+
+def _encode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Wrong(f"not printable: {text!r:.200} ({error})") from None
+
+
+@contextmanager
+def _patience(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Wrong(f"takes more than {seconds} seconds")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="torture-rows-"))
+    outcome = fuzz_rows(args.cases, args.seed, folder)
+    print(outcome, *(f"{count:>8,}  {reason}" for reason, count in outcome.refused.most_common()), sep="\n  ")
+    print(*outcome.failures, sep="\n")
+    sys.exit(bool(outcome.failures))
+
+
+if __name__ == "__main__":
+    main()
