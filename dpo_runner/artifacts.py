@@ -218,8 +218,7 @@ class RunDirectory:
             self._status |= details
             self._renew_status()
 
-    def _renew_status(self) -> None:
-        """Write status.json; where that fails, the next time says the same, and what the run lives by fails too."""
+    def _renew_status(self) -> None:  # what the run lives by fails too where this does
         with contextlib.suppress(OSError):
             write_json(self.path / "status.json", self._status)
 
@@ -243,11 +242,18 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**metrics, "time": round(time.time(), 3)}) + "\n")
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop the log events after `step`, which a resumed run is about to log again."""
+    def keep_metrics_until(self, step: int, evaluated: bool) -> None:
+        """Drop the log events that a resumed run is about to log again.
+
+        Args:
+            step: of its checkpoint; what came later is dropped.
+            evaluated: whether `step` was evaluated before it was saved.
+        """
         path = self.path / "metrics.jsonl"
         if path.exists():
-            write_lines(path, [json.dumps(event) for event in read_metrics(self.path) if event["step"] <= step])
+            events = [event for event in read_metrics(self.path) if event["step"] <= step]
+            kept = [event for event in events if evaluated or event["step"] < step or "eval_loss" not in event]
+            write_lines(path, map(json.dumps, kept))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)

@@ -34,6 +34,12 @@ def read_epoch(checkpoint: Path) -> float:
     return float(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
 
 
+def was_evaluated(checkpoint: Path) -> bool:
+    """Return whether the step of a checkpoint was evaluated before it was saved."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return any(event["step"] == state["global_step"] and "eval_loss" in event for event in state["log_history"])
+
+
 def check_unused(run_dir: Path) -> None:
     """Refuse to write among files that no run has left there; one that was killed at once has left a few.
 

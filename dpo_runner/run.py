@@ -4,7 +4,6 @@ plan -> data -> model -> trainer -> step-0 check -> train -> evaluate -> sample 
 """
 
 import logging
-import re
 import signal
 import time
 import traceback
@@ -27,9 +26,10 @@ with quiet_imports():
     from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
+    from dpo_runner.measuring import measure_model
     from dpo_runner.model import check_model, load_policy
     from dpo_runner.reference import describe_reference, is_initial
-    from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
+    from dpo_runner.samples import pair_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.stopping import Stopping
     from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer
@@ -38,11 +38,18 @@ with quiet_imports():
     from dpo_runner.weights import save_weights
 
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
-from dpo_runner.checkpoint import check_continuable, check_same_inputs, check_unused, read_epoch, read_step
+from dpo_runner.checkpoint import (
+    check_continuable,
+    check_same_inputs,
+    check_unused,
+    read_epoch,
+    read_step,
+    was_evaluated,
+)
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.device_memory import ANSWERING, LOADING, PREPARING, watch_memory
+from dpo_runner.device_memory import LOADING, PREPARING, watch_memory
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.fitting import Records, Settings, run_within_memory, show_memory, with_settings
 from dpo_runner.pickles import refuse_pickled_code
@@ -51,9 +58,6 @@ from dpo_runner.sealing import open_last_checkpoint
 from dpo_runner.tracking import Tracker, track
 
 logger = logging.getLogger(__name__)
-
-_NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|num_tokens)$")
-"""Entries of an evaluation that tell of the machine, not of the model."""
 
 
 def run(
@@ -227,11 +231,12 @@ def _train(
         raise ConfigError(
             "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
         )
-    directory.keep_metrics_until(read_step(checkpoint) if checkpoint else -1)
+    step, evaluated = (read_step(checkpoint), was_evaluated(checkpoint)) if checkpoint else (-1, False)
+    directory.keep_metrics_until(step, evaluated)
 
     console.say("measuring the model as it is")
     events.silent = checkpoint is not None  # a resumed run has logged this before
-    before, first_answers = _measure(trainer, tokenizer, data, conf)
+    before, first_answers = measure_model(trainer, tokenizer, data, conf)
     events.silent = False
 
     if checkpoint is not None:
@@ -239,7 +244,7 @@ def _train(
     trained = _train_steps(trainer, count_steps(conf, len(data.train)), checkpoint)
 
     console.say("measuring the tuned model")
-    after, last_answers = _measure(trainer, tokenizer, data, conf)
+    after, last_answers = measure_model(trainer, tokenizer, data, conf)
 
     samples = pair_answers(data.prompts, first_answers, last_answers)
     directory.write_samples(samples)
@@ -254,29 +259,6 @@ def _train(
     console.show_samples(samples[: conf.samples.show])
     console.show_summary(summary)
     return summary, weights
-
-
-def _measure(
-    trainer: RunTrainer, tokenizer: Any, data: PreferenceData, conf: RunConf
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluate the policy as it stands and let it answer the sample prompts."""
-    metrics: dict[str, Any] = {}
-    if data.eval is not None:
-        metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
-    batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
-    length = conf.samples.max_new_tokens
-    with watch_memory(ANSWERING):
-        answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
-    return {**metrics, **summarize_answers(answers)}, answers
-
-
-def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
-    """Evaluate, or return the evaluation that the trainer made of these very weights after its last step."""
-    events = (event for event in reversed(trainer.state.log_history) if "eval_loss" in event)
-    newest = next(events, None)
-    if newest is not None and newest["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        return dict(newest)
-    return dict(trainer.evaluate())
 
 
 def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import xxhash
 from safetensors import SafetensorError
 
 from dpo_runner.artifacts import write_json
-from dpo_runner.errors import RunError, reason_of
+from dpo_runner.errors import RunError, is_disk_full, reason_of
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING, _DAMAGED = ".saving-", "damaged-"
 _CHUNK = 2**24
+_NEXT_TO_NOTHING = 2**16  # bytes free on a disk that is full
 
 
 def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
@@ -50,8 +51,11 @@ def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
             staging.rename(path)
         _flush(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: so torch.save says that a disk is full
+        # torch.save's own words are "unexpected pos 64 vs 0"
+        is_full = is_disk_full(error) or shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING
         shutil.rmtree(staging, ignore_errors=True)
-        raise RunError(f"{path}: the checkpoint cannot be written; {reason_of(error)}") from error
+        reason = "no space is left on its disk" if is_full else reason_of(error)
+        raise RunError(f"{path}: the checkpoint cannot be written; {reason}") from error
 
 
 def seal(folder: Path) -> None:

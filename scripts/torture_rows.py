@@ -70,7 +70,7 @@ _OBJECTS = st.one_of(
 ROWS = st.one_of(_OBJECTS, _OBJECTS, _OBJECTS, _VALUES)
 """Values of JSON, most of them objects with columns as preference data have them."""
 
-_SOUND_ROWS = {
+_SOUND_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "preference": lambda n: {"prompt": f"q{n}", "chosen": f"so {n}", "rejected": "no"},
     "hh": lambda n: {"chosen": f"\n\nHuman: q{n}\n\nAssistant: so", "rejected": f"\n\nHuman: q{n}\n\nAssistant: no"},
     "sharegpt": lambda n: {"conversations": [{"from": "human", "value": f"q{n}"}], "chosen": "so", "rejected": "no"},
@@ -172,7 +172,7 @@ def _damage(count: int, seed: int) -> Iterator[bytes]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    make: Callable[[int], dict[str, Any]] = _SOUND_ROWS["preference"]
+    make = _SOUND_ROWS["preference"]
     sound = [make(number) for number in range(12)]
     table = pa.Table.from_pylist(sound)
     parquet.write_table(table, packed := io.BytesIO(), write_page_checksum=True)

@@ -111,9 +111,13 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         directory.append_metrics({"step": step, "loss": 0.5})
     with (directory.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "torn')
-    directory.keep_metrics_until(2)
+    directory.keep_metrics_until(2, evaluated=True)
     steps = [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
+    for loss in (0.4, 0.3):  # after the training, before the run was interrupted; and when it went on
+        directory.append_metrics({"step": 2, "eval_loss": loss})
+        directory.keep_metrics_until(2, evaluated=False)
+        assert [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").open()] == [1, 2]
 
 
 def test_fresh_directories_never_collide(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_what_an_attempt_held_is_let_go_of(
     assert len(models) == 2
 
 
-@pytest.mark.parametrize("way", [BY_TOKENS, BY_ROWS], ids=["tokens", "rows"])
+@pytest.mark.parametrize("way", [BY_TOKENS, pytest.param(BY_ROWS, marks=pytest.mark.slow)], ids=["tokens", "rows"])
 def test_there_is_an_end_to_it(way: list[str], four: list[str], limit: Callable[..., Any]) -> None:
     limit(rows=0)
     with pytest.raises(OutOfMemory) as caught:
