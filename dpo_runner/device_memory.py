@@ -40,12 +40,13 @@ class OutOfMemory(RunError):
 
 
 @contextmanager
-def watch_memory(part: str, tokens: int | None = None) -> Iterator[None]:
+def watch_memory(part: str, tokens: int | None = None, advice: str = "") -> Iterator[None]:
     """Say which part of a run it was that memory ran out in; of parts within parts, the inner one.
 
     Args:
         part: its name.
         tokens: of a micro-batch, at most; None where rows are counted.
+        advice: what would take less, where that is known beforehand.
 
     Raises:
         OutOfMemory: with the library's own error as its cause.
@@ -57,7 +58,7 @@ def watch_memory(part: str, tokens: int | None = None) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(part, _describe_sizes(error), tokens) from error
+        raise OutOfMemory(part, _describe_sizes(error), tokens, advice) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from rich.table import Table
 from dpo_runner.artifacts import write_json
 from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole, visible
+from dpo_runner.device_memory import EVALUATION, watch_memory
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluation_config import ALLOWED, compose, is_foreign
 from dpo_runner.evaluation_work import Task, answer_prompts, load_compared, name_autocast, score_pairs
@@ -121,11 +122,12 @@ def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", co
     pairs, answers = JsonLines(task.folder / "pairs.jsonl"), JsonLines(task.folder / "answers.jsonl")
     conf, prompts = task.conf, task.data.prompts
     if len(pairs.records) < len(task.rows) or len(answers.records) < len(prompts):
-        compared = load_compared(run_dir, conf)
-        with _bar(console, "scoring pairs", len(task.rows)) as progress:
-            score_pairs(compared, task, pairs, tokenizer.pad_token_id, progress)
-        with _bar(console, "answering prompts", len(prompts)) as progress:
-            answer_prompts(compared, task, answers, tokenizer, progress)
+        with watch_memory(EVALUATION, advice=_advise_on_memory(conf)):
+            compared = load_compared(run_dir, conf)
+            with _bar(console, "scoring pairs", len(task.rows)) as progress:
+                score_pairs(compared, task, pairs, tokenizer.pad_token_id, progress)
+            with _bar(console, "answering prompts", len(prompts)) as progress:
+                answer_prompts(compared, task, answers, tokenizer, progress)
     result = {
         "evaluated": task.describe(),
         **summarize_pairs(pairs.records, conf.training.beta, conf.seed),
@@ -138,6 +140,12 @@ def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", co
         summary = summarize_verdicts(verdicts, answers.records, conf.seed)
         result["judge"] = {"name": name_judge(conf.judge), **summary}
     return result
+
+
+def _advise_on_memory(conf: RunConf) -> str:
+    size, length = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens
+    ways = [f"training.per_device_eval_batch_size={size // 2}"] if size > 1 else []
+    return f"try {', or '.join([*ways, f'samples.max_new_tokens={max(length // 2, 1)}'])}; what is done stays done"
 
 
 @contextmanager

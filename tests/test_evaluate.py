@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS
+from conftest import ROWS, run_main
 
 from dpo_runner import evaluate as command
 from dpo_runner import evaluation_work, load_conf, run, scoring
@@ -187,3 +187,20 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         main([str(tmp_path)])
     assert caught.value.code == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line_and_keeps_what_is_done(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError("Unable to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "answer_prompts", fail)
+        assert run_main(main, str(trained)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory in evaluation: 2.15 GB were asked for in one piece, with ")
+    assert line.endswith("; try samples.max_new_tokens=2; what is done stays done")
+    scored = (results_of(trained) / "pairs.jsonl").read_text()
+    evaluate(trained)
+    assert (results_of(trained) / "pairs.jsonl").read_text() == scored
