@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from dpo_runner import __version__
-from dpo_runner.command_line import build_help, check_command_line, choose_sweeper
+from dpo_runner.command_help import build_help
+from dpo_runner.command_line import check_command_line, choose_sweeper
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf, build_run_conf, expand_overrides
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
 from dpo_runner.exits import honest_exit, report

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
 import threading
@@ -24,37 +23,12 @@ import yaml
 
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunError, reason_of
-
-MASK = "***"
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|access_key|credential)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|(?<![\w-])sk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[A-Z0-9]{16}"
-    r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-_COMMIT_KEYS = ("revision", "adapter_revision", "commit")
-"""A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
+from dpo_runner.masking import mask_override, mask_secrets
 
 HEARTBEAT_SECONDS = 10
 
 LOCK_FILE = ".lock"
 """In a run directory, held by the process that writes there; the system lets go of it however that ends."""
-
-
-def mask_secrets(value: Any, key: str = "") -> Any:
-    """Return a copy of plain containers in which whatever looks like a secret is `***`."""
-    if isinstance(value, dict):
-        return {name: mask_secrets(item, str(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [mask_secrets(item, key) for item in value]
-    if not isinstance(value, str) or key in _COMMIT_KEYS:
-        return value
-    return MASK if _SECRET_KEY.search(key) and value else _SECRET_VALUE.sub(MASK, value)
-
-
-def mask_override(text: str) -> str:
-    """Return one `KEY=VALUE` override with its value masked where it looks like a secret."""
-    key, separator, value = text.partition("=")
-    return f"{key}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -261,7 +235,9 @@ class RunDirectory:
     def write_data_report(self, report: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
         """Keep what became of the data, and each row that was left out."""
         write_json(self.path / "data_report.json", report)
-        write_lines(self.path / "dropped_rows.jsonl", (json.dumps(row, ensure_ascii=False) for row in dropped))
+        write_lines(
+            self.path / "dropped_rows.jsonl", (json.dumps(mask_secrets(row), ensure_ascii=False) for row in dropped)
+        )
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))

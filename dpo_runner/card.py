@@ -17,13 +17,14 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import mask_secrets, write_text
+from dpo_runner.artifacts import write_text
 from dpo_runner.card_facts import LABELS, RunFacts, build_metadata
 from dpo_runner.card_use import explain_use
 from dpo_runner.citations import list_citations
 from dpo_runner.config import config_keys
 from dpo_runner.data_config import resolve_sources
 from dpo_runner.errors import reason_of
+from dpo_runner.masking import mask_secrets
 from dpo_runner.plan import describe_adapter
 from dpo_runner.plots import Plot, write_plots
 from dpo_runner.quantization import describe_quantization

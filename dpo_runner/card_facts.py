@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dpo_runner.artifacts import mask_secrets
 from dpo_runner.config import RunConf
 from dpo_runner.data.sources import is_hub_id
 from dpo_runner.data_config import SourceConf, resolve_sources
+from dpo_runner.masking import mask_secrets
 
 LABELS = {
     "loss": "loss",

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from dpo_runner.artifacts import mask_secrets
 from dpo_runner.card_facts import RunFacts, hub_base
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX
+from dpo_runner.masking import mask_secrets
 from dpo_runner.quantization import describe_quantization
 
 _ASK = [

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import LOCK_FILE, mask_secrets
+from dpo_runner.artifacts import LOCK_FILE
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
+from dpo_runner.masking import mask_secrets
 from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.

@@ -1,4 +1,4 @@
-"""The command line: its help, and the check that finds every mistake before Hydra stops at the first.
+"""The check of a command line, which finds every mistake before Hydra stops at the first.
 
 Nothing is written and neither torch nor transformers is imported here, so a wrong command costs a
 fraction of a second and leaves nothing behind.
@@ -16,23 +16,27 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_runner import __version__
-from dpo_runner.config_files import SCHEMA, ConfigFiles, find_value_mistakes
-from dpo_runner.errors import ConfigError
+from dpo_runner.config_checks import suggest
+from dpo_runner.config_files import ConfigFiles
+from dpo_runner.config_schema import SCHEMA, find_value_mistakes
+from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.hydra_rules import check_hydra_override
 from dpo_runner.sweep.axes import Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.points import find_axis_mistakes
 from dpo_runner.sweep.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
 
-# What of Hydra's own configuration a command may change. The rest can run code or write elsewhere.
-_HYDRA_KEYS = ("hydra.mode", "hydra.verbose", "hydra/launcher")
-_HYDRA_PREFIXES = ("hydra.launcher.",)
+_SECTIONS = [key for key, kind in SCHEMA.items() if kind is not None]
+_LONGEST_OVERRIDE = 20_000  # Hydra takes a second for each such
 _REFUSED_FLAGS = {
     "config_path": "use --config-dir DIR to add a folder of your own config groups",
     "config_name": "use experiment=NAME, with your own file in DIR/experiment/NAME.yaml and --config-dir DIR",
     "experimental_rerun": "it runs a pickle; repeat a run with the overrides in its overrides.yaml",
 }
 
-_UNCOMPOSABLE = (HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError)
+_UNCOMPOSABLE = (
+    *(HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 def check_command_line(argv: list[str]) -> list[str]:
@@ -50,8 +54,21 @@ def check_command_line(argv: list[str]) -> list[str]:
         for flag, instead in _REFUSED_FLAGS.items()
         if getattr(args, flag)
     ]
+    mistakes += _check_flags(args)
     mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
     return mistakes
+
+
+def _check_flags(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what Hydra would end with a traceback for."""
+    chosen = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, name)]
+    if len(chosen) > 1:
+        yield f"--{chosen[0].replace('_', '-')}: goes alone, not with --{chosen[1].replace('_', '-')}"
+    for flag in ("resolve", "package"):
+        if getattr(args, flag) and args.cfg is None:
+            yield f"--{flag}: is read by --cfg job alone; add that, or leave it out"
+    if args.package and args.package not in SCHEMA:
+        yield f"--package={args.package}: no such section; {suggest(args.package, _SECTIONS)}"
 
 
 def choose_sweeper(argv: list[str]) -> list[str]:
@@ -81,7 +98,9 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         files = ConfigFiles.over(config_dir)
         groups = files.groups()
     except OSError as error:
-        return [f"--config-dir={config_dir}: {error.strerror}"]
+        return [f"--config-dir={config_dir}: {error.strerror}; name a folder"]
+    except ValueError as error:
+        return [f"--config-dir={config_dir}: {error}"]
     mistakes: list[str] = files.find_hidden_files()
     sound: list[Override] = []
     choices: dict[str, list[str]] = {}
@@ -125,16 +144,20 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
 def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[list[str], Override | None]:
     if text.startswith("-"):
         return [f"`{text}`: no such option; see --help"], None
+    if len(text) > _LONGEST_OVERRIDE:
+        return [
+            f"`{text[:40]}…`: has {len(text):,} characters; put it into a file (experiment=NAME, --config-dir)"
+        ], None
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
         return [f"`{text}`: not a KEY=VALUE override; {_first_line(error)}"], None
     key = override.key_or_group
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
         return [f"`{text}`: nothing can be deleted; {instead}"], None
     if key.split(".")[0].split("/")[0] == "hydra":
-        return _check_hydra_override(text, key, override), override
+        return check_hydra_override(text, override), override
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
     known = key in groups or key in SCHEMA
@@ -145,18 +168,6 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):
         return [f"`{text}`: must be whole numbers; write int({text.partition('=')[2]})"], override
     return list(dict.fromkeys(lines)), override
-
-
-def _check_hydra_override(text: str, key: str, override: Override) -> list[str]:
-    allowed = key in _HYDRA_KEYS or key.startswith(_HYDRA_PREFIXES)
-    if allowed and "_target_" not in text:
-        return []
-    instead = {
-        "hydra.run.dir": "use run_dir=PATH",
-        "hydra.sweep.dir": "use sweep.dir=PATH",
-        "hydra.searchpath": "use --config-dir DIR",
-    }.get(key, "these may be changed: " + ", ".join((*_HYDRA_KEYS, *(f"{p}*" for p in _HYDRA_PREFIXES))))
-    return [f"`{text}`: not allowed, it could run code or write elsewhere; {instead}"]
 
 
 def _values(override: Override, files: ConfigFiles) -> Iterator[Any]:
@@ -235,58 +246,7 @@ def _explain(error: Exception, point: Sequence[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def build_help() -> str:
-    """Return the text of `--help`: what there is to choose, and examples to copy."""
-    files = ConfigFiles.over(None)
-    groups = "\n".join(f"  {group:<12}{'  '.join(files.options(group))}" for group in files.groups())
-    fields = "\n".join(
-        f"  {section:<12}{', '.join(_field_names(section))}" for section, kind in SCHEMA.items() if kind is not None
-    )
-    alone = ", ".join(key for key, kind in SCHEMA.items() if "." not in key and kind is None)
-    return f"""\
-dpo_runner {__version__}: Direct Preference Optimization from a YAML configuration.
-
-Usage: python -m dpo_runner [GROUP=OPTION ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
-
-Without arguments it tunes the default model on the bundled data, offline, and prints a before and after.
-
-Groups (GROUP=OPTION chooses a file of conf/GROUP/):
-{groups}
-
-Keys (KEY=VALUE sets one field):
-{fields}
-  {"":<12}{alone}
-
-Options:
-  -m, --multirun      run every combination of comma-separated values
-  --cfg job           print the composed configuration and stop
-  --config-dir DIR    look for GROUP/OPTION.yaml in DIR first
-  --version, --help
-
-Examples:
-  python -m dpo_runner
-  python -m dpo_runner model=tiny_random training=smoke
-  python -m dpo_runner data=local_file data.path=pairs.jsonl training.beta=0.2
-  python -m dpo_runner model=mistral quant=nf4
-  python -m dpo_runner model.adapter=PATH_OR_HUB_ID
-  python -m dpo_runner -m training.beta=0.05,0.1,0.3
-  python -m dpo_runner run_dir=outputs/mine          # the same command continues what was interrupted
-  python -m dpo_runner dry_run=true                  # the plan, and whether it will fit
-  python -m dpo_runner.preview data=local_file data.path=pairs.jsonl   # what it would be trained on
-  python -m dpo_runner.chat outputs/mine             # talk with the result
-  python -m dpo_runner.compare outputs/sweeps        # runs side by side, the best one marked
-  python -m dpo_runner.workspace outputs/sweeps/mine # a view of a sweep in Weights & Biases
-  python -m dpo_runner.evaluate outputs/mine         # its evaluation against the model it started from
-  python -m dpo_runner.export outputs/mine --out outputs/merged        # one folder to serve or publish
-  python -m dpo_runner.cache                         # what is kept between runs, and how to clear it
-"""
-
-
-def _field_names(section: str) -> list[str]:
-    names = [key.rpartition(".")[2] for key in SCHEMA if key.rpartition(".")[0] == section]
-    if len(names) > 30:
-        return ["every field of TRL's DPOConfig, such as beta, loss_type, learning_rate, max_length, max_steps"]
-    return names
+    if isinstance(error, RecursionError):
+        return "nested too deeply, or an interpolation that leads back to itself"
+    key = getattr(error, "full_key", None)
+    return f"`{key}`: {reason_of(error)}" if key else reason_of(error)

@@ -13,11 +13,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.data_config import DataConf
 from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.hydra_rules import check_composed
 from dpo_runner.model_config import LoraConf, ModelConf, QuantConf
 from dpo_runner.sweep_config import SweepConf
 from dpo_runner.training_fields import TrainingConf
@@ -196,13 +197,19 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
 
     Args:
         overrides: as on the command line, such as `["quant=nf4", "training.beta=0.2"]`.
-        config_dir: a folder of the user's own config groups, searched before `conf/`.
+        config_dir: a folder of the user's own config groups, searched after `conf/`.
+
+    Raises:
+        ConfigError: something would set what Hydra acts on, and could run code.
     """
     GlobalHydra.instance().clear()
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose(CONFIG_NAME, overrides=[*search_path, *expand_overrides(overrides)])
+        config = compose(CONFIG_NAME, [*search_path, *expand_overrides(overrides)], return_hydra_config=True)
     assert isinstance(config, DictConfig)
+    check_composed(config)
+    with open_dict(config):
+        del config["hydra"]
     return config
 
 
@@ -251,8 +258,11 @@ def read_adapter_base(adapter_config: Path) -> str | None:
 def _recognise_adapter(config: DictConfig) -> None:
     """Take an adapter's folder that stands in the model's place for what it is: an SFT adapter, and its base."""
     name = str(config.model.model_name_or_path)
-    file = Path(name).expanduser() / "adapter_config.json"
-    if not file.is_file():
+    try:
+        file = Path(name).expanduser() / "adapter_config.json"
+        if not file.is_file():
+            return
+    except (OSError, RuntimeError):  # no name of a file at all; the check of the fields says why
         return
     base = read_adapter_base(file)
     if config.model.adapter is not None:

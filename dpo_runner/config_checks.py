@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_runner.masking import holds_secret
+from dpo_runner.text_checks import check_text
 from dpo_runner.training_rules import LOSSES_OF_WHOLE_BATCHES, LOSSES_WITH_LABEL_SMOOTHING
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ _RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("sweep.search.warmup_steps", 0, True, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
+_RANGED = ("seed",)
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT = 3.4e38  # of float32, in which losses are computed
 _SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
     "weight": (0, False, None, False),
     "max_train_samples": (1, True, None, False),
@@ -134,8 +138,12 @@ def _check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Itera
         yield f"`{key}`: must be set (`{key}=VALUE`)"
     elif told and not any(_is_a(value, name) for name in told.split(" | ")):
         yield f"`{key}={value}`: must be {told}"
-    elif any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):
+    elif any(isinstance(item, float) and not abs(item) <= _LARGEST_FLOAT for item in _items(value)):
         yield f"`{key}={value}`: must be a finite number"
+    elif any(isinstance(item, int) and abs(item) > _LARGEST_INT for item in _items(value)) and key not in _RANGED:
+        yield f"`{key}={value}`: must be at most {_LARGEST_INT}"
+    elif texts := [line for item in _items(value) if isinstance(item, str) for line in check_text(key, item)]:
+        yield from texts
     else:
         choices = field.metadata.get("choices")
         for item in _items(value):
@@ -198,6 +206,10 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
         yield f"`training.num_train_epochs={training.num_train_epochs}`: must be above 0 unless max_steps is set"
     if training.max_steps == 0 or training.max_steps < -1:
         yield f"`training.max_steps={training.max_steps}`: must be above 0, or -1 for num_train_epochs to decide"
+    for key in ("warmup_steps", "logging_steps", "eval_steps", "save_steps"):
+        value = getattr(training, key)
+        if value is not None and value > 1 and value != int(value):
+            yield f"`training.{key}={value}`: must be a whole number of steps, or a share of all steps below 1"
     if training.bf16 and training.fp16:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
     if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
@@ -263,8 +275,13 @@ def _may_bring_evaluation(path: str | None) -> bool:
 
 
 def _check_names(conf: "RunConf") -> Iterator[str]:
-    if not conf.run_name or "/" in conf.run_name or conf.run_name in (".", ".."):
+    for key, value in (("run_name", conf.run_name), ("run_dir", conf.run_dir), ("sweep.dir", conf.sweep.dir)):
+        if value is not None and holds_secret(value):
+            yield f"`{key}={value}`: holds what looks like a secret, which would become the name of a folder"
+    if any(character in conf.wandb.project for character in "/\\#?%:") or len(conf.wandb.project) > 128:
+        yield f"`wandb.project={conf.wandb.project}`: W&B takes up to 128 characters, and none of / \\ # ? % :"
+    for tag in conf.wandb.tags:
+        if len(tag) > 64:
+            yield f"`wandb.tags={tag}`: W&B takes tags of up to 64 characters"
+    if "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
-    for key, path in (("run_name", conf.run_name), ("run_dir", conf.run_dir)):
-        if path is not None and "\0" in path:
-            yield f"`{key}`: {path!r} holds a null character, which no path can"

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpo_runner.masking import mask_text
+
 if TYPE_CHECKING:
     from dpo_runner.estimate import MemoryEstimate
 
@@ -60,15 +62,15 @@ class RunConsole:
         self._source: str | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(escape(visible(text)))
+        self.console.print(escape(visible(mask_text(text))))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(visible(text))}")
+        self.console.print(f"[yellow]warning:[/] {escape(visible(mask_text(text)))}")
 
     def show_plan(self, plan: dict[str, str]) -> None:
         table = Table.grid(padding=(0, 2))
         for key, value in plan.items():
-            table.add_row(f"[bold]{escape(key)}[/]", escape(visible(value)))
+            table.add_row(f"[bold]{escape(key)}[/]", escape(visible(mask_text(value))))
         self.console.print(table)
 
     def show_memory(self, estimate: "MemoryEstimate") -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from dpo_runner.config import RunConf, config_keys, load_conf
-from dpo_runner.config_files import SCHEMA, ConfigFiles, schema_key
+from dpo_runner.config_files import ConfigFiles
+from dpo_runner.config_schema import SCHEMA, schema_key
 from dpo_runner.data_config import resolve_sources
 from dpo_runner.errors import ConfigError
 from dpo_runner.judge import check_judge

@@ -5,15 +5,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dpo_runner.errors import ConfigError, DpoRunnerError
+from dpo_runner.masking import mask_text
+
+_LONGEST_LINE = 1000
+"""Characters of a mistake; a value may be as long as a command line allows."""
 
 
 def report(error: DpoRunnerError) -> int:
-    """Print each mistake as `error: …`, with what could command a terminal made visible; return the exit code."""
+    """Print each mistake as one line, `error: …`, which commands no terminal and tells no secret.
+
+    Returns:
+        The exit code.
+    """
     from dpo_runner.console import visible  # rich, which a command that ends well may not need
 
-    for line in error.mistakes if isinstance(error, ConfigError) else [str(error)]:
-        print(f"error: {visible(line)}", file=sys.stderr)
+    for line in map(_to_line, error.mistakes) if isinstance(error, ConfigError) else [str(error)]:
+        print(f"error: {visible(mask_text(line))}", file=sys.stderr)
     return error.exit_code
+
+
+def _to_line(mistake: str) -> str:
+    line = mistake.replace("\n", "␊").replace("\r", "␍")  # of a value: our own words have none
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 
 @contextmanager

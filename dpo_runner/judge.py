@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_runner.artifacts import MASK, mask_secrets
 from dpo_runner.config import JudgeConf
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.json_lines import JsonLines
+from dpo_runner.masking import MASK, mask_secrets
 from dpo_runner.measures import Floats, draw_weights, estimate_ratios, to_estimate
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)

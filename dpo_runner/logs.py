@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_runner.masking import mask_text
+
 _CHATTY = ("transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "wandb", "huggingface_hub")
 
 
@@ -21,6 +23,13 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
+
+
+class _Masking(logging.Formatter):
+    """Writes no secret, whatever a library or a traceback says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
 
 
 @contextlib.contextmanager
@@ -49,7 +58,7 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
 
     handler: logging.Handler = _LogFile(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if log else logging.ERROR)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Masking("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in _CHATTY]
     saved = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     root = logging.getLogger()

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_runner.artifacts import mask_override
 from dpo_runner.config import load_conf
 from dpo_runner.console import RunConsole, visible
 from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport
 from dpo_runner.errors import ConfigError
 from dpo_runner.exits import honest_exit
+from dpo_runner.masking import mask_override
 from dpo_runner.preview_page import Piece, Row, build_page, shorten_list
 from dpo_runner.report_files import check_targets, write_report
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import mask_secrets
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
+from dpo_runner.masking import mask_secrets
 from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
 from dpo_runner.run_search import RUN_FILES, find_run_folders
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_runner.artifacts import RunDirectory
 from dpo_runner.config import RunConf
 from dpo_runner.errors import RunPruned
+from dpo_runner.masking import mask_secrets
 from dpo_runner.wandb_files import find_folder, keep_data_in, list_commands, mark_sent
 from dpo_runner.wandb_run import explain, has_lost_service, messages, open_run, stop_service
 
@@ -59,7 +60,7 @@ class Tracker:
         def log_report() -> None:
             import wandb
 
-            self._run.config.update({"data_report": report.to_dict()}, allow_val_change=True)
+            self._run.config.update({"data_report": mask_secrets(report.to_dict())}, allow_val_change=True)
             self._run.log(
                 {
                     f"data/{split}/{part}_tokens": wandb.Histogram(np_histogram=(lengths.counts, lengths.edges))
@@ -116,7 +117,7 @@ class Tracker:
             flat |= {f"{phase}/{key}": value for key, value in summary.get(phase, {}).items()}
         if objective in summary["after"]:
             flat[OBJECTIVE] = summary["after"][objective]
-        self._attempt(lambda: self._run.summary.update(flat))
+        self._attempt(lambda: self._run.summary.update(mask_secrets(flat)))
 
     def finish(self, state: str, exit_code: int, **figures: Any) -> None:
         """Close the W&B run, and say so where the server does not have all of it.

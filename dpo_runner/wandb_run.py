@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_runner.artifacts import RunDirectory, mask_secrets, write_text
-from dpo_runner.config import OUTSIDE, RunConf, config_keys
+from dpo_runner.artifacts import RunDirectory, write_text
+from dpo_runner.config import OUTSIDE, RunConf, WandbConf, config_keys
 from dpo_runner.errors import reason_of
+from dpo_runner.masking import mask_secrets, mask_text
 from dpo_runner.wandb_files import find_folder, find_parts
 
 logger = logging.getLogger(__name__)
@@ -109,19 +110,20 @@ def _init(conf: RunConf, directory: RunDirectory, mode: _Mode, folder: Path, run
     # Without a terminal of its own, W&B neither writes into the run's nor stops to ask there for a key.
     wandb.termsetup(wandb.Settings(silent=True), messages)
     agent = is_under_agent()  # which has made the run already: where, and with which id, is not ours to say
+    told = WandbConf(**mask_secrets(vars(conf.wandb)))
     run = wandb.init(
         dir=folder.parent,
         mode=mode,
         id=None if agent else run_id,
         resume="allow",
         reinit="finish_previous",  # one of several runs of this process that died must not receive our data
-        project=None if agent else conf.wandb.project,
-        entity=None if agent else conf.wandb.entity,
-        group=None if conf.wandb.group is None else _shorten(conf.wandb.group, _LONGEST_NAME),
-        job_type=conf.wandb.job_type,
-        name=_shorten(conf.wandb.name or f"{conf.run_name}/{directory.path.name}", _LONGEST_NAME),
-        tags=mask_secrets(conf.wandb.tags),
-        notes=mask_secrets(conf.wandb.notes),
+        project=None if agent else told.project,
+        entity=None if agent else told.entity,
+        group=None if told.group is None else _shorten(told.group, _LONGEST_NAME),
+        job_type=told.job_type,
+        name=_shorten(told.name or mask_text(f"{conf.run_name}/{directory.path.name}"), _LONGEST_NAME),
+        tags=told.tags,
+        notes=told.notes,
         config=mask_secrets({key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}),
         settings=wandb.Settings(
             quiet=True,
@@ -162,7 +164,7 @@ def _read_id(directory: RunDirectory) -> str:
 
 def explain(error: Exception) -> str:
     """Return why something failed, in a line that can be shown."""
-    return _shorten(reason_of(error), _LONGEST_REASON)
+    return _shorten(mask_text(reason_of(error)), _LONGEST_REASON)
 
 
 def has_lost_service(error: Exception) -> bool:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from dpo_runner import artifacts, load_conf
-from dpo_runner.artifacts import RunDirectory, mask_override, mask_secrets, read_status, resolve_run_dir, write_folder
+from dpo_runner.artifacts import RunDirectory, read_status, resolve_run_dir, write_folder
+from dpo_runner.masking import mask_override, mask_secrets
 
 TOKEN = "hf_" + "a1B2" * 8
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"

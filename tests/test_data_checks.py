@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_runner.config import expand_overrides, load_conf
-from dpo_runner.config_files import schema_key
+from dpo_runner.config_schema import schema_key
 from dpo_runner.data_config import resolve_sources
 from dpo_runner.errors import ConfigError
 

@@ -10,7 +10,8 @@ import pytest
 from programs import quick_python
 
 from dpo_runner.command_line import check_command_line
-from dpo_runner.config_files import SCHEMA, ConfigFiles, schema_key
+from dpo_runner.config_files import ConfigFiles
+from dpo_runner.config_schema import SCHEMA, schema_key
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]

@@ -112,7 +112,7 @@ def test_keys_of_a_sweep_are_refused_without_one() -> None:
 
 
 def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
-    from dpo_runner.config_files import SCHEMA
+    from dpo_runner.config_schema import SCHEMA
 
     assert all(rule.key in SCHEMA for rule in NO_OPS)
     read = load_conf(
@@ -127,7 +127,7 @@ def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
 
 
 def test_names_say_nothing_of_values() -> None:
-    values = ("../../elsewhere/x.jsonl", "/etc/x.jsonl", "a" * 3000 + ".jsonl", "x y,z.jsonl")
+    values = ("../../elsewhere/x.jsonl", "/etc/x.jsonl", ("a" * 200 + "/") * 15 + "x.jsonl", "x y,z.jsonl")
     quoted = [f'"{value}"' for value in values]
     points = points_of(axis("data", "local_file"), axis("data.path", *quoted))
     names = assign_names([point.digest for point in points], {})

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import find_fresh_folder, mask_override, update_status, write_json
+from dpo_runner.artifacts import find_fresh_folder, update_status, write_json
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import is_process_alive
+from dpo_runner.masking import mask_override
 from dpo_runner.sweep.names import assign_names
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep_config import SweepConf

@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_runner.artifacts import mask_override
 from dpo_runner.config import RunConf
 from dpo_runner.config_differences import shorten_keys
 from dpo_runner.errors import ConfigError
+from dpo_runner.masking import mask_override
 from dpo_runner.sweep.axes import Axis, combine, compose_point, read_sweep_conf
 from dpo_runner.sweep.names import digest_config
 from dpo_runner.sweep.no_ops import find_no_op, ignored_keys

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dpo_runner.config import WandbConf
 from dpo_runner.console import format_clock, visible
+from dpo_runner.masking import mask_text
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep.states import DONE, KEY_METRICS, JobState, read_job, show_metrics
@@ -34,7 +35,7 @@ class SweepScreen:
         self._seconds: list[float] = []
 
     def say(self, text: str) -> None:
-        self.console.print(escape(visible(text)))
+        self.console.print(escape(visible(mask_text(text))))
 
     def show_plan(self, path: Path, names: Sequence[str], points: Sequence[Point], merged: int) -> None:
         """Show each point with its steps and what its directory holds already."""
@@ -44,7 +45,7 @@ class SweepScreen:
             state = job.state if (path / job.name).exists() else "new"
             if job.checkpoint is not None:
                 state += f", continues at step {job.checkpoint}"
-            table.add_row(job.name, escape(visible(point.label)), point.steps, state)
+            table.add_row(job.name, escape(visible(mask_text(point.label))), point.steps, state)
         self.console.print(table)
         duplicates = f", {merged} duplicates merged" if merged else ""
         waiting = any(job.state not in DONE for job in jobs)

@@ -22,6 +22,7 @@ from dpo_runner.config import RunConf
 from dpo_runner.device_memory import OutOfMemory, is_out_of_memory
 from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.exits import report
+from dpo_runner.masking import mask_text
 from dpo_runner.sweep.states import DONE
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def perform(
         if isinstance(error, DpoRunnerError):
             report(error)  # run.log has the traceback where there is any
         else:
-            traceback.print_exc()
+            print(mask_text(traceback.format_exc()), file=sys.stderr)
         update_status(path, state="failed", error=told, **place)
         of_memory = is_out_of_memory(error)
         return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}

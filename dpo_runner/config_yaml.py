@@ -1,0 +1,149 @@
+"""One YAML file of a configuration: its keys and values, and what else it selects. Imports no torch."""
+
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.plugins.config_source import ConfigSource
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_runner.config_schema import SCHEMA, find_value_mistakes, schema_key
+from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.hydra_rules import check_hydra_block
+
+_LARGEST_FILE = 1_000_000
+_MOST_VALUES = 100_000
+"""Of a file with its aliases written out, which can be more than any memory holds."""
+_YAML = "tag:yaml.org,2002:"
+_PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "value")
+
+
+def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Check one YAML file's keys and values.
+
+    Args:
+        path: the file.
+        group: the config group that it is in, such as `training`; empty for the primary file.
+
+    Returns:
+        One line for each mistake, with file and line, and the (group, option) pairs of its defaults list.
+    """
+    place = f"{path.parent.name}/{path.name}"
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            return [f"{place}: holds more than {_LARGEST_FILE // 1000:,} kB, which no configuration does"], []
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        header = ConfigSource._get_header_dict(text)
+    except OSError as error:
+        return [f"{place}: cannot be read; {error.strerror}"], []
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path.name}:{mark.line + 1}" if mark else path.name
+        deep = isinstance(error, RecursionError)
+        reason = "is nested too deeply" if deep else getattr(error, "problem", None) or reason_of(error)
+        return [f"{where}: not valid YAML: {reason}"], []
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [f"{path.name}:1: must hold `key: value` lines"], []
+    if line := _find_odd_yaml(root):
+        return [f"{place}:{line}"], []
+    package = header.get("package")
+    if package not in (None, "_global_", "_group_", group.replace("/", ".")):
+        return [f"{place}:1: `@package {package}`: must be _global_, or be left out"], []
+    package = "" if package == "_global_" else group.replace("/", ".")
+    try:
+        # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
+        values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or reason_of(error)
+        return [f"{place}:{mark.line + 1 if mark else 1}: {reason}"], []
+    defaults = values.get("defaults", [])
+    if not isinstance(defaults, list):
+        return [f"{place}: `defaults` must be a list, such as [dpo, _self_]"], []
+    mistakes, found = _read_defaults(defaults, group, place)
+    for key_node, value_node in root.value:
+        if key_node.value != "defaults":
+            mistakes += _check_node(key_node, value_node, values, package, path, group)
+    return mistakes, found
+
+
+def _find_odd_yaml(root: yaml.Node) -> str | None:
+    """Return line and reason of the first tag, or of a file that its aliases make endless or very large."""
+    sizes: dict[int, int] = {}
+
+    def measure(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise ConfigError(f"{node.start_mark.line + 1}: an alias (*) stands within what it repeats")
+        if node.tag.removeprefix(_YAML) not in _PLAIN_TAGS or not node.tag.startswith(_YAML):
+            what = "merge keys (<<)" if node.tag == f"{_YAML}merge" else f"tags ({node.tag.replace(_YAML, '!!')})"
+            raise ConfigError(f"{node.start_mark.line + 1}: YAML's {what} are not supported; write plain values")
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(measure(each, (*above, id(node))) for each in inner)
+            if sizes[id(node)] > _MOST_VALUES:
+                raise ConfigError(f"{node.start_mark.line + 1}: holds more than {_MOST_VALUES:,} values")
+        return sizes[id(node)]
+
+    try:
+        measure(root, ())
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _check_node(
+    key_node: yaml.Node, value_node: yaml.Node, values: dict[str, Any], package: str, path: Path, group: str
+) -> Iterator[str]:
+    """Yield what is wrong with one entry of a mapping, `values` as OmegaConf reads it."""
+    key = f"{package}.{key_node.value}" if package else str(key_node.value)
+    where = f"{path.parent.name}/{path.name}:{key_node.start_mark.line + 1}"
+    if key_node.value not in values:
+        yield f"{where}: a key must be a text"
+    elif key == "hydra" or key.startswith("hydra."):
+        if group:  # else it is the project's own
+            yield from check_hydra_block(value_node, where, group)
+    elif isinstance(value_node, yaml.MappingNode) and _has_entries(schema_key(key)):
+        for inner_key, inner_value in value_node.value:
+            yield from _check_node(inner_key, inner_value, values[key_node.value], key, path, group)
+    else:
+        yield from (f"{where}: {line}" for line in find_value_mistakes(key, values[key_node.value]))
+
+
+def _has_entries(known: str) -> bool:
+    return SCHEMA.get(known) is not None or f"{known}.*" in SCHEMA
+
+
+def _read_defaults(items: list[Any], group: str, place: str) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Read a defaults list as Hydra does, where names are relative to the file's own group, and absolute after a slash.
+
+    Returns:
+        One line for each mistake, and the (group, option) pairs.
+    """
+    mistakes: list[str] = []
+    found: list[tuple[str, Any]] = []
+    for item in items:
+        if item == "_self_" or (item == "base_config" and not group):
+            continue
+        name, option = (item, "") if isinstance(item, str) else next(iter(item.items()), ("", 0)) if item else ("", 0)
+        if not isinstance(item, (str, dict)) or (isinstance(item, dict) and len(item) != 1) or not name:
+            mistakes.append(f"{place}: `defaults`: holds names and `GROUP: OPTION` pairs, not {item!r}")
+            continue
+        name = str(name).removeprefix("optional ").removeprefix("override ")
+        target = name[1:] if name.startswith("/") else f"{group}/{name}" if group else name
+        if "@" in f"{name}{option}":
+            mistakes.append(f"{place}: `defaults: {name}`: packages (@) are not supported; leave it out")
+        elif isinstance(item, str):
+            found.append((target.rpartition("/")[0], target.rpartition("/")[2]))
+        elif target.startswith("hydra/"):
+            if group and target != "hydra/launcher":
+                mistakes.append(f"{place}: `defaults: {name}`: not allowed, Hydra's own configuration can run code")
+        else:
+            found += [(target, one) for one in (option if isinstance(option, list) else [option])]
+    return mistakes, found

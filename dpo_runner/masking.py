@@ -1,0 +1,105 @@
+"""Secrets, which are written and sent as `***`: what looks like one, and what the environment says is one.
+
+Whatever leaves this process goes through here: files, logs, W&B, the terminal. Imports neither torch nor Hydra.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MASK = "***"
+
+# A tokenizer's pad_token, eos_token, … are no secrets.
+_SECRET_KEY = re.compile(
+    r"(^|_)((?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token"
+    r"|secret|password|passwd|api_key|apikey|access_key|secret_key|private_key|credential)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|(?<![\w-])sk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
+    r"|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[a-z]-[A-Za-z0-9-]{20,}|\bAKIA[A-Z0-9]{16}|\bAIza[A-Za-z0-9_-]{35}"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+|(?<=\bBearer )[^\s\"']{8,}"
+    r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])"
+    r"|(?<=://)(?:[^/\s@:]*:[^/\s]+|[^/\s@:]{16,})(?=@)"
+)
+# `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name, and then a value.
+_NAMED_VALUE = re.compile(
+    r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_-])*"
+    r"(?:secret|password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
+    r"|(?<=[?&])token|(?<=[?&])(?:sig|signature)|amz-signature|amz-credential)"
+    r"[\"']?\s*[:=]\s*[\"']?)(?!\*\*\*)([^\s\"'&,;{}\[\]]+)",
+    re.IGNORECASE,
+)
+_SECRET_VARIABLE = re.compile(
+    r"(token|passw(or)?d|passphrase|api_?key|access_key|private_key|credentials?)$|(^|_)(secret|key|pass|pwd|pat)(_|$)",
+    re.IGNORECASE,
+)
+_NOT_SECRET_VARIABLES = ("PWD", "OLDPWD")
+_URL_PASSWORD = re.compile(r"://[^/\s@:]*:([^/\s]+)@")
+_SHORTEST = 6
+"""Characters of a secret in the environment; a shorter one cannot be told from an ordinary word."""
+_COMMIT_KEYS = ("revision", "adapter_revision", "commit")
+"""A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
+
+
+def mask_secrets(value: Any, key: str = "") -> Any:
+    """Return a copy of plain containers in which whatever looks like a secret is `***`.
+
+    Args:
+        value: of containers, texts and anything else, which is left as it is.
+        key: the name that the value has, if any.
+    """
+    if isinstance(value, dict):
+        return {name: mask_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_secrets(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key in _COMMIT_KEYS:
+        return _mask_known(value)
+    return MASK if _SECRET_KEY.search(key) and value else mask_text(value)
+
+
+def mask_text(text: str) -> str:
+    """Return a text in which whatever looks like a secret is `***`."""
+    return _NAMED_VALUE.sub(rf"\1{MASK}", _SECRET_VALUE.sub(MASK, _mask_known(text)))
+
+
+def mask_override(text: str) -> str:
+    """Return one `KEY=VALUE` override with its value masked where it looks like a secret."""
+    key, separator, value = text.partition("=")
+    return f"{mask_text(key)}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether a text holds what looks like a secret."""
+    return mask_text(text) != text
+
+
+def _mask_known(text: str) -> str:
+    pattern = _compile_known(frozenset(_find_in_environment()))
+    return pattern.sub(MASK, text) if pattern else text
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_known(values: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern of secrets that are known by value, the longest first since one may begin with another."""
+    return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
+
+
+def _find_in_environment() -> Iterator[str]:
+    """Yield the secrets among the environment's variables: by their names, and passwords in URLs such as a proxy's."""
+    for name, value in os.environ.items():
+        if match := _URL_PASSWORD.search(value):
+            if len(match[1]) >= _SHORTEST:
+                yield match[1]
+        elif (
+            len(value) >= _SHORTEST
+            and not value.startswith(("/", "~"))  # the path of a file that holds one
+            and not value.isdecimal()
+            and name not in _NOT_SECRET_VARIABLES
+            and _SECRET_VARIABLE.search(name)
+        ):
+            yield value
