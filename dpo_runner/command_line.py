@@ -5,13 +5,14 @@ fraction of a second and leaves nothing behind.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -20,13 +21,14 @@ from dpo_runner.config_checks import suggest
 from dpo_runner.config_files import ConfigFiles
 from dpo_runner.config_schema import SCHEMA, find_value_mistakes
 from dpo_runner.errors import ConfigError, reason_of
-from dpo_runner.hydra_rules import check_hydra_override
-from dpo_runner.sweep.axes import Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
+from dpo_runner.hydra_rules import UnsafeConfigError, check_hydra_override
+from dpo_runner.sweep.axes import MOST_POINTS, Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.points import find_axis_mistakes
 from dpo_runner.sweep.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
 
 _SECTIONS = [key for key, kind in SCHEMA.items() if kind is not None]
 _LONGEST_OVERRIDE = 20_000  # Hydra takes a second for each such
+_QUOTES = """; a value with special characters goes in quotes ('KEY="VALUE"')"""
 _REFUSED_FLAGS = {
     "config_path": "use --config-dir DIR to add a folder of your own config groups",
     "config_name": "use experiment=NAME, with your own file in DIR/experiment/NAME.yaml and --config-dir DIR",
@@ -55,6 +57,8 @@ def check_command_line(argv: list[str]) -> list[str]:
         if getattr(args, flag)
     ]
     mistakes += _check_flags(args)
+    if args.config_dir == "":
+        return [*mistakes, "--config-dir=: must not be empty; name a folder, or leave it out"]
     mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
     return mistakes
 
@@ -151,7 +155,7 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     try:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
-        return [f"`{text}`: not a KEY=VALUE override; {_first_line(error)}"], None
+        return [f"`{text}`: not a KEY=VALUE override; {_first_line(error)}{_QUOTES if '=' in text else ''}"], None
     key = override.key_or_group
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
@@ -163,11 +167,26 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     known = key in groups or key in SCHEMA
     if override.is_add() and not override.is_force_add() and known:
         return [f"`{text}`: `{key}` exists already; drop the +"], None
+    if not (count := _count_values(override)) <= MOST_POINTS:
+        return [f"`{text}`: has {count:,} values; an axis has at most {MOST_POINTS:,}"], None
     check = files.find_option_mistakes if key in groups else find_value_mistakes
     lines = [line for value in _values(override, files) for line in check(key, value)]
     if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):
         return [f"`{text}`: must be whole numbers; write int({text.partition('=')[2]})"], override
     return list(dict.fromkeys(lines)), override
+
+
+def _count_values(override: Override) -> float:
+    """Return how many values a range has; other sweeps have no more than their texts have characters.
+
+    Returns:
+        NaN or an infinity where its ends or its step are that, or its step is 0.
+    """
+    sweep = override.value()
+    if not isinstance(sweep, RangeSweep) or sweep.start is None or sweep.stop is None:
+        return 0
+    count = (sweep.stop - sweep.start) / sweep.step if sweep.step else math.nan
+    return math.ceil(count) if math.isfinite(count) else count
 
 
 def _values(override: Override, files: ConfigFiles) -> Iterator[Any]:
@@ -203,6 +222,8 @@ def _find_point_mistakes(
         if sweep.search.sampler is not None and not any(override.is_sweep_override() for override in overrides):
             return [], [NOTHING_TO_SEARCH]
         points = combine(axes, sweep) if sweep.search.sampler is None else read_space(overrides, axes).corners()
+    except UnsafeConfigError as error:
+        return [], error.mistakes
     except ConfigError as error:
         return error.mistakes, []
     except _UNCOMPOSABLE as error:
@@ -211,6 +232,8 @@ def _find_point_mistakes(
     for point in points:
         try:
             confs.append(compose_point(point, config_dir))
+        except UnsafeConfigError as error:
+            uncomposable.update(dict.fromkeys(error.mistakes))
         except ConfigError as error:
             broken.update(dict.fromkeys(error.mistakes))
         except _UNCOMPOSABLE as error:
@@ -237,8 +260,10 @@ def _read_axis(override: Override, files: ConfigFiles) -> Axis:
 
 
 def _explain(error: Exception, point: Sequence[str]) -> str:
-    """Say why a point does not compose; Hydra's own words fail for a field of a section that is null."""
+    """Say why a point does not compose; for a launcher, or a field of a section that is null, in our own words."""
     for text in point:
+        if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
+            return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"
         section = re.match(r"\+*(quant|lora)\.", text)
         if section and not any(re.match(rf"\+*{section[1]}=", other) for other in point):
             return f"`{text}`: {section[1]} is none here; choose an option of the group too ({section[1]}=OPTION)"
@@ -247,6 +272,6 @@ def _explain(error: Exception, point: Sequence[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "nested too deeply, or an interpolation that leads back to itself"
+        return "nested too deeply, or something that leads back to itself"
     key = getattr(error, "full_key", None)
     return f"`{key}`: {reason_of(error)}" if key else reason_of(error)

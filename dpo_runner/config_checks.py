@@ -91,11 +91,13 @@ def find_mistakes(conf: "RunConf") -> list[str]:
     from dpo_runner.search_config import check_search
     from dpo_runner.sweep_config import check_sweep
 
-    mistakes = [line for key, (field, value) in values.items() for line in _check_field(key, field, value)]
+    told = {key: list(_check_field(key, field, value)) for key, (field, value) in values.items()}
+    mistakes = [line for lines in told.values() for line in lines]
     ranges = [*_RANGES]
     for name in conf.data.sources:
         ranges += [(f"data.sources.{name}.{key}", *rest) for key, rest in _SOURCE_RANGES.items()]
-    mistakes += [line for rule in ranges if rule[0] in values for line in _check_range(*rule, values[rule[0]][1])]
+    ranges = [rule for rule in ranges if rule[0] in values and not told[rule[0]]]
+    mistakes += [line for rule in ranges for line in _check_range(*rule, values[rule[0]][1])]
     if not mistakes:  # contradictions between fields make sense only where each field does
         mistakes = [
             *check_model_groups(conf),
@@ -148,7 +150,8 @@ def _check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Itera
         choices = field.metadata.get("choices")
         for item in _items(value):
             if choices and item is not None and item not in choices:
-                yield f"`{key}={item}`: no such choice; {suggest(item, choices)}"
+                near = suggest(item, choices) or f"choose from {', '.join(choices)}"
+                yield f"`{key}={item}`: no such choice; {near}"
 
 
 def _items(value: Any) -> list[Any]:
@@ -162,6 +165,8 @@ def _is_a(value: Any, told: str) -> bool:
     expected: dict[str, type | types.UnionType] = {"str": str, "list": list, "dict": dict, "bool": bool, "int": int}
     if kind == "int" and isinstance(value, bool):
         return False
+    if isinstance(value, dict) and kind == "dict":
+        return all(isinstance(name, str) for name in value)
     if isinstance(value, list) and kind == "list" and inner == "str]":
         return all(isinstance(item, str) for item in value)
     return isinstance(value, expected[kind])

@@ -75,10 +75,15 @@ class ConfigFiles:
         """
         mistakes, defaults = check_file(CONF_DIR / f"{CONFIG_NAME}.yaml", "")
         selected = {**{group: [option] for group, option in defaults if option is not None}, **choices}
-        queue: list[tuple[str, Any]] = [(group, option) for group, options in selected.items() for option in options]
+        queue: list[tuple[str, Any, list[str]]] = [
+            (group, option, []) for group, options in selected.items() for option in options
+        ]
         seen = set()
         while queue:
-            group, option = queue.pop(0)
+            group, option, through = queue.pop(0)
+            name = f"{group}/{option}".removeprefix("/")
+            if name in through:
+                mistakes.append(f"`defaults`: lead back to where they began; {' > '.join([*through, name])}")
             if (group, option) in seen:
                 continue
             seen.add((group, option))
@@ -86,10 +91,12 @@ class ConfigFiles:
             if path is None:
                 mistakes += self.find_option_mistakes(group, option)
                 continue
-            own = f"{group}/{option}".rpartition("/")[0].removeprefix("/")  # `option` may be sub/name
+            own = name.rpartition("/")[0]  # `option` may be sub/name
             lines, nested = check_file(path, own)
             mistakes += lines
             queue += [
-                (inner, name) for inner, name in nested if name is not None and (inner == own or inner not in choices)
+                (inner, option, [*through, name])
+                for inner, option in nested
+                if option is not None and (inner == own or inner not in choices)
             ]
         return list(dict.fromkeys(mistakes))

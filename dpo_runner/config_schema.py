@@ -92,6 +92,10 @@ def _blank_config() -> DictConfig:
 def _describe_type_error(message: str) -> str:
     if "is not a valid bool" in message:
         return "must be true or false"
+    if "is not a ListConfig, list or tuple" in message or message == "Cannot merge ListConfig with DictConfig":
+        return "must be a list, such as [a,b]"
+    if message == "Cannot merge DictConfig with ListConfig" or ("Cannot assign" in message and "DictConfig" in message):
+        return "must be a map, such as {a:b}"
     kinds = {"Float": "a number", "Integer": "a whole number", "String": "a text"}
     kind = message.rpartition(" to ")[2]
     return f"must be {kinds[kind]}" if "could not be converted to" in message and kind in kinds else message

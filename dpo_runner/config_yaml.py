@@ -59,9 +59,10 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     try:
         # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
         values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or reason_of(error)
+        deep = isinstance(error, RecursionError)
+        reason = "is nested too deeply" if deep else getattr(error, "problem", None) or reason_of(error)
         return [f"{place}:{mark.line + 1 if mark else 1}: {reason}"], []
     defaults = values.get("defaults", [])
     if not isinstance(defaults, list):
@@ -131,10 +132,11 @@ def _read_defaults(items: list[Any], group: str, place: str) -> tuple[list[str],
     for item in items:
         if item == "_self_" or (item == "base_config" and not group):
             continue
-        name, option = (item, "") if isinstance(item, str) else next(iter(item.items()), ("", 0)) if item else ("", 0)
-        if not isinstance(item, (str, dict)) or (isinstance(item, dict) and len(item) != 1) or not name:
+        entries = [(item, "")] if isinstance(item, str) else list(item.items()) if isinstance(item, dict) else []
+        if len(entries) != 1 or not entries[0][0]:
             mistakes.append(f"{place}: `defaults`: holds names and `GROUP: OPTION` pairs, not {item!r}")
             continue
+        name, option = entries[0]
         name = str(name).removeprefix("optional ").removeprefix("override ")
         target = name[1:] if name.startswith("/") else f"{group}/{name}" if group else name
         if "@" in f"{name}{option}":

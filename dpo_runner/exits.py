@@ -1,5 +1,6 @@
 """How a command ends: each mistake as a line on stderr, and an exit code that a script can trust."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 from dpo_runner.errors import ConfigError, DpoRunnerError
 from dpo_runner.masking import mask_text
 
-_LONGEST_LINE = 1000
+_LONG_WORD = re.compile(r"(\S{300})\S{100,}(\S{60})")
+_LONGEST_LINE = 2000
 """Characters of a mistake; a value may be as long as a command line allows."""
 
 
@@ -25,7 +27,7 @@ def report(error: DpoRunnerError) -> int:
 
 
 def _to_line(mistake: str) -> str:
-    line = mistake.replace("\n", "␊").replace("\r", "␍")  # of a value: our own words have none
+    line = _LONG_WORD.sub(r"\1…\2", mistake.replace("\n", "␊").replace("\r", "␍"))  # of a value: ours has none
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 

@@ -41,6 +41,10 @@ _FIXED: dict[str, Any] = {
 """What stands in Hydra's configuration as `conf/config.yaml` has it; only the launcher and a sweep's axes may vary."""
 
 
+class UnsafeConfigError(ConfigError):
+    """What was composed would let Hydra run code, or write elsewhere."""
+
+
 def check_hydra_override(text: str, override: Override) -> list[str]:
     """Return what is wrong with an override of Hydra's own configuration."""
     key = str(override.key_or_group)
@@ -80,7 +84,8 @@ def check_hydra_block(node: yaml.Node, where: str, group: str) -> Iterator[str]:
                 if any("${" in str(scalar.value) for scalar in _find_scalars(item)):
                     yield f"{at}: `hydra.launcher.{inner.value}`: holds an interpolation; give the value itself"
         else:
-            yield f"{at}: `hydra.{name}`: {_WHY}; {_INSTEAD.get(f'hydra.{name}', 'leave it out')}"
+            instead = _INSTEAD.get(f"hydra.{name}", _INSTEAD.get(f"hydra.{name}.dir", "leave it out"))
+            yield f"{at}: `hydra.{name}`: {_WHY}; {instead}"
 
 
 def _check_sweeper(node: yaml.Node, where: str) -> Iterator[str]:
@@ -128,7 +133,7 @@ def check_composed(config: DictConfig) -> None:
     """Check what Hydra has composed, its own part included, wherever each value came from.
 
     Raises:
-        ConfigError: with a line for each key that something has set which nothing may set.
+        UnsafeConfigError: with a line for each key that something has set which nothing may set.
     """
     plain = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     assert isinstance(plain, dict)
@@ -146,7 +151,7 @@ def check_composed(config: DictConfig) -> None:
         mistakes.append(f"`hydra.sweeper`: {_WHY}; leave it out")
     mistakes += _check_launcher(hydra)
     if mistakes:
-        raise ConfigError(mistakes)
+        raise UnsafeConfigError(mistakes)
 
 
 def _check_launcher(hydra: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,9 @@ from dpo_runner.config import RunConf, build_run_conf, compose_config
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep_config import SweepConf
 
+MOST_POINTS = 10_000
+"""Of a sweep, and values of one axis; composing a point takes a tenth of a second."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -67,10 +70,15 @@ def combine(axes: Sequence[Axis], sweep: SweepConf) -> list[tuple[str, ...]]:
     and a larger sample begins with the smaller one.
 
     Raises:
-        ConfigError: `sweep.paired` names what is no axis, or axes of different lengths.
+        ConfigError: `sweep.paired` names what is no axis, or axes of different lengths; or there are too many points.
     """
     groups = _group(axes, sweep)
     total = math.prod(len(group[0].texts) for group in groups)
+    if min(total, sweep.sample or total) > MOST_POINTS:
+        raise ConfigError(
+            f"the axes span {total:,} runs, and each is checked beforehand; sweep.sample=N takes N of them, at most "
+            f"{MOST_POINTS:,}"
+        )
     count = total if sweep.sample is None else min(sweep.sample, total)
     chosen = range(total) if count == total and sweep.sample is None else _draw(total, count, sweep.sample_seed)
     return [_point(axes, groups, index) for index in chosen]
@@ -130,7 +138,12 @@ def read_sweep_conf(axes: Sequence[Axis], config_dir: str | None) -> SweepConf:
     """Return the sweep's own settings, which are the same for all of its points."""
     single = [axis for axis in axes if len(axis.texts) == 1]
     texts = [axis.texts[0] for axis in single if axis.key in ("sweep", "experiment") or axis.key.startswith("sweep.")]
-    sweep = OmegaConf.to_object(compose_config(texts, config_dir).sweep)
+    return _compose_sweep(tuple(texts), config_dir)
+
+
+@functools.cache
+def _compose_sweep(texts: tuple[str, ...], config_dir: str | None) -> SweepConf:
+    sweep = OmegaConf.to_object(compose_config(list(texts), config_dir).sweep)
     assert isinstance(sweep, SweepConf)
     return sweep
 

@@ -1,0 +1,269 @@
+"""Give the check of the command line configurations that nobody would write, and see that it says so in plain words.
+
+    python scripts/torture_fuzz.py --cases 5000
+
+Commands are drawn from the real schema: its keys with values of right and wrong kinds, misspelt keys, every form of
+override, sweeps, flags, files of YAML and text that is none. Each has to be composed, or refused with one printable
+line a mistake, within seconds. What is composed has to be writable, and what is written to be the same when it is read.
+Every case that is not is printed, and the exit code is 1.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from dpo_runner.artifacts import resolve_run_dir
+from dpo_runner.command_line import check_command_line
+from dpo_runner.config import config_keys, load_conf
+from dpo_runner.config_files import ConfigFiles
+from dpo_runner.config_schema import SCHEMA
+from dpo_runner.errors import ConfigError
+from dpo_runner.exits import report
+from dpo_runner.masking import mask_secrets
+
+_SECONDS = 30
+_GROUPS = ConfigFiles.over(None).groups()
+_KEYS = [key for key in SCHEMA if "*" not in key]
+_HYDRA_KEYS = [
+    *("hydra.launcher", "hydra.launcher.x", "hydra.launcher._target_", "hydra/launcher", "hydra/sweeper", "hydra.mode"),
+    *("hydra.callbacks.x._target_", "hydra.searchpath", "hydra.run.dir", "hydra.verbose", "hydra.job.env_set.X"),
+    *("hydra/callbacks", "hydra.job_logging.root", "hydra.sweep.dir", "hydra.output_subdir", "hydra"),
+]
+_MAP_KEYS = [
+    *("data.sources.a.path", "data.sources.a", "data.sources..path", "data.columns.q", "lora.config.x", "quant.config"),
+    *("lora.rank_pattern.q", "lora.config._target_", "model.device_map.x", "training.lr_scheduler_kwargs.x"),
+]
+_VALUES = [
+    *("", "0", "1", "-1", "0.5", "1e-4", "1e400", "-1e400", "nan", "-inf", "9" * 400, "9" * 5000, "0x10", "1_000"),
+    *("true", "false", "null", "None", "???", "yes", "a", "nf4", "x.jsonl", "~nobody-9/x", "/" * 9, "a" * 300),
+    *("[]", "[1]", "[a,[b]]", "{}", "{a:1}", "{a:{b:[c]}}", "{_target_:os.getcwd}", "[", "}", "'", '"', "'a'", '"a"'),
+    *("\\", "a b", "a:b", "a=b", "$", "${", "${}", "${seed}", "${nope}", "${oc.env:HOME}", "${oc.env:NOT_SET_9}"),
+    *("${oc.env:NOT_SET_9,1}", "${oc.decode:{a}", "${oc.create:{a:1}}", "${run_name}", "${training}", "${.beta}"),
+    *("${nope:1}", "${hydra:run.dir}", "${now:%Y}", "1,2", "a,b", "choice(1,2)", "range(1,3)", "range(0,1e15)"),
+    *("interval(0,1)", "tag(log,interval(1,2))", "glob(*)", "sort(2,1)", "shuffle(1,2)", "int(1)", "str(1)", "f()"),
+    *("extend_list(1)", "(" * 50, "[" * 2000, "\x1b[31m", "\x00", "\r\n", "\u202e", "\ud800", "日本", "😀"),
+]
+_FLAGS = [
+    *("-m", "--multirun", "--cfg", "job", "--cfg=job", "--cfg=hydra", "--resolve", "--info", "--info=all", "-p", "-x"),
+    *("--config-dir=.", "--config-dir=/dev/null", "--config-dir", "--config-name=x", "--package=nope", "--nope", "--"),
+    *("--experimental-rerun=x", "--run", "-r", "-sc", "--hydra-help", "-", ""),
+]
+_YAML = [
+    *("# @package _global_", "# @package hydra", "# @package a b c", "---", "...", "defaults: [dpo, _self_]", "- a"),
+    *(
+        "defaults: {a: b}",
+        "defaults: [1, {a: b, c: d}, [x], null]",
+        "defaults: [/hydra/callbacks/x]",
+        "<<: *a",
+        "a: &a",
+    ),
+    *("defaults: [{/training: ipo}, {override /model: nope}, {training@x: dpo}, nope]", "? [a]", "a: *a", "b: &b [*b]"),
+    *("hydra: {callbacks: {x: {_target_: os.getcwd}}}", "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"),
+    *(
+        "hydra: null",
+        "hydra: {sweeper: {params: [1]}}",
+        "hydra: {job: {env_set: {A: b}}}",
+        "x: !!python/object:os.x {}",
+    ),
+    *("x: !t 1", "\tx: 1", "1: 2", "null: 1", "true: false", "beta: ", "beta: [", 'beta: "${"', "beta: '", "{", "\x00"),
+    *("training:", "training: {beta: 0.1, 1: 2}", "training: {<<: {beta: 1}}", "seed: 1\nseed: 2", "  seed: 1", "é: 1"),
+]
+_text = st.text(max_size=20)
+_key = st.one_of(
+    st.sampled_from(_KEYS),
+    st.sampled_from(_KEYS),
+    st.sampled_from([*_GROUPS, *_HYDRA_KEYS, *_MAP_KEYS]),
+    st.builds(lambda key, at: key[:at] + key[at + 1 :], st.sampled_from(_KEYS), st.integers(0, 12)),
+    _text,
+)
+_value = st.one_of(
+    st.sampled_from(_VALUES),
+    st.sampled_from([option for group in _GROUPS for option in ConfigFiles.over(None).options(group)]),
+    st.floats().map(repr),
+    st.integers().map(str),
+    _text,
+)
+_override = st.one_of(
+    *[st.builds("{}={}".format, _key, _value)] * 4,
+    st.builds("{}{}={}".format, st.sampled_from(["+", "++", "~", "+++"]), _key, _value),
+    st.builds("{}{}".format, st.sampled_from(["~", "", "+"]), _key),
+    st.builds("{}@{}={}".format, _key, _key, _value),
+    _text,
+)
+_line = st.one_of(
+    st.sampled_from(_YAML),
+    st.builds("{}: {}".format, _key.map(lambda key: key.rpartition(".")[2]), _value),
+    _text,
+)
+_file = st.tuples(st.sampled_from([*_GROUPS, "new"]), st.lists(_line, max_size=4).map("\n".join))
+
+
+@dataclass
+class FuzzOutcome:
+    """What became of a row of cases.
+
+    Attributes:
+        composed: how many made a run's configuration.
+        refused: how many were refused as they have to be.
+        slowest: seconds that the slowest case took.
+        failures: one text for each that was neither.
+    """
+
+    composed: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        cases = self.composed + self.refused + len(self.failures)
+        return (
+            f"configurations: {cases} cases, {self.composed} composed, {self.refused} refused in one line a mistake, "
+            f"{len(self.failures)} otherwise; the slowest took {self.slowest:.1f} s"
+        )
+
+
+class _Hang(BaseException):
+    """A case has taken too long."""
+
+
+def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
+    """Check `cases` commands, drawn with a seed.
+
+    Returns:
+        How they ended; nothing is raised for a case that fails.
+    """
+    outcome = FuzzOutcome()
+
+    def check(overrides: list[str], flags: list[str], file: tuple[str, str] | None) -> None:
+        begin = time.monotonic()
+        try:
+            with _time_limit():
+                composed = check_case(overrides, flags, file)
+        except (Exception, _Hang, SystemExit, RecursionError) as error:
+            outcome.failures.append(f"{overrides!r} {flags!r} {file!r}: {type(error).__name__}: {error}"[:1000])
+        else:
+            outcome.composed += composed
+            outcome.refused += not composed
+        outcome.slowest = max(outcome.slowest, time.monotonic() - begin)
+
+    drawn: Callable[..., Any] = given(
+        st.lists(_override, max_size=3), st.lists(st.sampled_from(_FLAGS), max_size=1), st.none() | _file
+    )(check)
+    drawn = settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )(drawn)
+    state = random.getstate()
+    seed(seed_number)(drawn)()
+    random.setstate(state)
+    return outcome
+
+
+def check_case(overrides: list[str], flags: list[str], file: tuple[str, str] | None) -> bool:
+    """Check one command, and that what is printed of it, or written, is as it has to be.
+
+    Args:
+        overrides: `KEY=VALUE`, more or less.
+        flags: before them.
+        file: group and text of a YAML file of the user's own, which the command selects.
+
+    Returns:
+        Whether it makes a run's configuration.
+
+    Raises:
+        AssertionError: it is neither composed nor refused as it has to be.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = list(overrides)
+        config_dir = None
+        if file is not None:
+            group, text = file
+            config_dir = folder
+            (Path(folder) / group).mkdir()
+            (Path(folder) / group / "fuzz.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+            chosen.insert(0, f"{group}=fuzz")
+        given_flags = [*flags, *(["--config-dir", config_dir] if config_dir else [])]
+        mistakes = check_command_line([*given_flags, *chosen])
+        if mistakes:
+            _check_refusal(mistakes)
+            return False
+        if flags:
+            return True  # of sweeps, and of what only prints, there is no one configuration
+        try:
+            conf = load_conf(chosen, config_dir)
+        except ConfigError as error:  # a sweep file makes a sweep without -m
+            assert "sweep" in f"{chosen}{file}", error
+            return True
+    told = mask_secrets(config_keys(conf))
+    written = yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()
+    assert repr(yaml.safe_load(written)) == repr(told), "what was written is not what is read"
+    path = resolve_run_dir(conf)
+    assert path.name not in ("", ".", "..") or conf.run_dir is not None, path
+    return True
+
+
+def _check_refusal(mistakes: list[str]) -> None:
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = report(ConfigError(mistakes))
+    assert code == 2
+    lines = told.getvalue().removesuffix("\n").split("\n")
+    assert len(lines) == len(mistakes), f"{len(mistakes)} mistakes in {len(lines)} lines"
+    for line in lines:
+        assert line.startswith("error: ") and len(line) > len("error: x"), line
+        assert len(line) < 3000, f"a line of {len(line)} characters"
+        assert not any(character != "\t" and not _is_shown(character) for character in line), repr(line)
+        assert "object at 0x" not in line and "Traceback" not in line, line
+
+
+def _is_shown(character: str) -> bool:
+    return character >= " " and not 0x7F <= ord(character) < 0xA0 and not 0xD800 <= ord(character) < 0xE000
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise _Hang in what takes more than `_SECONDS`."""
+
+    def stop(*_: Any) -> None:
+        raise _Hang(f"takes more than {_SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    outcome = fuzz_configs(args.cases, args.seed)
+    print(outcome, *outcome.failures, sep="\n  ")
+    print(f"{time.monotonic() - begin:.0f} s")
+    sys.exit(bool(outcome.failures))
+
+
+if __name__ == "__main__":
+    main()
