@@ -217,17 +217,19 @@ def _find_point_mistakes(
     axes = merge_axes([_read_axis(override, files) for override in overrides])
     broken: dict[str, None] = {}
     uncomposable: dict[str, None] = {}
+    alone = not any(override.is_sweep_override() for override in overrides)
+    points: Sequence[tuple[str, ...]] = [tuple(axis.texts[0] for axis in axes)]
     try:
-        sweep = read_sweep_conf(axes, config_dir)
-        if sweep.search.sampler is not None and not any(override.is_sweep_override() for override in overrides):
-            return [], [NOTHING_TO_SEARCH]
-        points = combine(axes, sweep) if sweep.search.sampler is None else read_space(overrides, axes).corners()
+        if not alone:
+            sweep = read_sweep_conf(axes, config_dir)
+            search = sweep.search.sampler is not None
+            points = read_space(overrides, axes).corners() if search else combine(axes, sweep)
     except UnsafeConfigError as error:
         return [], error.mistakes
     except ConfigError as error:
         return error.mistakes, []
     except _UNCOMPOSABLE as error:
-        return [], [_explain(error, [axis.texts[0] for axis in axes])]
+        return [], [_explain(error, points[0])]
     confs = []
     for point in points:
         try:
@@ -238,6 +240,8 @@ def _find_point_mistakes(
             broken.update(dict.fromkeys(error.mistakes))
         except _UNCOMPOSABLE as error:
             uncomposable[_explain(error, point)] = None
+    if alone and confs and confs[0].sweep.search.sampler is not None:
+        uncomposable[NOTHING_TO_SEARCH] = None
     if len(confs) == len(points) > 1:
         varied = [axis.key for axis in axes if len(axis.texts) > 1]
         broken.update(dict.fromkeys(find_axis_mistakes(varied, confs)))

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from dpo_runner.artifacts import resolve_run_dir
 from dpo_runner.command_line import check_command_line
 from dpo_runner.config import config_keys, load_conf
+from dpo_runner.config_checks import walk_fields
 from dpo_runner.config_files import ConfigFiles
 from dpo_runner.config_schema import SCHEMA
 from dpo_runner.errors import ConfigError
@@ -37,6 +38,12 @@ from dpo_runner.masking import mask_secrets
 _SECONDS = 30
 _GROUPS = ConfigFiles.over(None).groups()
 _KEYS = [key for key in SCHEMA if "*" not in key]
+_DEFAULTS = {
+    key: str(value).lower() if isinstance(value, bool) else value
+    for key, (_, value) in walk_fields(load_conf())
+    if isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.isalnum())
+}
+_NUMBERS = [key for key, value in _DEFAULTS.items() if isinstance(value, (int, float))]
 _HYDRA_KEYS = [
     *("hydra.launcher", "hydra.launcher.x", "hydra.launcher._target_", "hydra/launcher", "hydra/sweeper", "hydra.mode"),
     *("hydra.callbacks.x._target_", "hydra.searchpath", "hydra.run.dir", "hydra.verbose", "hydra.job.env_set.X"),
@@ -103,6 +110,17 @@ _override = st.one_of(
     st.builds("{}@{}={}".format, _key, _key, _value),
     _text,
 )
+_sound = st.one_of(
+    st.builds("{}={}".format, st.sampled_from(_NUMBERS), st.integers(1, 9) | st.floats(0.01, 0.9)),
+    st.sampled_from([f"{key}={value}" for key, value in _DEFAULTS.items()]),
+    st.sampled_from([f"{group}={option}" for group in _GROUPS for option in ConfigFiles.over(None).options(group)]),
+    st.builds('{}="{}"'.format, st.sampled_from(["run_name", "wandb.notes", "data.system_prompt", "run_dir"]), _text),
+)
+_overrides = st.one_of(
+    st.lists(_sound, max_size=3),
+    st.tuples(_sound, _override).map(list),
+    st.lists(_override, max_size=3),
+)
 _line = st.one_of(
     st.sampled_from(_YAML),
     st.builds("{}: {}".format, _key.map(lambda key: key.rpartition(".")[2]), _value),
@@ -160,7 +178,7 @@ def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
         outcome.slowest = max(outcome.slowest, time.monotonic() - begin)
 
     drawn: Callable[..., Any] = given(
-        st.lists(_override, max_size=3), st.lists(st.sampled_from(_FLAGS), max_size=1), st.none() | _file
+        _overrides, st.one_of(*[st.just([])] * 4, st.lists(st.sampled_from(_FLAGS), max_size=2)), st.none() | _file
     )(check)
     drawn = settings(
         max_examples=cases,

@@ -59,6 +59,8 @@ class WandbServer:
         self.runs: dict[str, StoredRun] = {}
         self.operations: list[str] = []
         """Names of the GraphQL requests, in order, those that met a fault included."""
+        self.received: list[bytes] = []
+        """The bodies of all requests."""
         self.fault: Fault = "none"
         self.delay = 0.0
         """Seconds until an answer while the fault is `slow`."""
@@ -198,6 +200,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _serve(self) -> None:
         server, path = self.owner, self.path
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server.received.append(body)
         if path.startswith("/graphql"):
             server.operations.append(_name(json.loads(body)))
         fault = server.fault
