@@ -66,7 +66,7 @@ def test_what_the_environment_calls_a_secret_is_one(name, value, text, masked, m
 
 
 HF, KEY, PASSWORD = "hf_" + "Zq9W" * 8, "c0ffee1234" * 4, "tr0ub4dor-and-3"
-SECRETS = (HF, KEY, PASSWORD, "opaque-value-of-a-variable", "in-a-dict-77", "of-the-remote-55", "of-a-proxy-66")
+SECRETS = (HF, KEY, PASSWORD, "opaque-value-of-a-variable", "of-the-remote-55", "of-a-proxy-66")
 CANARY = "canary-of-the-search"
 
 
@@ -105,7 +105,6 @@ OVERRIDES = [
     f"wandb.job_type={KEY}",
     f"wandb.name={HF}",
     f"wandb.tags=[{CANARY},{KEY}]",
-    "lora.config={password:in-a-dict-77}",
 ]
 
 
@@ -118,7 +117,7 @@ def server() -> Iterator[WandbServer]:
 
 def test_no_secret_is_written_or_sent(planted, server, tiny_run: list[str], tmp_path: Path) -> None:
     environment = {**planted, "WANDB_BASE_URL": server.url}
-    overrides = [*tiny_run, "training.max_steps=1", "wandb=online", *OVERRIDES[:-1], "run_dir=r"]
+    overrides = [*tiny_run, "training.max_steps=1", "wandb=online", *OVERRIDES, "run_dir=r"]
     result = run_python("-m", "dpo_runner", *overrides, env=environment)
     assert result.returncode == 0, result.stderr
     found, searched = search(Path("r"), Path(os.environ["DPO_RUNNER_CACHE"]), tmp_path / "home")
@@ -132,11 +131,11 @@ def test_no_secret_is_written_or_sent(planted, server, tiny_run: list[str], tmp_
     assert not [secret for secret in SECRETS if secret in text]
 
 
-def test_no_secret_is_in_what_a_sweep_and_its_failures_leave(planted, tiny_run: list[str]) -> None:
+def test_no_secret_is_in_what_a_sweep_and_its_failures_leave(planted, tiny_run: list[str], pairs: str) -> None:
     lost = f"https://me:{PASSWORD}@example.com/x.jsonl"
-    overrides = ["training.max_steps=1", "wandb=offline", *OVERRIDES, f"data.path=pairs.jsonl,'{lost}'", "sweep.dir=s"]
+    overrides = ["training.max_steps=1", "wandb=offline", *OVERRIDES, f"data.path={pairs},'{lost}'", "sweep.dir=s"]
     result = run_python("-m", "dpo_runner", "-m", *tiny_run, *overrides, env=planted)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "1 of 2 runs of the sweep failed" in result.stderr and "Traceback" not in result.stderr, result.stderr
     found, searched = search(Path("s"))
     assert found == [] and searched
     assert not [secret for secret in SECRETS if secret in result.stdout + result.stderr]
@@ -146,7 +145,7 @@ def test_a_traceback_in_run_log_holds_none(planted, tiny_run: list[str]) -> None
     code = (
         "import sys, dpo_runner.run, dpo_runner.__main__ as program\n"
         f"def fail(*args): raise ValueError('no access to https://me:{PASSWORD}@example.com with {HF}')\n"
-        "dpo_runner.run.load_policy = fail\n"
+        "sys.modules['dpo_runner.run'].load_policy = fail\n"
         f"sys.argv = {['dpo_runner', *tiny_run, 'run_dir=r', f'wandb.tags=[{CANARY}]']!r}\n"
         "program.main()\n"
     )
