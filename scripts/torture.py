@@ -9,6 +9,7 @@ its seed, and the exit code is 1.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -30,9 +31,9 @@ from dpo_runner.stopping import SIGNALS
 TINY = [
     "model=tiny_random",
     "training=smoke",
-    "training.max_steps=8",
+    "training.max_steps=24",
     "training.save_steps=2",
-    "training.eval_steps=4",
+    "training.eval_steps=8",
     "training.logging_steps=3",
     "samples.num_prompts=2",
     "samples.max_new_tokens=4",
@@ -66,15 +67,19 @@ class Outcome:
         trials: how many there were.
         failures: one line for each that did not end as it has to.
         states: how many were disturbed in which state of the run.
+        slowest: most seconds from the disturbance to the end of the process.
     """
 
     name: str
     trials: int = 0
     failures: list[str] = field(default_factory=list)
     states: dict[str, int] = field(default_factory=dict)
+    slowest: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.trials - len(self.failures)} of {self.trials} as they have to be; {self.states}"
+        whole = self.trials - len(self.failures)
+        states = ", ".join(f"{self.states[state]} in {state}" for state in sorted(self.states))
+        return f"{self.name}: {whole} of {self.trials} ({states}); ended within {self.slowest:.1f} s"
 
 
 def train(overrides: list[str], log: str) -> None:
@@ -112,7 +117,7 @@ def read_result(run_dir: Path) -> dict[str, Any]:
 def torture(
     name: str, overrides: list[str], trials: int, disturb: Callable[[Any, int], int], seed: int, folder: Path
 ) -> Outcome:
-    """Disturb `trials` runs, one after the other.
+    """Disturb `trials` runs, one after the other; one that has ended before its instant is no trial.
 
     Args:
         name: of the row.
@@ -123,21 +128,27 @@ def torture(
         folder: for run directories; those of trials that went as they have to are removed.
     """
     outcome, draw = Outcome(name), random.Random(seed)
-    begin = time.monotonic()
-    (process := start(overrides, folder / "undisturbed")).join()
-    duration = time.monotonic() - begin
-    expected = read_result(folder / "undisturbed")
-    for number in range(trials):
-        run_dir, instant = folder / f"{name.split()[0]}-{number}", draw.uniform(0, duration)
-        outcome.trials += 1
+    for undisturbed in ("first", "undisturbed"):  # the first one waits for imports, which the others need not
+        begin = time.monotonic()
+        (process := start(overrides, folder / undisturbed)).join()
+        duration = time.monotonic() - begin
+    expected, steps = read_result(folder / "undisturbed"), read_summary(folder / "undisturbed")["steps"]
+    number = 0
+    while outcome.trials < trials:
+        run_dir, instant = folder / f"trial-{number}", draw.uniform(0, duration)
+        number += 1
         process = start(overrides, run_dir)
         process.join(instant)
-        status = read_status(run_dir) or {"state": "not begun"}
-        phase = f"step {status['step']}" if status.get("step") else status["state"]
+        if not process.is_alive():
+            continue
+        phase = _describe_phase(run_dir, steps)
         outcome.states[phase] = outcome.states.get(phase, 0) + 1
-        code = disturb(process, number)
+        begin = time.monotonic()
+        code = disturb(process, outcome.trials)
         process.join()
-        told = f"{name}, seed {seed}, trial {number}, after {instant:.2f} s, in {phase}"
+        outcome.trials += 1
+        outcome.slowest = max(outcome.slowest, time.monotonic() - begin)
+        told = f"{run_dir}, seed {seed}, after {instant:.2f} s, {phase}"
         if (ended := _as_shell(process.exitcode)) not in (code, 0):  # 0: it was over already
             outcome.failures.append(f"{told}: exit code {ended}, not {code}")
             continue
@@ -158,6 +169,18 @@ def torture(
     return outcome
 
 
+def _describe_phase(run_dir: Path, steps: int) -> str:
+    """Return which part of a run a process is in, as far as its directory tells."""
+    if read_status(run_dir) is None:
+        return "start-up"
+    if any((run_dir / "checkpoints").glob(".saving-*")):
+        return "saving"
+    events = [event["step"] for event in read_metrics(run_dir)]
+    if not events:
+        return "loading"
+    return "training" if events[-1] < steps else "results"
+
+
 def _as_shell(code: int) -> int:
     """Return an exit code as shells have it: 128 + N where signal N has ended a process that did not catch it yet."""
     return code if code >= 0 else 128 - code
@@ -170,7 +193,7 @@ def kill(process: Any, number: int) -> int:
 
 def send_in_turn(process: Any, number: int) -> int:
     chosen = SIGNALS[number % len(SIGNALS)]
-    if process.is_alive():
+    with contextlib.suppress(ProcessLookupError):  # it has ended just now
         os.kill(process.pid, chosen)
     return 128 + chosen
 

@@ -1,15 +1,22 @@
-"""The first few trials of `scripts/torture.py`, which has the rest."""
+"""The first trials of `scripts/torture.py`, which has the rest."""
 
 from pathlib import Path
 
-import pytest
 from test_scripts import load_script
 
 
-@pytest.mark.parametrize("kind", ["kill", "send_in_turn"])
-def test_a_run_that_is_disturbed_ends_as_the_undisturbed_one(kind: str, tiny_run: list[str], tmp_path: Path) -> None:
+def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tiny_run: list[str], tmp_path: Path) -> None:
     torture = load_script("torture")
-    overrides = [*tiny_run, *torture.TINY]
-    outcome = torture.torture(kind, overrides, 3, getattr(torture, kind), 1, tmp_path)
-    assert outcome.trials == sum(outcome.states.values()) == 3
+    overrides = [*tiny_run, *torture.TINY, "training.max_steps=8"]
+    outcome = torture.torture("kill -9", overrides, 2, torture.kill, 1, tmp_path)
+    assert outcome.trials == sum(outcome.states.values()) == 2
     assert not outcome.failures
+    assert str(outcome).startswith("kill -9: 2 of 2 (")
+
+
+def test_a_signal_that_does_not_lead_where_it_has_to_is_a_failure(tiny_run: list[str], tmp_path: Path) -> None:
+    torture = load_script("torture")
+    overrides = [*tiny_run, *torture.TINY, "training.max_steps=8"]
+    outcome = torture.torture("signals", overrides, 1, lambda *given: torture.send_in_turn(*given) + 1, 1, tmp_path)
+    (failure,) = outcome.failures
+    assert "exit code 130, not 131" in failure
