@@ -34,6 +34,12 @@ test-slow: setup  ## run the cases that the suite leaves out
 test-demo: setup  ## run the default run in full and check what it promises
 	$(BIN)/python -m pytest -m demo
 
+torture: setup  ## kill and signal runs, feed them nonsense, make hundreds of them (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py
+	$(BIN)/python scripts/torture_fuzz.py
+	$(BIN)/python scripts/torture_rows.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+
 check: setup  ## lint, format, types, and the docs test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
