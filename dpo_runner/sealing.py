@@ -6,6 +6,7 @@ the name `checkpoint-N` and a manifest that holds is what was saved. Whatever be
 deleted, swapped, bits flipped), its manifest does not hold any more, and it is put aside, not deleted.
 """
 
+import errno
 import json
 import os
 import re
@@ -51,10 +52,10 @@ def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
             staging.rename(path)
         _flush(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: so torch.save says that a disk is full
-        # torch.save's own words are "unexpected pos 64 vs 0"
-        is_full = is_disk_full(error) or shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING
+        reason = reason_of(error)
+        if not is_disk_full(error) and shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING:
+            reason = os.strerror(errno.ENOSPC)  # torch.save's own words are "unexpected pos 64 vs 0"
         shutil.rmtree(staging, ignore_errors=True)
-        reason = "no space is left on its disk" if is_full else reason_of(error)
         raise RunError(f"{path}: the checkpoint cannot be written; {reason}") from error
 
 

@@ -1,5 +1,6 @@
 """Disks that are full or may not be written to, and files that somebody takes away, cost a run its time at most."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROWS
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -32,10 +34,16 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+SMALL = [
+    *("model=tiny_random", "training=smoke", "data=local_file", "wandb=disabled", "samples.max_new_tokens=4"),
+    *("samples.num_prompts=1", "data.max_eval_samples=1", "training.eval_strategy=no", "training.save_steps=1"),
+    *("training.max_steps=3", "training.save_total_limit=9"),
+]
+
+
 @pytest.fixture
-def small(tiny_run: list[str]) -> list[str]:
-    kept = ["samples.num_prompts=1", "data.max_eval_samples=1", "training.eval_strategy=no", "training.save_steps=1"]
-    return [*tiny_run, *kept, "training.max_steps=3", "training.save_total_limit=9"]
+def small(pairs: str) -> list[str]:
+    return [*SMALL, f"data.path={pairs}"]
 
 
 def fill(disk: Path, *_: Any, **__: Any) -> None:
@@ -75,10 +83,13 @@ class At(TrainerCallback):
             self.act()
 
 
-@pytest.fixture
-def expected(small: list[str], tmp_path: Path) -> Path:
-    run(load_conf([*small, "run_dir=undisturbed"]))
-    return tmp_path / "undisturbed"
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run(load_conf([*SMALL, f"data.path={folder / 'pairs.jsonl'}", f"run_dir={folder / 'r'}"]))
+    return folder / "r"
 
 
 @pytest.mark.parametrize("when", ["before a save", "in a save", "before the samples", "before metrics"])

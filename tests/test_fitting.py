@@ -88,8 +88,17 @@ def largest_pair(overrides: list[str]) -> int:
 
 @pytest.mark.parametrize("way", [BY_TOKENS, PADDED], ids=["tokens", "padded"])
 def test_a_run_that_is_tried_again_is_the_run_that_had_smaller_batches(
-    way: list[str], four: list[str], limit: Callable[..., Any], tmp_path: Path
+    way: list[str], four: list[str], limit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load, models = sys.modules["dpo_runner.run"].load_policy, []
+
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        assert len(models) != 1 or models[0]() is None, "what an attempt held is let go of before the next"
+        policy = load(*args, **kwargs)
+        models.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr(sys.modules["dpo_runner.run"], "load_policy", load_alone)
     most = largest_pair(four)
     seen = limit(rows=4) if way == PADDED else limit(tokens=2 * most)
     overrides = [*four, *way, *(["wandb=offline"] if way == BY_TOKENS else [])]
@@ -105,6 +114,7 @@ def test_a_run_that_is_tried_again_is_the_run_that_had_smaller_batches(
     assert "memory ran out" in (log := Path("again/run.log").read_text()) and "Tried to allocate 1.50 GiB" in log
     assert len(seen) == 1 + 3 * 2, "the first of three steps was tried once, and each then done in two parts"
 
+    assert len(models) == 2
     expected = run(load_conf([*four, *way, *given, "run_dir=smaller"]))
     one, other = read_weights("again"), read_weights("smaller")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -137,24 +147,6 @@ def test_it_goes_on_from_the_last_checkpoint(
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
     assert [event["step"] for event in read_events("again") if "loss" in event] == [1, 2, 3]
-
-
-def test_what_an_attempt_held_is_let_go_of(
-    four: list[str], limit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = sys.modules["dpo_runner.run"]
-    load, models = module.load_policy, []
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        assert not any(model() is not None for model in models)
-        policy = load(*args, **kwargs)
-        models.append(weakref.ref(policy.model))
-        return policy
-
-    monkeypatch.setattr(module, "load_policy", watched)
-    limit(tokens=2 * largest_pair(four))
-    run(load_conf([*four, RETRY, "run_dir=r", "training.max_steps=1"]))
-    assert len(models) == 2
 
 
 @pytest.mark.parametrize("way", [BY_TOKENS, pytest.param(BY_ROWS, marks=pytest.mark.slow)], ids=["tokens", "rows"])
