@@ -43,7 +43,8 @@ def test_the_same_configuration_twice_gives_the_same_adapter(threads: int, small
         assert digest([*small, "seed=2"], "c") != one
 
 
+@pytest.mark.parametrize("counts", [(0, 2), pytest.param((0, 1, 2, 4), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("threads", [1], indirect=True)
-def test_workers_that_load_the_data_change_nothing(threads: int, small: list[str]) -> None:
-    digests = {digest([*small, f"training.dataloader_num_workers={count}"], f"w{count}") for count in (0, 1, 2, 4)}
+def test_workers_that_load_the_data_change_nothing(threads: int, counts: tuple[int, ...], small: list[str]) -> None:
+    digests = {digest([*small, f"training.dataloader_num_workers={count}"], f"w{count}") for count in counts}
     assert len(digests) == 1

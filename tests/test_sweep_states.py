@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_states_are_read_as_they_are_and_a_dead_process_has_died(tmp_path: Path)
     names = make_sweep(tmp_path / "s")
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as where a container's first process reaps none
-    now = "2999-01-01T00:00:00+00:00"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     update_status(tmp_path / "s" / names[0], state="running", pid=child.pid, heartbeat=now)
     update_status(tmp_path / "s" / names[1], state="running", pid=os.getpid(), heartbeat=now)
     update_status(tmp_path / "s" / names[2], state="failed", error="ValueError: no", log="somewhere")
