@@ -17,6 +17,7 @@ from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
+_HARMLESS_KEYS = ("checks.on_out_of_memory",)  # what a run that has ended for want of memory is advised to set
 _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
 """What a run writes before its status.json, beside an empty checkpoints/."""
 
@@ -85,7 +86,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
     mistakes = [
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in _HARMLESS_KEYS
     ]
     if mistakes:
         raise ConfigError(mistakes)

@@ -34,7 +34,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True)  # two share busy cores
 def test_the_same_configuration_twice_gives_the_same_adapter(threads: int, small: list[str]) -> None:
     assert torch.get_num_threads() == threads
     one, other = digest(small, "a"), digest(small, "b")

@@ -140,8 +140,10 @@ def test_it_goes_on_from_the_last_checkpoint(
     monkeypatch.setattr(RunTrainer, "training_step", noted)
     most = largest_pair(four)
     limit(tokens=2 * most, where=lambda: torch.is_grad_enabled() and steps[-1] == 2)
+    with pytest.raises(OutOfMemory, match="checks.on_out_of_memory=smaller_batch tries"):
+        run(load_conf([*four, "run_dir=again"]))
     summary = run(load_conf([*four, RETRY, "run_dir=again"]))
-    assert steps == [0, 1, 2, 2] and len(summary["out_of_memory"]) == 1
+    assert steps == [0, 1, 2, 2, 2] and len(summary["out_of_memory"]) == 1
     run(load_conf([*four, f"engine.max_tokens_per_micro_batch={2 * most}", "run_dir=smaller"]))
     one, other = read_weights("again"), read_weights("smaller")
     for name in one:
