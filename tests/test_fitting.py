@@ -140,7 +140,7 @@ def test_it_goes_on_from_the_last_checkpoint(
     monkeypatch.setattr(RunTrainer, "training_step", noted)
     most = largest_pair(four)
     limit(tokens=2 * most, where=lambda: torch.is_grad_enabled() and steps[-1] == 2)
-    with pytest.raises(OutOfMemory, match="checks.on_out_of_memory=smaller_batch tries"):
+    with pytest.raises(OutOfMemory, match=r"checks\.on_out_of_memory=smaller_batch tries"):
         run(load_conf([*four, "run_dir=again"]))
     summary = run(load_conf([*four, RETRY, "run_dir=again"]))
     assert steps == [0, 1, 2, 2, 2] and len(summary["out_of_memory"]) == 1
