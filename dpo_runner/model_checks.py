@@ -76,10 +76,8 @@ def _find_unjoinable(lora: "LoraConf") -> str | None:
 
 
 def _check_lora(lora: "LoraConf") -> Iterator[str]:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for module, value in getattr(lora, field).items():
-            if value < 1:
-                yield f"`lora.{field}.{module}={value}`: must be at least 1"
+    for name, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        yield from (f"`lora.{name}.{key}={value}`: must be at least 1" for key, value in pattern.items() if value < 1)
     start = lora.init_lora_weights
     if start is False:
         yield "`lora.init_lora_weights=False`: begins with a random B, away from the reference; use true"

@@ -161,7 +161,7 @@ def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
     """Check `cases` commands, drawn with a seed.
 
     Returns:
-        How they ended; nothing is raised for a case that fails.
+        How they ended; nothing is raised for a case that fails, nor for Ctrl-C, which ends the row.
     """
     outcome = FuzzOutcome()
 
@@ -189,7 +189,10 @@ def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
         suppress_health_check=list(HealthCheck),
     )(drawn)
     state = random.getstate()
-    seed(seed_number)(drawn)()
+    try:
+        seed(seed_number)(drawn)()
+    except KeyboardInterrupt:
+        outcome.failures.append("stopped by Ctrl-C: the cases above are not all that were asked for")
     random.setstate(state)
     return outcome
 
