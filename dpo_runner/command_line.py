@@ -105,7 +105,8 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         return [f"--config-dir={config_dir}: {error.strerror}; name a folder"]
     except ValueError as error:
         return [f"--config-dir={config_dir}: {error}"]
-    mistakes: list[str] = files.find_hidden_files()
+    hidden = files.find_hidden_files()
+    mistakes: list[str] = [*hidden]
     sound: list[Override] = []
     choices: dict[str, list[str]] = {}
     for text in overrides:
@@ -122,7 +123,10 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         if override is not None and not lines:
             of_file.append(override)
     sound = [*of_file, *sound]  # the command line outdoes the file
-    mistakes += files.find_file_mistakes(choices)
+    of_files = files.find_file_mistakes(choices)
+    mistakes += of_files
+    if hidden or of_files:
+        return mistakes  # such files are not to be composed: some would take all memory, some would run code
     intervals = [override for override in sound if override.is_interval_sweep()]
     if intervals and not _is_search(sound, config_dir):
         return [
@@ -141,7 +145,7 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
     if both := [key for key in of_sweep if key in sweeps]:
         return [*mistakes, f"`{both[0]}`: is the same for all runs of a sweep; give it one value"]
     broken, uncomposable = _find_point_mistakes(sound, files, config_dir)
-    # Where a file is wrong the whole does not compose, and the file's own line says why.
+    # Where an override is wrong the whole may not compose, and the override's own line says why.
     return mistakes + broken + ([] if mistakes else uncomposable)
 
 
