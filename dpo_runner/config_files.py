@@ -46,7 +46,10 @@ class ConfigFiles:
 
     def find(self, group: str, option: str) -> Path | None:
         paths = [folder / group / f"{option}.yaml" for folder in self.folders]
-        return next((path for path in paths if path.is_file()), None)
+        try:
+            return next((path for path in paths if path.is_file()), None)
+        except OSError:  # a name that no file can have
+            return None
 
     def find_option_mistakes(self, group: str, option: Any) -> list[str]:
         """Return what is wrong with choosing `option` in `group`."""

@@ -49,6 +49,7 @@ OVERRIDES = [
     ("lora.rank_pattern={q_proj:x}", "lora.rank_pattern.q_proj"),
     ("lora.target_modules={a:1}", "must be str | list[str]"),
     ("training.lr_scheduler_kwargs=[1]", "must be dict[str, Any] | str | None"),
+    (f"model={'a' * 300}", "no such option; choose from"),
     ("model=null", "`model=None`: no such option"),
     ("data=[concise,orca]", "no such option"),
     ("training={beta:0.1}", "no such option"),
