@@ -36,7 +36,7 @@ test-demo: setup  ## run the default run in full and check what it promises
 
 torture: setup  ## kill and signal runs, feed them nonsense, make hundreds of them (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py
-	$(BIN)/python scripts/torture_fuzz.py
+	$(BIN)/python scripts/torture_configs.py
 	$(BIN)/python scripts/torture_rows.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 

@@ -1,6 +1,6 @@
 """Give the check of the command line configurations that nobody would write, and see that it says so in plain words.
 
-    python scripts/torture_fuzz.py --cases 5000
+    python scripts/torture_configs.py --cases 5000
 
 Commands are drawn from the real schema: its keys with values of right and wrong kinds, misspelt keys, every form of
 override, sweeps, flags, files of YAML and text that is none. Each has to be composed, or refused with one printable

@@ -1,4 +1,4 @@
-"""The first cases of `scripts/torture_fuzz.py`, and that it finds what it looks for."""
+"""The first cases of `scripts/torture_configs.py`, and that it finds what it looks for."""
 
 import pytest
 from test_scripts import load_script
@@ -8,7 +8,7 @@ from dpo_runner import command_line
 
 @pytest.fixture(scope="module")
 def fuzz():
-    return load_script("torture_fuzz")
+    return load_script("torture_configs")
 
 
 def test_no_configuration_ends_otherwise_than_composed_or_refused(fuzz) -> None:
