@@ -129,7 +129,7 @@ def run(
         settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
 
         def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
-            stopping.on_train_end(args, None, None)  # of an attempt before, which memory has ended
+            stopping.end_training()  # of an attempt before, which memory has ended
             now = with_settings(settled, smaller)
             changed, now_args = with_settings(conf, smaller), build_dpo_config(now, path / "checkpoints")
             first = (directory, changed, now.engine, now_args, tokenizer, data, console, tracker)

@@ -61,8 +61,12 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         self._stop()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.end_training()
+
+    def end_training(self) -> None:
+        """Stop at once from here on, and now where a signal has come after the last save."""
         self._training = False
-        self._stop()  # the signal has come after the last save
+        self._stop()
 
     def _stop(self) -> None:
         if self._signal is not None:
