@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary
-from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
-from dpo_runner.run_search import find_run_folders
+from dpo_runner.run_search import find_runs
 from dpo_runner.sealing import find_last_checkpoint
 
 _LEFT_BEHIND = ("checkpoint-", "damaged-checkpoint-", ".saving-")
@@ -45,10 +44,7 @@ def find_checkpoints(folders: Sequence[Path]) -> tuple[list[RunCheckpoints], lis
     Raises:
         ConfigError: a folder is not there.
     """
-    if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
-        raise ConfigError(missing)
-    notes: list[str] = []
-    found = {path.resolve(): path for folder in folders for path in find_run_folders(folder, notes)}
+    found, notes = find_runs(folders)
     named = {folder.resolve() for folder in folders}
     runs = []
     for resolved, path in sorted(found.items()):

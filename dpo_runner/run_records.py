@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
 from dpo_runner.masking import mask_secrets
 from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
-from dpo_runner.run_search import RUN_FILES, find_run_folders
+from dpo_runner.run_search import RUN_FILES, find_runs
 
 _MOST_NODES = 20_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
@@ -115,10 +114,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
     Raises:
         ConfigError: a folder is not there.
     """
-    if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
-        raise ConfigError(missing)
-    notes: list[str] = []
-    found = {path.resolve(): path for folder in folders for path in find_run_folders(folder, notes)}
+    found, notes = find_runs(folders)
     runs = [_read_run(path) for path in found.values()]
     _name(runs, list(found))
     runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.name)])

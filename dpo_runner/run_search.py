@@ -1,14 +1,31 @@
 """Where there are run directories: at any depth, of this program and of a plain Trainer."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from dpo_runner.errors import ConfigError
 
 RUN_FILES = ("status.json", "summary.json")
 """Either of them makes a folder a run of this program."""
 
 
-def find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
+def find_runs(folders: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """Find the run directories in or below some folders.
+
+    Returns:
+        Each one's path as it was reached, once, by its resolved path; and a line for each folder that cannot be read.
+
+    Raises:
+        ConfigError: a folder is not there.
+    """
+    if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
+        raise ConfigError(missing)
+    notes: list[str] = []
+    return {path.resolve(): path for folder in folders for path in _find_run_folders(folder, notes)}, notes
+
+
+def _find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
     """Yield the run directories in or below a folder; a run directory is not looked into.
 
     Args:

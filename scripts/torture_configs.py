@@ -12,16 +12,16 @@ import argparse
 import contextlib
 import io
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from fuzzing import Hang, time_limit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -153,10 +153,6 @@ class FuzzOutcome:
         )
 
 
-class _Hang(BaseException):
-    """A case has taken too long."""
-
-
 def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
     """Check `cases` commands, drawn with a seed.
 
@@ -168,9 +164,9 @@ def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
     def check(overrides: list[str], flags: list[str], file: tuple[str, str] | None) -> None:
         begin = time.monotonic()
         try:
-            with _time_limit():
+            with time_limit(_SECONDS):
                 composed = check_case(overrides, flags, file)
-        except (Exception, _Hang, SystemExit, RecursionError) as error:
+        except (Exception, Hang, SystemExit, RecursionError) as error:
             outcome.failures.append(f"{overrides!r} {flags!r} {file!r}: {type(error).__name__}: {error}"[:1000])
         else:
             outcome.composed += composed
@@ -256,22 +252,6 @@ def _check_refusal(mistakes: list[str]) -> None:
 
 def _is_shown(character: str) -> bool:
     return character >= " " and not 0x7F <= ord(character) < 0xA0 and not 0xD800 <= ord(character) < 0xE000
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise _Hang in what takes more than `_SECONDS`."""
-
-    def stop(*_: Any) -> None:
-        raise _Hang(f"takes more than {_SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def main() -> None:

@@ -10,22 +10,18 @@ names it. Anything else, and what takes longer than ten seconds, is printed, and
 
 import argparse
 import dataclasses
-import gzip
-import io
 import itertools
 import json
-import random
-import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hypothesis
+from fuzzing import Hang, time_limit
+from hostile_rows import ROWS, SOUND_ROWS, damage, draw, near_rows
 from hypothesis import strategies as st
 
 from dpo_runner.config import RunConf, load_conf
@@ -35,58 +31,7 @@ from dpo_runner.default_model import load_random_model_path
 from dpo_runner.errors import ConfigError
 
 _ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 3
-_COLUMNS = (
-    *("prompt", "chosen", "rejected", "conversations", "instruction", "input", "output", "history", "question"),
-    *("system", "tools", "chat_template_kwargs", "responses", "scores", "response", "helpfulness", "score"),
-    *("context", "response1", "response2", "overall_preference", "score_chosen", "score_rejected", "messages"),
-)
-_TURN = ("role", "from", "content", "value", "tool_calls", "name")
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".txt", "")
-
-_WORDS = st.sampled_from(
-    ["", " ", "\n", "Why?", "So.", "No.", "<|im_end|>", "\ud800", "\0", "\u2028", "\n\nHuman: a\n\nAssistant: b", "nan"]
-)
-_TEXTS = st.one_of(_WORDS, st.text(max_size=8))
-_ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "narrator", "", "USER"])
-_NUMBERS = st.one_of(st.integers(-3, 3), st.just(10**400), st.floats(), st.booleans(), st.none())
-_VALUES: st.SearchStrategy[Any] = st.recursive(
-    st.one_of(_TEXTS, _NUMBERS),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_TEXTS, inner, max_size=3)),
-    max_leaves=6,
-)
-_MESSAGES = st.one_of(
-    st.fixed_dictionaries({"role": _ROLES, "content": _TEXTS}),
-    st.fixed_dictionaries({"from": _ROLES, "value": _TEXTS}),
-    st.dictionaries(st.sampled_from(_TURN), st.one_of(_ROLES, _VALUES), max_size=3),
-)
-_CELLS = st.one_of(_TEXTS, st.lists(_MESSAGES, max_size=4), st.lists(_TEXTS, max_size=3), _NUMBERS, _VALUES)
-_ANSWERS = {"prompt": _CELLS, "chosen": _CELLS, "rejected": _CELLS}
-_OBJECTS = st.one_of(
-    st.fixed_dictionaries(_ANSWERS, optional=dict.fromkeys(_COLUMNS[3:], _CELLS)),
-    st.fixed_dictionaries({"prompt": _CELLS, "responses": st.lists(_TEXTS, max_size=4), "scores": st.lists(_NUMBERS)}),
-    st.dictionaries(st.sampled_from(_COLUMNS), _CELLS, max_size=6),
-    st.dictionaries(_TEXTS, _VALUES, max_size=3),
-)
-ROWS = st.one_of(_OBJECTS, _OBJECTS, _OBJECTS, _VALUES)
-"""Values of JSON, most of them objects with columns as preference data have them."""
-
-_SOUND_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "preference": lambda n: {"prompt": f"q{n}", "chosen": f"so {n}", "rejected": "no"},
-    "hh": lambda n: {"chosen": f"\n\nHuman: q{n}\n\nAssistant: so", "rejected": f"\n\nHuman: q{n}\n\nAssistant: no"},
-    "sharegpt": lambda n: {"conversations": [{"from": "human", "value": f"q{n}"}], "chosen": "so", "rejected": "no"},
-    "alpaca": lambda n: {"instruction": f"q{n}", "chosen": "so", "rejected": "no"},
-    "orca": lambda n: {"question": f"q{n}", "chosen": "so", "rejected": "no"},
-    "scored": lambda n: {"prompt": f"q{n}", "responses": ["so", "no"], "scores": [2, 1]},
-    "helpsteer": lambda n: {"context": f"q{n}", "response1": "a", "response2": "b", "overall_preference": -1},
-}
-
-
-def near_rows(layout: str) -> st.SearchStrategy[Any]:
-    """Sound rows of a layout in which one or two columns hold something else."""
-    sound = _SOUND_ROWS.get(layout, _SOUND_ROWS["preference"])(0)
-    columns = st.sampled_from([*sound, *sound, *_COLUMNS])
-    changes = st.dictionaries(columns, _CELLS, min_size=1, max_size=2)
-    return changes.map(lambda change: {**sound, **change})
 
 
 @dataclass
@@ -139,66 +84,9 @@ def fuzz_rows(cases: int, seed: int, folder: Path) -> Outcome:
         for start in range(0, count, _ROWS_PER_FILE):
             bench.try_rows(rows[start : start + _ROWS_PER_FILE], layout)
     random_bytes = draw(st.binary(max_size=60), files // 2, seed)
-    for number, content in enumerate([*random_bytes, *_damage(files - files // 2, seed)]):
+    for number, content in enumerate([*random_bytes, *damage(files - files // 2, seed)]):
         bench.try_file(content, number)
     return bench.outcome
-
-
-def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
-    """Return `count` values, the same for the same seed."""
-    found: list[Any] = []
-    while len(found) < count:
-
-        @hypothesis.seed(seed)
-        @hypothesis.settings(
-            max_examples=count - len(found),
-            database=None,
-            deadline=None,
-            derandomize=False,
-            phases=[hypothesis.Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        @hypothesis.given(strategy)
-        def collect(value: Any) -> None:
-            found.append(value)
-
-        collect()
-        seed += 1
-    return found[:count]
-
-
-def _damage(count: int, seed: int) -> Iterator[bytes]:
-    """Yield sound files of all formats with bytes changed, left out and put in."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    make = _SOUND_ROWS["preference"]
-    sound = [make(number) for number in range(12)]
-    table = pa.Table.from_pylist(sound)
-    parquet.write_table(table, packed := io.BytesIO(), write_page_checksum=True)
-    with pa.ipc.new_file(arrow := io.BytesIO(), table.schema) as writer:
-        writer.write_table(table)
-    lines = "".join(json.dumps(row) + "\n" for row in sound).encode()
-    cells = "".join(",".join(row.values()) + "\n" for row in [dict(zip(sound[0], sound[0], strict=True)), *sound])
-    kinds = [json.dumps(sound).encode(), lines, cells.encode(), cells.replace(",", "\t").encode(), packed.getvalue()]
-    kinds += [arrow.getvalue(), gzip.compress(json.dumps(sound).encode()), gzip.compress(lines)]
-    kinds.append(pa.compress(lines, codec="zstd", asbytes=True))
-    chance = random.Random(seed)
-    for number in range(count):
-        content = bytearray(kinds[number % len(kinds)])
-        for _ in range(chance.randint(1, 4)):
-            at = chance.randrange(len(content))
-            change = chance.choice(["set", "flip", "cut", "insert"])
-            if change == "set":
-                content[at] = chance.randrange(256)
-            elif change == "flip":
-                content[at] ^= 1 << chance.randrange(8)
-            elif change == "cut":
-                del content[at : at + chance.randint(1, 20)]
-            else:
-                content[at:at] = chance.randbytes(chance.randint(1, 4))
-            content = content or bytearray(b"\0")
-        yield bytes(content)
 
 
 @dataclass
@@ -222,7 +110,7 @@ class _Bench:
                     self.outcome.failures.append(f"as {layout}: {row!r:.300}: {error}")
 
     def _load_rows(self, rows: Sequence[str], layout: str) -> PreferenceData:
-        make = _SOUND_ROWS.get(layout, _SOUND_ROWS["preference"])
+        make = SOUND_ROWS.get(layout, SOUND_ROWS["preference"])
         sound = [json.dumps(make(number)) for number in range(_SOUND)]
         path = self._write("\n".join([*sound, *rows]).encode("utf-8", "surrogatepass") + b"\n", ".jsonl")
         data = self._load(path, layout)
@@ -265,7 +153,7 @@ class _Bench:
         data_conf = dataclasses.replace(self.conf.data, path=str(path), format=layout)
         conf = dataclasses.replace(self.conf, data=data_conf)
         try:
-            with _patience(_SECONDS):
+            with time_limit(_SECONDS):
                 data = load_preferences(conf, self.tokenizer)
                 dropped = list(data.dropped())
         except ConfigError as error:
@@ -274,7 +162,7 @@ class _Bench:
                 raise Wrong(f"not told in one line: {told!r:.300}") from None
             _encode(told)
             return error
-        except Exception as error:
+        except (Exception, Hang) as error:
             raise Wrong(f"{type(error).__name__}: {error}") from error
         _check_account(data, dropped)
         return data
@@ -331,20 +219,6 @@ def _encode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise Wrong(f"not printable: {text!r:.200} ({error})") from None
-
-
-@contextmanager
-def _patience(seconds: int) -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Wrong(f"takes more than {seconds} seconds")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def main() -> None:
