@@ -34,7 +34,7 @@ def explain_death(run_dir: Path, status: dict[str, Any]) -> str | None:
         silent = (datetime.now(UTC) - datetime.fromisoformat(str(heartbeat))).total_seconds()
     except (ValueError, TypeError):  # TypeError: a time without a zone
         return None
-    if silent > _SILENT_AFTER:
+    if abs(silent) > _SILENT_AFTER:  # one that is to come is of a clock that has been set since
         return f"no sign of life since {heartbeat}"
     return killed if host is None and isinstance(pid, int) and not is_process_alive(pid) else None
 

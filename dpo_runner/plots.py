@@ -105,9 +105,11 @@ def _draw(path: Path, panels: list[tuple[str, list[_Line]]]) -> None:
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, lines) in zip(every, panels, strict=True):
         _fill(axes, title, lines)
-    figure.draw_without_rendering()  # so that the distances between the labels are known
+    layout.execute(figure)  # so that the distances between the labels are known
     for axes, (_, lines) in zip(every, panels, strict=True):
         _label_ends(axes, lines)
+    layout.execute(figure)
+    figure.set_layout_engine("none")  # or saving lays it out, and draws it, once more
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -29,6 +29,13 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw a card's curves, a third of a tiny run's time, only where they are looked at."""
+    if request.path.name not in ("test_card.py", "test_plots.py", "test_run.py", "test_docs.py"):
+        monkeypatch.setattr("dpo_runner.card.write_plots", lambda folder, events: [])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what tests tokenize out of the user's cache; converted models are shared with it."""

@@ -27,8 +27,6 @@ from dpo_runner.trainer import build_dpo_config, build_trainer
 _OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation")
 KEPT = "the base model is kept from the run before"
 
-QUANTIZED = {"unquantized": [], "nf4": ["quant=nf4"], "int8": ["quant=int8"]}
-
 WITH, WITHOUT = "training.gradient_checkpointing=true", "training.gradient_checkpointing=false"
 
 OTHERS = [  # each leaves other traces on the base
@@ -93,7 +91,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return held
 
 
-@pytest.mark.parametrize("quantized", QUANTIZED.values(), ids=QUANTIZED.keys())
+@pytest.mark.parametrize(
+    "quantized",
+    [[], ["quant=nf4"], pytest.param(["quant=int8"], marks=pytest.mark.slow)],
+    ids=["unquantized", "nf4", "int8"],
+)
 def test_a_run_after_others_is_the_run_alone(quantized: list[str], runner: Runner, loads: list[int]) -> None:
     runner.overrides += quantized
     alone = {way: runner([way]) for way in (WITH, WITHOUT)}
@@ -159,23 +161,24 @@ def count_live() -> dict[str, int]:
     }
 
 
-def test_fifty_runs_leave_nothing(tiny_run: list[str]) -> None:
+@pytest.mark.parametrize("runs", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_runs_leave_nothing(runs: int, tiny_run: list[str]) -> None:
     conf = load_conf([*tiny_run, "training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"])
     tokenizer = load_tokenizer(conf.model)
     data = load_preferences(conf, tokenizer)
     bases, said, live = BasePool(), [], []
-    for number in range(50):
+    for number in range(runs):
         for key, value in (("training.gradient_checkpointing", bool(number % 2)), ("lora.r", 1 + number % 3)):
             group, _, name = key.partition(".")
             setattr(getattr(conf, group), name, value)
         train_once(conf, tokenizer, data, bases, said)
         bases.put_back()
-        if number in (1, 49):  # by the second run, all that is made on first use is there
+        if number in (1, runs - 1):  # by the second run, all that is made on first use is there
             live.append(count_live())
     settled, last = live
-    assert last["objects"] - settled["objects"] < 48 * 100
+    assert last["objects"] - settled["objects"] < (runs - 2) * 100
     assert {**last, "objects": 0} == {**settled, "objects": 0}
-    assert said == [KEPT] * 49
+    assert said == [KEPT] * (runs - 1)
 
 
 def train_once(conf: RunConf, tokenizer: Any, data: PreferenceData, bases: BasePool, said: list[str]) -> None:

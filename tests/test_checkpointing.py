@@ -61,7 +61,7 @@ def test_the_run_does_it_and_its_plan_says_why(tiny_run: list[str], monkeypatch:
     ("kind", "overrides"),
     [
         ("small", ["engine.lean_layers=false"]),
-        ("small", ["training.bf16=false"]),
+        pytest.param("small", ["training.bf16=false"], marks=pytest.mark.slow),
         ("large", ["lora=none"]),
         ("large", ["engine.shared_prefix=false"]),
     ],

@@ -72,6 +72,7 @@ def test_generation_and_padded_rows_are_not_compiled(tiny_run: list[str], tmp_pa
     assert count_compiled() == before
 
 
+@pytest.mark.slow
 def test_a_run_on_a_kept_base_is_the_run_alone_and_keeps_its_reference_apart(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

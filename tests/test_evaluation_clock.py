@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from dpo_runner import artifacts, load_conf, run
 from dpo_runner.artifacts import RunDirectory, read_metrics
-from dpo_runner.checkpoint import is_alive
 from dpo_runner.console import RunConsole
 from dpo_runner.errors import ConfigError
+from dpo_runner.liveness import explain_death
 from dpo_runner.trainer import RunTrainer
 
 DAY = 86_400
@@ -59,8 +59,8 @@ def test_durations_do_not_go_by_the_time_of_day(
 def test_a_heartbeat_of_another_day_is_none(days: int, tmp_path: Path) -> None:
     told = datetime.now(UTC) + timedelta(days=days)
     status = {"state": "running", "pid": os.getpid(), "heartbeat": told.isoformat(timespec="seconds")}
-    assert not is_alive(status)
-    assert is_alive(status | {"heartbeat": datetime.now(UTC).isoformat()})
+    assert explain_death(tmp_path, status) == f"no sign of life since {status['heartbeat']}"
+    assert explain_death(tmp_path, status | {"heartbeat": datetime.now(UTC).isoformat()}) is None
 
 
 def test_the_lock_holds_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def largest_pair(overrides: list[str]) -> int:
     return sum(data.largest())
 
 
-@pytest.mark.parametrize("way", [BY_TOKENS, PADDED], ids=["tokens", "padded"])
+@pytest.mark.parametrize("way", [BY_TOKENS, pytest.param(PADDED, marks=pytest.mark.slow)], ids=["tokens", "padded"])
 def test_a_run_that_is_tried_again_is_the_run_that_had_smaller_batches(
     way: list[str], four: list[str], limit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,5 +30,5 @@ def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_one_line_about_the_cache(tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    with pytest.raises(RunError, match=r"file/cache/model: cannot be written; Not a directory"):
+    with pytest.raises(RunError, match=r"file/cache/model: the cache cannot be written; Not a directory"):
         write_model(tmp_path / "file" / "cache" / "model", model, tokenizer)

@@ -82,7 +82,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert len(samples) == 2 and samples[0].keys() == {"prompt", "before", "after"}
     assert samples[0]["before"]["tokens"] <= 4
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    assert not list(finished.rglob("*.tmp")) and not list(finished.glob(".*"))
+    assert not list(finished.rglob("*.tmp")) and [path.name for path in finished.glob(".*")] == [".lock"]
 
 
 def test_the_account_of_the_data_is_kept_and_logged(tiny_run: list[str], tmp_path: Path) -> None:

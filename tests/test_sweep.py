@@ -156,7 +156,7 @@ def test_a_sweep_killed_at_each_boundary_of_its_jobs_and_within_one_repeats_and_
     kills = (
         ({"HALT": "show_start:1"}, ["pending"] * 3),
         ({"HALT": "show_end:1"}, ["finished", "pending", "pending"]),
-        ({"KILL": "0.4"}, ["finished", "interrupted", "pending"]),
+        ({"KILL": "0.4"}, ["finished", "died", "pending"]),
         ({"HALT": "show_start:2"}, ["finished", "finished", "pending"]),
         ({"HALT": "show_end:1"}, ["finished"] * 3),
         ({"HALT": "show_result:1"}, ["finished"] * 3),

@@ -14,9 +14,9 @@ def test_a_run_that_is_killed_ends_as_the_undisturbed_one(tiny_run: list[str], t
     assert str(outcome).startswith("kill -9: 2 of 2 (")
 
 
-def test_a_signal_that_does_not_lead_where_it_has_to_is_a_failure(tiny_run: list[str], tmp_path: Path) -> None:
+def test_another_exit_code_is_a_failure(tiny_run: list[str], tmp_path: Path) -> None:
     torture = load_script("torture")
     overrides = [*tiny_run, *torture.TINY, "training.max_steps=8"]
-    outcome = torture.torture("signals", overrides, 1, lambda *given: torture.send_in_turn(*given) + 1, 1, tmp_path)
+    outcome = torture.torture("kill -9", overrides, 1, lambda *given: torture.kill(*given) + 1, 1, tmp_path)
     (failure,) = outcome.failures
-    assert "exit code 130, not 131" in failure
+    assert "exit code 137, not 138" in failure

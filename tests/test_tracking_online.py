@@ -254,7 +254,9 @@ def test_without_a_server_at_the_start_the_run_is_recorded_offline(
     assert server.only_run().exit_code == 0
 
 
-@pytest.mark.parametrize("fault", ["500 for rows", "answer lost", "401", "closed port"])
+@pytest.mark.parametrize(
+    "fault", ["500 for rows", "answer lost", "401", pytest.param("closed port", marks=pytest.mark.slow)]
+)
 def test_a_server_that_is_lost_on_the_way_costs_nothing(
     server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
 ) -> None:
@@ -363,7 +365,7 @@ def read_all(ours: int, run: Run, theirs: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("mode", [pytest.param("offline", marks=pytest.mark.slow), "online"])
 def test_a_killed_run_loses_its_last_two_seconds_at_most(
     server: WandbServer, environment: dict[str, str], tiny_run: list[str], mode: str
 ) -> None:

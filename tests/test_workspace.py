@@ -151,6 +151,7 @@ def test_no_key_and_a_refused_one_are_told_in_a_line(server: ViewServer, tmp_pat
     assert err.startswith("error: W&B cannot be reached, or not with this key (`wandb login`)") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
     absent = ViewServer()
     absent.stop()

@@ -87,7 +87,7 @@ def place_conf(conf: RunConf, run_dir: Path, label: str) -> RunConf:
     wandb = dataclasses.replace(
         given,
         group=given.group or run_dir.parent.name,
-        name=given.name or (label if label != ONLY_POINT else None),
+        name=given.name or (label if label not in ("", ONLY_POINT) else None),
         job_type=given.job_type or ("search" if conf.sweep.search.sampler else "sweep"),
         dir=given.dir or str(run_dir.parent),
     )
