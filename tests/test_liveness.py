@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dpo_runner.liveness import explain_death, is_process_alive
 from dpo_runner.run_records import read_runs
 from dpo_runner.sweep.states import read_job
 
-NOW, LONG_AGO = "2999-01-01T00:00:00+00:00", "2020-01-01T00:00:00+00:00"
+NOW, LONG_AGO = datetime.now(UTC).isoformat(), "2020-01-01T00:00:00+00:00"
 
 HOLD = """
 import sys, time
