@@ -5,6 +5,7 @@ samples.jsonl data_report.json dropped_rows.jsonl adapter/ checkpoints/ run.log 
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -129,7 +130,7 @@ class RunDirectory:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Be the only process that writes here for as long as this lasts.
+        """Be the only process that writes here for as long as this lasts, where the file system knows locks.
 
         Raises:
             ConfigError: another process does, or it cannot be written to.
@@ -249,6 +250,10 @@ def _try_lock(file: IO[str]) -> bool:
     except (BlockingIOError, PermissionError):
         time.sleep(0.05)  # it may be one who only asks whether anybody has it
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        # some network file systems have no locks; there the heartbeat alone tells of another process
     return True
 
 

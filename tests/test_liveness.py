@@ -1,5 +1,6 @@
 """A run whose process has died is told from one that is going on, and asking disturbs neither."""
 
+import errno
 import json
 import os
 import platform
@@ -24,7 +25,12 @@ from dpo_runner.liveness import explain_death, is_process_alive
 from dpo_runner.run_records import read_runs
 from dpo_runner.sweep.states import read_job
 
-NOW, LONG_AGO = datetime.now(UTC).isoformat(), "2020-01-01T00:00:00+00:00"
+LONG_AGO = "2020-01-01T00:00:00+00:00"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
 
 HOLD = """
 import sys, time
@@ -57,7 +63,7 @@ def change_status(**changes: Any) -> dict[str, Any]:
 
 def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "subprocess.Popen[str]") -> None:
     run_dir = Path("r")
-    for heartbeat in (NOW, LONG_AGO, "nonsense"):
+    for heartbeat in (now(), LONG_AGO, "nonsense"):
         assert explain_death(run_dir, change_status(heartbeat=heartbeat)) is None
     os.kill(other.pid, signal.SIGSTOP)  # as a laptop that is closed
     assert read_job(run_dir).state == "running"
@@ -68,7 +74,7 @@ def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "s
     other.kill()
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # a zombie, whose process id is still in use
     killed = f"its process, {other.pid}, was killed, or went down with the machine"
-    for heartbeat in (NOW, LONG_AGO):
+    for heartbeat in (now(), LONG_AGO):
         assert explain_death(run_dir, change_status(heartbeat=heartbeat)) == killed
     check_continuable(run_dir, change_status(), load_conf(["run_dir=r"]))
 
@@ -94,11 +100,11 @@ def test_of_another_host_the_heartbeat_alone_counts(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "r").claim():
         pass
     gone = {"state": "running", "pid": 2**22 + 1, "host": f"not-{platform.node()}"}
-    assert explain_death(tmp_path / "r", {**gone, "heartbeat": NOW}) is None
+    assert explain_death(tmp_path / "r", {**gone, "heartbeat": now()}) is None
     assert explain_death(tmp_path / "r", {**gone, "heartbeat": LONG_AGO}) == f"no sign of life since {LONG_AGO}"
     here = {**gone, "host": platform.node()}
-    assert "was killed" in str(explain_death(tmp_path / "r", {**here, "heartbeat": NOW}))
-    older = {"state": "running", "pid": 2**22 + 1, "heartbeat": NOW}  # of a version that told no host
+    assert "was killed" in str(explain_death(tmp_path / "r", {**here, "heartbeat": now()}))
+    older = {"state": "running", "pid": 2**22 + 1, "heartbeat": now()}  # of a version that told no host
     assert "was killed" in str(explain_death(tmp_path / "r", older))
 
 
@@ -117,7 +123,7 @@ def test_a_status_that_says_nothing_is_no_sign_of_death_and_no_error(status: dic
 def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / LOCK_FILE)
     before = time.monotonic()
-    explain_death(tmp_path, {"pid": 2**22 + 1, "host": platform.node(), "heartbeat": NOW})
+    explain_death(tmp_path, {"pid": 2**22 + 1, "host": platform.node(), "heartbeat": now()})
     assert time.monotonic() - before < 5
 
 
@@ -146,3 +152,17 @@ def test_who_asks_does_not_keep_a_run_from_beginning(tmp_path: Path, monkeypatch
     monkeypatch.setattr(artifacts.fcntl, "lockf", taken_once)
     with RunDirectory(tmp_path / "r").claim():
         assert len(tried) == 2
+
+
+def test_where_no_file_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on network file systems that know no locks; there the heartbeat tells."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(artifacts.fcntl, "lockf", refuse)
+    directory = RunDirectory(tmp_path / "r")
+    with directory.claim():
+        directory.write_status("running")
+    status = read_status(tmp_path / "r")
+    assert status is not None and explain_death(tmp_path / "r", status) is None
