@@ -15,7 +15,7 @@ import torch
 from dpo_runner.artifacts import write_json
 from dpo_runner.data import PreferenceData
 from dpo_runner.engine.token_batches import Batch, Place, select_pairs
-from dpo_runner.errors import RunError
+from dpo_runner.errors import RunError, reason_of
 from dpo_runner.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
@@ -101,20 +101,28 @@ class FiniteTrainer(SavingTrainer):
         self._skipped, self._interval_steps, self._interval_skipped = progress["skipped"]
 
     def _tell(self, model: Any, loss: float, norm: float) -> str:
-        """Write the step's pairs down and say what was wrong, and with which of them."""
+        """Say what was wrong, and with which of the step's pairs."""
         step = self.state.global_step + 1
+        what = f"loss is {loss:g}" if not math.isfinite(loss) else f"grad_norm is {norm:g}"
+        told = f"{what} at step {step}"
+        try:
+            return f"{told}{self._write_down(model, step, loss, norm)}"
+        except Exception as error:  # whatever it is, it is not to hide what was wrong
+            logger.exception("the pairs of step %d cannot be looked at", step)
+            return f"{told}; its pairs cannot be looked at: {reason_of(error)}"
+
+    def _write_down(self, model: Any, step: int, loss: float, norm: float) -> str:
+        """Write the step's pairs down, and say which of them are to blame, and where they are."""
         batches = [select_pairs(self._batches, [place]) for place in self._places()]
         pairs = [
             self._describe(model, batch, row) for batch, row in zip(batches, self._find_rows(batches), strict=True)
         ]
         wrong = [pair["source"] or f"training row {pair['row']}" for pair in pairs if not pair["finite"]]
-        told = (
-            f"loss is {loss:g} at step {step}" if not math.isfinite(loss) else f"grad_norm is {norm:g} at step {step}"
-        )
+        told = ""
         if len(wrong) == len(pairs):
-            told += ", with each of its pairs"
+            told = ", with each of its pairs"
         elif wrong:
-            told += f", with {', '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if wrong[_SHOWN:] else ''}"
+            told = f", with {', '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if wrong[_SHOWN:] else ''}"
         if self.dumps is not None:
             self.dumps.mkdir(parents=True, exist_ok=True)
             path = self.dumps / f"step-{step}.json"

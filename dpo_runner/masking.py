@@ -20,13 +20,13 @@ _SECRET_KEY = re.compile(
 _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|(?<![\w-])sk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
     r"|\bglpat-[A-Za-z0-9_-]{20,}|\bxox[a-z]-[A-Za-z0-9-]{20,}|\bAKIA[A-Z0-9]{16}|\bAIza[A-Za-z0-9_-]{35}"
-    r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+|(?<=\bBearer )[^\s\"']{8,}"
+    r"|\beyJ[A-Za-z0-9_-]{10,2000}\.[A-Za-z0-9_-]{10,9000}\.[A-Za-z0-9_-]+|(?<=\bBearer )[^\s\"']{8,}"
     r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])"
     r"|(?<=://)(?:[^/\s@:]*:[^/\s]+|[^/\s@:]{16,})(?=@)"
 )
 # `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name, and then a value.
 _NAMED_VALUE = re.compile(
-    r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_-])*"
+    r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,40}[_-]){0,8}"
     r"(?:secret|password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
     r"|(?<=[?&])token|(?<=[?&])(?:sig|signature)|amz-signature|amz-credential)"
     r"[\"']?\s*[:=]\s*[\"']?)(?!\*\*\*)([^\s\"'&,;{}\[\]]+)",
@@ -79,19 +79,20 @@ def holds_secret(text: str) -> bool:
 
 
 def _mask_known(text: str) -> str:
-    pattern = _compile_known(frozenset(_find_in_environment()))
+    pattern = _compile_known(frozenset(os.environ.items()))
     return pattern.sub(MASK, text) if pattern else text
 
 
 @functools.lru_cache(maxsize=8)
-def _compile_known(values: Iterable[str]) -> re.Pattern[str] | None:
+def _compile_known(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
     """Return a pattern of secrets that are known by value, the longest first since one may begin with another."""
+    values = set(_find_in_environment(environment))
     return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
 
 
-def _find_in_environment() -> Iterator[str]:
+def _find_in_environment(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Yield the secrets among the environment's variables: by their names, and passwords in URLs such as a proxy's."""
-    for name, value in os.environ.items():
+    for name, value in environment:
         if match := _URL_PASSWORD.search(value):
             if len(match[1]) >= _SHORTEST:
                 yield match[1]

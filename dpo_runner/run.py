@@ -140,6 +140,7 @@ def run(
             tracker.log_out_of_memory(records)
 
         records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
+        largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
         summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
@@ -271,6 +272,8 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
         # It was stopped after its last step; Trainer would train one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.load_best_model_at_end and trainer.find_best() is not None:
+            trainer._load_best_model()
     else:
         # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

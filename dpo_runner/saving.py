@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,9 +22,6 @@ assert hasattr(DPOTrainer, "_save_checkpoint"), "transformers' Trainer._save_che
 
 PROGRESS_FILE = "progress.json"
 """In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
-
-_COPIES = 3
-"""Of each trained weight in a first checkpoint: the weight and Adam's two moments."""
 
 
 class SavingTrainer(TokenBatchTrainer):
@@ -41,7 +39,10 @@ class SavingTrainer(TokenBatchTrainer):
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have taken it away
         last = next(iter(list_checkpoints(folder)), None)
         if last is None:
-            needed = _COPIES * sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            tensors = [value for value in states if isinstance(value, torch.Tensor)]
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            needed = sum(tensor.nbytes for tensor in (*trained, *tensors))
         else:
             needed = sum(file.stat().st_size for file in last.rglob("*"))
         if (free := shutil.disk_usage(folder).free) < needed:
@@ -61,10 +62,15 @@ class SavingTrainer(TokenBatchTrainer):
         for file in (written := staging / final.name).iterdir():
             file.rename(staging / file.name)
         written.rmdir()
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
+        if (best := self.find_best()) is not None and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staging / "trainer_state.json"))
         write_json(staging / PROGRESS_FILE, self.progress())
+
+    def find_best(self) -> Path | None:
+        """Return the best checkpoint so far, by its step: its path may have been another when that was noted."""
+        step = self.state.best_global_step
+        return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
 
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint has to hold beside what Trainer puts there."""

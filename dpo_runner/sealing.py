@@ -53,7 +53,7 @@ def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
         _flush(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: so torch.save says that a disk is full
         reason = reason_of(error)
-        if not is_disk_full(error) and shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING:
+        if not is_disk_full(error) and path.parent.exists() and shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING:
             reason = os.strerror(errno.ENOSPC)  # torch.save's own words are "unexpected pos 64 vs 0"
         shutil.rmtree(staging, ignore_errors=True)
         raise RunError(f"{path}: the checkpoint cannot be written; {reason}") from error
@@ -156,5 +156,8 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some network file systems flush files, and no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)

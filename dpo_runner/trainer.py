@@ -120,9 +120,11 @@ class RunTrainer(ClockedTrainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; where it is not what was saved, transformers would go on with the last weights."""
-        best = Path(self.state.best_model_checkpoint)
+        best = self.find_best()
+        assert best is not None
         if damage := explain_damage(best, whole=True):
             raise RunError(f"{best}: the best checkpoint cannot be loaded; {damage}")
+        self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -90,3 +90,54 @@ def test_two_processes_do_not_run_in_one_directory(tmp_path: Path) -> None:
         second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "another process is running there; wait for it, or use another run_dir" in second.stderr
     assert subprocess.run(command, check=False).returncode == 0
+
+
+BEST = (  # the first evaluation stays the best, for margins grow
+    *("training.load_best_model_at_end=true", "training.metric_for_best_model=eval_rewards/margins"),
+    *("training.greater_is_better=false", "training.eval_steps=1", "training.save_steps=1"),
+    *("training.save_total_limit=2", "samples.num_prompts=0"),
+)
+
+
+@pytest.fixture
+def best(tiny_run: list[str]) -> bytes:
+    """The result of an undisturbed run that ends with its best weights."""
+    summary = run(load_conf([*tiny_run, *BEST, "run_dir=undisturbed"]))
+    assert summary is not None and summary["weights"] == "best by eval_rewards/margins: checkpoint-1"
+    return Path("undisturbed/adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_the_best_weights_are_found_again_under_another_spelling_of_the_directory(
+    best: bytes, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RunTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", interrupted)
+        with pytest.raises(RunInterrupted):
+            run(load_conf([*tiny_run, *BEST, "run_dir=r"]))
+    Path("r").rename("moved")
+    summary = run(load_conf([*tiny_run, *BEST, f"run_dir={tmp_path / 'moved'}"]))
+    assert summary is not None and summary["weights"] == "best by eval_rewards/margins: checkpoint-1"
+    assert Path("moved/adapter/adapter_model.safetensors").read_bytes() == best
+
+
+def test_a_run_that_is_stopped_behind_its_last_step_ends_with_its_best_weights_all_the_same(
+    best: bytes, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_samples", interrupted)
+        with pytest.raises(RunInterrupted):
+            run(load_conf([*tiny_run, *BEST, "run_dir=r"]))
+    assert Path("r/checkpoints/checkpoint-4").is_dir()
+    summary = run(load_conf([*tiny_run, *BEST, "run_dir=r"]))
+    assert summary is not None and summary["weights"] == "best by eval_rewards/margins: checkpoint-1"
+    assert Path("r/adapter/adapter_model.safetensors").read_bytes() == best

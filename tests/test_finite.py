@@ -115,3 +115,16 @@ def test_an_interval_of_skipped_steps_alone_has_no_loss(tiny: list[str], bad: Ca
         (True, 1),
         (True, 1),
     ]
+
+
+def test_what_hides_the_pairs_does_not_hide_what_was_wrong(
+    tiny: list[str], bad: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad(None, steps=(2,))
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpo_runner.finite.write_json", fail)
+    with pytest.raises(RunError, match=r"^loss is nan at step 3; its pairs cannot be looked at: .*No space left"):
+        run(load_conf(tiny))

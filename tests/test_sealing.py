@@ -1,5 +1,6 @@
 """A checkpoint is what was saved, to the bit, or it is not continued from."""
 
+import errno
 import json
 import os
 import shutil
@@ -204,3 +205,17 @@ def test_files_in_folders_are_sealed_too(tmp_path: Path) -> None:
     (tmp_path / "inner" / "weights").write_text("v")
     assert explain_damage(tmp_path, whole=False) is None
     assert explain_damage(tmp_path, whole=True) == "inner/weights is not what was written"
+
+
+def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems."""
+    flush = os.fsync
+
+    def refuse(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_sealed(tmp_path / "checkpoint-1", lambda path: fill(path, "first"))
+    assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
