@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fuzzing import Hang, time_limit
+from fuzzing.limits import Hang, time_limit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzzing import Hang, time_limit
-from hostile_rows import ROWS, SOUND_ROWS, damage, draw, near_rows
+from fuzzing.limits import Hang, time_limit
+from fuzzing.rows import ROWS, SOUND_ROWS, damage, draw, near_rows
 from hypothesis import strategies as st
 
 from dpo_runner.config import RunConf, load_conf

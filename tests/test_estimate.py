@@ -184,7 +184,7 @@ def test_a_dry_run_needs_only_the_models_config(tmp_path: Path) -> None:
     result = run_python("-m", "dpo_runner", *command)
     assert result.returncode == 0, result.stderr
     assert "not checked: " in result.stdout and "has no tokenizer" in result.stdout
-    assert re.search(r"at the peak \(training\) *│ *\d+\.\d\d", result.stdout)
+    assert re.search(r"at the peak \((training|evaluation)\) *│ *\d+\.\d\d", result.stdout)
     assert "free on CPU" in result.stdout or "free on NVIDIA" in result.stdout
     refused = run_python("-m", "dpo_runner", *command[1:])
     assert refused.returncode == 2 and "cannot be loaded" in refused.stderr

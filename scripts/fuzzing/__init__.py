@@ -1,0 +1,1 @@
+"""What the fuzzers are made of."""
