@@ -137,9 +137,12 @@ def torture(
     while outcome.trials < trials:
         run_dir, instant = folder / f"trial-{number}", draw.uniform(0, duration)
         number += 1
+        begin = time.monotonic()
         process = start(overrides, run_dir)
         process.join(instant)
         if not process.is_alive():
+            duration = time.monotonic() - begin  # the machine has become faster
+            _remove(run_dir)
             continue
         phase = _describe_phase(run_dir, steps)
         outcome.states[phase] = outcome.states.get(phase, 0) + 1
@@ -164,9 +167,13 @@ def torture(
         if process.exitcode or wrong:
             outcome.failures.append(f"{told}: exit code {process.exitcode}; differs in {', '.join(wrong) or 'nothing'}")
         else:
-            shutil.rmtree(run_dir)
-            Path(f"{run_dir}.log").unlink()
+            _remove(run_dir)
     return outcome
+
+
+def _remove(run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+    Path(f"{run_dir}.log").unlink()
 
 
 def _describe_phase(run_dir: Path, steps: int) -> str:
