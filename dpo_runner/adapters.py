@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dpo_runner.config import read_adapter_base
+from dpo_runner.adapter_config import read_adapter_base
 from dpo_runner.config_checks import suggest
 from dpo_runner.default_model import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
 from dpo_runner.errors import ConfigError, reason_of

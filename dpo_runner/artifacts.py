@@ -23,7 +23,7 @@ from typing import IO, Any
 import yaml
 
 from dpo_runner.config import RunConf, config_keys
-from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
 from dpo_runner.masking import mask_override, mask_secrets
 
 HEARTBEAT_SECONDS = 10
@@ -133,13 +133,14 @@ class RunDirectory:
         """Be the only process that writes here for as long as this lasts, where the file system knows locks.
 
         Raises:
-            ConfigError: another process does, or it cannot be written to.
+            RunBusy: another process does.
+            ConfigError: it cannot be written to.
         """
         with self._writable():
             opened = (self.path / LOCK_FILE).open("a")
         with opened as file:
             if not any(_try_lock(file) for _ in range(2)):
-                raise ConfigError(
+                raise RunBusy(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
                 )
             yield

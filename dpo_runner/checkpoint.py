@@ -10,7 +10,7 @@ import yaml
 
 from dpo_runner.artifacts import LOCK_FILE
 from dpo_runner.config import RunConf, config_keys
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, RunBusy
 from dpo_runner.liveness import explain_death
 from dpo_runner.masking import mask_secrets
 from dpo_runner.sealing import find_last_checkpoint
@@ -69,6 +69,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         conf: what is to be run now.
 
     Raises:
+        RunBusy: another process is running there.
         ConfigError: with one line for each key that differs from run_dir/config.yaml.
     """
     if conf.resume == "never":
@@ -76,7 +77,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
     if status["state"] == "running" and status["pid"] != os.getpid() and explain_death(run_dir, status) is None:
-        raise ConfigError(
+        raise RunBusy(
             f"`run_dir={run_dir}`: process {status['pid']} is running there; wait for it, or use another run_dir"
         )
     if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:

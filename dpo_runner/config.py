@@ -3,7 +3,6 @@
 Every field is spelled as upstream spells it (TRL, PEFT, transformers, bitsandbytes, wandb).
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_runner.adapter_config import recognise_adapter
 from dpo_runner.data_config import DataConf
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.hydra_rules import check_composed
@@ -229,7 +229,7 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError([f"`{key}`: must be set (`{key}=VALUE`)" for key in missing])
-    _recognise_adapter(config)
+    recognise_adapter(config)
     spoken_of = {re.split(r"[.=]", text.lstrip("+"))[0] for text in overrides}
     continues = config.model.adapter is not None and config.model.adapter_mode == "continue"
     if continues and not {"lora", "experiment"} & spoken_of:
@@ -240,41 +240,6 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
         raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
     assert isinstance(conf, RunConf)
     return conf
-
-
-def read_adapter_base(adapter_config: Path) -> str | None:
-    """Return the base model that an adapter_config.json names, or None.
-
-    Raises:
-        ConfigError: it is no JSON object.
-    """
-    try:
-        value = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{adapter_config}: cannot be read as an adapter's config; {reason_of(error)}") from None
-    return value if isinstance(value, str) and value else None
-
-
-def _recognise_adapter(config: DictConfig) -> None:
-    """Take an adapter's folder that stands in the model's place for what it is: an SFT adapter, and its base."""
-    name = str(config.model.model_name_or_path)
-    try:
-        file = Path(name).expanduser() / "adapter_config.json"
-        if not file.is_file():
-            return
-    except (OSError, RuntimeError):  # no name of a file at all; the check of the fields says why
-        return
-    base = read_adapter_base(file)
-    if config.model.adapter is not None:
-        raise ConfigError(
-            f"`model.model_name_or_path={name}`: is an adapter, and model.adapter names another one; put its base "
-            f"({base}) here"
-        )
-    if not base:
-        raise ConfigError(
-            f"`model.model_name_or_path={name}`: is an adapter that names no base; put it in model.adapter"
-        )
-    config.model.model_name_or_path, config.model.adapter = base, name
 
 
 def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:

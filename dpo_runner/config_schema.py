@@ -74,6 +74,11 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
             OmegaConf.update(_blank_config(), key, value, force_add=False)
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, AssertionError) as error:
         return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}"]
+    kept = OmegaConf.select(_blank_config(), known.replace("*", _ANY))
+    if isinstance(kept, bool) and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf takes any number
+        return [f"`{key}={value}`: must be true or false"]
+    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value) and key != "sweep.paired":
+        return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
     return []
 
 

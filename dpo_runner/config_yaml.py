@@ -41,17 +41,14 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     except OSError as error:
         return [f"{place}: cannot be read; {error.strerror}"], []
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path.name}:{mark.line + 1}" if mark else path.name
-        deep = isinstance(error, RecursionError)
-        reason = "is nested too deeply" if deep else getattr(error, "problem", None) or reason_of(error)
-        return [f"{where}: not valid YAML: {reason}"], []
+        line, reason = _explain(error)
+        return [f"{path.name}{f':{line}' if line else ''}: not valid YAML: {reason}"], []
     if root is None:
         return [], []
     if not isinstance(root, yaml.MappingNode):
         return [f"{path.name}:1: must hold `key: value` lines"], []
-    if line := _find_odd_yaml(root):
-        return [f"{place}:{line}"], []
+    if odd := _find_odd_yaml(root):
+        return [f"{place}:{odd}"], []
     package = header.get("package")
     if package not in (None, "_global_", "_group_", group.replace("/", ".")):
         return [f"{place}:1: `@package {package}`: must be _global_, or be left out"], []
@@ -60,10 +57,8 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
         # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
         values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        deep = isinstance(error, RecursionError)
-        reason = "is nested too deeply" if deep else getattr(error, "problem", None) or reason_of(error)
-        return [f"{place}:{mark.line + 1 if mark else 1}: {reason}"], []
+        line, reason = _explain(error)
+        return [f"{place}:{line or 1}: {reason}"], []
     defaults = values.get("defaults", [])
     if not isinstance(defaults, list):
         return [f"{place}: `defaults` must be a list, such as [dpo, _self_]"], []
@@ -72,6 +67,14 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
         if key_node.value != "defaults":
             mistakes += _check_node(key_node, value_node, values, package, path, group)
     return mistakes, found
+
+
+def _explain(error: Exception) -> tuple[int | None, str]:
+    """Return the line, counted from 1 and where there is one, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    deep = isinstance(error, RecursionError)
+    reason = "is nested too deeply" if deep else getattr(error, "problem", None) or reason_of(error)
+    return mark.line + 1 if mark else None, reason
 
 
 def _find_odd_yaml(root: yaml.Node) -> str | None:

@@ -12,7 +12,15 @@ from dpo_runner.errors import RunError
 LOADING, PREPARING, TRAINING = "loading the model", "preparing the training", "training"
 EVALUATION, ANSWERING = "evaluation", "answering prompts"
 
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "alloc_failed",
+)
+"""What libraries say; the last one is cuBLAS's and cuDNN's."""
+_DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
 _ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
 """What oneDNN says where it gets no memory, and elsewhere too; so many bytes being free tell which it is."""
 
@@ -81,7 +89,8 @@ def _find_cause(error: BaseException) -> BaseException | None:
 
 def _describe_sizes(error: BaseException) -> str:
     cause = _find_cause(error)
-    name, _, free = read_memory(type(cause).__name__ != "OutOfMemoryError")
+    of_device = any(word in str(cause).lower() for word in _DEVICE_WORDS)
+    name, _, free = read_memory(of_host=type(cause).__name__ != "OutOfMemoryError" and not of_device)
     asked = _ASKED.search(str(cause))
     if asked is None:
         return f"{format_bytes(free)} were free on {name}"

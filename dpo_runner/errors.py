@@ -45,6 +45,10 @@ class LeftOut(RowError):
     """One sound row of which no pair is made, because the configuration says so."""
 
 
+class RunBusy(ConfigError):
+    """Another process is running in the run directory, which is its own to write to."""
+
+
 class RunError(DpoRunnerError):
     """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
-from dpo_runner.config import read_adapter_base
+from dpo_runner.adapter_config import read_adapter_base
 from dpo_runner.default_model import PYPI_PREFIX, RANDOM_PREFIX, load_default_model_path, load_random_model_path
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.gguf import load_gguf_path

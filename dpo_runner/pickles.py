@@ -1,5 +1,6 @@
 """Files that could run code when they are read: refused where safetensors will do, read for their numbers otherwise."""
 
+import importlib
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -35,7 +36,10 @@ def refuse_pickled_code(checkpoint: Path) -> None:
     """
     import torch
     from transformers.trainer_pt_utils import safe_globals
+    from transformers.utils import is_torchao_available
 
+    if is_torchao_available():
+        importlib.import_module("torchao.optim")  # says that its optimizers' states, tensors of a kind, are safe
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".bin" and file.name.startswith(("pytorch_model", "adapter_model", "optimizer")):
             raise ConfigError(f"{file}: this program writes no such file, a pickle, which may run code; remove it")

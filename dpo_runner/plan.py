@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_runner.config import RunConf
 from dpo_runner.data import PreferenceData
 from dpo_runner.data_config import resolve_sources
@@ -40,6 +42,7 @@ def build_plan(
     remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
     loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
     rows = len(data.train) if data is not None else 0
+    gpus = 0 if training.use_cpu or model.device_map is not None else torch.cuda.device_count()
     steps = str(count_steps(conf, rows)) if rows or training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     return {
         "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
@@ -55,6 +58,9 @@ def build_plan(
         "batch": (
             f"{count_pairs_per_step(conf)} pairs a step ({training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulation x {count_processes()} process)"
+        ),
+        **(
+            {"device": f"the first of {gpus} GPUs; CUDA_VISIBLE_DEVICES=N has another be the first"} if gpus > 1 else {}
         ),
         "steps": steps,
         "engine": engine,

@@ -125,21 +125,32 @@ def run(
         return None
     assert data is not None and longest is not None and largest is not None
     stopping = Stopping()
-    with _recorded(RunDirectory(path), conf, overrides, console, stopping) as (directory, tracker):
+    records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
+    details = {"out_of_memory": records} if records else {}
+    with _recorded(RunDirectory(path), conf, overrides, console, stopping, details) as (directory, tracker):
         settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
 
         def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
             stopping.end_training()  # of an attempt before, which memory has ended
             now = with_settings(settled, smaller)
-            changed, now_args = with_settings(conf, smaller), build_dpo_config(now, path / "checkpoints")
-            first = (directory, changed, now.engine, now_args, tokenizer, data, console, tracker)
-            return _train(*first, further, bases, records)
+            return _train(
+                directory,
+                with_settings(conf, smaller),
+                now.engine,
+                build_dpo_config(now, path / "checkpoints"),
+                tokenizer,
+                data,
+                console,
+                tracker,
+                further,
+                bases,
+                records,
+            )
 
         def note(records: Records) -> None:
             directory.note(out_of_memory=records)
             tracker.log_out_of_memory(records)
 
-        records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
         largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
         summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
     directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
@@ -149,16 +160,21 @@ def run(
 
 @contextmanager
 def _recorded(
-    directory: RunDirectory, conf: RunConf, overrides: Sequence[str], console: RunConsole, stopping: Stopping
+    directory: RunDirectory,
+    conf: RunConf,
+    overrides: Sequence[str],
+    console: RunConsole,
+    stopping: Stopping,
+    details: dict[str, Any],
 ) -> Iterator[tuple[RunDirectory, Tracker]]:
-    """Keep status.json, run.log and W&B true to what happens inside, however it ends."""
+    """Keep status.json (`details` from the first), run.log and W&B true to what happens inside, however it ends."""
     with ExitStack() as stack:
         stack.enter_context(directory.claim())
         stack.enter_context(route_library_logs(directory.log))
         stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
         directory.write_config(conf, overrides)
-        directory.write_status("running")
+        directory.write_status("running", **details)
         directory.start_heartbeat()
         try:
             with track(conf, directory, console.warn) as tracker:

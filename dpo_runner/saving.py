@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from trl import DPOTrainer
 
 from dpo_runner.artifacts import write_json
@@ -18,7 +18,8 @@ from dpo_runner.errors import RunError
 from dpo_runner.sealing import list_checkpoints, write_sealed
 
 # Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
-assert hasattr(DPOTrainer, "_save_checkpoint"), "transformers' Trainer._save_checkpoint is gone"
+for _name in ("_save_checkpoint", "_determine_best_metric"):
+    assert hasattr(DPOTrainer, _name), f"transformers' Trainer.{_name} is gone"
 
 PROGRESS_FILE = "progress.json"
 """In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
@@ -26,6 +27,20 @@ PROGRESS_FILE = "progress.json"
 
 class SavingTrainer(TokenBatchTrainer):
     """Saves under another name first; see `sealing.py`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch_ends = _EpochEnds()
+        self.add_callback(self._epoch_ends)  # behind all others: they ask for checkpoints
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """With `save_strategy=best` Trainer saves where this is true, and forgets whoever else wants a checkpoint."""
+        is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+        if self.args.save_strategy != SaveStrategy.BEST:
+            return is_best
+        self.control.should_save |= is_best
+        self._epoch_ends.put_off(self.control)
+        return bool(self.control.should_save)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint whole or not at all, then drop those that `save_total_limit` has no room for."""
@@ -94,6 +109,32 @@ class SavingTrainer(TokenBatchTrainer):
         """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         self.add_callback(_TakingUp(self, progress))
+
+
+class _EpochEnds(TrainerCallback):  # type: ignore[misc]
+    """Puts the checkpoint of an epoch's last step off until the epoch's own log event and evaluation are made.
+
+    From one written before them Trainer would go on with the next epoch, and they would never be made.
+    """
+
+    def __init__(self) -> None:
+        self._is_last_step = self._is_due = False
+
+    def put_off(self, control: TrainerControl) -> None:
+        if self._is_last_step:
+            self._is_due |= control.should_save
+            control.should_save = False
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._is_last_step = control.should_training_stop or float(state.epoch).is_integer()
+        self.put_off(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.put_off(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= self._is_due
+        self._is_last_step = self._is_due = False
 
 
 class _TakingUp(TrainerCallback):  # type: ignore[misc]

@@ -66,7 +66,7 @@ def seal(folder: Path) -> None:
         OSError: something cannot be read or written.
     """
     manifest = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
         _flush(file)
         manifest[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": _digest(file)}
     write_json(folder / MANIFEST, manifest)

@@ -20,13 +20,13 @@ from dpo_runner.data import PreferenceData
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.engine.install import install_engine
 from dpo_runner.errors import ConfigError, RunError, reason_of
-from dpo_runner.evaluation_clock import ClockedTrainer
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
 from dpo_runner.reference import describe_reference, stores_reference, trains_all
 from dpo_runner.sealing import explain_damage
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
+from dpo_runner.watching import WatchingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ for _name in (
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
-class RunTrainer(ClockedTrainer):
+class RunTrainer(WatchingTrainer):
     """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
 
     def __init__(
@@ -170,7 +170,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     if fields["bf16"] is None:
         fields["bf16"] = choose_autocast(conf.training) == torch.bfloat16
     try:
-        return DPOConfig(
+        args = DPOConfig(
             **fields | {"disable_tqdm": True},  # the run shows its own progress, unless training.disable_tqdm=true
             output_dir=str(output_dir),
             seed=conf.seed,
@@ -179,6 +179,9 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"`training`: {reason_of(error)}") from None
+    if args.n_gpu > 1:  # one process takes the first; transformers would have DataParallel, which TRL refuses
+        args._n_gpu = 1
+    return args
 
 
 def build_trainer(

@@ -40,7 +40,10 @@ OVERRIDES = [
     ("seed=null", "seed"),
     ("dry_run=maybe", "must be true or false"),
     ("dry_run=[true]", "dry_run"),
+    ("dry_run=2", "`dry_run=2`: must be true or false"),
+    ("training.bf16=-1", "`training.bf16=-1`: must be true or false"),
     ("wandb.tags=one", "must be a list"),
+    ("wandb.tags=[[a]]", "`wandb.tags=[['a']]`: must be a list of plain values"),
     ("data.columns=[a]", "must be a map"),
     ("data.columns.q=[prompt]", "data.columns.q"),
     ("data.decontaminate=eval", "must be a list"),
@@ -205,8 +208,8 @@ NEEDS_A_TOKENIZER = [
 ]
 
 
-def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give a command, and return the one line that it is refused with."""
+def give(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give a command that is refused before anything runs or is written, and return what it says."""
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(sys, "argv", ["dpo_runner", *arguments])
     monkeypatch.setattr("dpo_runner.__main__._run_with_hydra", lambda: pytest.fail("it is not refused"))
@@ -215,7 +218,12 @@ def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch
     out, err = capsys.readouterr()
     assert (caught.value.code, out) == (2, ""), err
     assert sorted(Path().rglob("*")) == before
-    return check_line(err)
+    return err
+
+
+def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give a command, and return the one line that it is refused with."""
+    return check_line(give(arguments, capsys, monkeypatch))
 
 
 def check_line(err: str) -> str:

@@ -1,5 +1,7 @@
 """What a checkpoint says of itself, and which folders a run may begin in."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,11 @@ import pytest
 import torch
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import RunDirectory
+from dpo_runner.artifacts import RunDirectory, read_metrics, read_status
 from dpo_runner.checkpoint import check_unused, read_epoch, read_step
 from dpo_runner.errors import ConfigError, RunInterrupted
 from dpo_runner.sealing import find_last_checkpoint
+from dpo_runner.sweep.worker import perform
 from dpo_runner.trainer import RunTrainer
 
 
@@ -141,3 +144,80 @@ def test_a_run_that_is_stopped_behind_its_last_step_ends_with_its_best_weights_a
     summary = run(load_conf([*tiny_run, *BEST, "run_dir=r"]))
     assert summary is not None and summary["weights"] == "best by eval_rewards/margins: checkpoint-1"
     assert Path("r/adapter/adapter_model.safetensors").read_bytes() == best
+
+
+EPOCHS = (  # of two steps each
+    *("data.max_train_samples=4", "training.logging_strategy=epoch", "training.eval_strategy=epoch"),
+    *("training.save_steps=1", "training.bf16=false", "samples.num_prompts=0"),
+)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_what_is_due_at_the_end_of_an_epoch_is_not_lost_with_the_process(
+    strategy: str, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RunTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    overrides = [*tiny_run, *EPOCHS, f"training.save_strategy={strategy}"]
+    if strategy == "best":  # which evaluates, and so saves, within an epoch's last step
+        overrides += ["training.eval_strategy=steps", "training.eval_steps=1"]
+        overrides += ["training.metric_for_best_model=rewards/margins", "training.greater_is_better=true"]
+    run(load_conf([*overrides, "run_dir=undisturbed"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", interrupted)
+        with pytest.raises(RunInterrupted):
+            run(load_conf([*overrides, "run_dir=r"]))
+    last = find_last_checkpoint(Path("r/checkpoints"))
+    assert last is not None and read_step(last) == 2
+    run(load_conf([*overrides, "run_dir=r"]))
+    told, undisturbed = (
+        [
+            {key: value for key, value in event.items() if key != "time" and not key.endswith(("runtime", "second"))}
+            for event in read_metrics(Path(folder))
+        ]
+        for folder in ("r", "undisturbed")
+    )
+    assert told == undisturbed
+    assert [event["step"] for event in told if "loss" in event] == [2, 4]
+
+
+def test_a_signal_is_heard_at_once_where_only_the_best_is_saved(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RunTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", signalled)
+    with pytest.raises(RunInterrupted):
+        run(load_conf([*tiny_run, *BEST, "training.save_strategy=best", "run_dir=r"]))
+    last = find_last_checkpoint(Path("r/checkpoints"))
+    assert last is not None and read_step(last) == 3
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_job_leaves_the_status_of_a_run_alone_that_another_process_has_in_hand(
+    says_so: bool, stopped: list[str], tmp_path: Path
+) -> None:
+    says = "directory.write_status('running')" if says_so else "pass"
+    program = "import sys; from pathlib import Path; from dpo_runner.artifacts import RunDirectory\n"
+    program += (
+        f"directory = RunDirectory(Path(sys.argv[1]))\nwith directory.claim():\n    {says}; print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "r")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        before = read_status(tmp_path / "r")
+        outcome = perform(load_conf(stopped), [])
+        assert outcome["state"] == "failed" and "is running there" in outcome["error"]
+        assert before is not None and read_status(tmp_path / "r") == before
+        other.communicate(b"\n")

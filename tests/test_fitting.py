@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from dpo_runner import device_memory, load_conf, run
-from dpo_runner.artifacts import read_metrics, read_status
+from dpo_runner.artifacts import read_metrics, read_status, update_status
 from dpo_runner.device_memory import (
     ANSWERING,
     EVALUATION,
@@ -27,7 +27,7 @@ from dpo_runner.device_memory import (
     read_memory,
     watch_memory,
 )
-from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.fitting import find_smaller, list_ways, with_settings
 from dpo_runner.trainer import RunTrainer
 
@@ -283,11 +283,53 @@ def test_memory_that_ran_out_is_recognised_wherever_it_is(monkeypatch: pytest.Mo
         assert is_out_of_memory(error)
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
     no_primitive = RuntimeError("could not create a primitive")  # oneDNN's, which has several reasons
     assert not is_out_of_memory(no_primitive)
     monkeypatch.setattr(device_memory, "read_memory", lambda of_host: ("CPU", 10**10, 10**7))
     assert is_out_of_memory(no_primitive)
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    ("told", "of_host"),
+    [
+        ("CUDA error: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes", True),
+    ],
+)
+def test_what_is_free_is_told_of_the_device_that_has_too_little(
+    told: str, of_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {True: ("CPU", 10**10, 10**9), False: ("a GPU", 10**11, 5 * 10**9)}
+    monkeypatch.setattr(device_memory, "read_memory", lambda of_host: free[of_host])
+    expected = "free on CPU|were free on CPU" if of_host else "were free on a GPU"
+    with pytest.raises(OutOfMemory, match=expected), watch_memory(TRAINING):
+        raise RuntimeError(told)
+
+
+def test_what_was_learnt_of_memory_is_on_record_from_a_runs_first_moment(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{"part": "training", "sizes": "much", "settings": {"engine.max_tokens_per_micro_batch": 100}}]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "train", killed)
+        with pytest.raises(RunInterrupted):
+            run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
+    update_status(Path("r"), out_of_memory=records)
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_runner.artifacts.RunDirectory.note", killed)  # not even what comes next is reached
+        with pytest.raises(RunInterrupted):
+            run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
+    status = read_status(Path("r"))
+    assert status is not None and status["out_of_memory"] == records
 
 
 @pytest.mark.parametrize(

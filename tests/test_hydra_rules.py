@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from programs import run_python
-
-from dpo_runner.__main__ import main
+from test_bad_config import give
 
 EVIL = """
 import logging, pathlib
@@ -131,12 +130,7 @@ def attempt(marker: Path, capsys, monkeypatch) -> Callable[..., None]:
     def refused(*arguments: str) -> None:
         before = sorted(marker.parent.rglob("*"))
         monkeypatch.syspath_prepend(marker.parent)
-        monkeypatch.setattr(sys, "argv", ["dpo_runner", *arguments])
-        monkeypatch.setattr("dpo_runner.__main__._run_with_hydra", lambda: pytest.fail("it is not refused"))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        assert (caught.value.code, out) == (2, ""), err
+        err = give(list(arguments), capsys, monkeypatch)
         assert err and all(line.startswith("error: ") for line in err.splitlines())
         assert sorted(marker.parent.rglob("*")) == before and "evil" not in sys.modules
 

@@ -185,6 +185,37 @@ def test_a_base_in_int8_of_torchao_is_trained_upon(tiny_run) -> None:
     assert (Path("r") / "adapter" / "adapter_model.safetensors").exists()
 
 
+_RESUME = """
+import sys
+from pathlib import Path
+from dpo_runner import load_conf, run
+from dpo_runner.errors import RunInterrupted
+from dpo_runner.trainer import RunTrainer
+
+overrides = [*sys.argv[1:], "training.optim=adamw_torch_8bit", "lora.r=64", "samples.num_prompts=0"]
+run(load_conf([*overrides, "run_dir=undisturbed"]))
+step = RunTrainer.training_step
+
+def interrupted(self, *args, **kwargs):
+    if self.state.global_step == 3:
+        raise KeyboardInterrupt
+    return step(self, *args, **kwargs)
+
+RunTrainer.training_step = interrupted
+try:
+    run(load_conf([*overrides, "run_dir=r"]))
+except RunInterrupted:
+    RunTrainer.training_step = step
+    run(load_conf([*overrides, "run_dir=r"]))
+    same = {(Path(folder) / "adapter/adapter_model.safetensors").read_bytes() for folder in ("r", "undisturbed")}
+    print("RESULT", len(same), "OptimState8bit" in str((Path("r/checkpoints/checkpoint-2/optimizer.pt")).read_bytes()))
+"""
+
+
+def test_the_states_of_torchaos_optimizers_are_no_code(tiny_run) -> None:
+    assert "RESULT 1 True" in run_beside_quantizers(_RESUME, *tiny_run)
+
+
 def test_exactly_one_kind_is_chosen() -> None:
     with pytest.raises(ConfigError, match="load_in_4bit and config set"):
         load_conf(["quant=nf4", "quant.config.quant_method=gptq"])

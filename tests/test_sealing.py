@@ -219,3 +219,10 @@ def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", refuse)
     write_sealed(tmp_path / "checkpoint-1", lambda path: fill(path, "first"))
     assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
+
+
+def test_a_folder_that_is_sealed_again_does_not_seal_its_manifest(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "checkpoint-1", lambda path: fill(path, "first"))
+    seal(tmp_path / "checkpoint-1")
+    assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
+    assert "manifest.json" not in (tmp_path / "checkpoint-1" / "manifest.json").read_text()

@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_runner.command_line import check_command_line, choose_sweeper
 from dpo_runner.config import load_conf
+from dpo_runner.errors import ConfigError
 from dpo_runner.search_config import SearchConf, list_objectives, read_direction
 from dpo_runner.sweep.axes import merge_axes, read_axis
 from dpo_runner.sweep.space import Space, read_axis_ends, read_space
@@ -144,3 +145,8 @@ def test_the_command_line_outdoes_the_axes_of_a_sweep_file() -> None:
     """The file's beta may be searched with log, and this one may not."""
     (mistake,) = check_command_line(["sweep=optuna_tpe", "training.beta=tag(log,interval(0,1))"])
     assert "`training.beta=tag(log,interval(0,1))`: with log it must begin above 0" in mistake
+
+
+def test_what_is_chosen_from_must_be_no_secret() -> None:
+    with pytest.raises(ConfigError, match=r"^`wandb\.notes`: holds a secret, and a search keeps what it chooses from"):
+        space_of("wandb.notes=a,hf_abcdefghijklmnopqrstuvwxyz")

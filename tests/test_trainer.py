@@ -12,7 +12,7 @@ from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
 from dpo_runner.data.preferences import ID_COLUMNS
 from dpo_runner.errors import ConfigError
-from dpo_runner.plan import count_steps
+from dpo_runner.plan import build_plan, count_steps
 from dpo_runner.step0 import completion_logps
 from dpo_runner.tokenizer import load_tokenizer
 from dpo_runner.trainer import RunTrainer, build_dpo_config
@@ -175,3 +175,15 @@ def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, toke
     trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     for row, made in zip(rows, trainer.train_dataset, strict=True):
         assert apply_chat_template(row, tokenizer) == {name: made[name] for name in ID_COLUMNS}
+
+
+def test_one_process_takes_one_gpu(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    conf = load_conf([*tiny_run, "training.bf16=false", "training.per_device_train_batch_size=2"])
+    args = build_dpo_config(conf, tmp_path)
+    assert args.n_gpu == 1 and args.train_batch_size == 2 and not args.use_cpu
+    plan = build_plan(conf, None, tmp_path, "", None, "", None)
+    assert plan["device"].startswith("the first of 4 GPUs; CUDA_VISIBLE_DEVICES")
+    conf = load_conf([*tiny_run, "training.use_cpu=true"])
+    assert "device" not in build_plan(conf, None, tmp_path, "", None, "", None)

@@ -9,6 +9,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from dpo_runner.config_checks import suggest
 from dpo_runner.errors import ConfigError
+from dpo_runner.masking import mask_override
 from dpo_runner.sweep.axes import Axis, read_sweep_conf
 
 NOTHING_TO_SEARCH = (
@@ -119,6 +120,10 @@ def read_space(overrides: Sequence[Override], axes: Sequence[Axis]) -> Space:
             continue
         if found := _find_mistake(override, axis):
             mistakes.append(f"`{override.input_line}`: {found}")
+        elif any(mask_override(text) != text for text in axis.texts):
+            mistakes.append(
+                f"`{axis.key}`: holds a secret, and a search keeps what it chooses from; it cannot be searched"
+            )
         else:
             dimensions[axis.key] = _read_dimension(override, axis)
     if mistakes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dpo_runner.artifacts import read_status, update_status
 from dpo_runner.config import RunConf
 from dpo_runner.device_memory import OutOfMemory, is_out_of_memory
-from dpo_runner.errors import DpoRunnerError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.errors import DpoRunnerError, RunBusy, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.exits import report
 from dpo_runner.masking import mask_text
 from dpo_runner.sweep.states import DONE
@@ -58,6 +58,8 @@ def perform(
         name = signal.Signals(number).name
         update_status(path, state="interrupted", error=name, **place)
         return {"state": "interrupted", "error": name, "signal": number}
+    except RunBusy as error:  # its directory, status.json too, is another process's
+        return {"state": "failed", "error": str(error)}
     except BaseException as error:  # SystemExit too: the job may call what it likes
         told = str(error).strip() if isinstance(error, DpoRunnerError) else describe_failure(error)
         if (status := read_status(path)) is not None and status != before and status["state"] == "failed":

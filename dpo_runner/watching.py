@@ -1,4 +1,4 @@
-"""Evaluations timed by a clock that only goes forward: transformers goes by the time of day, which may be set."""
+"""What a training takes: memory by its parts, and evaluations' time, by a clock that only goes forward."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from dpo_runner.device_memory import EVALUATION, TRAINING, watch_memory
 from dpo_runner.finite import FiniteTrainer
 
 
-class ClockedTrainer(FiniteTrainer):
+class WatchingTrainer(FiniteTrainer):
     """Knows how long its last evaluation has taken, and whether it was in one when memory ran out."""
 
     _evaluated: tuple[float, int] | None = None

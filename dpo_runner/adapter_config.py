@@ -1,0 +1,47 @@
+"""An adapter's own adapter_config.json, as far as a configuration needs it. Imports no torch."""
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dpo_runner.errors import ConfigError, reason_of
+
+
+def read_adapter_base(adapter_config: Path) -> str | None:
+    """Return the base model that an adapter_config.json names, or None.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    try:
+        value = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{adapter_config}: cannot be read as an adapter's config; {reason_of(error)}") from None
+    return value if isinstance(value, str) and value else None
+
+
+def recognise_adapter(config: DictConfig) -> None:
+    """Take an adapter's folder that stands in the model's place for what it is: an SFT adapter, and its base.
+
+    Raises:
+        ConfigError: the adapter names no base, or `config` names another adapter besides.
+    """
+    name = str(config.model.model_name_or_path)
+    try:
+        file = Path(name).expanduser() / "adapter_config.json"
+        if not file.is_file():
+            return
+    except (OSError, RuntimeError):  # no name of a file at all; the check of the fields says why
+        return
+    base = read_adapter_base(file)
+    if config.model.adapter is not None:
+        raise ConfigError(
+            f"`model.model_name_or_path={name}`: is an adapter, and model.adapter names another one; put its base "
+            f"({base}) here"
+        )
+    if not base:
+        raise ConfigError(
+            f"`model.model_name_or_path={name}`: is an adapter that names no base; put it in model.adapter"
+        )
+    config.model.model_name_or_path, config.model.adapter = base, name
