@@ -7,9 +7,11 @@ arXiv 2205.14135, appendix B)
 
 torch's own flash kernel for CPUs computes the same in smaller tiles; for pairs of 100 to 1,000 tokens larger products
 take about half the time, forward and backward together (one core with avx512_bf16). S and dO Vᵀ, which exponentials
-and differences are taken of, are products in fp32, as they are in that kernel. Heads that share keys are one product.
+and differences are taken of, are products in fp32, as they are in that kernel: of bfloat16 factors oneDNN adds them up
+in fp32 at the speed of bfloat16. Heads that share keys are one product, and so is a short pair.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,34 +22,47 @@ from dpo_runner.engine.packing import PairLengths
 _QUERIES = 128
 """At a time: enough for fast products; few enough that little is computed beyond the diagonal."""
 
+_WHOLE = 256
+"""Tokens of a pair up to which it is one block: what is computed in vain takes less time than more products would."""
+
 _KEPT = 1024
 """Keys up to which P is kept for the backward pass; with more, it takes more memory than computing it anew is worth."""
 
 
 class _Block(NamedTuple):
-    """Queries `[first, last)` see the prefix, `[start, start + prefix)`, and their own row, `[own, last)`, causally."""
+    """Queries `[first, last)` see the prefix, `[start, start + prefix)`, and their own row, `[own, last)`, causally.
+
+    Of a pair in one block the queries of the tail, the last `tail` ones, do not see `hidden`, where the chosen row has
+    left the common prefix.
+    """
 
     first: int
     last: int
     own: int
     start: int
     prefix: int
+    tail: int = 0
+    hidden: slice = slice(0)
 
     @property
     def keys(self) -> int:
-        """How many keys its last query sees."""
+        """How many keys its last query sees, or could see."""
         return self.prefix + self.last - self.own
 
 
 def _blocks(pairs: list[PairLengths]) -> Iterator[_Block]:
     start = 0
     for pair in pairs:
-        for own, length, prefix in ((start, pair.chosen, 0), (start + pair.chosen, pair.tail, pair.prefix)):
-            count = -(-length // _QUERIES)
-            for index in range(count):
-                first, last = (own + length * edge // count for edge in (index, index + 1))
-                yield _Block(first, last, own, start, prefix)
-        start += pair.chosen + pair.tail
+        end = start + pair.chosen + pair.tail
+        if end - start <= _WHOLE:
+            yield _Block(start, end, start, start, 0, pair.tail, slice(pair.prefix, pair.chosen))
+        else:
+            for own, length, prefix in ((start, pair.chosen, 0), (start + pair.chosen, pair.tail, pair.prefix)):
+                count = -(-length // _QUERIES)
+                for index in range(count):
+                    first, last = (own + length * edge // count for edge in (index, index + 1))
+                    yield _Block(first, last, own, start, prefix)
+        start = end
 
 
 class PairAttention(torch.autograd.Function):
@@ -72,12 +87,12 @@ class PairAttention(torch.autograd.Function):
         """
         output = query.new_empty(query.size(1), query.size(0), value.size(2))
         grouped = _group(output.transpose(0, 1), key.size(0))
-        queries, keys = _group(query.float() * scale, key.size(0)), key.float()
-        later = _tell_later(query.device)
+        queries, keys = _group(query.float(), key.size(0)), key.float()
+        later = _hide_later(query.device)
         saved = []
-        with torch.autocast("cpu", enabled=False):
+        with _products_of(query.dtype):
             for block in _blocks(pairs):
-                scores = _score(queries, keys, later, block)
+                scores = _score(queries, keys, scale, later, block)
                 weights = scores.softmax(dim=-1)
                 low = weights.to(query.dtype)
                 products = torch.bmm(low.flatten(1, 2), _see(value, block))
@@ -99,15 +114,15 @@ class PairAttention(torch.autograd.Function):
         of_query = torch.empty_like(query)
         of_queries = _group(of_query, key.size(0))
         of_key, of_value = torch.zeros_like(keys), torch.zeros_like(values)
-        later = _tell_later(query.device)
-        with torch.autocast("cpu", enabled=False):
+        later = _hide_later(query.device)
+        with _products_of(query.dtype):
             for block, known in zip(_blocks(ctx.pairs), saved, strict=True):
                 mine, through, mean = (
                     tensor[:, :, block.first : block.last].flatten(1, 2) for tensor in (queries, gradients, means)
                 )
                 weights = known
                 if block.keys > _KEPT:
-                    weights = _score(queries.float() * ctx.scale, keys, later, block).sub_(known).exp_()
+                    weights = _score(queries.float(), keys, ctx.scale, later, block).sub_(known).exp_()
                 weights = weights.flatten(1, 2)
                 _add(of_value, block, torch.bmm(weights.to(query.dtype).transpose(1, 2), through))
                 inner = torch.baddbmm(
@@ -139,25 +154,45 @@ def _add(total: torch.Tensor, block: _Block, part: torch.Tensor) -> None:
     total[:, block.own : block.last] += part[:, block.prefix :]
 
 
-def _tell_later(device: torch.device) -> torch.Tensor:
-    """Tell which keys come after which queries of a block: [queries, keys].
+@contextlib.contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let fp32 products whose factors have values of `dtype` be as fast as they can without losing anything.
+
+    A bfloat16 value survives oneDNN's rounding of fp32 factors to bfloat16, and sums are in fp32 either way.
+    """
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+def _hide_later(device: torch.device) -> torch.Tensor:
+    """Return what to add to scores, so that no query sees keys that come after it: [queries, keys], fp32.
 
     Made anew each time: kept from the memory estimate, it would be a fake tensor, which hides nothing from anyone.
     """
-    return torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device=device).triu(1)
+    size = max(_QUERIES, _WHOLE)
+    return torch.full((size, size), float("-inf"), device=device).triu_(1)
 
 
-def _score(queries: torch.Tensor, keys: torch.Tensor, later: torch.Tensor, block: _Block) -> torch.Tensor:
+def _score(queries: torch.Tensor, keys: torch.Tensor, scale: float, later: torch.Tensor, block: _Block) -> torch.Tensor:
     """Return S of a block, -inf where a key is not seen: [key-value heads, heads of each, queries, keys], fp32.
 
     Args:
-        queries: [key-value heads, heads of each, T, head size], fp32, times the scale.
+        queries: [key-value heads, heads of each, T, head size], fp32.
         keys: [key-value heads, T, head size], fp32.
-        later: see `_tell_later`.
+        scale: of the products.
+        later: see `_hide_later`.
         block: which.
     """
     own = queries[:, :, block.first : block.last]
-    products = torch.bmm(own.flatten(1, 2), _see(keys, block).transpose(1, 2))
+    products = torch.bmm(own.flatten(1, 2), _see(keys, block).transpose(1, 2)).mul_(scale)
     scores: torch.Tensor = products.unflatten(1, own.shape[1:3])
-    scores[..., -own.size(2) :].masked_fill_(later[: own.size(2), : own.size(2)], float("-inf"))
+    scores[..., -own.size(2) :].add_(later[: own.size(2), : own.size(2)])
+    if block.tail:
+        scores[..., -block.tail :, block.hidden] = float("-inf")
     return scores

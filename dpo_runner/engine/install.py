@@ -23,7 +23,7 @@ from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping,
 from dpo_runner.quantization import linear4bit_modules
 from dpo_runner.reference import stores_reference
 
-_VERSION = 2
+_VERSION = 3
 """Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
 
 

@@ -32,8 +32,9 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dpo_runner.config import EngineConf
+from dpo_runner.engine.lora_layers import is_plain, multiply
 
-_CACHED = 2**17
+_CACHED = 2**19
 """Elements at a time in what goes over them several times."""
 
 
@@ -104,6 +105,8 @@ def make_lean(model: nn.Module, use_cpu: bool) -> None:
         use_cpu: whether it is trained on a CPU.
     """
     for module in model.modules():
+        if use_cpu and is_plain(module):
+            _replace(module, "forward", multiply)
         if isinstance(module, LoraLayer) and _casts_needlessly(module):
             _replace(module, "_cast_input_dtype", _keep_input_dtype)
         elif use_cpu and _is_copy(module, LlamaRMSNorm) and not module.weight.requires_grad:
