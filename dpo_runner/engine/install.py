@@ -162,5 +162,10 @@ def _store_reference(
             trainer.eval_dataset = {name: add(rows) for name, rows in trainer.eval_dataset.items()}
         elif trainer.eval_dataset is not None:
             trainer.eval_dataset = add(trainer.eval_dataset)
+    if store.left_out:
+        tell(
+            f"engine.reference_store_gb={conf.reference_store_gb:g}: the store is full; {store.left_out:,} pairs were "
+            "scored and not kept; a higher limit makes room, or `python -m dpo_runner.cache clear reference`"
+        )
     trainer.precompute_ref_logps = True
     trainer.ref_model = None
