@@ -113,7 +113,7 @@ class ReferenceStore:
     def _fits(self) -> bool:
         """Make room for the file as it would now be written, and say whether there is enough."""
         pages, page = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-        room = self._limit - pages * page
+        room: int = self._limit - pages * page
         if room < 0:
             return False
         make_room(room, keep=self.path)

@@ -80,7 +80,7 @@ def explain_refusal(
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
-    if (dropout and (adapter_dropout or _has_dropout(model))) or getattr(config, "layerdrop", 0):  # is no nn.Dropout
+    if (dropout and (adapter_dropout or _has_dropout(model))) or getattr(config, "layerdrop", None):  # is no nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None
 
