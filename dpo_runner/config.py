@@ -74,7 +74,8 @@ class EngineConf:
     reference_store: bool = True
     """Compute the reference's log-probabilities once for all runs that compare with it, and keep them in the cache."""
     reference_store_gb: float = 10.0
-    """Gigabytes (1e9 bytes) that all stored references may take; the least recently used make room."""
+    """Gigabytes (1e9 bytes) that all stored references may take; the least recently used others make room, and what
+    does not fit then is not kept."""
     keep_base_model: bool = True
     """Load and quantize the base model once for all runs of a sweep's worker that train adapters on the same one."""
     keep_dequantized: bool | None = None

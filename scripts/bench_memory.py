@@ -33,6 +33,15 @@ SETTINGS = {
         "training.learning_rate=1e-6",
     ],
 }
+BUDGETS = {
+    f"max_tokens_per_micro_batch={tokens}": [
+        "training.max_length=128",
+        "training.per_device_train_batch_size=8",
+        f"engine.max_tokens_per_micro_batch={tokens}",
+    ]
+    for tokens in (256, 512, 1024, 2048)
+}
+"""The same optimizer step of 8 pairs, some 220 tokens each."""
 QUANTS = {
     "none (bf16)": [],
     "nf4": ["quant=nf4", "quant.bnb_4bit_use_double_quant=false"],
@@ -83,12 +92,16 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
 
 
 def _write_rows(folder: Path) -> Path:
-    """Write pairs whose chosen answer is longer than any max_length here, and whose rejected one is a bit shorter."""
+    """Write pairs of a chosen answer longer than any max_length here, and a shorter one that begins otherwise."""
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for n in range(40):
             words = [f"word{n}" if at % 7 == 0 else "memory" for at in range(1200)]
-            row = {"prompt": f"Question {n}?", "chosen": " ".join(words), "rejected": " ".join(words[: 200 - n])}
+            row = {
+                "prompt": f"Question {n}?",
+                "chosen": " ".join(words),
+                "rejected": " ".join(["No", *words[: 200 - n]]),
+            }
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -110,14 +123,14 @@ def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
     return measured
 
 
-def compare(only: str) -> list[str]:
-    """Measure and estimate each setting whose name contains `only`, and return the rows of a table."""
+def compare(settings: dict[str, list[str]], only: str) -> list[str]:
+    """Measure and estimate each of `settings` whose name contains `only`, and return the rows of a table."""
     from dpo_runner.config import load_conf
     from dpo_runner.data.splits import PairShape
     from dpo_runner.estimate import estimate_memory
 
     rows = []
-    for name, overrides in SETTINGS.items():
+    for name, overrides in settings.items():
         if only in name:
             measured = run_child(overrides)
             conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
@@ -157,13 +170,13 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.overrides, arguments.load_only)))
         return
-    runs = compare(arguments.only)
+    runs, budgets = (compare(settings, arguments.only) for settings in (SETTINGS, BUDGETS))
     if arguments.only:
         return
-    arguments.out.write_text(_format_report(runs, compare_weights()), encoding="utf-8")
+    arguments.out.write_text(_format_report(runs, budgets, compare_weights()), encoding="utf-8")
 
 
-def _format_report(runs: list[str], weights: list[str]) -> str:
+def _format_report(runs: list[str], budgets: list[str], weights: list[str]) -> str:
     from importlib import metadata
 
     from dpo_runner.environment import read_cpu_name
@@ -183,6 +196,12 @@ same setting differs by up to a tenth from one process to the next.
 | setting | estimated, GB | measured, GB | estimated / measured |
 |---|---|---|---|
 {chr(10).join(runs)}
+
+One optimizer step of 8 pairs, some 220 tokens each, in micro-batches of different sizes; the gradient is the same.
+
+| engine | estimated, GB | measured, GB | estimated / measured |
+|---|---|---|---|
+{chr(10).join(budgets)}
 
 The model once it is loaded. *Measured* is what resident memory has grown by then; it has what the loader and the \
 libraries keep in it too.

@@ -33,16 +33,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name, the config class of transformers and its arguments."""
 
+_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": (
+        "OPTConfig",
+        {key: value for key, value in _WITHOUT_GROUPS.items() if key != "intermediate_size"}
+        | {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    ),
+    "nemotron": ("NemotronConfig", _LLAMA_LIKE),
+}
+"""Families for the engine's tests alone."""
+
+
+def make_config(name: str, **arguments: Any) -> transformers.PretrainedConfig:
+    """Return the config of a tiny model of a family, with these arguments besides or instead."""
+    kind, own = (FAMILIES | _FURTHER)[name]
+    config = getattr(transformers, kind)(**(own | arguments))
+    assert isinstance(config, transformers.PretrainedConfig)
+    return config
+
 
 def make_family(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, **changes: Any) -> str:
     """Write a tiny random model of a family, its config changed so, and return its folder."""
-    kind, arguments = FAMILIES[name]
-    config = getattr(transformers, kind)(
+    config = make_config(
+        name,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **(arguments | changes),
+        **changes,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

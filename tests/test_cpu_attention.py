@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -77,6 +79,44 @@ def test_blocks_give_what_a_mask_gives(
     )
     for expected, other, found in zip(exact, theirs, ours, strict=True):
         assert (found - expected).norm() <= 1.5 * (other - expected).norm()
+
+
+@st.composite
+def layouts(draw: st.DrawFn, most: int = 300) -> list[PairLengths]:
+    """Draw one to three pairs whose parts reach over several blocks, and are often nothing, or a single token."""
+    parts = st.sampled_from([0, 1, 127, 128, 129, 257]) | st.integers(0, most)
+    pairs = []
+    for _ in range(draw(st.integers(1, 3))):
+        prefix = draw(parts)  # 0: nothing in common
+        own, tail = draw(parts), draw(parts)  # own = 0: the chosen row is how the rejected one begins; tail the reverse
+        pairs.append(PairLengths(prefix, max(prefix + own, 1), tail))
+    return pairs
+
+
+@settings(max_examples=25, deadline=None)
+@given(layouts(), st.sampled_from([1024, 130]))
+def test_whatever_the_layout_is_blocks_give_what_a_mask_gives(pairs: list[PairLengths], kept: int) -> None:
+    length = sum(pair.chosen + pair.tail for pair in pairs)
+    torch.manual_seed(length)
+    inputs = [torch.randn(1, heads, length, 8) for heads in (4, 2, 2)]
+    through = torch.randn(1, length, 4, 8)
+
+    def differentiate(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        output = function(*given)
+        output.backward(through.to(dtype))
+        return [tensor.detach().double() for tensor in (output, *(tensor.grad for tensor in given))]
+
+    def blocks(*given: torch.Tensor) -> torch.Tensor:
+        return attend(torch.nn.Module(), *given, None, pairs=pairs, scaling=0.3)[0]
+
+    exact = differentiate(lambda *given: attend_under_mask(*given, pairs, 0.3), torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "_KEPT", kept)
+        ours = differentiate(blocks, torch.float32)
+    for expected, found in zip(exact, ours, strict=True):
+        error = (found - expected).norm(dim=-1).max()  # one token that sees a wrong one is lost in the whole
+        assert error <= 1e-5 * max(1, expected.norm(dim=-1).max())
 
 
 def test_what_was_done_on_fake_tensors_leaves_nothing_behind() -> None:

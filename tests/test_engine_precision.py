@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import ROWS
-from hypothesis import given
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from test_engine import _TIMES, PACKED, PLAIN, batches, is_packed, train
 from test_model import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -175,11 +176,8 @@ def trainers(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     )
 
 
-@given(batches(most=24))
-def test_whatever_the_rows_are_each_token_has_the_log_probability_and_gradient_that_trl_gives_it(
-    trainers: tuple[Any, Any], batch: tuple[list[dict[str, list[int]]], int | None, str]
-) -> None:
-    rows, limit, mode = batch
+def assert_as_trl(trainers: tuple[Any, Any], rows: list[dict[str, list[int]]], limit: int | None, mode: str) -> None:
+    """Each token has the log-probability and the gradient that TRL gives it."""
     found = []
     for trainer in trainers:
         inputs = DataCollatorForPreference(0, limit, mode)(rows)
@@ -192,3 +190,40 @@ def test_whatever_the_rows_are_each_token_has_the_log_probability_and_gradient_t
     assert len(plain) == len(packed)
     torch.testing.assert_close(packed, plain, rtol=0, atol=2e-5)
     assert (gradient - wanted).norm() <= 1e-5 * (1 + wanted.norm())
+
+
+@given(batches(most=24))
+def test_whatever_the_rows_are_each_token_has_the_log_probability_and_gradient_that_trl_gives_it(
+    trainers: tuple[Any, Any], batch: tuple[list[dict[str, list[int]]], int | None, str]
+) -> None:
+    assert_as_trl(trainers, *batch)
+
+
+LONGEST = 4096
+"""Tokens that the tiny model has positions for."""
+
+
+@st.composite
+def long_pairs(draw: st.DrawFn) -> list[dict[str, list[int]]]:
+    """Draw one or two pairs, each part a single token or up to 300."""
+    tokens = random.Random(draw(st.integers(0, 99)))
+    rows = []
+    for _ in range(draw(st.integers(1, 2))):
+        lengths = {key: draw(st.integers(1, 300) | st.just(1)) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        row = {key: tokens.choices(range(1, 250), k=length) for key, length in lengths.items()}
+        same = draw(st.sampled_from([0, 1, 300]))  # how many tokens the answers begin with alike, if they have them
+        row["rejected_ids"][:same] = row["chosen_ids"][: min(same, len(row["rejected_ids"]))]
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=10, deadline=None)
+@example([{"prompt_ids": [7], "chosen_ids": [7], "rejected_ids": [8]}], None, "keep_start")
+@example([{"prompt_ids": [7], "chosen_ids": [7] * (LONGEST - 1), "rejected_ids": [8] * 300}], None, "keep_start")
+@given(long_pairs(), st.none() | st.sampled_from([1, 2, 129, 300]), st.sampled_from(["keep_start", "keep_end"]))
+def test_whatever_the_lengths_are_from_one_token_to_all_that_the_model_takes(
+    trainers: tuple[Any, Any], rows: list[dict[str, list[int]]], limit: int | None, mode: str
+) -> None:
+    """Attention goes by blocks of 128 queries; here there are many."""
+    assert trainers[0].model.config.max_position_embeddings == LONGEST
+    assert_as_trl(trainers, rows, limit, mode)

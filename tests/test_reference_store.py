@@ -1,5 +1,6 @@
 """What the reference thinks of a pair is computed once, found whenever it is the same, and never when it is not."""
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import start_python
 from test_engine import PACKED, STORED, is_packed, train
 from test_estimate import STARTS, name_paths
 from test_model import build, logps_of
@@ -114,6 +116,8 @@ HITS = [
     ["training.per_device_train_batch_size=1"],
     ["training.ld_alpha=0.5"],
     ["training.gradient_checkpointing=true"],
+    ["data.eval_fraction=0.4"],
+    ["seed=5", "data.eval_fraction=0.3", "data.max_train_samples=9"],
 ]
 
 
@@ -141,6 +145,32 @@ def test_what_leaves_the_reference_alone_finds_it(
     assert max(scored) <= 3, "only the sample that is checked"
     if "training.ld_alpha=0.5" not in changes:
         torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path, scored: list[int]) -> None:
+    before = build([*tiny_run, *FP32, *STORED], tmp_path)
+    lines = Path(pairs).read_text().splitlines(keepends=True)
+    Path(pairs).write_text("".join(lines[::-1]))
+    scored.clear()
+    after = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert list(after.train_dataset["prompt_ids"]) != list(before.train_dataset["prompt_ids"])
+    assert max(scored) <= 3, "only the sample that is checked"
+    torch.testing.assert_close(reference_of(after), by_hand(after), atol=1e-4, rtol=0)
+
+
+def test_other_precision_of_fp32_products_is_another_reference(
+    tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    """As `training.tf32` sets it on a GPU."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    finally:
+        products.fp32_precision = before
+    assert sum(scored) >= len(trainer.train_dataset)
 
 
 def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path) -> None:
@@ -197,11 +227,47 @@ def test_processes_share_the_work_and_the_file(tmp_path: Path) -> None:
         assert all(found[key].chosen.tolist() == [int.from_bytes(key)] * 3 for key in keys)
 
 
-def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
-    def put(digest: str) -> None:
-        with ReferenceStore(digest, {"model": digest}, 10**9) as store:
-            store.add({bytes([k]): PairLogps(*[np.zeros(2000, np.float32)] * 2) for k in range(20)})
+def test_runs_at_once_fill_one_store_and_each_is_the_run_alone(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    betas = (0.1, 0.2, 0.3)
 
+    def start(beta: float, folder: str) -> Any:
+        quick = ["training.max_steps=2", "training.eval_strategy=no", "samples.num_prompts=0", f"training.beta={beta}"]
+        command = ["-m", "dpo_runner", *tiny_run, *quick, f"run_dir={folder}"]
+        return start_python(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def read(folder: str) -> bytes:
+        return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    running = [start(beta, f"at_once_{beta}") for beta in betas]
+    for run in running:
+        assert run.wait() == 0, run.communicate()[0]
+    (found,) = list_references()
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "other"))
+    alone = start(betas[1], "alone")
+    assert alone.wait() == 0, alone.communicate()[0]
+    assert list_references()[0].pairs == found.pairs
+    assert read("alone") == read(f"at_once_{betas[1]}") != read(f"at_once_{betas[0]}")
+
+
+def put(digest: str, limit: int = 10**9, pairs: int = 20) -> int:
+    """Fill a reference's file with 16 kB for each pair, and return how many had no room."""
+    with ReferenceStore(digest, {"model": digest}, limit) as store:
+        for k in range(pairs):
+            store.add({bytes([k]): PairLogps(*[np.full(2000, k, np.float32)] * 2)})
+        assert store.path.stat().st_size <= limit
+        kept = store.find([bytes([k]) for k in range(pairs)])
+        assert all((logps.chosen == key[0]).all() for key, logps in kept.items())
+        assert len(kept) == pairs - store.left_out
+        return store.left_out
+
+
+def size_of_all() -> int:
+    return sum(found.size for found in list_references())
+
+
+def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
     for digest in ("a", "b", "c"):
         put(digest)
     size = list_references()[0].size
@@ -210,6 +276,60 @@ def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
     assert [(found.path.stem, found.pairs, found.description) for found in list_references()] == [
         ("a", 20, {"model": "a"})
     ]
+
+
+def test_the_file_in_use_stays_within_the_limit_too() -> None:
+    put("old")
+    size = size_of_all()
+    assert put("new", limit=size) == 0, "the other one has made room"
+    assert [found.path.stem for found in list_references()] == ["new"] and size_of_all() == size
+    assert put("more", limit=size, pairs=30) == 10
+    assert size_of_all() <= size
+    with ReferenceStore("more", {}, size // 2) as store:
+        assert len(store.find([bytes([k]) for k in range(30)])) == 20
+    assert not list_references(), "filled under another limit"
+
+
+def test_what_is_in_use_leaves_less_room_and_is_not_deleted() -> None:
+    put("used")
+    size = size_of_all()
+    with ReferenceStore("used", {}, 10**9):
+        left_out = put("new", limit=int(1.5 * size))
+        assert 8 <= left_out <= 12 and size < size_of_all() <= 1.5 * size
+
+
+def test_several_processes_keep_the_limit_together(tmp_path: Path) -> None:
+    limit = 200_000
+    program = """
+        import sys
+        import numpy as np
+        from dpo_runner.engine.reference_store import PairLogps, ReferenceStore, list_references
+        name, limit = sys.argv[1], int(sys.argv[2])
+        with ReferenceStore(name, {}, limit) as store:
+            for k in range(60):
+                store.add({bytes([k, len(name)]): PairLogps(*[np.zeros(500, np.float32)] * 2)})
+                assert sum(found.size for found in list_references()) <= limit + 2 * 12288  # made empty
+            assert store.left_out
+    """
+    names = ("one", "one", "other")
+    processes = [start_python("-c", textwrap.dedent(program), name, str(limit)) for name in names]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert limit / 2 < size_of_all() <= limit
+
+
+def test_a_run_says_how_many_pairs_it_does_not_keep(
+    tiny_run: list[str], tmp_path: Path, scored: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        scored.clear()
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer = build([*tiny_run, *FP32, *STORED, "engine.reference_store_gb=12e-6"], tmp_path)
+        assert sum(scored) >= len(trainer.train_dataset)
+        (told,) = [text for text in caplog.messages if "reference_store_gb" in text]
+        assert re.match(r"engine\.reference_store_gb=1\.2e-05: the store is full; 24 pairs were scored and not", told)
+        assert not list_references()
+    torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())

@@ -18,7 +18,7 @@ from dpo_runner.engine.lean_layers import is_lean, make_lean
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
-from dpo_runner.engine.shared_prefix import base_of, explain_refusal, share_prefixes, trains_head
+from dpo_runner.engine.shared_prefix import base_of, explain_refusal, is_certain, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
 from dpo_runner.quantization import linear4bit_modules
 from dpo_runner.reference import stores_reference
@@ -88,10 +88,11 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
         stored = f"compiled layers, {stored}"
     if reason:
         return f"TRL's forward ({reason}), {stored}"
+    shared = "shared prefixes" if is_certain(model) else "shared prefixes if both forwards agree"
     if conf.engine.max_tokens_per_micro_batch == 0:
-        return f"shared prefixes, {stored}"
+        return f"{shared}, {stored}"
     reason = explain_grouping(conf.training.loss_type)
-    return f"shared prefixes, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
+    return f"{shared}, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
 
 
 def _keep_dequantized(model: Any, tell: Callable[[str], None]) -> None:
@@ -143,6 +144,8 @@ def _store_reference(
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
     packed = f"packed{', compiled' if conf.compile_layers else ''} {_VERSION}, head {head}"
     computed = f"{packed if shares else f'padded {_VERSION}'}, autocast {trainer.accelerator.mixed_precision}"
+    products = torch.backends.mkldnn if trainer.accelerator.device.type == "cpu" else torch.backends.cuda
+    computed += f", fp32 products {products.matmul.fp32_precision}"  # as training.tf32 has set it
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
     except TypeError as error:
@@ -159,5 +162,10 @@ def _store_reference(
             trainer.eval_dataset = {name: add(rows) for name, rows in trainer.eval_dataset.items()}
         elif trainer.eval_dataset is not None:
             trainer.eval_dataset = add(trainer.eval_dataset)
+    if store.left_out:
+        tell(
+            f"engine.reference_store_gb={conf.reference_store_gb:g}: the store is full; {store.left_out:,} pairs were "
+            "scored and not kept; a higher limit makes room, or `python -m dpo_runner.cache clear reference`"
+        )
     trainer.precompute_ref_logps = True
     trainer.ref_model = None

@@ -3,11 +3,15 @@
 One SQLite file for each reference (`identity.py` says what that is). In it one row for each pair: a digest of its two
 rows of token ids, cut as the trainer cuts them, and log p of each completion token. Sums are taken when they are asked
 for, so beta, learning rate, loss, seed, LoRA, `ld_alpha`, the order and the choice of pairs leave everything valid.
+
+All files together stay within a limit. Whoever adds rows holds a lock of the whole store, so that several processes,
+with one file or with many, do not each find the same room free.
 """
 
 import contextlib
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -43,14 +47,18 @@ class ReferenceStore:
     Args:
         digest: the reference's.
         description: what it is, for a person who lists the cache.
-        limit: bytes that all references together may take; the least recently used others make room.
+        limit: bytes that all references together may take; the least recently used others make room, and where that
+            is not enough, pairs are not kept.
+
+    Attributes:
+        left_out: how many pairs were not kept, for want of room.
     """
 
     def __init__(self, digest: str, description: Mapping[str, Any], limit: int) -> None:
         folder = store_dir()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{digest}.sqlite"
-        self._limit = limit
+        self._limit, self.left_out = limit, 0
         self._in_use = _lock_path(self.path).open("a")
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
         with self._explained():
@@ -70,7 +78,12 @@ class ReferenceStore:
     ) -> None:
         self._database.close()
         self._in_use.close()
-        make_room(self._limit, keep=self.path)
+        with _writing():
+            size = self.path.stat().st_size if self.path.exists() else 0
+            if size > self._limit:  # it was filled under another limit
+                _delete(self.path)
+            else:
+                make_room(self._limit - size, keep=self.path)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, PairLogps]:
         """Return what is known of `keys`.
@@ -89,10 +102,22 @@ class ReferenceStore:
         return found
 
     def add(self, pairs: Mapping[bytes, PairLogps]) -> None:
-        """Keep `pairs`; where another process has been quicker, its rows stay."""
+        """Keep `pairs`, or none of them for want of room; where another process has been quicker, its rows stay."""
         rows = [(key, logps.chosen.tobytes(), logps.rejected.tobytes()) for key, logps in pairs.items()]
-        with self._explained(), self._database:
+        with self._explained(), _writing(), self._database:
             self._database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
+            if not self._fits():
+                self._database.rollback()
+                self.left_out += len(rows)
+
+    def _fits(self) -> bool:
+        """Make room for the file as it would now be written, and say whether there is enough."""
+        pages, page = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        room: int = self._limit - pages * page
+        if room < 0:
+            return False
+        make_room(room, keep=self.path)
+        return sum(stat.st_size for path, stat in _stat_files() if path != self.path) <= room
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -137,20 +162,34 @@ def make_room(limit: int, keep: Path | None = None) -> list[Path]:
 
     Args:
         limit: bytes.
-        keep: is not deleted, and neither is what a process has open.
+        keep: is neither counted nor deleted; what a process has open is counted, and not deleted.
 
     Returns:
         What was deleted.
     """
-    files = sorted(((path.stat(), path) for path in store_dir().glob("*.sqlite")), key=lambda file: file[0].st_mtime)
-    total, deleted = sum(stat.st_size for stat, _ in files), []
-    for stat, path in files:
+    files = sorted(((path, stat) for path, stat in _stat_files() if path != keep), key=lambda file: file[1].st_mtime)
+    total, deleted = sum(stat.st_size for _, stat in files), []
+    for path, stat in files:
         if total <= limit:
             break
-        if path != keep and _delete(path):
+        if _delete(path):
             total -= stat.st_size
             deleted.append(path)
     return deleted
+
+
+def _stat_files() -> Iterator[tuple[Path, os.stat_result]]:
+    for path in store_dir().glob("*.sqlite"):
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process since
+            yield path, path.stat()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Let one process at a time decide how much room there is."""
+    with (store_dir() / "writing.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _delete(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
 to a token's log-probability when its row begins differently, which is what a wrong mask or position amounts to.
+
+Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training.
 """
 
 import itertools
@@ -33,9 +35,10 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     room = (longest - 1) // 2  # a row that the collator cuts would have other answers under another prompt
     if not room:
         return f"training.max_length={longest} leaves nothing to compare"
+    if _draws_dropout(trainer, _take(trainer, min(_TOKENS[0], room))):
+        return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
     for model, tokens in itertools.product(models, _TOKENS):
-        some = range(min(len(trainer.train_dataset), 2))
-        rows = [_cut(trainer.train_dataset[index], min(tokens, room)) for index in some]
+        rows = _take(trainer, min(tokens, room))
         elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
         take_back = share_prefixes(model, trains_head)
@@ -51,6 +54,26 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     return None
 
 
+def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether training draws random numbers that change a token's log-probability; the run's own stay undrawn."""
+    kind = trainer.accelerator.device.type
+    devices = sorted({p.device.index for p in trainer.model.parameters() if p.device.type == kind != "cpu"})
+
+    def read_states() -> list[torch.Tensor]:
+        others = [torch.get_device_module(kind).get_rng_state(device) for device in devices]
+        return [torch.get_rng_state(), *others]
+
+    with torch.random.fork_rng(devices, device_type=kind):
+        before = read_states()
+        first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
+        # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
+        return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
+
+
+def _take(trainer: DPOTrainer, tokens: int) -> list[dict[str, list[int]]]:
+    return [_cut(trainer.train_dataset[index], tokens) for index in range(min(len(trainer.train_dataset), 2))]
+
+
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     prompt, chosen, rejected = (list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return {
@@ -60,17 +83,17 @@ def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     }
 
 
-def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Return log p of all completion tokens, [N], fp32."""
+def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:
+    """Return log p of all completion tokens, [N], fp32; `training` has gradients too, without which dropout is off."""
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     scored = inputs.pop("completion_mask").bool()
     labels = inputs["input_ids"].masked_fill(~scored, -100)
-    training = model.training
-    model.eval()
+    was_training = model.training
+    model.train(training)
     try:
-        with torch.no_grad(), trainer.accelerator.autocast():
+        with torch.set_grad_enabled(training), trainer.accelerator.autocast():
             log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
     finally:
-        model.train(training)
-    completions: torch.Tensor = log_probs[scored[:, 1:]].float()
+        model.train(was_training)
+    completions: torch.Tensor = log_probs.detach()[scored[:, 1:]].float()
     return completions

@@ -32,6 +32,12 @@ _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers in which a token sees the others through `AttentionInterface` alone."""
 
+_COMPARED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt_neox"}
+"""Model types that tests have compared; about others the self-check has the last word."""
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "dropout", "activation_dropout", "hidden_dropout")
+"""Keys of configs that models may read without an `nn.Dropout` of their own."""
+
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return a model without PEFT's wrapper."""
@@ -74,16 +80,23 @@ def explain_refusal(
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
-    if dropout and (adapter_dropout or _has_dropout(model)):
+    if (dropout and (adapter_dropout or _has_dropout(model))) or getattr(config, "layerdrop", None):  # is no nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None
 
 
 def _has_dropout(model: PreTrainedModel) -> bool:
+    return _names_dropout(model) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def _names_dropout(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
-    return any(getattr(config, key, 0) for key in ("attention_dropout", "attn_pdrop")) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
+    return any(getattr(config, key, 0) for key in _DROPOUTS)
+
+
+def is_certain(model: PreTrainedModel) -> bool:
+    """Whether a model that `explain_refusal` lets pass passes the self-check too, as far as anyone can know before."""
+    return model.config.model_type in _COMPARED and not _names_dropout(model)
 
 
 def share_prefixes(model: PreTrainedModel | PeftModel, trains_head: bool) -> Callable[[], None]:
