@@ -13,13 +13,47 @@ from dpo_runner.artifacts import read_metrics
 
 _COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "num_tokens")
 
-TRL_VARIANTS: dict[str, tuple[str, ...]] = {
-    "trl": (),
-    "trl no checkpointing": ("--gradient_checkpointing", "false"),
-    "trl precompute": ("--precompute_ref_log_probs",),
-    "trl precompute, no checkpointing": ("--precompute_ref_log_probs", "--gradient_checkpointing", "false"),
-}
-"""Settings of `trl dpo` that change its speed and no result, its default first. TRL 1.16 ignores padding_free."""
+PAIRS_A_STEP = 8
+BATCHES = (4, 2, 1, 8)
+"""Rows at once, the default first; accumulation makes the same 8 pairs a step of them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of a peer that change its speed and its memory, and no result."""
+
+    gradient_checkpointing: bool = True
+    precompute_ref_log_probs: bool = False
+    batch: int = BATCHES[0]
+
+    def split(self, job: "Job") -> "Job":
+        """Return the job with as many rows at once, and as many pairs a step as before."""
+        return vary(job, batch=self.batch, accumulation=job.batch * job.accumulation // self.batch)
+
+
+def name_split(name: str, batch: int) -> str:
+    """Return the name of settings with so many rows at once."""
+    return name if batch == BATCHES[0] else f"{name}, {batch}×{PAIRS_A_STEP // batch}"
+
+
+def add_splits(variants: Mapping[str, Variant]) -> dict[str, Variant]:
+    """Return settings by name: the given ones, then the same with each other number of rows at once."""
+    return {
+        name_split(name, batch): replace(variant, batch=batch)
+        for batch in BATCHES
+        for name, variant in variants.items()
+    }
+
+
+TRL_VARIANTS = add_splits(
+    {
+        "trl": Variant(),
+        "trl no checkpointing": Variant(gradient_checkpointing=False),
+        "trl precompute": Variant(precompute_ref_log_probs=True),
+        "trl precompute, no checkpointing": Variant(gradient_checkpointing=False, precompute_ref_log_probs=True),
+    }
+)
+"""Settings of `trl dpo`, its default first. TRL 1.16 ignores padding_free."""
 
 
 @dataclass(frozen=True)
@@ -176,11 +210,11 @@ def measure_ours(
     return _measured(side, job, finished, folder / "checkpoints", summary["train_runtime"], times)
 
 
-def measure_trl(
-    side: str, job: Job, folder: Path, environment: Mapping[str, str], further: Sequence[str] = ()
-) -> Measured:
-    """Run `trl dpo` and read its last checkpoint and what it has printed."""
-    finished = run(build_trl(job, folder, further), environment, folder.with_suffix(".log"))
+def measure_trl(side: str, job: Job, folder: Path, environment: Mapping[str, str], variant: Variant) -> Measured:
+    """Run `trl dpo` and read its last checkpoint and what it has printed; rows at once are those of `job`."""
+    flags = [] if variant.gradient_checkpointing else ["--gradient_checkpointing", "false"]
+    flags += ["--precompute_ref_log_probs"] if variant.precompute_ref_log_probs else []
+    finished = run(build_trl(job, folder, flags), environment, folder.with_suffix(".log"))
     return read_trainer(side, job, finished, folder)
 
 
