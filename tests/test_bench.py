@@ -6,21 +6,25 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
+import bench_gpu
 import pytest
+import torch
+from bench.exactness import Results, compare_attention, measure_distance, read_results
 from bench.flops import ModelShape, read_shape
 from bench.llamafactory import PEER, PEER_VARIANTS, build_config
 from bench.parts import COLD, WARM, check_jobs, check_store, choose_variants
-from bench.process import CommandFailed, build_environment, read_event, run
+from bench.process import CommandFailed, aside_within, build_environment, read_event, run
 from bench.profiling import GROUPS, add_up
 from bench.random_models import SIZES, write_random_model
 from bench.record import Record
 from bench.same_job import DifferentJobs, check_same_job
 from bench.session import Bench
-from bench.shapes import HH_TOKENS, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
+from bench.shapes import HH_TOKENS, Rows, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
 from bench.sides import TRL_VARIANTS, Job, Measured, Variant, build_our_sweep, build_ours, build_trl
 from bench.table import NOT_MEASURED, build_report, compare
 from bench.tuning import best_variants, tune
@@ -326,6 +330,65 @@ def test_a_process_is_measured(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match=r"exit code 3; .*\n.*broken"):
         run([sys.executable, "-c", "print('broken'); raise SystemExit(3)"], environment, tmp_path / "log")
     assert read_event("{'loss': oops}") is read_event("{'a': 1}") is None
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(CommandFailed, match=r"took more than 0 s"):
+        run(["bash", "-c", "sleep 60 & echo $!; wait"], os.environ, tmp_path / "log", timeout=0.4)
+    child = Path("/proc", (tmp_path / "log").read_text().splitlines()[-1], "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+    with pytest.raises(CommandFailed, match=r"sleep: took more than 0 s"):
+        aside_within(0.4, time.sleep, 60)
+    assert time.monotonic() - start < 20
+
+
+def test_a_side_that_fails_on_a_gpu_loses_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hh.jsonl").write_text("{}\n")
+    rows = Rows("hh", str(tmp_path / "hh.jsonl"), 16, 1024, [[100, 30, 40]] * 16)
+    made = {"write_random_model": "m", "write_rows": rows, "measure_peak": {"flops_per_second": 1e12}}
+    made["mean_flops"] = 1e9
+    out = tmp_path / "gpu.md"
+
+    def run_side(args: object, side: str, job: Job, name: str, deadline: bench_gpu.Deadline) -> Measured:
+        if side == "trl":
+            raise CommandFailed("exit code 1; log ends with:\nCUDA | out of memory")
+        assert (side == bench_gpu.SIDES[1]) or bench_gpu.SIDES[1] in out.read_text()
+        return Measured(**{key: value for key, value in make_run(side, 4).items() if key != "load_before"})
+
+    monkeypatch.setattr(bench_gpu, "aside_within", lambda timeout, work, *args: made[work.__name__])
+    monkeypatch.setattr(bench_gpu, "run_side", run_side)
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", f"--work={tmp_path}", f"--out={out}"])
+    args, report = bench_gpu.parse_arguments(), bench_gpu.Report(out, None)
+    bench_gpu.measure_size(args, report, "tiny", bench_gpu.Deadline(60))
+    bench_gpu.measure_size(args, report, "tiny, nf4", bench_gpu.Deadline(0))
+    table = out.read_text().partition("|---")[2].splitlines()[1:]
+    assert table[0] == "| tiny | trl: not measured, CUDA / out of memory |  |  |  |  |  |"
+    assert table[1] == "| tiny | dpo_runner, cold store #1 | 4.00 | 8.0 | 3.0 | 4.00 | 0.4% |"
+    assert table[3].startswith("| tiny | trl precompute #1 | 4.00 |")
+    assert table[4] == "| tiny, nf4 | not measured: no time was left |  |  |  |  |  |" and len(table) == 5
+    assert "- tiny, trl precompute: the same tokens in each step" in out.read_text()
+
+
+def test_what_is_not_exact_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_runner.engine import attention
+
+    compare_attention(Results(tmp_path / "right"), "cpu")
+    assert len(read_results(tmp_path / "right")) == 3 and "NOT EXACT" not in (tmp_path / "right").read_text()
+    assert all("torch's attention under a mask." in line for line in read_results(tmp_path / "right"))
+    attend = attention.attend
+
+    def without_prefix(*args: torch.Tensor, pairs: list, **kwargs: object) -> object:
+        return attend(*args, pairs=[pair._replace(prefix=pair.prefix // 2) for pair in pairs], **kwargs)
+
+    monkeypatch.setattr(attention, "attend", without_prefix)
+    compare_attention(Results(tmp_path / "wrong"), "cpu")
+    assert all(line.startswith("NOT EXACT: Attention over") for line in read_results(tmp_path / "wrong"))
+    assert read_results(tmp_path / "none") == []
+    ours, theirs = {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([3.0, 5.0])}
+    assert measure_distance(ours, theirs) == pytest.approx(34**-0.5) and measure_distance(ours, ours) == 0
 
 
 def test_flops_are_those_of_the_formula(tiny_model: str) -> None:
