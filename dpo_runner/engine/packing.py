@@ -64,10 +64,10 @@ class Pairs(list[PairLengths]):
                 queries_of.append(pair.tail)
                 keys_of.append(pair.prefix + pair.tail)
             start = tail + pair.tail
-        ends = [
+        cu_seq_q, cu_seq_k = (
             torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries_of, keys_of)
-        ]
-        return Segments(torch.tensor(keys, device=device), *ends, max(queries_of), max(keys_of))
+        )
+        return Segments(torch.tensor(keys, device=device), cu_seq_q, cu_seq_k, max(queries_of), max(keys_of))
 
 
 @dataclass(frozen=True)
