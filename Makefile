@@ -51,7 +51,7 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure training beside `trl dpo` and LLaMA-Factory, on an idle machine (two hours, 18 GB of memory, 8 GB of disk)
+bench: setup  ## measure training beside `trl dpo` and LLaMA-Factory, on an idle machine (four hours, 18 GB of memory, 12 GB of disk)
 	$(BIN)/python scripts/bench_training.py --install-peers
 
 bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)

@@ -14,7 +14,7 @@ from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing
 
 from dpo_runner.data.splits import PairShape
-from dpo_runner.engine.packing import Packing, PairLengths
+from dpo_runner.engine.packing import Packing, PairLengths, Pairs
 from dpo_runner.fake_model import CHECKPOINT_KWARGS
 from dpo_runner.memory_tracker import GRADIENTS, MemoryTracker
 
@@ -80,7 +80,7 @@ def build_packed_inputs(pair: PairShape, pairs: int, tokens: int | None = None) 
         shapes = [pair] * whole + [PairShape(*(size * rest // sum(pair) for size in pair))] * bool(rest)
     length = pair.prompt + max(pair.chosen, pair.rejected)
     inputs = build_padded_inputs(2 * len(shapes), length)
-    lengths = [PairLengths(shape.prompt, shape.prompt + shape.chosen, shape.rejected) for shape in shapes]
+    lengths = Pairs(PairLengths(shape.prompt, shape.prompt + shape.chosen, shape.rejected) for shape in shapes)
     ids = torch.zeros(1, sum(each.chosen + each.tail for each in lengths), dtype=torch.long)
     labels = torch.zeros(sum(shape.chosen + shape.rejected for shape in shapes), dtype=torch.long)
     mask = torch.ones(2 * len(shapes), max(length - 1, 0), dtype=torch.bool)

@@ -3,8 +3,9 @@
     python scripts/bench_gpu.py --device cpu --sizes tiny --pairs 8
 
 Needs nothing from a hub: random weights in the shapes of known models, the default model's tokenizer out of its
-package, rows with the lengths of Anthropic HH. `scripts/bench_gpu.sh` is the whole of it on a machine with a GPU. No
-run is begun after `--minutes`; what is then missing is said to be.
+package, rows with the lengths of Anthropic HH. `scripts/bench_gpu.sh` is the whole of it on a machine with a GPU. The
+report is written anew with every result, so nothing that was measured is lost; a side that fails is told of and the
+next one runs; after `--minutes` whatever still runs is ended, and what is missing is said to be.
 """
 
 import argparse
@@ -16,21 +17,62 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from bench.exactness import PAIRS, read_results
 from bench.flops import mean_flops, measure_peak
 from bench.gpu import CardMemory, read_card
 from bench.machine import describe_machine
-from bench.process import CommandFailed, aside, build_environment
+from bench.process import CommandFailed, aside_within, build_environment, run
 from bench.random_models import SIZES, write_random_model
 from bench.same_job import DifferentJobs, check_same_job
 from bench.shapes import Rows, write_rows
-from bench.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, vary, write_trl_dataset
+from bench.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, write_trl_dataset
 
+from dpo_runner.artifacts import write_text
 from dpo_runner.errors import DpoRunnerError
 
 ROOT = Path(__file__).parents[1]
-EXACT = {"loss": 1e-4, "rewards/margins": 2e-4, "logps/chosen": 2e-2, "logps/rejected": 2e-2}
-"""In fp32, by how much a step's metrics may differ; log-probabilities are sums over an answer's tokens."""
+SIDES = ("trl", "dpo_runner, cold store", "dpo_runner, warm store", "trl precompute")
 _LARGEST_GB = 16  # on the disk
+_LEAST_SECONDS = 5
+"""Of the time that is left, for anything to be begun."""
+
+
+class Deadline:
+    """The end of the time that there is."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds until then.
+
+        Raises:
+            CommandFailed: nothing can be begun any more.
+        """
+        if (left := self._end - time.monotonic()) < _LEAST_SECONDS:
+            raise CommandFailed("no time was left")
+        return left
+
+
+class Report:
+    """What is known so far, in a file that is written anew with each line."""
+
+    def __init__(self, out: Path, card: str | None) -> None:
+        self._out, self._card = out, card
+        self._lines: list[str] = []
+        self._rows: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self._lines.append(f"- {line}")
+        self._write(line)
+
+    def add_row(self, size: str, side: str, *cells: str) -> None:
+        self._rows.append(f"| {' | '.join([size, side, *cells, *[''] * (5 - len(cells))])} |")
+        self._write(self._rows[-1])
+
+    def _write(self, news: str) -> None:
+        print(news, flush=True)
+        write_text(self._out, build_report(self._card, self._lines, self._rows))
 
 
 def main() -> None:
@@ -39,17 +81,13 @@ def main() -> None:
     if args.device == "cuda" and card is None:
         print("error: no GPU: nvidia-smi does not answer", file=sys.stderr)
         sys.exit(2)
-    deadline = time.monotonic() + 60 * args.minutes
+    deadline = Deadline(60 * args.minutes)
     args.work.mkdir(parents=True, exist_ok=True)
-    try:
-        lines = [check_exactness(args)]
-        print(lines[0], flush=True)
-        rows: list[str] = []
-        for size in args.sizes:
-            rows += measure_size(args, size, deadline)
-    except (DpoRunnerError, CommandFailed, DifferentJobs) as error:
-        sys.exit(f"error: {error}")
-    args.out.write_text(build_report(card, lines, rows), encoding="utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = Report(args.out, card)
+    check_exactness(args, report, deadline)
+    for size in args.sizes:
+        measure_size(args, report, size, deadline)
     print(args.out)
 
 
@@ -75,55 +113,73 @@ def read_sizes(text: str) -> list[str]:
     return sizes
 
 
-def check_exactness(args: argparse.Namespace) -> str:
-    """Train a tiny model in fp32 on both sides and return how near they are, step by step.
+def check_exactness(args: argparse.Namespace, report: Report, deadline: Deadline) -> None:
+    """Compare attention and a tiny model's training on both sides; see `bench/exactness.py`."""
+    folder = args.work / "exactness"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    out = folder / "results.jsonl"
+    failed = None
+    try:
+        model = aside_within(deadline.left(), write_random_model, "tiny", args.work / "models", args.device, "bfloat16")
+        rows = make_rows(args, model, PAIRS, "exactness", deadline)
+        write_trl_dataset(rows.path)
+        environment = {**build_environment(os.cpu_count() or 1, args.work, ROOT), "DPO_RUNNER_CACHE": str(folder)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), environment["PYTHONPATH"]])
+        command = [sys.executable, "-m", "bench.exactness", str(out), args.device, model, rows.path]
+        run(command, environment, folder / "log", deadline.left())
+    except (DpoRunnerError, CommandFailed, ValueError) as error:
+        failed = str(error).splitlines()[-1]
+    for line in read_results(out):
+        report.tell(line)
+    if failed is not None:
+        report.tell(f"Exactness was not checked to its end: {failed}")
 
-    Raises:
-        DifferentJobs: farther than fp32 rounding goes.
-    """
-    model = aside(write_random_model, "tiny", args.work / "models", args.device, "float32")
-    job = Job("", 16, 512, model, args.device, dtype="float32", batch=2, accumulation=1)
-    job = place(job, make_rows(args, model, job.pairs, "exactness"))
-    ours, theirs = (run_side(args, side, job, "exactness").to_dict() for side in ("dpo_runner, cold store", "trl"))
-    return f"In fp32, {ours['steps']} steps of a tiny model: {check_same_job(ours, theirs, EXACT)}."
 
-
-def measure_size(args: argparse.Namespace, size: str, deadline: float) -> list[str]:
-    """Measure one model on both sides and return the rows of the table."""
-    if time.monotonic() > deadline:
-        return [f"| {size} | not measured: no time was left | | | | | |"]
-    if size.startswith("Mistral") and shutil.disk_usage(args.work).free < _LARGEST_GB * 1e9:
-        return [f"| {size} | not measured: needs {_LARGEST_GB} GB of disk | | | | | |"]
-    model = aside(write_random_model, size, args.work / "models", args.device, "bfloat16")
-    rows = make_rows(args, model, args.pairs, "hh")
-    job = place(Job("", args.pairs, rows.max_length, model, args.device, load_in_4bit=SIZES[size][2]), rows)
-    name = size.replace(", ", "-")
-    shutil.rmtree(args.work / f"cache-{name}", ignore_errors=True)
-    peak = aside(
-        measure_peak, model, job.batch * sum(map(sum, rows.lengths)) // rows.pairs, args.device, os.cpu_count() or 1
-    )
-    flops = aside(mean_flops, model, rows.lengths)
-    table, measured = [], {}
+def measure_size(args: argparse.Namespace, report: Report, size: str, deadline: Deadline) -> None:
+    """Measure one model on both sides; what fails becomes a row that says so."""
+    try:
+        if size.startswith("Mistral") and shutil.disk_usage(args.work).free < _LARGEST_GB * 1e9:
+            raise CommandFailed(f"needs {_LARGEST_GB} GB of disk")
+        model = aside_within(deadline.left(), write_random_model, size, args.work / "models", args.device, "bfloat16")
+        rows = make_rows(args, model, args.pairs, "hh", deadline)
+        write_trl_dataset(rows.path)
+        job = Job(rows.path, args.pairs, rows.max_length, model, args.device, load_in_4bit=SIZES[size][2])
+        tokens = job.batch * sum(map(sum, rows.lengths)) // rows.pairs
+        peak = aside_within(deadline.left(), measure_peak, model, tokens, args.device, os.cpu_count() or 1)
+        flops = aside_within(deadline.left(), mean_flops, model, rows.lengths)
+    except (DpoRunnerError, CommandFailed, ValueError, RuntimeError) as error:
+        report.add_row(size, f"not measured: {shorten(error)}")
+        return
     for repeat in range(args.repeats):
-        for side in ("trl", "dpo_runner, cold store", "dpo_runner, warm store", "trl precompute"):
-            if time.monotonic() > deadline:
-                table.append(f"| {size} | {side}: not measured, no time was left | | | | | |")
+        found: dict[str, dict[str, Any]] = {}
+        for side in SIDES:
+            try:
+                with CardMemory() if args.device == "cuda" else nullcontext() as memory:
+                    measured = run_side(args, side, job, size.replace(", ", "-"), deadline)
+            except (DpoRunnerError, CommandFailed, OSError, ValueError, LookupError, StopIteration) as error:
+                report.add_row(size, f"{side}: not measured, {shorten(error)}")
                 continue
-            with CardMemory() if args.device == "cuda" else nullcontext() as memory:
-                run = run_side(args, side, job, name)
-            measured[side] = run.to_dict()
-            speed = run.pairs / run.train_seconds
-            gigabytes = memory.peak_gb if memory is not None else run.peak_gb
-            share = flops * speed / peak["flops_per_second"]
-            table.append(
-                f"| {size} | {side} #{repeat + 1} | {speed:.2f} | {run.total_seconds:.1f} "
-                f"| {run.first_step_seconds:.1f} | {gigabytes:.2f} | {share:.1%} |"
+            speed = measured.pairs / measured.train_seconds
+            gigabytes = memory.peak_gb if memory is not None else measured.peak_gb
+            report.add_row(
+                size,
+                f"{side} #{repeat + 1}",
+                f"{speed:.2f}",
+                f"{measured.total_seconds:.1f}",
+                f"{measured.first_step_seconds:.1f}",
+                f"{gigabytes:.2f}",
+                f"{flops * speed / peak['flops_per_second']:.1%}",
             )
-            print(table[-1], flush=True)
-    for side, run_dict in measured.items():
-        if "trl" in side and "dpo_runner, cold store" in measured:
-            table.append(f"| {size} | {side}: {judge(measured['dpo_runner, cold store'], run_dict)} | | | | | |")
-    return table
+            found[side] = measured.to_dict()
+        for side, theirs in found.items():
+            if side.startswith("trl") and SIDES[1] in found and not repeat:
+                report.tell(f"{size}, {side}: {judge(found[SIDES[1]], theirs)}")
+
+
+def shorten(error: Exception) -> str:
+    """Return the last line of an error, as a cell of a table."""
+    return (str(error).splitlines() or [type(error).__name__])[-1][:120].replace("|", "/")
 
 
 def judge(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -133,7 +189,7 @@ def judge(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         return f"NOT THE SAME JOB: {error}"
 
 
-def run_side(args: argparse.Namespace, side: str, job: Job, name: str) -> Measured:
+def run_side(args: argparse.Namespace, side: str, job: Job, name: str, deadline: Deadline) -> Measured:
     environment = {
         **build_environment(os.cpu_count() or 1, args.work, ROOT),
         "DPO_RUNNER_CACHE": str(args.work / f"cache-{name}"),
@@ -141,21 +197,16 @@ def run_side(args: argparse.Namespace, side: str, job: Job, name: str) -> Measur
     folder = args.work / "runs" / f"{name}-{side}".replace(", ", "-").replace(" ", "_")
     shutil.rmtree(folder, ignore_errors=True)
     if side.startswith("trl"):
-        return measure_trl(side, job, folder, environment, TRL_VARIANTS[side])
+        return measure_trl(side, job, folder, environment, TRL_VARIANTS[side], deadline.left())
     if side.endswith("cold store"):
         shutil.rmtree(args.work / f"cache-{name}", ignore_errors=True)
-    return measure_ours(side, job, folder, environment)
+    return measure_ours(side, job, folder, environment, timeout=deadline.left())
 
 
-def make_rows(args: argparse.Namespace, model: str, pairs: int, name: str) -> Rows:
+def make_rows(args: argparse.Namespace, model: str, pairs: int, name: str, deadline: Deadline) -> Rows:
     folder = args.work / "rows" / name
     folder.mkdir(parents=True, exist_ok=True)
-    return aside(write_rows, "hh", pairs, model, folder, None)
-
-
-def place(job: Job, rows: Rows) -> Job:
-    write_trl_dataset(rows.path)
-    return vary(job, rows=rows.path)
+    return aside_within(deadline.left(), write_rows, "hh", pairs, model, folder, None)
 
 
 def build_report(card: str | None, lines: list[str], rows: list[str]) -> str:
@@ -168,7 +219,8 @@ def build_report(card: str | None, lines: list[str], rows: list[str]) -> str:
             "`scripts/bench_gpu.sh`: random weights in the shapes of known models, rows with the lengths of Anthropic "
             "HH, LoRA r=16 on all linear layers, batch 4 × 2, bf16; each side's own command in a fresh process, in "
             "turn. *Memory* is what the driver counts while a command runs, on a CPU its resident memory. *Share* is "
-            "of the bf16 matmul peak measured on the model's own layers, by the formula in `scripts/bench/flops.py`.\n",
+            "of the bf16 matmul peak measured on the model's own layers, by the formula in `scripts/bench/flops.py`. "
+            "Exactness is that of a tiny model (`scripts/bench/exactness.py`).\n",
             f"{where}; {versions}.\n",
             *lines,
             "",

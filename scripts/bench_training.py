@@ -17,12 +17,25 @@ from typing import Any
 from bench.flops import mean_flops, measure_peak
 from bench.llamafactory import find_peer, install_peer
 from bench.machine import describe_machine
-from bench.parts import COLD, WARM, Bench, compare_runs, grow, grow_rows, sweep, tune_trl
+from bench.parts import (
+    COLD,
+    LENGTHS,
+    ROW_COUNTS,
+    SHARES,
+    WARM,
+    compare_runs,
+    grow,
+    grow_rows,
+    profile,
+    sweep,
+    tune_peers,
+)
 from bench.process import CommandFailed, aside
 from bench.record import Record
 from bench.same_job import DifferentJobs
+from bench.session import Bench
 from bench.shapes import Rows, write_rows
-from bench.sides import Job
+from bench.sides import PAIRS_A_STEP, Job
 from bench.table import write_report
 from bench_data import write_rows as write_many_rows
 
@@ -30,9 +43,10 @@ from dpo_runner.default_model import load_default_model_path
 from dpo_runner.errors import DpoRunnerError
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tune", "runs", "sweep", "growth", "mfu")
+PARTS = ("tune", "runs", "sweep", "growth", "mfu", "profile")
 ROWS = {"hh": 24, "bundled": 32, "demo": 8, "demo_fit": 8}
-SHARES = (0.1, 0.5, 0.9)
+SWEPT = ("hh", "bundled", "demo")
+"""Where a sweep is measured, and `trl dpo` runs."""
 
 
 def main() -> None:
@@ -67,18 +81,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=choices_of(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument(
-        "--shapes", type=choices_of(ROWS), default=["hh", "bundled", "demo"], help=f"of {','.join(ROWS)}"
-    )
-    parser.add_argument("--rows", type=int, help=f"pairs of each shape; by default {ROWS}")
+    parser.add_argument("--shapes", type=choices_of(ROWS), default=list(ROWS), help=f"of {','.join(ROWS)}")
+    parser.add_argument("--rows", type=whole_steps, help=f"pairs of each shape; by default {ROWS}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tune-rows", type=int, default=8, help="pairs on which `trl dpo`'s settings are tried")
-    parser.add_argument("--sweep-shapes", type=choices_of(ROWS), default=["hh"])
-    parser.add_argument("--sweep-rows", type=int, default=16, help="pairs of each of the nine runs")
-    parser.add_argument("--lengths", type=numbers, default=[256, 512, 1024, 2048, 4096], help="of growth, in tokens")
-    parser.add_argument(
-        "--growth-rows", type=numbers, default=[1000, 10_000, 100_000], help="of growth, files of so many"
-    )
+    parser.add_argument("--tune-rows", type=whole_steps, default=8, help="pairs on which the peers' settings are tried")
+    parser.add_argument("--sweep-shapes", type=choices_of(SWEPT), default=list(SWEPT))
+    parser.add_argument("--sweep-rows", type=whole_steps, default=16, help="pairs of each of the nine runs")
+    parser.add_argument("--lengths", type=numbers, default=list(LENGTHS), help="of growth, in tokens")
+    parser.add_argument("--growth-rows", type=numbers, default=list(ROW_COUNTS), help="of growth, files of so many")
     parser.add_argument("--model", type=Path, help="folder of another model than the default one")
     parser.add_argument("--demo-data", type=Path, default=ROOT.parent / "shared" / "data" / "dpo_en_demo.json")
     parser.add_argument(
@@ -104,10 +114,12 @@ def measure(bench: Bench, args: argparse.Namespace, rows: dict[str, int]) -> Non
         made = make_rows(bench, args, name, pairs, bench.work / "rows")
         if shapes.setdefault(name, made.to_dict())["lengths"] != made.to_dict()["lengths"]:
             raise ValueError(f"{name}: measured with {shapes[name]['pairs']} pairs, now there are {pairs}; use --fresh")
-        if "tune" in args.parts or "runs" in args.parts:
-            tune_trl(bench, name, make_rows(bench, args, name, min(args.tune_rows, pairs), bench.work / "tune-rows"))
+        if {"tune", "runs", "sweep"} & set(args.parts):
+            tune_peers(bench, name, make_rows(bench, args, name, min(args.tune_rows, pairs), bench.work / "tune-rows"))
         if "runs" in args.parts:
             compare_runs(bench, name, made, args.repeats)
+        if "profile" in args.parts and name == "hh":
+            profile(bench, name, made)
     for name in args.sweep_shapes if "sweep" in args.parts else ():
         if name in rows and shapes[name]:
             made = make_rows(bench, args, name, min(args.sweep_rows, rows[name]), bench.work / "sweep-rows")
@@ -152,6 +164,13 @@ def many_rows(bench: Bench, count: int) -> Path:
     if not path.exists():
         write_many_rows(path, count)
     return path
+
+
+def whole_steps(text: str) -> int:
+    """Return a number of pairs that all sides cut into the same steps, however many rows they take at once."""
+    if (pairs := int(text)) < 1 or pairs % PAIRS_A_STEP:
+        raise argparse.ArgumentTypeError(f"{pairs} is no multiple of {PAIRS_A_STEP}, the pairs of a step")
+    return pairs
 
 
 def choices_of(allowed: Any) -> Callable[[str], list[str]]:

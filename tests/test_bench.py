@@ -6,20 +6,28 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
+import bench_gpu
 import pytest
+import torch
+from bench.exactness import Results, compare_attention, measure_distance, read_results
 from bench.flops import ModelShape, read_shape
-from bench.llamafactory import build_config
-from bench.parts import COLD, WARM, best_variants, check_jobs, check_store
-from bench.process import CommandFailed, build_environment, read_event, run
+from bench.llamafactory import PEER, PEER_VARIANTS, build_config
+from bench.parts import COLD, WARM, check_jobs, check_store, choose_variants
+from bench.process import CommandFailed, aside_within, build_environment, read_event, run
+from bench.profiling import GROUPS, add_up
 from bench.random_models import SIZES, write_random_model
 from bench.record import Record
 from bench.same_job import DifferentJobs, check_same_job
-from bench.shapes import HH_TOKENS, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
-from bench.sides import TRL_VARIANTS, Job, build_our_sweep, build_ours, build_trl
+from bench.session import Bench
+from bench.shapes import HH_TOKENS, Rows, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
+from bench.sides import TRL_VARIANTS, Job, Measured, Variant, build_our_sweep, build_ours, build_trl
 from bench.table import NOT_MEASURED, build_report, compare
+from bench.tuning import best_variants, tune
 
 from dpo_runner.config import load_conf
 from dpo_runner.errors import ConfigError
@@ -147,6 +155,7 @@ def make_run(side: str, seconds: float, margin: float = 0.1, tokens: bool = True
         "pairs": 16,
         "peak_gb": seconds,
         "step_seconds": [1.0],
+        "load_before": "0.30",
         "history": history,
         **times,
     }
@@ -201,21 +210,27 @@ def test_the_table_is_made_of_the_record_and_compares_only_the_same_job(record: 
     record.part("sweep")["hh"] = {
         "pairs": 16,
         "dpo_runner": {"total_seconds": 20.0},
-        "trl": [make_run("trl", 10) for _ in range(9)],
+        "trl": [make_run("trl", 11) for _ in range(9)],
+        "trl, 1×8": [make_run("trl, 1×8", 10) for _ in range(9)],
+        "trl precompute": [],  # it was interrupted there
     }
     record.part("growth_length", "256")["dpo_runner"] = [make_run("dpo_runner", 1)]
     report = build_report(record.data)
-    steps, single, memory, sweep, share = report.splitlines()[10:15]
-    assert (
-        steps
-        == f"| training step, warm store | 6.0× (3.0×–6.0×) of 8.0×, trl precompute | {NOT_MEASURED} | {NOT_MEASURED} |"
-    )
+    start = report.splitlines().index("|---|---|---|---|---|") + 1
+    steps, single, memory, sweep, share = report.splitlines()[start : start + 5]
+    missing = f" {NOT_MEASURED} |" * 3
+    assert steps == f"| training step, warm store | 6.0× (3.0×–6.0×) of 8.0×, trl precompute |{missing}"
     assert "3.0× (3.0×–3.0×) of 4.5×" in single and "3.0× (3.0×–3.0×) of 2.0×" in memory
-    assert "9.0× of 11.0×, trl" in sweep and "16% (8%–16%) of 35%, 0.10 TFLOP/s" in share
+    assert "9.0× of 11.0×, trl, 1×8 |" in sweep and "16% (8%–16%) of 35%, 0.10 TFLOP/s" in share
     assert "| trl | 3 | 1.778 (1.600–2.000) | 18.0 (16.0–20.0) |" in report
     assert "- odd: not measured; rewards/margins of odd and dpo_runner differ by up to 2.9" in report
     assert "| odd |" not in report and "on average 120 prompt, 37 chosen and 50 rejected" in report
-    assert f"## demo\n\n{NOT_MEASURED}: its data is not at hand." in report and "| 256 | 1.00 | 1.00 |" in report
+    assert f"## demo\n\n{NOT_MEASURED}: its data is not at hand." in report
+    assert f"| 256 | {NOT_MEASURED} |  | 1.00 | 1.00 |" in report and f"| 1000000 | {NOT_MEASURED} |  |" in report
+    assert f"bundled: {NOT_MEASURED}." in report and f"{NOT_MEASURED}.\n" in report.partition("Where the time")[2]
+    assert "load average of the minute before a run: 0.30 (0.30–0.30)" in report
+    record.part("profile")["hh"] = {"pairs": 24, "seconds": 9.0, "shares": dict.fromkeys(GROUPS, 0.2)}
+    assert "| hh | 24 | 9.0 | 20% | 20% | 20% | 20% | 20% |" in build_report(record.data)
 
 
 def test_an_interrupted_benchmark_goes_on(record: Record) -> None:
@@ -232,11 +247,68 @@ def test_an_interrupted_benchmark_goes_on(record: Record) -> None:
         Record(record.path, record.data["settings"], record.data["machine"] | {"cpu": "x"})
 
 
-def test_the_best_settings_of_trl_are_by_training_and_by_total() -> None:
+def test_the_best_settings_are_by_training_and_by_total() -> None:
     slow_start = make_run("trl precompute", 5) | {"total_seconds": 99.0}
-    tuned = {"trl": [make_run("trl", 9)], "trl precompute": [slow_start], "trl padding-free": {"failed": "no"}}
-    assert best_variants(tuned) == ["trl precompute", "trl"]
-    assert next(iter(TRL_VARIANTS)) == "trl" and TRL_VARIANTS["trl"] == ()
+    tried = {"trl": [make_run("trl", 9)], "trl precompute": [slow_start], "trl padding-free": {"failed": "no"}}
+    assert best_variants(tried, tried) == ["trl precompute", "trl"] and best_variants(tried, PEER_VARIANTS) == []
+    tried["trl, 1×8"] = [make_run("trl, 1×8", 4)]
+    assert choose_variants(tried, TRL_VARIANTS) == ["trl", "trl, 1×8"]
+    assert choose_variants(tried, PEER_VARIANTS) == [PEER]  # nothing is known of it
+    assert next(iter(TRL_VARIANTS)) == "trl" and TRL_VARIANTS["trl"] == Variant()
+
+
+@pytest.fixture
+def bench(record: Record, tmp_path: Path) -> Bench:
+    return Bench(record, tmp_path, tmp_path, ROOT, Job("", 8, 64, ""), 2, lambda text: None)
+
+
+def test_rows_at_once_are_tried_with_the_best_of_the_other_settings(bench: Bench) -> None:
+    """Each with the same pairs a step, none of them twice, and none that might not fit into memory."""
+    tried = []
+    # Training takes longer with more rows at once; the start with a reference takes long.
+    settings = {(True, False): (9, 9), (False, False): (8, 8.5), (True, True): (7, 20), (False, True): (6, 20)}
+
+    def work(side: str, job: Job, variant: Variant, folder: Path) -> Measured:
+        assert job.batch == variant.batch and job.batch * job.accumulation == 8
+        tried.append(side)
+        if variant.batch == 2:
+            raise CommandFailed("exit code 1; the log ends with:\nno memory")
+        train, total = settings[variant.gradient_checkpointing, variant.precompute_ref_log_probs]
+        run = make_run(side, train) | {"train_seconds": train * variant.batch, "total_seconds": total + variant.batch}
+        return Measured(**{key: value for key, value in run.items() if key != "load_before"})
+
+    bases = [name for name, variant in TRL_VARIANTS.items() if variant.batch == 4]
+    tune(bench, "hh", bench.job, TRL_VARIANTS, work)
+    best = "trl precompute, no checkpointing"
+    assert tried == [*bases, f"{best}, 2×4", f"{best}, 1×8", f"{best}, 8×1", "trl no checkpointing, 1×8"]
+    found = bench.record.part("tune", "hh")
+    assert choose_variants(found, TRL_VARIANTS) == ["trl", f"{best}, 1×8", "trl no checkpointing, 1×8"]
+    assert found[f"{best}, 2×4"] == {"failed": "no memory"}
+    tune(bench, "hh", bench.job, TRL_VARIANTS, work)
+    assert len(tried) == 8
+    bench.record.data["machine"]["memory_gb"] = 16  # of which the best takes 6 with 4 rows at once
+    tune(bench, "bundled", bench.job, TRL_VARIANTS, work)
+    assert "12 GB" in bench.record.part("tune", "bundled")[f"{best}, 8×1"]["failed"] and f"{best}, 8×1" in tried[:8]
+    assert tried[8:].count(f"{best}, 8×1") == 0
+
+
+def test_a_profile_counts_each_operation_once() -> None:
+    def event(name: str, seconds: float, *within: str) -> SimpleNamespace:
+        parent = event(within[0], 0, *within[1:]) if within else None
+        return SimpleNamespace(name=name, self_cpu_time_total=seconds * 1e6, cpu_parent=parent)
+
+    backward = "autograd::engine::evaluate_function: PairAttentionBackward"
+    events = [
+        event("aten::mm", 3, "aten::linear"),
+        event("aten::bmm", 1, "PairAttention"),
+        event("aten::mul", 1, "aten::mul_", backward),
+        event("aten::scaled_dot_product_attention", 0.5),
+        event("aten::mm", 2, "FrozenHeadLogProbs"),
+        event("aten::add", 1),
+        event("aten::lerp_", 0.5, "Optimizer.step#AdamW.step"),
+    ]
+    expected = dict(zip(GROUPS, (0.3, 0.25, 0.2, 0.1, 0.15), strict=True))
+    assert add_up(events, 10) == pytest.approx(expected)
 
 
 def test_a_cold_store_is_empty_and_a_warm_one_has_all() -> None:
@@ -258,6 +330,65 @@ def test_a_process_is_measured(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match=r"exit code 3; .*\n.*broken"):
         run([sys.executable, "-c", "print('broken'); raise SystemExit(3)"], environment, tmp_path / "log")
     assert read_event("{'loss': oops}") is read_event("{'a': 1}") is None
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(CommandFailed, match=r"took more than 0 s"):
+        run(["bash", "-c", "sleep 60 & echo $!; wait"], os.environ, tmp_path / "log", timeout=0.4)
+    child = Path("/proc", (tmp_path / "log").read_text().splitlines()[-1], "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+    with pytest.raises(CommandFailed, match=r"sleep: took more than 0 s"):
+        aside_within(0.4, time.sleep, 60)
+    assert time.monotonic() - start < 20
+
+
+def test_a_side_that_fails_on_a_gpu_loses_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hh.jsonl").write_text("{}\n")
+    rows = Rows("hh", str(tmp_path / "hh.jsonl"), 16, 1024, [[100, 30, 40]] * 16)
+    made = {"write_random_model": "m", "write_rows": rows, "measure_peak": {"flops_per_second": 1e12}}
+    made["mean_flops"] = 1e9
+    out = tmp_path / "gpu.md"
+
+    def run_side(args: object, side: str, job: Job, name: str, deadline: bench_gpu.Deadline) -> Measured:
+        if side == "trl":
+            raise CommandFailed("exit code 1; log ends with:\nCUDA | out of memory")
+        assert (side == bench_gpu.SIDES[1]) or bench_gpu.SIDES[1] in out.read_text()
+        return Measured(**{key: value for key, value in make_run(side, 4).items() if key != "load_before"})
+
+    monkeypatch.setattr(bench_gpu, "aside_within", lambda timeout, work, *args: made[work.__name__])
+    monkeypatch.setattr(bench_gpu, "run_side", run_side)
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", f"--work={tmp_path}", f"--out={out}"])
+    args, report = bench_gpu.parse_arguments(), bench_gpu.Report(out, None)
+    bench_gpu.measure_size(args, report, "tiny", bench_gpu.Deadline(60))
+    bench_gpu.measure_size(args, report, "tiny, nf4", bench_gpu.Deadline(0))
+    table = out.read_text().partition("|---")[2].splitlines()[1:]
+    assert table[0] == "| tiny | trl: not measured, CUDA / out of memory |  |  |  |  |  |"
+    assert table[1] == "| tiny | dpo_runner, cold store #1 | 4.00 | 8.0 | 3.0 | 4.00 | 0.4% |"
+    assert table[3].startswith("| tiny | trl precompute #1 | 4.00 |")
+    assert table[4] == "| tiny, nf4 | not measured: no time was left |  |  |  |  |  |" and len(table) == 5
+    assert "- tiny, trl precompute: the same tokens in each step" in out.read_text()
+
+
+def test_what_is_not_exact_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_runner.engine import attention
+
+    compare_attention(Results(tmp_path / "right"), "cpu")
+    assert len(read_results(tmp_path / "right")) == 3 and "NOT EXACT" not in (tmp_path / "right").read_text()
+    assert all("torch's attention under a mask." in line for line in read_results(tmp_path / "right"))
+    attend = attention.attend
+
+    def without_prefix(*args: torch.Tensor, pairs: list, **kwargs: object) -> object:
+        return attend(*args, pairs=[pair._replace(prefix=pair.prefix // 2) for pair in pairs], **kwargs)
+
+    monkeypatch.setattr(attention, "attend", without_prefix)
+    compare_attention(Results(tmp_path / "wrong"), "cpu")
+    assert all(line.startswith("NOT EXACT: Attention over") for line in read_results(tmp_path / "wrong"))
+    assert read_results(tmp_path / "none") == []
+    ours, theirs = {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([3.0, 5.0])}
+    assert measure_distance(ours, theirs) == pytest.approx(34**-0.5) and measure_distance(ours, ours) == 0
 
 
 def test_flops_are_those_of_the_formula(tiny_model: str) -> None:

@@ -2,7 +2,7 @@
 
 With q, k, v of a pair laid out as `chosen ++ tail` and p the length of the common prefix, the chosen row attends
 causally to itself, and the tail to `k[:p] ++ k[tail]`, causally too. No mask of T × T is made.
-On CPUs `cpu_attention.py` does the same, faster.
+On CPUs `cpu_attention.py` does that, on GPUs in 16 bits `varlen_attention.py`; elsewhere it is done here, row by row.
 
 transformers asks its `AttentionInterface` for the function of `attn_implementation`. The one registered here for
 `sdpa` is transformers' own for whoever does not pass `pairs`, so generation and plain forwards are what they were.
@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from dpo_runner.engine.cpu_attention import PairAttention
-from dpo_runner.engine.packing import PairLengths
+from dpo_runner.engine.packing import PairLengths, Pairs
+from dpo_runner.engine.varlen_attention import attend_varlen, takes_varlen
 
 IMPLEMENTATION = "sdpa"
 """The value of `attn_implementation` whose function knows packed pairs."""
@@ -28,7 +29,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    pairs: list[PairLengths] | None = None,
+    pairs: Pairs | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -52,11 +53,14 @@ def attend(
         )
         return output
     scale = query.size(3) ** -0.5 if scaling is None else scaling
-    if query.device.type != "cpu":
-        return attend_pairs(query, key, value, pairs, scale), None
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")  # as torch's own attention does
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # as torch's own attention does
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if takes_varlen(query, key, value):
+        return attend_varlen(query, key, value, pairs, scale), None
+    if kind != "cpu":
+        return attend_pairs(query, key, value, pairs, scale), None
     outputs: torch.Tensor = PairAttention.apply(query[0], key[0], value[0], pairs, scale)  # type: ignore[no-untyped-call]
     return outputs.unsqueeze(0), None
 

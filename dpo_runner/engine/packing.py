@@ -5,7 +5,9 @@ A pair is laid out as `chosen ++ rejected[p:]`, where p is the length of the lon
 token has the position, and with `attention.py` the context, that it has in its own row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,55 @@ class PairLengths(NamedTuple):
     prefix: int
     chosen: int
     tail: int
+
+
+class Segments(NamedTuple):
+    """The rows of packed pairs that attend, empty tails left out, as a kernel for rows of many lengths wants them.
+
+    Attributes:
+        keys: int64; which of the T tokens are a segment's keys, segment by segment; a prefix is there twice.
+        cu_seq_q: [segments + 1], int32; where each segment's queries begin, and where the last ones end.
+        cu_seq_k: the same of `keys`.
+        max_q: the most queries of a segment.
+        max_k: the most keys.
+    """
+
+    keys: torch.Tensor
+    cu_seq_q: torch.Tensor
+    cu_seq_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+class Pairs(list[PairLengths]):
+    """The lengths of packed pairs, in their order, and what attention makes of them: once, not in each layer."""
+
+    def __init__(self, pairs: Iterable[PairLengths] = ()) -> None:
+        super().__init__(pairs)
+        self._segments: dict[torch.device, Segments] = {}
+
+    def segments(self, device: torch.device) -> Segments:
+        if device not in self._segments:
+            self._segments[device] = self._build_segments(device)
+        return self._segments[device]
+
+    def _build_segments(self, device: torch.device) -> Segments:
+        keys: list[int] = []
+        queries_of, keys_of, start = [], [], 0
+        for pair in self:
+            tail = start + pair.chosen
+            keys += range(start, tail)
+            queries_of.append(pair.chosen)
+            keys_of.append(pair.chosen)
+            if pair.tail:
+                keys += [*range(start, start + pair.prefix), *range(tail, tail + pair.tail)]
+                queries_of.append(pair.tail)
+                keys_of.append(pair.prefix + pair.tail)
+            start = tail + pair.tail
+        cu_seq_q, cu_seq_k = (
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries_of, keys_of)
+        )
+        return Segments(torch.tensor(keys, device=device), cu_seq_q, cu_seq_k, max(queries_of), max(keys_of))
 
 
 @dataclass(frozen=True)
@@ -34,7 +85,7 @@ class Packing:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    pairs: list[PairLengths]
+    pairs: Pairs
     source: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
@@ -63,7 +114,7 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
     return Packing(
         input_ids=ids.transpose(0, 1)[kept].unsqueeze(0),
         position_ids=torch.arange(length, device=ids.device).expand_as(kept)[kept].unsqueeze(0),
-        pairs=[PairLengths(*lengths) for lengths in sizes.tolist()],
+        pairs=Pairs(PairLengths(*lengths) for lengths in sizes.tolist()),
         source=place.view(-1, length)[:, :-1][mask],
         targets=labels[:, 1:][mask],
         mask=mask,

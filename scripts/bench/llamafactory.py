@@ -11,10 +11,13 @@ import yaml
 
 from bench.process import run
 from bench.shapes import check_same_tokens
-from bench.sides import Job, Measured, read_trainer
+from bench.sides import Job, Measured, Variant, add_splits, read_trainer
 
 PACKAGES = ("llamafactory==0.9.5", "torch==2.11.0", "torchaudio==2.11.0", "torchvision==0.26.0")
 """What it asks for of torch's family is no longer what pip picks by itself."""
+PEER = "LLaMA-Factory"
+PEER_VARIANTS = add_splits({PEER: Variant(), f"{PEER}, no checkpointing": Variant(gradient_checkpointing=False)})
+"""Its settings, its default first."""
 _TEMPLATE = "smollm"
 
 # Runs in its environment: prints the token ids that its own loader makes of the dataset of a configuration.
@@ -98,7 +101,7 @@ def measure_peer(
     folder: Path,
     environment: Mapping[str, str],
     command: Path,
-    gradient_checkpointing: bool = True,
+    variant: Variant,
 ) -> Measured:
     """Check that it makes the same tokens of the rows, run it, and read what it leaves.
 
@@ -108,7 +111,7 @@ def measure_peer(
     """
     config = folder.with_suffix(".yaml")  # it reads no JSON, which it offers: it loads a path as a file
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(build_config(job, folder, gradient_checkpointing)))
+    config.write_text(yaml.safe_dump(build_config(job, folder, variant.gradient_checkpointing)))
     own = {**environment, "DISABLE_VERSION_CHECK": "0"}
     own.pop("PYTHONPATH", None)
     tokens = Path(job.rows).with_suffix(".tokens.json")

@@ -1,148 +1,96 @@
 """The parts of the benchmark: each measures what the record lacks, one run after another."""
 
+import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bench.llamafactory import find_peer, measure_peer
-from bench.machine import describe_load
-from bench.process import CommandFailed, build_environment, run
-from bench.record import Entry, Record
+from bench.llamafactory import PEER, PEER_VARIANTS, find_peer, measure_peer
+from bench.process import CommandFailed, run
+from bench.record import Record
 from bench.same_job import DifferentJobs, check_same_job
+from bench.session import Bench
 from bench.shapes import Rows
 from bench.sides import (
     TRL_VARIANTS,
     Job,
     Measured,
+    Variant,
     build_our_sweep,
+    build_ours,
     measure_ours,
     measure_trl,
     read_history,
     vary,
-    write_trl_dataset,
 )
+from bench.tuning import Run, best_variants, tune
 
 BETAS, RATES = (0.05, 0.1, 0.2), (5e-5, 1.5e-4, 5e-4)
-COLD, WARM, PEER = "dpo_runner, cold store", "dpo_runner, warm store", "LLaMA-Factory"
-_NOT_INSTALLED = "not installed"
-PEER_VARIANTS = {PEER: True, f"{PEER}, no checkpointing": False}
+COLD, WARM = "dpo_runner, cold store", "dpo_runner, warm store"
+OF_PEER = ("demo_fit",)
+"""Shapes for LLaMA-Factory alone: it cuts long rows in another way than TRL, so these have none to cut."""
+LENGTHS, SHARES, ROW_COUNTS = (256, 512, 1024, 2048, 4096), (0.1, 0.5, 0.9), (1000, 10_000, 100_000, 1_000_000)
+"""Over what growth is measured: tokens of a row, the prompt's share of them, rows of a file."""
+NOT_INSTALLED = "not installed"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all parts work with.
-
-    Attributes:
-        record: what is measured already.
-        work: folder for run directories, caches and logs.
-        peers: folder of the peers' environments.
-        root: the checkout.
-        job: what every side trains; `rows`, `pairs` and `max_length` are set for each shape.
-        threads: for every side.
-        say: shows a line to a person.
-    """
-
-    record: Record
-    work: Path
-    peers: Path
-    root: Path
-    job: Job
-    threads: int
-    say: Callable[[str], None]
-
-    def environment(self, cache: Path) -> dict[str, str]:
-        return {**build_environment(self.threads, self.work, self.root), "DPO_RUNNER_CACHE": str(cache)}
-
-    def job_of(self, rows: Rows) -> Job:
-        write_trl_dataset(rows.path)
-        return vary(self.job, rows=rows.path, pairs=rows.pairs, max_length=rows.max_length)
-
-    def measure(self, keys: tuple[str, ...], repeat: int, work: Callable[[Path], Measured]) -> Entry:
-        """Measure once, in a run directory of its own, unless the record has it; say what came out."""
-
-        def once() -> Entry:
-            folder = self.work / "runs" / "-".join([*keys, str(repeat)]).replace(" ", "_").replace(",", "")
-            shutil.rmtree(folder, ignore_errors=True)
-            load = describe_load()
-            entry = {**work(folder).to_dict(), "load_before": load}
-            self.say(
-                f"{' / '.join(keys)} #{repeat + 1}: {entry['pairs'] / entry['train_seconds']:.3f} pairs/s, "
-                f"{entry['total_seconds']:.1f} s in all, {entry['peak_gb']:.2f} GB"
-            )
-            return entry
-
-        return self.record.measure(keys, repeat, once)
-
-
-def tune_trl(bench: Bench, name: str, rows: Rows) -> None:
-    """Run `trl dpo` once with each of its settings, to find its best."""
+def tune_peers(bench: Bench, name: str, rows: Rows) -> None:
+    """Find the best settings of each peer on few pairs; where it is not installed, there are none of LLaMA-Factory."""
     job = bench.job_of(rows)
-    tried = bench.record.part("tune", name)
-    for variant, further in TRL_VARIANTS.items():
-        if variant in tried:
-            continue
-        environment = bench.environment(bench.work / "cache-trl")
-        try:
-            bench.measure(("tune", name, variant), 0, partial(_trl, variant, job, environment, further))
-        except CommandFailed as error:
-            tried[variant] = {"failed": str(error).splitlines()[-1]}
-            bench.record.save()
-            bench.say(f"tune / {name} / {variant}: {tried[variant]['failed']}")
+    if name not in OF_PEER:
+        tune(bench, name, job, TRL_VARIANTS, partial(_trl, bench))
+    if find_peer(bench.peers) is not None:
+        tune(bench, name, job, PEER_VARIANTS, partial(_peer, bench))
 
 
-def best_variants(tuned: Mapping[str, Any]) -> list[str]:
-    """Return the settings of `trl dpo` that trained fastest and that ended soonest, which may be one."""
-    ran = {variant: runs[0] for variant, runs in tuned.items() if isinstance(runs, list)}
-    best = [min(ran, key=lambda variant: ran[variant][key]) for key in ("train_seconds", "total_seconds")]
-    return list(dict.fromkeys(best))
+def choose_variants(tried: Mapping[str, Any], variants: Iterable[str]) -> list[str]:
+    """Return the settings of a peer that are measured: its default, the fastest training, the soonest end."""
+    variants = list(variants)
+    return list(dict.fromkeys([variants[0], *best_variants(tried, variants)]))
 
 
 def compare_runs(bench: Bench, name: str, rows: Rows, repeats: int) -> None:
-    """Run all sides in turn, `repeats` times: `trl dpo` by default and at its best, dpo_runner cold and warm, peers."""
+    """Run all sides in turn, `repeats` times: the peers by default and at their best, dpo_runner cold and warm."""
     job = bench.job_of(rows)
-    variants = dict.fromkeys([next(iter(TRL_VARIANTS)), *best_variants(bench.record.part("tune", name))])
-    refused, runs = bench.record.part("refused", name), bench.record.part("runs", name)
-    command = find_peer(bench.peers)
-    for side in PEER_VARIANTS:
-        if command is None:
-            refused[side] = _NOT_INSTALLED
-        elif refused.get(side) == _NOT_INSTALLED:
-            del refused[side]
+    tried, refused = bench.record.part("tune", name), bench.record.part("refused", name)
+    theirs: dict[str, tuple[Variant, Run]] = {}
+    if name not in OF_PEER:
+        theirs |= {side: (TRL_VARIANTS[side], partial(_trl, bench)) for side in choose_variants(tried, TRL_VARIANTS)}
+    if find_peer(bench.peers) is not None:
+        theirs |= {side: (PEER_VARIANTS[side], partial(_peer, bench)) for side in choose_variants(tried, PEER_VARIANTS)}
+        if refused.get(PEER) == NOT_INSTALLED:
+            del refused[PEER]
+    else:
+        refused[PEER] = NOT_INSTALLED
+        if name in OF_PEER:
+            return
     for repeat in range(repeats):
         cache = bench.work / f"cache-{name}-{repeat}"
-        if len(runs.get(COLD, [])) <= repeat:
+        if len(bench.record.part("runs", name).get(COLD, [])) <= repeat:
             shutil.rmtree(cache, ignore_errors=True)
-        for variant in variants:
-            environment = bench.environment(bench.work / "cache-trl")
-            bench.measure(
-                ("runs", name, variant), repeat, partial(_trl, variant, job, environment, TRL_VARIANTS[variant])
-            )
+        for side, (variant, run_peer) in theirs.items():
+            if side in refused or (side == PEER and repeat and _is_slower(tried)):
+                continue
+            try:
+                bench.measure(("runs", name, side), repeat, partial(run_peer, side, variant.split(job), variant))
+            except (CommandFailed, ValueError) as error:
+                refused[side] = str(error).splitlines()[-1]
+                bench.say(f"{name} / {side}: {error}")
         for side in (COLD, WARM):
             bench.measure(("runs", name, side), repeat, partial(_ours, side, job, bench.environment(cache), ()))
-        for side in _peers_left(runs, repeat):
-            if command is not None and side not in refused:
-                environment = bench.environment(bench.work / "cache-peer")
-                work = partial(_peer, side, job, environment, command, PEER_VARIANTS[side])
-                try:
-                    bench.measure(("runs", name, side), repeat, work)
-                except (CommandFailed, ValueError) as error:
-                    refused[side] = str(error).splitlines()[-1]
-                    bench.say(f"{name} / {side}: {error}")
         bench.record.save()
     check_jobs(bench.record, name)
 
 
-def _peers_left(runs: Mapping[str, Any], repeat: int) -> list[str]:
-    """Return which settings of the peer are run: all of them once, then the one that trained fastest."""
-    ran = [side for side in PEER_VARIANTS if runs.get(side)]
-    if repeat == 0 or not ran:
-        return list(PEER_VARIANTS)
-    return [min(ran, key=lambda side: float(runs[side][0]["train_seconds"]))]
+def _is_slower(tried: Mapping[str, Any]) -> bool:
+    """Whether LLaMA-Factory has better settings than its default, which then runs once, for the memory it takes."""
+    return PEER not in best_variants(tried, PEER_VARIANTS)
 
 
 def check_jobs(record: Record, name: str) -> None:
@@ -162,7 +110,7 @@ def check_jobs(record: Record, name: str) -> None:
 
 
 def sweep(bench: Bench, name: str, rows: Rows) -> None:
-    """Run nine points as one sweep, as nine commands of `trl dpo`, and as nine with its precomputed reference."""
+    """Run nine points as one sweep, and as nine commands of `trl dpo` with each of its best settings."""
     job = bench.job_of(rows)
     entries = bench.record.part("sweep", name)
     points = [(beta, rate) for beta in BETAS for rate in RATES]
@@ -183,12 +131,12 @@ def sweep(bench: Bench, name: str, rows: Rows) -> None:
         }
         bench.record.save()
         bench.say(f"sweep / {name} / dpo_runner: {finished.seconds:.1f} s")
-    for variant in ("trl", "trl precompute"):
+    tried = bench.record.part("tune", name)
+    for variant in best_variants(tried, TRL_VARIANTS) or ["trl", "trl precompute"]:
         for number, (beta, rate) in enumerate(points):
-            point = vary(job, beta=beta, learning_rate=rate)
-            environment = bench.environment(bench.work / "cache-trl")
-            work = partial(_trl, variant, point, environment, TRL_VARIANTS[variant])
-            theirs = bench.measure(("sweep", name, variant), number, work)
+            settings = TRL_VARIANTS[variant]
+            point = settings.split(vary(job, beta=beta, learning_rate=rate))
+            theirs = bench.measure(("sweep", name, variant), number, partial(_trl, bench, variant, point, settings))
             mine = {**theirs, "side": "dpo_runner", "history": entries["dpo_runner"]["points"][number]}
             try:
                 check_same_job(mine, theirs)
@@ -206,10 +154,13 @@ def grow(bench: Bench, kind: str, cases: Sequence[tuple[str, Rows]]) -> None:
     for label, rows in cases:
         job = vary(bench.job_of(rows), batch=1, accumulation=1, max_steps=2)
         for side, work in (
-            ("trl", partial(_trl, "trl", job, bench.environment(bench.work / "cache-trl"), ())),
+            ("trl", partial(_trl, bench, "trl", job, TRL_VARIANTS["trl"])),
             ("dpo_runner", partial(_ours, "dpo_runner", job, bench.environment(bench.work / "cache-growth"), ())),
         ):
-            bench.measure((f"growth_{kind}", label, side), 0, work)
+            try:
+                bench.measure((f"growth_{kind}", label, side), 0, work)
+            except CommandFailed as error:  # too little memory for the longest rows, say
+                bench.say(f"growth_{kind} / {label} / {side}: {error}")
 
 
 def grow_rows(bench: Bench, cases: Mapping[int, Path]) -> None:
@@ -227,14 +178,31 @@ def grow_rows(bench: Bench, cases: Mapping[int, Path]) -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def _trl(side: str, job: Job, environment: Mapping[str, str], further: Sequence[str], folder: Path) -> Measured:
-    return measure_trl(side, job, folder, environment, further)
+def profile(bench: Bench, name: str, rows: Rows) -> None:
+    """Take the profile of dpo_runner's training, the reference store warm, in a process of its own."""
+    entries = bench.record.part("profile")
+    if name in entries:
+        return
+    job, folder = bench.job_of(rows), bench.work / "runs" / f"profile-{name}"
+    environment = bench.environment(bench.work / f"cache-profile-{name}")
+    environment["PYTHONPATH"] = os.pathsep.join([str(bench.root / "scripts"), environment["PYTHONPATH"]])
+    for path in (folder, folder.with_suffix(".json")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.profiling", str(folder.with_suffix(".json")), *build_ours(job, folder)[3:]]
+    run(command, environment, folder.with_suffix(".log"))
+    entries[name] = {"pairs": rows.pairs, **json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))}
+    bench.record.save()
+    bench.say(f"profile / {name}: {entries[name]['seconds']:.1f} s of training")
 
 
-def _peer(
-    side: str, job: Job, environment: Mapping[str, str], command: Path, checkpointing: bool, folder: Path
-) -> Measured:
-    return measure_peer(side, job, folder, environment, command, checkpointing)
+def _trl(bench: Bench, side: str, job: Job, variant: Variant, folder: Path) -> Measured:
+    return measure_trl(side, job, folder, bench.environment(bench.work / "cache-trl"), variant)
+
+
+def _peer(bench: Bench, side: str, job: Job, variant: Variant, folder: Path) -> Measured:
+    command = find_peer(bench.peers)
+    assert command is not None
+    return measure_peer(side, job, folder, bench.environment(bench.work / "cache-peer"), command, variant)
 
 
 def _ours(side: str, job: Job, environment: Mapping[str, str], further: Sequence[str], folder: Path) -> Measured:

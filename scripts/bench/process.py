@@ -3,13 +3,16 @@
 import ast
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -20,7 +23,7 @@ _EVENT = re.compile(r"\{'.*\}")
 
 
 class CommandFailed(Exception):
-    """A command ended with another exit code than 0."""
+    """A command ended with another exit code than 0, or took too long."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,35 @@ def aside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     The benchmark itself stays small and off the GPU: what the kernel says of a command's memory begins with that of the
     process which started it.
     """
+    return aside_within(None, work, *args, **kwargs)
+
+
+def aside_within(timeout: float | None, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in a process of its own, which is ended after `timeout` seconds.
+
+    Raises:
+        CommandFailed: it took longer, or its process died.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *args, **kwargs).result()
+        future = pool.submit(work, *args, **kwargs)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            for child in active_children():
+                child.kill()
+            raise CommandFailed(f"{work.__name__}: took more than {timeout:.0f} s") from None
+        except BrokenProcessPool:
+            raise CommandFailed(f"{work.__name__}: its process died, of too little memory perhaps") from None
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Finished:
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float | None = None) -> Finished:
     """Run a command to its end; what it prints goes into `log`.
+
+    Args:
+        command: what to run.
+        environment: its variables.
+        log: a file, written anew.
+        timeout: after how many seconds it is ended, with all that it has started.
 
     Raises:
         CommandFailed: with the log's last lines.
@@ -88,16 +114,35 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Fi
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,  # `trl dpo` trains in a process that it starts
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            now = time.time()
-            file.write(line)
-            if (event := read_event(line)) is not None:
-                events.append((now, event))
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(threading.TIMEOUT_MAX if timeout is None else timeout, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            for line in process.stdout:
+                now = time.time()
+                file.write(line)
+                if (event := read_event(line)) is not None:
+                    events.append((now, event))
+        except BaseException:
+            end()
+            raise
+        finally:
+            timer.cancel()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
+    if late.is_set():
+        raise CommandFailed(f"took more than {timeout:.0f} s; {log}")
     if process.returncode:
         tail = log.read_text(encoding="utf-8").splitlines()[-12:]
         raise CommandFailed(f"exit code {process.returncode}; {log} ends with:\n" + "\n".join(tail))

@@ -40,11 +40,12 @@ SIZES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "tiny": ("llama", _TINY, False),
     "tiny, nf4": ("llama", _TINY, True),
     "SmolLM2-135M": ("llama", _SMOLLM2, False),
-    "Llama-3.2-1B": ("llama", _LLAMA_1B, False),
-    "Mistral-7B": ("mistral", _MISTRAL, False),
     "Mistral-7B, nf4": ("mistral", _MISTRAL, True),
+    "Mistral-7B": ("mistral", _MISTRAL, False),
+    "Llama-3.2-1B": ("llama", _LLAMA_1B, False),
 }
-"""By name: the architecture, its sizes, and whether the base is quantized to 4 bits."""
+"""By name: the architecture, its sizes, and whether the base is quantized to 4 bits; in the order of what is wanted
+most, for time may run out."""
 
 
 def write_random_model(name: str, folder: Path, device: str, dtype: str) -> str:

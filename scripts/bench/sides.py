@@ -13,13 +13,47 @@ from dpo_runner.artifacts import read_metrics
 
 _COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "num_tokens")
 
-TRL_VARIANTS: dict[str, tuple[str, ...]] = {
-    "trl": (),
-    "trl no checkpointing": ("--gradient_checkpointing", "false"),
-    "trl precompute": ("--precompute_ref_log_probs",),
-    "trl precompute, no checkpointing": ("--precompute_ref_log_probs", "--gradient_checkpointing", "false"),
-}
-"""Settings of `trl dpo` that change its speed and no result, its default first. TRL 1.16 ignores padding_free."""
+PAIRS_A_STEP = 8
+BATCHES = (4, 2, 1, 8)
+"""Rows at once, the default first; accumulation makes the same 8 pairs a step of them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of a peer that change its speed and its memory, and no result."""
+
+    gradient_checkpointing: bool = True
+    precompute_ref_log_probs: bool = False
+    batch: int = BATCHES[0]
+
+    def split(self, job: "Job") -> "Job":
+        """Return the job with as many rows at once, and as many pairs a step as before."""
+        return vary(job, batch=self.batch, accumulation=job.batch * job.accumulation // self.batch)
+
+
+def name_split(name: str, batch: int) -> str:
+    """Return the name of settings with so many rows at once."""
+    return name if batch == BATCHES[0] else f"{name}, {batch}×{PAIRS_A_STEP // batch}"
+
+
+def add_splits(variants: Mapping[str, Variant]) -> dict[str, Variant]:
+    """Return settings by name: the given ones, then the same with each other number of rows at once."""
+    return {
+        name_split(name, batch): replace(variant, batch=batch)
+        for batch in BATCHES
+        for name, variant in variants.items()
+    }
+
+
+TRL_VARIANTS = add_splits(
+    {
+        "trl": Variant(),
+        "trl no checkpointing": Variant(gradient_checkpointing=False),
+        "trl precompute": Variant(precompute_ref_log_probs=True),
+        "trl precompute, no checkpointing": Variant(gradient_checkpointing=False, precompute_ref_log_probs=True),
+    }
+)
+"""Settings of `trl dpo`, its default first. TRL 1.16 ignores padding_free."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +141,15 @@ def build_our_sweep(
     ]
 
 
+_NF4 = ("quant=nf4", "quant.bnb_4bit_use_double_quant=false")
+
+
 def _overrides(job: Job) -> list[str]:
     return [
         f"model.model_name_or_path={job.model}",
         f"model.dtype={job.dtype}",
-        *(["quant=nf4", "quant.bnb_4bit_use_double_quant=false"] if job.load_in_4bit else []),
+        *(_NF4 if job.load_in_4bit else []),
+        *([f"quant.bnb_4bit_compute_dtype={job.dtype}"] if job.load_in_4bit else []),
         "data=local_file",
         f"data.path={job.rows}",
         "data.eval_fraction=0",
@@ -167,20 +205,32 @@ def build_trl(job: Job, output_dir: Path, further: Sequence[str] = ()) -> list[s
 
 
 def measure_ours(
-    side: str, job: Job, folder: Path, environment: Mapping[str, str], further: Sequence[str] = ()
+    side: str,
+    job: Job,
+    folder: Path,
+    environment: Mapping[str, str],
+    further: Sequence[str] = (),
+    timeout: float | None = None,
 ) -> Measured:
     """Run dpo_runner and read its run directory."""
-    finished = run(build_ours(job, folder, further), environment, folder.with_suffix(".log"))
+    finished = run(build_ours(job, folder, further), environment, folder.with_suffix(".log"), timeout)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     times = [event["time"] for event in read_metrics(folder) if "loss" in event]
     return _measured(side, job, finished, folder / "checkpoints", summary["train_runtime"], times)
 
 
 def measure_trl(
-    side: str, job: Job, folder: Path, environment: Mapping[str, str], further: Sequence[str] = ()
+    side: str,
+    job: Job,
+    folder: Path,
+    environment: Mapping[str, str],
+    variant: Variant,
+    timeout: float | None = None,
 ) -> Measured:
-    """Run `trl dpo` and read its last checkpoint and what it has printed."""
-    finished = run(build_trl(job, folder, further), environment, folder.with_suffix(".log"))
+    """Run `trl dpo` and read its last checkpoint and what it has printed; rows at once are those of `job`."""
+    flags = [] if variant.gradient_checkpointing else ["--gradient_checkpointing", "false"]
+    flags += ["--precompute_ref_log_probs"] if variant.precompute_ref_log_probs else []
+    finished = run(build_trl(job, folder, flags), environment, folder.with_suffix(".log"), timeout)
     return read_trainer(side, job, finished, folder)
 
 
@@ -194,21 +244,26 @@ def read_trainer(side: str, job: Job, finished: Finished, folder: Path) -> Measu
 def _measured(
     side: str, job: Job, finished: Finished, checkpoints: Path, runtime: float, times: Sequence[float]
 ) -> Measured:
-    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-    logged = [event for event in state["log_history"] if "loss" in event]
+    steps, history = read_state(checkpoints)
     return Measured(
         side=side,
-        steps=state["global_step"],
-        pairs=min(state["global_step"] * job.batch * job.accumulation, job.pairs),
+        steps=steps,
+        pairs=min(steps * job.batch * job.accumulation, job.pairs),
         train_seconds=runtime,
         total_seconds=finished.seconds,
         first_step_seconds=times[0] - finished.started,
         peak_gb=finished.peak_gb,
         cpu_seconds=finished.cpu_seconds,
         step_seconds=[after - before for before, after in pairwise(times)],
-        history=_select(logged),
+        history=history,
     )
+
+
+def read_state(checkpoints: Path) -> tuple[int, list[dict[str, float]]]:
+    """Return how many steps the last checkpoint has behind it, and the compared metrics of each."""
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"], _select([event for event in state["log_history"] if "loss" in event])
 
 
 def read_history(run_dir: Path) -> list[dict[str, float]]:

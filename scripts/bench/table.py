@@ -5,16 +5,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.parts import COLD, WARM
+from bench.growth_table import format_growth
+from bench.parts import BETAS, COLD, RATES, WARM
+from bench.profiling import GROUPS
 
 TARGETS = {
-    "training step, warm store": {"hh": 8.0, "bundled": 5.0, "demo": 4.0},
-    "one run, cold store, start to end": {"hh": 4.5, "bundled": 3.0, "demo": 2.5},
-    "peak memory": {"hh": 2.0, "bundled": 2.0, "demo": 2.0},
+    "training step, warm store": {"hh": 8.0, "bundled": 5.0, "demo": 4.0, "demo_fit": 4.0},
+    "one run, cold store, start to end": {"hh": 4.5, "bundled": 3.0, "demo": 2.5, "demo_fit": 2.5},
+    "peak memory": {"hh": 2.0, "bundled": 2.0, "demo": 2.0, "demo_fit": 2.0},
     "sweep of 9 points": {"hh": 11.0, "bundled": 7.0, "demo": 5.5},
-    "share of the matmul peak": {"hh": 0.35, "bundled": 0.35, "demo": 0.35},
+    "share of the matmul peak": {"hh": 0.35, "bundled": 0.35, "demo": 0.35, "demo_fit": 0.35},
 }
 """By measure and shape: how many times better than the best peer, and of the matmul peak the share itself."""
+_NOT_RUN = (
+    "Others were looked at and not run: OpenRLHF 0.11.2 requires flash-attn, which is for GPUs; the DPO trainers of "
+    "axolotl 0.19.0 (trl==1.9.0), ms-swift 4.6.0 (trl<1.0) and Unsloth 2026.10.9 (trl<=1.15.0) are TRL's with changes "
+    "around it, and torchtune 0.6.1 has DPO recipes for Llama 2 and 3.1 alone.\n"
+)
+_POINTS = len(BETAS) * len(RATES)
 NOT_MEASURED = "not measured"
 _OURS = (COLD, WARM)
 
@@ -32,21 +40,24 @@ def build_report(data: Mapping[str, Any]) -> str:
     parts = [
         "# Training beside its peers\n",
         "`make bench` (`scripts/bench_training.py`): each side's own command on the same pairs, the same tokens in the "
-        "same order, the same LoRA (r=16 on all linear layers), bf16, batch 4 × 2, one epoch, in fresh processes, in "
-        "turn. *pairs/s* is of the training loop. *Total* is the command from start to end. *First step* is from the "
-        "command's start to the end of its first step. *Memory* is the resident memory of the largest process. "
-        "Figures are medians, with the smallest and the largest; ratios are taken run by run. *Cold*: the reference "
-        "store was empty; *warm*: it had all pairs. A side that trained other tokens, or whose metrics differ by more "
-        "than rounding, is not compared.\n",
+        "same order, the same LoRA (r=16 on all linear layers), bf16, 8 pairs a step, one epoch, in fresh processes, "
+        "in turn. dpo_runner takes 4 × 2 rows at once; the peers run by default (4 × 2 too) and with the best settings "
+        "that were found (below). *pairs/s* is of the training loop. *Total* is the command from start to end. *First "
+        "step* is from the command's start to the end of its first step. *Memory* is the resident memory of the "
+        "largest process. Figures are medians, with the smallest and the largest; ratios are taken run by run. *Cold*: "
+        "the reference store was empty; *warm*: it had all pairs. A side that trained other tokens, or whose metrics "
+        "differ by more than rounding, is not compared.\n",
         f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['flags']) or 'no bf16'}), "
         f"{machine['memory_gb']} GB, {data['settings']['threads']} threads, Python {machine['python']}, {versions}; "
         f"model {data['settings']['model']}.\n",
+        _NOT_RUN,
         *_format_targets(data),
         *(line for name in data["shapes"] for line in _format_shape(data, name)),
         *_format_tuning(data),
         *_format_sweeps(data),
-        *_format_growth(data),
+        *format_growth(data, NOT_MEASURED),
         *_format_mfu(data),
+        *_format_profile(data),
     ]
     return "\n".join(parts)
 
@@ -84,21 +95,24 @@ def _format_targets(data: Mapping[str, Any]) -> list[str]:
         "training step, warm store": lambda name: compare(data, name, WARM, "train_seconds"),
         "one run, cold store, start to end": lambda name: compare(data, name, COLD, "total_seconds"),
         "peak memory": lambda name: compare(data, name, COLD, "peak_gb"),
-        "sweep of 9 points": lambda name: _sweep_ratio(data, name, "trl"),
+        "sweep of 9 points": lambda name: _best_sweep(data, name),
         "share of the matmul peak": lambda name: _mfu_of(data, name, WARM),
     }
-    shapes = ["hh", "bundled", "demo"]
+    shapes = list(TARGETS["peak memory"])
     lines = [
         "How many times better than the best peer of that measure, with the target behind it; of the matmul peak, the "
-        "share reached.\n",
+        "share reached. The peer with the least memory may be another one than the fastest. *demo_fit*: rows of *demo* "
+        "that no side cuts, beside LLaMA-Factory alone, which cuts rows otherwise than TRL.\n",
         f"| | {' | '.join(shapes)} |",
-        "|---|---|---|---|",
+        "|---" * (len(shapes) + 1) + "|",
     ]
     for label, find in measures.items():
         cells = []
         for name in shapes:
-            found, target = find(name), TARGETS[label][name]
-            pattern = "{:.0%}" if target < 1 else "{:.1f}×"
+            if (target := TARGETS[label].get(name)) is None:
+                cells.append("")
+                continue
+            found, pattern = find(name), "{:.0%}" if target < 1 else "{:.1f}×"
             cells.append(
                 f"{spread(found[1], pattern)} of {pattern.format(target)}, {found[0]}" if found else NOT_MEASURED
             )
@@ -117,7 +131,8 @@ def _format_shape(data: Mapping[str, Any], name: str) -> list[str]:
         f"tokens, max_length {shape['max_length']}.\n",
     ]
     if not runs:
-        return [*lines, f"{NOT_MEASURED}.\n"]
+        reasons = [f"{side}: {reason}" for side, reason in data.get("refused", {}).get(name, {}).items()]
+        return [*lines, f"{'; '.join([NOT_MEASURED, *reasons])}.\n"]
     refused, same = data.get("refused", {}).get(name, {}), data.get("same_job", {}).get(name, {})
     lines += [
         "| side | runs | pairs/s | total, s | first step, s | memory, GB | CPU time, s | last loss, margin |",
@@ -140,6 +155,9 @@ def _format_shape(data: Mapping[str, Any], name: str) -> list[str]:
     lines.append("")
     lines += [f"- {side}: {told}" for side, told in same.items() if side not in _OURS]
     lines += [f"- {side}: {NOT_MEASURED}; {reason}" for side, reason in refused.items()]
+    loads = [float(entry["load_before"]) for entries in runs.values() for entry in entries if "load_before" in entry]
+    if loads:
+        lines.append(f"- load average of the minute before a run: {spread(loads)}; a run before it counts too")
     return [*lines, ""]
 
 
@@ -154,54 +172,48 @@ def _format_tuning(data: Mapping[str, Any]) -> list[str]:
             else:
                 lines.append(f"| {variant} | {entries['failed'][:120].replace('|', '/')} | | |")
         lines.append("")
-    return ["## Settings of `trl dpo`\n", "One run each, on few pairs.\n", *lines] if lines else []
+    about = (
+        "One run each, on few pairs: first gradient checkpointing and the reference computed beforehand, with 4 × 2 "
+        "rows at once, then other rows at once × accumulation with the best of these. The fastest training and the "
+        "soonest end are measured above.\n"
+    )
+    return ["## Settings of the peers\n", about, *(lines or [f"{NOT_MEASURED}.\n"])]
 
 
-def _sweep_ratio(data: Mapping[str, Any], name: str, variant: str) -> tuple[str, list[float]] | None:
+def _best_sweep(data: Mapping[str, Any], name: str) -> tuple[str, list[float]] | None:
+    """Return the settings of the nine commands that were done soonest, and how many times as long they took."""
+    return min(_sweep_ratios(data, name), key=lambda found: found[1], default=None)
+
+
+def _sweep_ratios(data: Mapping[str, Any], name: str) -> list[tuple[str, list[float]]]:
     entries = data.get("sweep", {}).get(name, {})
-    theirs = entries.get(variant, [])
-    if "dpo_runner" not in entries or len(theirs) < 9:
-        return None
-    return variant, [sum(entry["total_seconds"] for entry in theirs) / entries["dpo_runner"]["total_seconds"]]
+    if "dpo_runner" not in entries:
+        return []
+    ours = entries["dpo_runner"]["total_seconds"]
+    return [
+        (variant, [sum(entry["total_seconds"] for entry in theirs) / ours])
+        for variant, theirs in entries.items()
+        if isinstance(theirs, list) and len(theirs) == _POINTS
+    ]
 
 
 def _format_sweeps(data: Mapping[str, Any]) -> list[str]:
     lines = []
-    for name, entries in data.get("sweep", {}).items():
-        if "dpo_runner" in entries:
-            lines.append(
-                f"{name}, {entries['pairs']} pairs: {entries['dpo_runner']['total_seconds']:.1f} s as one sweep."
-            )
-            for variant in ("trl", "trl precompute"):
-                if found := _sweep_ratio(data, name, variant):
-                    seconds = found[1][0] * entries["dpo_runner"]["total_seconds"]
-                    lines.append(f"As nine commands, {variant}: {seconds:.1f} s, {found[1][0]:.1f} times as long.")
-            lines.append("")
-    about = "3 beta × 3 learning rates, no run stopped early, the reference store cold, run by run the same job.\n"
-    return ["## A sweep of 9 points\n", about, *lines] if lines else []
-
-
-def _format_growth(data: Mapping[str, Any]) -> list[str]:
-    kinds = {"length": "tokens of a row", "share": "prompt's share of 1024 tokens", "rows": "rows"}
-    lines = []
-    for kind, title in kinds.items():
-        if cases := data.get(f"growth_{kind}"):
-            sides = list(dict.fromkeys(side for case in cases.values() for side in case))
-            header = [f"{side} {what}" for side in sides for what in ("step, s", "GB")]
-            lines += [f"| {title} | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
-            for label, case in cases.items():
-                cells = []
-                for side in sides:
-                    run = case[side][0] if case.get(side) else None
-                    cells += [spread(run["step_seconds"]), f"{run['peak_gb']:.2f}"] if run else [NOT_MEASURED, ""]
-                lines.append(f"| {label} | {' | '.join(cells)} |")
-            lines.append("")
+    for name, target in TARGETS["sweep of 9 points"].items():
+        entries = data.get("sweep", {}).get(name, {})
+        if "dpo_runner" not in entries:
+            lines.append(f"{name}: {NOT_MEASURED}.\n")
+            continue
+        seconds = entries["dpo_runner"]["total_seconds"]
+        lines.append(f"{name}, {entries['pairs']} pairs: {seconds:.1f} s as one sweep, target {target:.1f}×.")
+        for variant, (ratio,) in _sweep_ratios(data, name):
+            lines.append(f"As nine commands, {variant}: {ratio * seconds:.1f} s, {ratio:.1f} times as long.")
+        lines.append("")
     about = (
-        "The steps after the first. Over length and share: one pair a step, the prompt half of the row unless told "
-        "otherwise. Over rows: steps of 4 pairs of some 311 tokens, all rows prepared before; there the reference runs "
-        "along, because the store would score every row first. How fast rows are prepared is in [data.md](data.md).\n"
+        "3 beta × 3 learning rates, no run stopped early, the reference store cold, run by run the same job; beside "
+        "nine commands of `trl dpo` with each of its best settings.\n"
     )
-    return ["## Growth\n", about, *lines] if lines else []
+    return ["## A sweep of 9 points\n", about, *lines]
 
 
 def _mfu_of(data: Mapping[str, Any], name: str, side: str) -> tuple[str, list[float]] | None:
@@ -226,4 +238,18 @@ def _format_mfu(data: Mapping[str, Any]) -> list[str]:
         "computes beyond that (padding, prompts twice, recomputation) is no credit to it.\n"
     )
     head = ["| shape | side | GFLOP a pair | matmul peak | share |", "|---|---|---|---|---|"]
-    return ["## Share of the matmul peak\n", about, *head, *rows, ""] if rows else []
+    return ["## Share of the matmul peak\n", about, *([*head, *rows, ""] if rows else [f"{NOT_MEASURED}.\n"])]
+
+
+def _format_profile(data: Mapping[str, Any]) -> list[str]:
+    entries = data.get("profile", {})
+    about = (
+        "Shares of the training loop's time on *hh*, by torch's profiler (`scripts/bench/profiling.py`), which slows "
+        "it; the reference is computed before. The head's and attention's own matrix products count for them; the "
+        "rest is Python, the optimizer and the profiler.\n"
+    )
+    lines = [f"| | pairs | seconds | {' | '.join(GROUPS)} |", "|---" * (len(GROUPS) + 3) + "|"]
+    for name, entry in entries.items():
+        shares = " | ".join(f"{entry['shares'][group]:.0%}" for group in GROUPS)
+        lines.append(f"| {name} | {entry['pairs']} | {entry['seconds']:.1f} | {shares} |")
+    return ["## Where the time goes\n", about, *([*lines, ""] if entries else [f"{NOT_MEASURED}.\n"])]

@@ -1,0 +1,58 @@
+"""What all parts of the benchmark work with: record, folders, the job, and how one measurement is kept."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.machine import describe_load
+from bench.process import build_environment
+from bench.record import Entry, Record
+from bench.shapes import Rows
+from bench.sides import Job, Measured, vary, write_trl_dataset
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts work with.
+
+    Attributes:
+        record: what is measured already.
+        work: folder for run directories, caches and logs.
+        peers: folder of the peers' environments.
+        root: the checkout.
+        job: what every side trains; `rows`, `pairs` and `max_length` are set for each shape.
+        threads: for every side.
+        say: shows a line to a person.
+    """
+
+    record: Record
+    work: Path
+    peers: Path
+    root: Path
+    job: Job
+    threads: int
+    say: Callable[[str], None]
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        return {**build_environment(self.threads, self.work, self.root), "DPO_RUNNER_CACHE": str(cache)}
+
+    def job_of(self, rows: Rows) -> Job:
+        write_trl_dataset(rows.path)
+        return vary(self.job, rows=rows.path, pairs=rows.pairs, max_length=rows.max_length)
+
+    def measure(self, keys: tuple[str, ...], repeat: int, work: Callable[[Path], Measured]) -> Entry:
+        """Measure once, in a run directory of its own, unless the record has it; say what came out."""
+
+        def once() -> Entry:
+            folder = self.work / "runs" / "-".join([*keys, str(repeat)]).replace(" ", "_").replace(",", "")
+            shutil.rmtree(folder, ignore_errors=True)
+            load = describe_load()
+            entry = {**work(folder).to_dict(), "load_before": load}
+            self.say(
+                f"{' / '.join(keys)} #{repeat + 1}: {entry['pairs'] / entry['train_seconds']:.3f} pairs/s, "
+                f"{entry['total_seconds']:.1f} s in all, {entry['peak_gb']:.2f} GB"
+            )
+            return entry
+
+        return self.record.measure(keys, repeat, once)
