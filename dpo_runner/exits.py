@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpo_runner.errors import ConfigError, DpoRunnerError
+from dpo_runner.errors import ConfigError, DpoRunnerError, SweepFailed
 from dpo_runner.masking import mask_text
 
 _LONG_WORD = re.compile(r"(\S{300})\S{100,}(\S{60})")
@@ -21,13 +21,16 @@ def report(error: DpoRunnerError) -> int:
     """
     from dpo_runner.console import visible  # rich, which a command that ends well may not need
 
-    for line in map(_to_line, error.mistakes) if isinstance(error, ConfigError) else [str(error)]:
-        print(f"error: {visible(mask_text(line))}", file=sys.stderr)
+    told = error.message if isinstance(error, SweepFailed) else str(error)
+    lines = [f"error: {line}" for line in (error.mistakes if isinstance(error, ConfigError) else [told])]
+    for line in [*lines, *(error.table if isinstance(error, SweepFailed) else ())]:
+        print(visible(mask_text(_to_line(line))), file=sys.stderr)
     return error.exit_code
 
 
 def _to_line(mistake: str) -> str:
-    line = _LONG_WORD.sub(r"\1…\2", mistake.replace("\n", "␊").replace("\r", "␍"))  # of a value: ours has none
+    mistake = mistake.strip("\n").replace("\n", "␊").replace("\r", "␍")  # of a value: ours has none
+    line = _LONG_WORD.sub(r"\1…\2", mistake)
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 

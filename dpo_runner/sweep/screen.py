@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dpo_runner.config import WandbConf
 from dpo_runner.console import format_clock, visible
+from dpo_runner.errors import describe_failure
 from dpo_runner.masking import mask_text
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
@@ -83,7 +84,7 @@ class SweepScreen:
         try:
             rebuild_page(path)
         except Exception as error:
-            self.say(f"compare.html cannot be written; {type(error).__name__}: {error}")
+            self.say(f"compare.html cannot be written; {describe_failure(error)}")
             return False
         return True
 
