@@ -47,6 +47,18 @@ def test_a_librarys_error_is_told_in_one_line() -> None:
     assert describe_failure(OSError(28, "No space left", "f")).endswith("goes on (No space left (f))")
 
 
+def test_a_reader_who_has_enough_of_what_a_library_prints_is_no_error() -> None:
+    code = "from dpo_runner.exits import honest_exit\nwith honest_exit('x'):\n    "
+    for body, ends_well in (("print('x' * 100_000)", True), ("raise BrokenPipeError", False)):
+        command = [sys.executable, "-c", code + body]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            if ends_well:
+                process.stdout.close()
+            assert (process.stderr.read() == b"") == ends_well
+        assert (process.returncode == 0) == ends_well
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_ctrl_c_ends_with_130_and_the_commands_own_words(terminal: bool, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
