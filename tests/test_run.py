@@ -345,7 +345,7 @@ runpy.run_module("dpo_runner", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("number", "times", "code", "checkpoint"),
-    [(signal.SIGINT, 1, 130, 8), (signal.SIGUSR1, 1, 138, 8), (signal.SIGTERM, 2, 143, 5)],
+    [(signal.SIGINT, 2, 130, 5), (signal.SIGUSR1, 1, 138, 8), (signal.SIGTERM, 2, 143, 8)],
 )
 def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
     number, times, code, checkpoint, tiny_run, tmp_path
