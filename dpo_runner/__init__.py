@@ -1,6 +1,12 @@
 """dpo_runner: YAML-configured Direct Preference Optimization experiments."""
 
 import sys
+
+from dpo_runner import interrupts
+
+if interrupts.is_command():
+    interrupts.end_at_once_on_ctrl_c()  # before anything that takes time
+
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any

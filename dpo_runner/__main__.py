@@ -10,6 +10,7 @@ from dpo_runner.command_line import check_command_line, choose_sweeper
 from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf, build_run_conf, expand_overrides
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
 from dpo_runner.exits import honest_exit, report
+from dpo_runner.terminal import put
 
 
 def main() -> None:
@@ -19,10 +20,10 @@ def main() -> None:
     """
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
-        print(build_help())
+        put(build_help())
         return
     if "--version" in argv:
-        print(f"dpo_runner {__version__}")
+        put(f"dpo_runner {__version__}")
         return
     with honest_exit("interrupted"):
         if mistakes := check_command_line(argv):

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,9 @@ HEARTBEAT_SECONDS = 10
 
 LOCK_FILE = ".lock"
 """In a run directory, held by the process that writes there; the system lets go of it however that ends."""
+
+EVENT_KINDS = ("learning_rate", "eval_loss")
+"""What log events of the training and of an evaluation have, whatever else they lack."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -218,17 +221,18 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**metrics, "time": round(time.time(), 3)}) + "\n")
 
-    def keep_metrics_until(self, step: int, evaluated: bool) -> None:
+    def keep_metrics_until(self, step: int, logged: Collection[str]) -> None:
         """Drop the log events that a resumed run is about to log again.
 
         Args:
             step: of its checkpoint; what came later is dropped.
-            evaluated: whether `step` was evaluated before it was saved.
+            logged: which of `EVENT_KINDS` were logged of `step` before it was saved.
         """
         path = self.path / "metrics.jsonl"
         if path.exists():
+            again = set(EVENT_KINDS).difference(logged)
             events = [event for event in read_metrics(self.path) if event["step"] <= step]
-            kept = [event for event in events if evaluated or event["step"] < step or "eval_loss" not in event]
+            kept = [event for event in events if event["step"] < step or not again & event.keys()]
             write_lines(path, map(json.dumps, kept))
 
     def write_summary(self, summary: dict[str, Any]) -> None:

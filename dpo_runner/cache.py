@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_runner.artifacts import cache_dir
-from dpo_runner.console import visible
+from dpo_runner.console import Terminal, visible
 from dpo_runner.engine.reference_store import list_references, make_room, store_dir
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.exits import honest_exit
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     old.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (default: outputs)")
     old.add_argument("--clear", action="store_true", help="delete those that are of no more use")
     args = parser.parse_args(argv)
-    console = Console(highlight=False)
+    console = Terminal()
     with honest_exit("interrupted"):
         if args.action == "clear":
             _clear(list(_KINDS) if "all" in args.kinds else args.kinds, console)

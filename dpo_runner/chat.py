@@ -1,12 +1,14 @@
 """Talk with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from dpo_runner.exits import honest_exit
+from dpo_runner.terminal import is_silent, put, silence
 
 Message = dict[str, str]
 
@@ -119,16 +121,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _talk(args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from dpo_runner.console import visible
+    from dpo_runner.console import Terminal, visible
     from dpo_runner.logs import route_library_logs
 
     with route_library_logs(None):
         chat = Chat(args.run_dir, args.max_new_tokens, args.temperature, args.system)
-        console = Console(highlight=False, soft_wrap=True)
+        console = Terminal(soft_wrap=True)
 
         def reply(text: str) -> None:
             if args.compare:
@@ -137,18 +138,21 @@ def _talk(args: argparse.Namespace) -> None:
                 table.add_row(escape(visible(before)), escape(visible(after)))
                 console.print(table)
                 return
-            chat.ask(text, lambda piece: print(visible(piece), end="", flush=True))
-            print()
+            chat.ask(text, lambda piece: put(visible(piece), end=""))
+            put("")
 
         if args.prompt is not None:
             reply(args.prompt)
             return
         console.print(f"[dim]{HELP}[/]")
-        while True:
+        while not is_silent():
             try:
                 text = input("you> ").strip()
             except EOFError:
-                print()
+                put("")
+                return
+            except OSError as error:
+                silence(sys.stdout, error)
                 return
             if text == "/quit":
                 return

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.artifacts import LOCK_FILE
+from dpo_runner.artifacts import EVENT_KINDS, LOCK_FILE
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy
 from dpo_runner.liveness import explain_death
@@ -36,10 +36,11 @@ def read_epoch(checkpoint: Path) -> float:
     return float(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
 
 
-def was_evaluated(checkpoint: Path) -> bool:
-    """Return whether the step of a checkpoint was evaluated before it was saved."""
+def read_logged(checkpoint: Path) -> set[str]:
+    """Return which kinds of log events there were of a checkpoint's step before it was saved, by what they have."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return any(event["step"] == state["global_step"] and "eval_loss" in event for event in state["log_history"])
+    events = [event for event in state["log_history"] if event["step"] == state["global_step"]]
+    return {kind for kind in EVENT_KINDS if any(kind in event for event in events)}
 
 
 def check_unused(run_dir: Path) -> None:

@@ -2,20 +2,19 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from dpo_runner.compare_page import build_page
 from dpo_runner.compare_table import show_table, to_csv, to_json
 from dpo_runner.comparison import DEFAULT_OBJECTIVE, choose_objective, compare_runs
-from dpo_runner.console import visible
+from dpo_runner.console import Terminal, visible
 from dpo_runner.errors import ConfigError
 from dpo_runner.exits import honest_exit
 from dpo_runner.report_files import check_targets, write_report
 from dpo_runner.run_records import RunRecord, read_runs
+from dpo_runner.terminal import put
 
 _STDOUT = Path("-")
 
@@ -55,7 +54,7 @@ def _compare(args: argparse.Namespace) -> None:
     files = {flag: path for flag, path in targets.items() if path != _STDOUT}
     check_targets(files)
     runs, notes = read_runs(args.folders)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Terminal(stderr=True, soft_wrap=True)
     for note in notes:
         errors.print(Text(visible(f"note: {note}"), style="dim"))
     if not runs:
@@ -67,13 +66,13 @@ def _compare(args: argparse.Namespace) -> None:
         best = comparison.find_best_run()
         if best is None:
             raise ConfigError(f"--best: no finished run has {objective.metric}")
-        sys.stdout.buffer.write(os.fsencode(best.path) + b"\n")  # it may hold bytes that are no text
+        put(os.fsencode(best.path))  # it may hold bytes that are no text
         return
-    console = Console(highlight=False)
+    console = Terminal()
     if len(files) == len(targets):
         show_table(comparison, console)
     else:
-        sys.stdout.write(to_csv(comparison) if args.csv == _STDOUT else to_json(comparison))
+        put(to_csv(comparison) if args.csv == _STDOUT else to_json(comparison), end="")
     build = {"--html": build_page, "--csv": to_csv, "--json": to_json}
     for flag, path in files.items():
         write_report(flag, path, build[flag](comparison), errors if len(files) < len(targets) else console)

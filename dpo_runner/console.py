@@ -1,5 +1,8 @@
 """What a person sees of a run: the plan, a progress bar, and the before and after."""
 
+import errno
+import logging
+import os
 import re
 import time
 import unicodedata
@@ -12,9 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dpo_runner.masking import mask_text
+from dpo_runner.terminal import TROUBLE, show_every_character, silence
 
 if TYPE_CHECKING:
     from dpo_runner.estimate import MemoryEstimate
+
+logger = logging.getLogger(__name__)
 
 _LINES_WITHOUT_TERMINAL = 20
 _SECONDS_BETWEEN_REPORTS = 10
@@ -47,6 +53,33 @@ def _visible_character(character: str) -> str:
     return character
 
 
+# Private to rich, and overridden here: an upgrade that renames it must not pass unnoticed.
+assert hasattr(Console, "_check_buffer"), "rich's Console._check_buffer is gone"
+
+
+class Terminal(Console):
+    """A console that goes quiet where it cannot be written to; rich would end the program then."""
+
+    def __init__(self, **settings: Any) -> None:
+        show_every_character()
+        super().__init__(highlight=False, **settings)
+        self.trouble: BaseException | None = None
+        """Why nothing is shown any more."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except TROUBLE as error:
+            self._go_quiet(error)
+
+    def on_broken_pipe(self) -> None:
+        self._go_quiet(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+    def _go_quiet(self, error: BaseException) -> None:
+        self.quiet, self.trouble = True, error
+        silence(self.file, error)
+
+
 class RunConsole:
     """Prints one run.
 
@@ -55,11 +88,18 @@ class RunConsole:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or Terminal(soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
+        self._first = self._steps = self._pairs = 0
+        self._with_bar = False
         self._source: str | None = None
+
+    def note_trouble(self) -> None:
+        """Let run.log, which there is from now on, say that the terminal went away before."""
+        if isinstance(self.console, Terminal) and self.console.trouble is not None:
+            logger.info("nothing is printed: %s", self.console.trouble)
 
     def say(self, text: str) -> None:
         self.console.print(escape(visible(mask_text(text))))

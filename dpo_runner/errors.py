@@ -53,6 +53,19 @@ class RunError(DpoRunnerError):
     """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
 
 
+class SweepFailed(RunError):
+    """Runs of a sweep failed.
+
+    Args:
+        message: how many.
+        table: a line or more for each of them, shown beneath.
+    """
+
+    def __init__(self, message: str, table: list[str]) -> None:
+        super().__init__("\n".join([message, *table]))
+        self.message, self.table = message, table
+
+
 class RunPruned(DpoRunnerError):
     """A search has given up the run; what it has logged so far is on disk.
 
@@ -79,12 +92,18 @@ class RunInterrupted(DpoRunnerError):
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return the kind of an error and what it says; of SystemExit, which says nothing, what happened."""
+    """Return the kind of an error and what it says, in one line; of SystemExit, which says nothing, what happened.
+
+    A library's message may have more lines, which are for a person who reads its traceback.
+    """
     if isinstance(error, SystemExit):
         return f"the run called sys.exit({error.code!r})"
     if is_disk_full(error) and not isinstance(error, DpoRunnerError):
-        return f"no space is left on a disk; free some, and the same command goes on ({str(error).strip()})"
-    return f"{type(error).__name__}: {str(error).strip()}"
+        return f"no space is left on a disk; free some, and the same command goes on ({reason_of(error)})"
+    name = type(error).__name__
+    if isinstance(error, DpoRunnerError):
+        return f"{name}: {str(error).strip()}"  # in our own words, of which each line is a mistake
+    return name if (reason := reason_of(error)) == name else f"{name}: {reason}"
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -99,7 +118,7 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the first line of an error's message that is not blank, else the name of its class."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:

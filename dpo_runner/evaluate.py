@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dpo_runner.artifacts import write_json
 from dpo_runner.config import RunConf
-from dpo_runner.console import RunConsole, visible
+from dpo_runner.console import RunConsole, Terminal, visible
 from dpo_runner.device_memory import EVALUATION, watch_memory
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluation_config import ALLOWED, compose, is_foreign
@@ -68,7 +68,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
     check_finished(run_dir)
     run = read_run_conf(run_dir)
     conf = compose(run, overrides)
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Terminal(soft_wrap=True)
     with route_library_logs(None):
         task, tokenizer = _prepare(run_dir, conf, is_foreign(conf, run), console)
         target = task.folder / "evaluation.json"

@@ -1,12 +1,15 @@
 """How a command ends: each mistake as a line on stderr, and an exit code that a script can trust."""
 
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpo_runner.errors import ConfigError, DpoRunnerError
+from dpo_runner.errors import ConfigError, DpoRunnerError, SweepFailed
+from dpo_runner.interrupts import end_at_once, raise_once
 from dpo_runner.masking import mask_text
+from dpo_runner.terminal import has_lost_its_reader, put, put_error, silence
 
 _LONG_WORD = re.compile(r"(\S{300})\S{100,}(\S{60})")
 _LONGEST_LINE = 2000
@@ -21,13 +24,16 @@ def report(error: DpoRunnerError) -> int:
     """
     from dpo_runner.console import visible  # rich, which a command that ends well may not need
 
-    for line in map(_to_line, error.mistakes) if isinstance(error, ConfigError) else [str(error)]:
-        print(f"error: {visible(mask_text(line))}", file=sys.stderr)
+    told = error.message if isinstance(error, SweepFailed) else str(error)
+    lines = [f"error: {line}" for line in (error.mistakes if isinstance(error, ConfigError) else [told])]
+    for line in [*lines, *(error.table if isinstance(error, SweepFailed) else ())]:
+        put_error(visible(mask_text(_to_line(line))))
     return error.exit_code
 
 
 def _to_line(mistake: str) -> str:
-    line = _LONG_WORD.sub(r"\1…\2", mistake.replace("\n", "␊").replace("\r", "␍"))  # of a value: ours has none
+    mistake = mistake.strip("\n").replace("\n", "␊").replace("\r", "␍")  # of a value: ours has none
+    line = _LONG_WORD.sub(r"\1…\2", mistake)
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 
@@ -42,11 +48,31 @@ def honest_exit(interrupted: str) -> Iterator[None]:
         SystemExit: instead of a DpoRunnerError or KeyboardInterrupt.
     """
     try:
-        yield
+        with _raising_ctrl_c():
+            yield
     except DpoRunnerError as error:
         sys.exit(report(error))
-    except KeyboardInterrupt:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # the terminal has put ^C at the end of whatever was there
-        print(f"error: {interrupted}", file=sys.stderr)
-        sys.exit(130)
+    except BrokenPipeError as error:
+        if not has_lost_its_reader(sys.stdout):
+            raise
+        silence(sys.stdout, error)  # in what others print (Hydra's --cfg): whoever has read enough has what he wanted
+    except KeyboardInterrupt as error:
+        if sys.stderr is not None and sys.stderr.isatty():
+            put_error("")  # the terminal has put ^C at the end of whatever was there
+        put_error(f"error: {interrupted}")
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run's has the first signal's number
+    finally:
+        put("", end="")  # what was printed elsewhere is flushed here, where that may fail
+
+
+@contextmanager
+def _raising_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in a command, which ends at once by it before and afterwards."""
+    if signal.getsignal(signal.SIGINT) is not end_at_once:
+        yield
+        return
+    signal.signal(signal.SIGINT, raise_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, end_at_once)

@@ -18,6 +18,7 @@ from dpo_runner.lineage import digest_weights, trace_origins
 from dpo_runner.masking import mask_secrets
 from dpo_runner.model_config import ModelConf
 from dpo_runner.pickles import refuse_pickled_adapter
+from dpo_runner.terminal import put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -284,9 +285,9 @@ def _export(args: argparse.Namespace) -> None:
         size = args.max_shard_size or "5GB"
         options = {"adapter_only": args.adapter_only, "dtype": args.dtype, "max_shard_size": size}
         out = export_run(args.run_dir, args.out, **options, name=args.push_to_hub)
-        print(f"exported to {out}")
+        put(f"exported to {out}")
         if args.push_to_hub is not None:
-            print(f"uploaded to {push_to_hub(out, args.push_to_hub, args.public)}")
+            put(f"uploaded to {push_to_hub(out, args.push_to_hub, args.public)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 MASK = "***"
@@ -40,6 +41,9 @@ _NOT_SECRET_VARIABLES = ("PWD", "OLDPWD")
 _URL_PASSWORD = re.compile(r"://[^/\s@:]*:([^/\s]+)@")
 _SHORTEST = 6
 """Characters of a secret in the environment; a shorter one cannot be told from an ordinary word."""
+_SHORTEST_NUMBER = 8
+"""Digits of a password; fewer would be masked in each figure that has them. Of other secrets none is a number."""
+_PASSWORD_VARIABLE = re.compile(r"passw(or)?d|passphrase|(^|_)(pass|pwd|secret)(_|$)", re.IGNORECASE)
 _COMMIT_KEYS = ("revision", "adapter_revision", "commit")
 """A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
 
@@ -93,14 +97,28 @@ def _compile_known(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] |
 def _find_in_environment(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Yield the secrets among the environment's variables: by their names, and passwords in URLs such as a proxy's."""
     for name, value in environment:
+        value = value.strip()  # as whoever uses it does
         if match := _URL_PASSWORD.search(value):
             if len(match[1]) >= _SHORTEST:
                 yield match[1]
         elif (
             len(value) >= _SHORTEST
-            and not value.startswith(("/", "~"))  # the path of a file that holds one
-            and not value.isdecimal()
             and name not in _NOT_SECRET_VARIABLES
             and _SECRET_VARIABLE.search(name)
+            and not _is_number(name, value)
+            and not _is_path(value)
         ):
             yield value
+
+
+def _is_number(name: str, value: str) -> bool:
+    """Return whether a value is a setting such as MAX_TOKEN=1000000, or too short to be told from other figures."""
+    return value.isdecimal() and not (len(value) >= _SHORTEST_NUMBER and _PASSWORD_VARIABLE.search(name))
+
+
+def _is_path(value: str) -> bool:
+    """Return whether a value is the path of what is there, such as a file that holds the secret."""
+    try:
+        return value.startswith(("/", "~")) and Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a path, nobody's home, …
+        return False

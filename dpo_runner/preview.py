@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_runner.config import load_conf
-from dpo_runner.console import RunConsole, visible
+from dpo_runner.console import RunConsole, Terminal, visible
 from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport
 from dpo_runner.errors import ConfigError
@@ -219,7 +219,7 @@ def _preview(args: argparse.Namespace) -> None:
         from dpo_runner.logs import route_library_logs
         from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
 
-    console = Console(highlight=False)
+    console = Terminal()
     with route_library_logs(None):
         tokenizer = load_tokenizer(conf.model)
         origin = describe_chat_template(conf.model, tokenizer)

@@ -43,8 +43,8 @@ from dpo_runner.checkpoint import (
     check_same_inputs,
     check_unused,
     read_epoch,
+    read_logged,
     read_step,
-    was_evaluated,
 )
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
@@ -84,7 +84,7 @@ def run(
         RunError: the run itself failed. status.json says how, run.log has the traceback.
         RunPruned: one of `callbacks` has given the run up.
         RunInterrupted: SIGINT, SIGTERM or SIGUSR1; the training has finished its step and written a checkpoint before,
-            unless it was sent twice. The same command with run_dir set continues from the last checkpoint.
+            unless SIGINT came after it. The same command with run_dir set continues from the last checkpoint.
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)
@@ -171,6 +171,7 @@ def _recorded(
     with ExitStack() as stack:
         stack.enter_context(directory.claim())
         stack.enter_context(route_library_logs(directory.log))
+        console.note_trouble()
         stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
         directory.write_config(conf, overrides)
@@ -248,8 +249,8 @@ def _train(
         raise ConfigError(
             "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
         )
-    step, evaluated = (read_step(checkpoint), was_evaluated(checkpoint)) if checkpoint else (-1, False)
-    directory.keep_metrics_until(step, evaluated)
+    step, logged = (read_step(checkpoint), read_logged(checkpoint)) if checkpoint else (-1, set())
+    directory.keep_metrics_until(step, logged)
 
     console.say("measuring the model as it is")
     events.silent = checkpoint is not None  # a resumed run has logged this before
@@ -282,15 +283,16 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
     """Train to the end and return steps, time, speed, and which weights the model now holds."""
     start = time.monotonic()
     epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
-    if checkpoint is not None:
-        trainer.restore_progress(checkpoint)
     if checkpoint is not None and read_step(checkpoint) >= steps:
         # It was stopped after its last step; Trainer would train one more.
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.conclude(checkpoint)
         if trainer.args.load_best_model_at_end and trainer.find_best() is not None:
             trainer._load_best_model()
     else:
+        if checkpoint is not None:
+            trainer.restore_progress(checkpoint)
         # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     runtime = time.monotonic() - start

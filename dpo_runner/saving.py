@@ -1,11 +1,16 @@
 """How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
 
 import json
+import random
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -18,15 +23,21 @@ from dpo_runner.errors import RunError
 from dpo_runner.sealing import list_checkpoints, write_sealed
 
 # Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
-for _name in ("_save_checkpoint", "_determine_best_metric"):
+for _name in ("_save_checkpoint", "_determine_best_metric", "_maybe_log_save_evaluate", "_evaluate"):
     assert hasattr(DPOTrainer, _name), f"transformers' Trainer.{_name} is gone"
 
 PROGRESS_FILE = "progress.json"
 """In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
 
 
+class EvaluationCut(KeyboardInterrupt):
+    """The evaluation is not to be waited for: a signal wants the run to stop, with a checkpoint where it trains."""
+
+
 class SavingTrainer(TokenBatchTrainer):
     """Saves under another name first; see `sealing.py`."""
+
+    _due: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,6 +52,32 @@ class SavingTrainer(TokenBatchTrainer):
         self.control.should_save |= is_best
         self._epoch_ends.put_off(self.control)
         return bool(self.control.should_save)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, which may draw random numbers, and train on as if it had drawn none, wherever it was made up."""
+        with _same_random_numbers():
+            return dict(super()._evaluate(*args, **kwargs))
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        model: Any,
+        trial: Any,
+        *args: Any,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Where the evaluation is cut short, save the step without it; a run that goes on from there makes it up."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, learning_rate=learning_rate)
+        except EvaluationCut:
+            self._due = {
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "learning_rate": learning_rate,
+                "epoch_end": self._epoch_ends.is_last_step,
+            }
+            self._save_checkpoint(model, trial)
+            raise
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint whole or not at all, then drop those that `save_total_limit` has no room for."""
@@ -95,6 +132,7 @@ class SavingTrainer(TokenBatchTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
+            "due": self._due,
         }
 
     def take_up(self, progress: dict[str, Any]) -> None:
@@ -107,8 +145,27 @@ class SavingTrainer(TokenBatchTrainer):
 
     def restore_progress(self, checkpoint: Path) -> None:
         """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
-        progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
-        self.add_callback(_TakingUp(self, progress))
+        self.add_callback(_TakingUp(self, _read_progress(checkpoint)))
+
+    def conclude(self, checkpoint: Path) -> None:
+        """Do what was still due behind the last step, that of `checkpoint`; no training will begin any more."""
+        progress = _read_progress(checkpoint)
+        self._tr_loss = torch.zeros((), device=self.args.device)  # as Trainer makes it when a training begins
+        self.take_up(progress)
+        self.make_up(progress)
+
+    def make_up(self, progress: dict[str, Any]) -> None:
+        """Make the evaluation that was cut short when the checkpoint was saved, and the log event of an epoch's end."""
+        due = progress.get("due")  # checkpoints of old have none
+        if due is None:
+            return
+        self._determine_best_metric(self._evaluate(None, None), None)
+        if due["epoch_end"]:
+            self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self.control.should_save = self.control.should_evaluate = False
+            figures = (self._tr_loss, due["grad_norm"], self.model, None, self.state.epoch, None, time.time())
+            super()._maybe_log_save_evaluate(*figures, learning_rate=due["learning_rate"])
+        self.control.should_save = False  # there is a checkpoint of this step
 
 
 class _EpochEnds(TrainerCallback):  # type: ignore[misc]
@@ -118,15 +175,15 @@ class _EpochEnds(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._is_last_step = self._is_due = False
+        self.is_last_step = self._is_due = False
 
     def put_off(self, control: TrainerControl) -> None:
-        if self._is_last_step:
+        if self.is_last_step:
             self._is_due |= control.should_save
             control.should_save = False
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self._is_last_step = control.should_training_stop or float(state.epoch).is_integer()
+        self.is_last_step = control.should_training_stop or float(state.epoch).is_integer()
         self.put_off(control)
 
     def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
@@ -134,7 +191,7 @@ class _EpochEnds(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= self._is_due
-        self._is_last_step = self._is_due = False
+        self.is_last_step = self._is_due = False
 
 
 class _TakingUp(TrainerCallback):  # type: ignore[misc]
@@ -143,3 +200,20 @@ class _TakingUp(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.take_up(self._progress)
+        self._trainer.make_up(self._progress)
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Leave all generators of random numbers as they were before."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

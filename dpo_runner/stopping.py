@@ -1,5 +1,6 @@
-"""Stopping a run from outside: after its step and with a checkpoint, or at once where it is told so twice."""
+"""Stopping a run from outside: after its step and with a checkpoint, or at once where Ctrl-C asks for it twice."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,7 +10,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-_NOTICE = b"\nstopping after this step, with a checkpoint; the same signal again stops at once\n"
+from dpo_runner.interrupts import deals_with_ctrl_c
+from dpo_runner.saving import EvaluationCut
+
+_NOTICE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -17,12 +21,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopping(TrainerCallback):  # type: ignore[misc]
-    """Lets a signal end the training with a checkpoint of the step that it is in.
+    """Lets a signal end the training with a checkpoint of the step that it is in, and cuts an evaluation short.
 
-    Before and after the training, and where it is a second one, a signal ends the run where it stands.
+    Before and after the training a signal ends the run where it stands, and so does a second one that is SIGINT.
+    Other signals after the first change nothing: schedulers repeat them, or send SIGTERM after SIGUSR1.
 
     Raises:
-        KeyboardInterrupt: with the signal's number.
+        KeyboardInterrupt: with the first signal's number.
     """
 
     def __init__(self) -> None:
@@ -41,18 +46,29 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            if self._signal is not None and deals_with_ctrl_c():  # the command's exit code is the first signal's
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _heed(self, number: int, frame: Any) -> None:
-        if self._signal is not None or not self._training:
-            raise KeyboardInterrupt(number)
-        self._signal = number
-        os.write(2, _NOTICE)  # what else prints may be in the midst of printing
+        is_first = self._signal is None
+        if self._signal is None:
+            self._signal = number
+        if number == signal.SIGINT if not is_first else not self._training:
+            raise KeyboardInterrupt(self._signal)
+        if is_first:
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                os.write(2, _NOTICE)  # what else prints may be in the midst of printing
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= self._signal is not None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._training and self._signal is not None:
+            raise EvaluationCut(self._signal)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= self._signal is not None

@@ -16,6 +16,7 @@ from dpo_runner.exits import honest_exit
 from dpo_runner.run_records import read_runs
 from dpo_runner.search_config import SearchConf, read_direction
 from dpo_runner.sweep.directory import read_record
+from dpo_runner.terminal import put
 from dpo_runner.tracking import OBJECTIVE
 from dpo_runner.wandb_files import find_folder, list_commands
 
@@ -66,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with honest_exit("interrupted"):
         view = read_view(args.sweep_dir)
-        print(f"saved  {save_view(view)}")
+        put(f"saved  {save_view(view)}")
         for command in list_commands(view.folder)[1:]:
             if view.running:  # W&B would take half a run for one that failed
-                print("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
+                put("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
             else:
-                print(f"runs that the server lacks appear there after  {command}")
+                put(f"runs that the server lacks appear there after  {command}")
 
 
 def read_view(sweep_dir: Path) -> View:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dpo_runner import artifacts, load_conf
-from dpo_runner.artifacts import RunDirectory, read_status, resolve_run_dir, write_folder
+from dpo_runner.artifacts import EVENT_KINDS, RunDirectory, read_status, resolve_run_dir, write_folder
 from dpo_runner.masking import mask_override, mask_secrets
 
 TOKEN = "hf_" + "a1B2" * 8
@@ -112,13 +112,16 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         directory.append_metrics({"step": step, "loss": 0.5})
     with (directory.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "torn')
-    directory.keep_metrics_until(2, evaluated=True)
+    directory.keep_metrics_until(2, EVENT_KINDS)
     steps = [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
     for loss in (0.4, 0.3):  # after the training, before the run was interrupted; and when it went on
         directory.append_metrics({"step": 2, "eval_loss": loss})
-        directory.keep_metrics_until(2, evaluated=False)
+        directory.keep_metrics_until(2, {"learning_rate"})
         assert [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").open()] == [1, 2]
+    directory.append_metrics({"step": 2, "loss": 0.5, "learning_rate": 1e-3})  # of an epoch's end, after its evaluation
+    directory.keep_metrics_until(2, {"eval_loss"})
+    assert [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").open()] == [1, 2]
 
 
 def test_fresh_directories_never_collide(tmp_path: Path) -> None:

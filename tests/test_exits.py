@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, SweepFailed, describe_failure
 from dpo_runner.exits import honest_exit, report
 
 
@@ -15,7 +15,8 @@ from dpo_runner.exits import honest_exit, report
     ("error", "code", "lines"),
     [
         (ConfigError(["`a=1`: no", "`b=2`: no"]), 2, ["error: `a=1`: no", "error: `b=2`: no"]),
-        (RunError("two\nlines"), 1, ["error: two", "lines"]),
+        (RunError("two\nlines\n"), 1, ["error: two␊lines"]),
+        (SweepFailed("2 failed", ["  a  r=1", "      b\nc"]), 1, ["error: 2 failed", "  a  r=1", "      b␊c"]),
         (RunInterrupted("stopped", 15), 143, ["error: stopped"]),
         (ConfigError("\x1b]0;x\x07\x9b2J\u202e.jsonl"), 2, ["error: ␛]0;x␇\\x9b2J\\u202e.jsonl"]),
     ],
@@ -37,6 +38,25 @@ def test_what_ends_well_or_is_no_mistake_of_a_person_is_left_alone(capsys) -> No
     with pytest.raises(SystemExit, match="3"), honest_exit("not said"):
         sys.exit(3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_librarys_error_is_told_in_one_line() -> None:
+    error = RuntimeError("\nCUDA error: an illegal memory access\nCUDA kernel errors might\nFor debugging consider\n")
+    assert describe_failure(error) == "RuntimeError: CUDA error: an illegal memory access"
+    assert describe_failure(ValueError()) == "ValueError"
+    assert describe_failure(OSError(28, "No space left", "f")).endswith("goes on (No space left (f))")
+
+
+def test_a_reader_who_has_enough_of_what_a_library_prints_is_no_error() -> None:
+    code = "from dpo_runner.exits import honest_exit\nwith honest_exit('x'):\n    "
+    for body, ends_well in (("print('x' * 100_000)", True), ("raise BrokenPipeError", False)):
+        command = [sys.executable, "-c", code + body]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            if ends_well:
+                process.stdout.close()
+            assert (process.stderr.read() == b"") == ends_well
+        assert (process.returncode == 0) == ends_well
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -3,11 +3,19 @@
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dpo_runner import load_conf, run
+from dpo_runner.artifacts import read_metrics, read_summary
+from dpo_runner.checkpoint import read_logged, read_step
+from dpo_runner.errors import RunInterrupted
+from dpo_runner.saving import EvaluationCut
+from dpo_runner.sealing import find_last_checkpoint
 from dpo_runner.stopping import SIGNALS, Stopping
+from dpo_runner.trainer import RunTrainer
 
 
 def send(number: int) -> None:
@@ -32,22 +40,55 @@ def test_in_the_training_the_step_ends_and_is_saved_first(number: int, capfd: py
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_and_one_outside_the_training_end_the_run_where_it_stands(number: int) -> None:
-    stopping = Stopping()
-    with stopping.on_signals():
-        with pytest.raises(KeyboardInterrupt):
-            send(number)
-        stopping.on_train_begin(None, None, None)
+def test_a_signal_outside_the_training_ends_the_run_where_it_stands(number: int) -> None:
+    with Stopping().on_signals(), pytest.raises(KeyboardInterrupt) as caught:
         send(number)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            send(signal.SIGTERM)
-    assert caught.value.args == (signal.SIGTERM,)
+    assert caught.value.args == (number,)
     finished = Stopping()
     with finished.on_signals():
         finished.on_train_begin(None, None, None)
         finished.on_train_end(None, None, None)
         with pytest.raises(KeyboardInterrupt):
             send(number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_of_the_signals_after_the_first_only_ctrl_c_does_not_wait_for_the_checkpoint(number: int) -> None:
+    stopping, control = Stopping(), SimpleNamespace(should_save=False)
+    with stopping.on_signals():
+        stopping.on_train_begin(None, None, None)
+        for again in (number, signal.SIGTERM, signal.SIGUSR1):
+            if again != signal.SIGINT or again == number:
+                send(again)
+        stopping.on_step_end(None, None, control)
+        assert control.should_save
+        with pytest.raises(KeyboardInterrupt) as caught:
+            send(signal.SIGINT)
+        assert caught.value.args == (number,)
+        send(signal.SIGTERM)  # while the run ends because of the first
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_nobody_need_be_there_to_read_that_it_stops(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", fail)
+    stopping = Stopping()
+    with stopping.on_signals():
+        stopping.on_train_begin(None, None, None)
+        send(number)
+
+
+def test_an_evaluation_is_cut_short_in_the_training_alone() -> None:
+    stopping = Stopping()
+    with stopping.on_signals():
+        stopping.on_train_begin(None, None, None)
+        stopping.on_prediction_step(None, None, None)
+        send(signal.SIGTERM)
+        with pytest.raises(EvaluationCut) as caught:
+            stopping.on_prediction_step(None, None, None)
+        assert caught.value.args == (signal.SIGTERM,)
 
 
 def test_a_signal_after_the_last_save_is_not_forgotten() -> None:
@@ -74,3 +115,62 @@ def test_handlers_are_put_back_and_other_threads_set_none() -> None:
     thread.start()
     thread.join()
     assert seen == before
+
+
+BEST = (
+    *("training.load_best_model_at_end=true", "training.metric_for_best_model=rewards/margins"),
+    *("training.greater_is_better=true", "training.save_steps=2"),
+)
+EPOCHS = (
+    "data.max_train_samples=4",
+    "training.save_steps=1000",
+    "training.logging_strategy=epoch",
+)  # of two steps each
+
+
+@pytest.mark.parametrize(
+    ("extra", "step"),
+    [
+        (["training.save_steps=1000", "training.eval_steps=2", "lora.lora_dropout=0.2"], 2),
+        (["training.eval_steps=2", *BEST], 4),
+        ([*EPOCHS, "training.eval_strategy=epoch"], 2),
+        ([*EPOCHS, "training.eval_steps=1"], 2),
+        ([*EPOCHS, "training.eval_steps=1"], 4),
+    ],
+    ids=["in an epoch", "the last, and the best", "of an epoch", "before an epoch's event", "before the last event"],
+)
+def test_an_evaluation_that_a_signal_has_cut_short_is_made_up(
+    extra: list[str], step: int, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, after = RunTrainer.prediction_step, []
+
+    def signalled(self, *args, **kwargs):
+        if self.is_in_train and self.state.global_step == step:
+            after.append(step)
+            if len(after) == 2:
+                send(signal.SIGUSR1)
+        return predict(self, *args, **kwargs)
+
+    common = ["training.per_device_eval_batch_size=1", "samples.num_prompts=0"]
+    overrides = [*tiny_run, *common, "data.eval_fraction=0.2", *extra]
+    run(load_conf([*overrides, "run_dir=undisturbed"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "prediction_step", signalled)
+        with pytest.raises(RunInterrupted) as caught:
+            run(load_conf([*overrides, "run_dir=r"]))
+    assert caught.value.exit_code == 138 and len(after) == 2
+    last = find_last_checkpoint(Path("r/checkpoints"))
+    assert last is not None and read_step(last) == step and "eval_loss" not in read_logged(last)
+    run(load_conf([*overrides, "run_dir=r"]))
+    told, undisturbed = (
+        [
+            {key: value for key, value in event.items() if key != "time" and not key.endswith(("runtime", "second"))}
+            for event in read_metrics(Path(folder))
+        ]
+        for folder in ("r", "undisturbed")
+    )
+    assert told == undisturbed
+    weights = [Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("r", "undisturbed")]
+    assert weights[0] == weights[1]
+    one, other = read_summary(Path("r")), read_summary(Path("undisturbed"))
+    assert all(one[key] == other[key] for key in ("before", "after", "steps", "weights"))

@@ -145,7 +145,7 @@ def test_the_advice_names_keys_and_values_that_compose() -> None:
 
 def test_the_table_of_failures_names_all_with_their_logs() -> None:
     jobs = [JobState(f"{n}-01234567", "failed", error=f"error {n}\nadvice", log=f"log {n}") for n in range(3)]
-    text = list_failures([(job, f"beta=0.{n}") for n, job in enumerate(jobs)], 5, Path("s"))
+    text = str(list_failures([(job, f"beta=0.{n}") for n, job in enumerate(jobs)], 5, Path("s")))
     assert text.startswith("3 of 5 runs of the sweep failed; sweep.dir=s")
     for n in range(3):
         assert f"{n}-01234567  beta=0.{n}\n      error {n}\n      advice\n      log: log {n}" in text

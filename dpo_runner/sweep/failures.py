@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_runner.config import RunConf
+from dpo_runner.errors import SweepFailed
 from dpo_runner.fitting import list_ways
 from dpo_runner.sweep.states import JobState
 
@@ -48,18 +49,17 @@ def advise_on_memory(conf: RunConf, workers: int, has_advice: bool) -> str:
     return f"try {', or '.join(ways)}" if ways else ""
 
 
-def list_failures(failed: Sequence[tuple[JobState, str]], total: int, path: Path) -> str:
-    """Return the table of all failures as text.
+def list_failures(failed: Sequence[tuple[JobState, str]], total: int, path: Path) -> SweepFailed:
+    """Return the error that has the table of all failures.
 
     Args:
         failed: each job that failed, with what it varies.
         total: how many jobs there are.
         path: the sweep's directory.
     """
-    lines = [
-        f"{len(failed)} of {total} runs of the sweep failed; sweep.dir={path} with the same command tries them again"
-    ]
+    lines = []
     for job, label in failed:
         lines += [f"  {job.name}  {label}", *(f"      {line}" for line in str(job.error).splitlines())]
         lines += [f"      log: {job.log}"] if job.log else []
-    return "\n".join(lines)
+    told = f"{len(failed)} of {total} runs of the sweep failed; sweep.dir={path} with the same command tries them again"
+    return SweepFailed(told, lines)

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_runner.config import WandbConf
-from dpo_runner.console import format_clock, visible
+from dpo_runner.console import Terminal, format_clock, visible
+from dpo_runner.errors import describe_failure
 from dpo_runner.masking import mask_text
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
@@ -29,7 +30,7 @@ class SweepScreen:
     """
 
     def __init__(self, total: int = 0, done: int = 0, workers: int = 1, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or Terminal(soft_wrap=True)
         self._total, self._ended, self._workers = total, done, workers
         self._started = time.monotonic()
         self._seconds: list[float] = []
@@ -83,7 +84,7 @@ class SweepScreen:
         try:
             rebuild_page(path)
         except Exception as error:
-            self.say(f"compare.html cannot be written; {type(error).__name__}: {error}")
+            self.say(f"compare.html cannot be written; {describe_failure(error)}")
             return False
         return True
 

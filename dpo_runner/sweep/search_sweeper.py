@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dpo_runner.artifacts import read_status
 from dpo_runner.config import RunConf
-from dpo_runner.errors import RunError
+from dpo_runner.errors import RunError, SweepFailed, describe_failure
 from dpo_runner.search_config import read_direction
 from dpo_runner.sweep.axes import compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import lock, resolve_sweep_dir
@@ -38,7 +38,7 @@ class OptunaSweeper(GridSweeper):
 
         Raises:
             ConfigError: a point, an axis, the study or the directory cannot be used; nothing was started.
-            RunError: jobs failed, all of which it names.
+            SweepFailed: jobs failed, all of which it names.
             RunInterrupted: a signal stopped the search.
         """
         config_dir = read_config_dir(self._config)
@@ -75,7 +75,7 @@ class OptunaSweeper(GridSweeper):
         while jobs := search.take(count):
             trouble = self._launch(path, jobs, config_dir, handle)
             if trouble is not None:
-                raise RunError(f"the launcher failed: {type(trouble).__name__}: {trouble}") from trouble
+                raise RunError(f"the launcher failed: {describe_failure(trouble)}") from trouble
             if one_by_one:
                 return  # `follow` has told and taken everything
             for name, _ in jobs:
@@ -100,7 +100,7 @@ def _judge(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> 
     """Show every job and the search's outcome.
 
     Raises:
-        RunError: jobs failed, all of which it names.
+        SweepFailed: jobs failed, all of which it names.
     """
     all_labels = read_labels(path)
     jobs = [read_job(path / name) for name in search.list_jobs()]
@@ -114,10 +114,13 @@ def _judge(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> 
         screen.say(f"best: {conf.sweep.search.objective} {value:.4g} with {all_labels[name]}")
         screen.say(f"best directory   {path / name}")
     failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
-    told = [list_failures(failed, len(jobs), path)] if failed else []
-    told += [f"{len(refused)} trials chose what cannot be run:", *(f"  {line}" for line in refused)] if refused else []
-    if told:
-        raise RunError("\n".join(told))
+    unfit = f"{len(refused)} trials chose what cannot be run:"
+    table = [f"  {line}" for line in refused]
+    if failed:
+        failure = list_failures(failed, len(jobs), path)
+        raise SweepFailed(failure.message, [*failure.table, *([unfit, *table] if refused else [])])
+    if refused:
+        raise SweepFailed(unfit, table)
 
 
 def summarize(jobs: Sequence[JobState], path: Path, refused: int = 0) -> list[str]:

@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, describe_failure
 from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
 from dpo_runner.sweep.failures import list_failures
@@ -58,7 +58,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
 
         Raises:
             ConfigError: a point, an axis or the directory cannot be used; nothing was started.
-            RunError: jobs failed, all of which it names.
+            SweepFailed: jobs failed, all of which it names.
             RunInterrupted: a signal stopped the sweep.
         """
         config_dir = read_config_dir(self._config)
@@ -85,9 +85,9 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
             screen.show_result(path, jobs, labels, points[0].conf.wandb)
         failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
         if failed:
-            raise RunError(list_failures(failed, len(jobs), path))
+            raise list_failures(failed, len(jobs), path)
         if trouble is not None:
-            raise RunError(f"the launcher failed: {type(trouble).__name__}: {trouble}") from trouble
+            raise RunError(f"the launcher failed: {describe_failure(trouble)}") from trouble
         return None
 
     def _build_launcher(self, path: Path) -> None:

@@ -24,6 +24,7 @@ from dpo_runner.errors import DpoRunnerError, RunBusy, RunInterrupted, RunPruned
 from dpo_runner.exits import report
 from dpo_runner.masking import mask_text
 from dpo_runner.sweep.states import DONE
+from dpo_runner.terminal import put_error
 
 if TYPE_CHECKING:
     from dpo_runner.base_pool import BasePool
@@ -67,7 +68,7 @@ def perform(
         if isinstance(error, DpoRunnerError):
             report(error)  # run.log has the traceback where there is any
         else:
-            print(mask_text(traceback.format_exc()), file=sys.stderr)
+            put_error(mask_text(traceback.format_exc()))
         update_status(path, state="failed", error=told, **place)
         of_memory = is_out_of_memory(error)
         return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}
@@ -139,7 +140,8 @@ def _output_to(log: Path) -> Iterator[None]:
         yield
     finally:
         for stream, number, handle in zip((sys.stdout, sys.stderr), (1, 2), saved, strict=True):
-            stream.flush()
+            with contextlib.suppress(OSError):  # its disk may be full
+                stream.flush()
             os.dup2(handle, number)
             os.close(handle)
 

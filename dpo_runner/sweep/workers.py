@@ -1,5 +1,6 @@
 """The pool of worker processes: each takes one job after another, and one that dies costs its job alone."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from dpo_runner.sweep.states import DONE
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 30
 _FALSE_STARTS = 3
-_NOTICE = b"\nrunning jobs stop after their step, with a checkpoint; the same signal again stops them at once\n"
+_NOTICE = b"\nrunning jobs stop after their step, with a checkpoint; Ctrl-C again stops them at once\n"
 
 
 class Worker:
@@ -183,9 +184,13 @@ class WorkerPool:
     @contextmanager
     def _signals_stop_it(self) -> Iterator[None]:
         def stop(number: int, frame: Any) -> None:
-            again, self.signal = self.signal is not None, number
+            again = self.signal is not None
+            if again and number != signal.SIGINT:
+                return  # schedulers repeat it, while checkpoints are being written
+            self.signal = self.signal or number
             if not again:
-                os.write(2, _NOTICE)  # what else prints may be in the midst of printing
+                with contextlib.suppress(OSError):  # nobody may be there to read it
+                    os.write(2, _NOTICE)  # what else prints may be in the midst of printing
             for worker in self._workers.values():
                 if again:
                     worker.kill()
