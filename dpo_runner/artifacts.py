@@ -25,6 +25,7 @@ import yaml
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
 from dpo_runner.masking import mask_override, mask_secrets
+from dpo_runner.reading import PUT_BACK, explain_unreadable, read_object
 
 HEARTBEAT_SECONDS = 10
 
@@ -129,7 +130,7 @@ class RunDirectory:
             raise ConfigError(f"`run_dir={self.path}`: cannot be written to; {error.strerror}") from None
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self) -> "Iterator[RunDirectory]":
         """Be the only process that writes here for as long as this lasts, where the file system knows locks.
 
         Raises:
@@ -143,7 +144,7 @@ class RunDirectory:
                 raise RunBusy(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
                 )
-            yield
+            yield self
 
     def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
         text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)
@@ -265,29 +266,53 @@ def update_status(run_dir: Path, **changes: Any) -> None:
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """Return status.json of a run directory, or None where there is none."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    """Return status.json of a run directory, or None where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = path / "status.json"
+    if not file.exists():
         return None
-    assert isinstance(status, dict)
+    remedy = (
+        'write {"state": "interrupted"} into it to continue the run from its last checkpoint, '
+        '{"state": "finished"} where it had ended, or use another run_dir'
+    )
+    status = read_object(file, remedy)
+    if not isinstance(status.get("state"), str):
+        raise ConfigError(f"{file}: cannot be used: it has no `state`; {remedy}")
     return status
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the log events of a run directory, without a last line that a kill has cut off."""
-    try:
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
+    """Return the log events of a run directory, without a last line that a kill has cut off.
+
+    Raises:
+        ConfigError: another line is none.
+    """
+    file = path / "metrics.jsonl"
+    if not file.exists():
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    events = []
+    with explain_unreadable(file, PUT_BACK):
+        lines = file.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        with explain_unreadable(Path(f"{file}:{number}"), "put it back, or delete this line, whose figures are lost"):
+            event = json.loads(line)
+            if not isinstance(event, dict) or not isinstance(event.get("step"), int):
+                raise ValueError("it is no log event")
+            events.append(event)
+    return events
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Return summary.json of a finished run's directory."""
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    assert isinstance(summary, dict)
-    return summary
+    """Return summary.json of a finished run's directory.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    remedy = 'put it back, or write {"state": "interrupted"} into status.json: the same command then makes it again'
+    return read_object(path / "summary.json", remedy)
 
 
 def _now() -> str:

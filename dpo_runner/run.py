@@ -40,6 +40,7 @@ with quiet_imports():
 from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
 from dpo_runner.checkpoint import (
     check_continuable,
+    check_free,
     check_same_inputs,
     check_unused,
     read_epoch,
@@ -88,13 +89,9 @@ def run(
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)
-    status = read_status(path)
-    if status is None:
-        check_unused(path)
-    else:
-        check_continuable(path, status, conf)
-    if status is not None and status["state"] == "finished":
-        console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+    if (status := read_status(path)) is not None:
+        check_free(path, status)
+    if _is_finished(path, status, conf, console):
         return read_summary(path)
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
@@ -125,37 +122,53 @@ def run(
         return None
     assert data is not None and longest is not None and largest is not None
     stopping = Stopping()
-    records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
-    details = {"out_of_memory": records} if records else {}
-    with _recorded(RunDirectory(path), conf, overrides, console, stopping, details) as (directory, tracker):
-        settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
+    with RunDirectory(path).claim() as directory:
+        status = read_status(path)  # another process may have been here while the data was prepared
+        if _is_finished(path, status, conf, console):
+            return read_summary(path)
+        records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
+        details = {"out_of_memory": records} if records else {}
+        with _recorded(directory, conf, overrides, console, stopping, details) as tracker:
+            settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
 
-        def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
-            stopping.end_training()  # of an attempt before, which memory has ended
-            now = with_settings(settled, smaller)
-            return _train(
-                directory,
-                with_settings(conf, smaller),
-                now.engine,
-                build_dpo_config(now, path / "checkpoints"),
-                tokenizer,
-                data,
-                console,
-                tracker,
-                further,
-                bases,
-                records,
-            )
+            def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
+                stopping.end_training()  # of an attempt before, which memory has ended
+                now = with_settings(settled, smaller)
+                return _train(
+                    directory,
+                    with_settings(conf, smaller),
+                    now.engine,
+                    build_dpo_config(now, path / "checkpoints"),
+                    tokenizer,
+                    data,
+                    console,
+                    tracker,
+                    further,
+                    bases,
+                    records,
+                )
 
-        def note(records: Records) -> None:
-            directory.note(out_of_memory=records)
-            tracker.log_out_of_memory(records)
+            def note(records: Records) -> None:
+                directory.note(out_of_memory=records)
+                tracker.log_out_of_memory(records)
 
-        largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
-        summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
-    directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
+            largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
+            summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
+        directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary
+
+
+def _is_finished(path: Path, status: dict[str, Any] | None, conf: RunConf, console: RunConsole) -> bool:
+    """Check that a directory may be written to, and say so where its run has nothing left to do."""
+    if status is None:
+        check_unused(path)
+        return False
+    check_continuable(path, status, conf)
+    if status["state"] != "finished":
+        return False
+    console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+    return True
 
 
 @contextmanager
@@ -166,10 +179,9 @@ def _recorded(
     console: RunConsole,
     stopping: Stopping,
     details: dict[str, Any],
-) -> Iterator[tuple[RunDirectory, Tracker]]:
+) -> Iterator[Tracker]:
     """Keep status.json (`details` from the first), run.log and W&B true to what happens inside, however it ends."""
     with ExitStack() as stack:
-        stack.enter_context(directory.claim())
         stack.enter_context(route_library_logs(directory.log))
         stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
@@ -178,7 +190,7 @@ def _recorded(
         directory.start_heartbeat()
         try:
             with track(conf, directory, console.warn) as tracker:
-                yield directory, tracker
+                yield tracker
         except KeyboardInterrupt as error:
             console.stop_training()
             number = error.args[0] if error.args else signal.SIGINT

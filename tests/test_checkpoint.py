@@ -1,9 +1,11 @@
 """What a checkpoint says of itself, and which folders a run may begin in."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 
 from dpo_runner import load_conf, run
 from dpo_runner.artifacts import RunDirectory, read_metrics, read_status
-from dpo_runner.checkpoint import check_unused, read_epoch, read_step
-from dpo_runner.errors import ConfigError, RunInterrupted
+from dpo_runner.checkpoint import check_free, check_unused, read_epoch, read_step
+from dpo_runner.errors import ConfigError, RunBusy, RunInterrupted
 from dpo_runner.sealing import find_last_checkpoint
 from dpo_runner.sweep.worker import perform
 from dpo_runner.trainer import RunTrainer
@@ -93,6 +95,41 @@ def test_two_processes_do_not_run_in_one_directory(tmp_path: Path) -> None:
         second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "another process is running there; wait for it, or use another run_dir" in second.stderr
     assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_a_run_that_another_process_has_ended_while_data_was_prepared_is_finished(
+    beta: float, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*tiny_run, "run_dir=r", "samples.num_prompts=0", "training.max_steps=1"]
+    module = sys.modules["dpo_runner.run"]
+    load = module.load_preferences
+    left = {}
+
+    def overtaken(*args, **kwargs):
+        monkeypatch.setattr(module, "load_preferences", load)
+        run(load_conf(overrides))
+        left.update({path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()})
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(module, "load_preferences", overtaken)
+    conf = load_conf([*overrides, f"training.beta={beta}"])
+    if beta == 0.1:
+        summary = run(conf)
+        assert summary is not None and summary["steps"] == 1
+    else:
+        with pytest.raises(ConfigError, match=r"`training\.beta=0\.5`: the run in r has 0\.1"):
+            run(conf)
+    assert left and {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == left
+
+
+def test_a_process_of_the_same_number_on_another_machine_is_another_one(tmp_path: Path) -> None:
+    """As in containers, whose first process has the number 1."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    status = {"state": "running", "pid": os.getpid(), "heartbeat": now}
+    check_free(tmp_path, {**status, "host": platform.node()})
+    with pytest.raises(RunBusy, match=f"process {os.getpid()} is running there"):
+        check_free(tmp_path, {**status, "host": f"not-{platform.node()}"})
 
 
 BEST = (  # the first evaluation stays the best, for margins grow
