@@ -17,7 +17,16 @@ from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
-_HARMLESS_KEYS = ("checks.on_out_of_memory",)  # what a run that has ended for want of memory is advised to set
+_HARMLESS_KEYS = (
+    "checks.on_out_of_memory",  # what a run that has ended for want of memory is advised to set
+    *("training.save_strategy", "training.save_steps", "training.save_total_limit"),
+    *("training.logging_strategy", "training.logging_steps", "training.logging_first_step"),
+    *("training.log_level", "training.disable_tqdm"),
+    *("training.dataloader_num_workers", "training.dataloader_prefetch_factor", "training.dataloader_pin_memory"),
+    "training.dataset_num_proc",
+)  # dataloader_persistent_workers is none: without it each epoch draws a random number more
+_EVALUATION_FOLLOWS = "training.logging_steps"
+"""Where training.eval_steps is not set."""
 _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
 """What a run writes before its status.json, beside an empty checkpoints/."""
 
@@ -26,11 +35,6 @@ _CANNOT_TELL = f"without it nobody can tell whether the run may be continued: {P
 
 _MOVABLE = ("model.base",)
 """In environment.json: a path, which may change while the files stay the same."""
-
-
-def read_step(checkpoint: Path) -> int:
-    """Return the number of optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.partition("-")[2])
 
 
 def read_epoch(checkpoint: Path) -> float:
@@ -95,10 +99,13 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         return  # nothing was trained: the run begins anew
     before = _flatten(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
     now = _flatten(mask_secrets(config_keys(conf)))
+    harmless = set(_HARMLESS_KEYS)
+    if conf.training.eval_strategy == "steps" and not conf.training.eval_steps:
+        harmless.remove(_EVALUATION_FOLLOWS)
     mistakes = [
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in _HARMLESS_KEYS
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in harmless
     ]
     if mistakes:
         raise ConfigError(mistakes)

@@ -44,7 +44,6 @@ from dpo_runner.checkpoint import (
     check_same_inputs,
     check_unused,
     read_epoch,
-    read_step,
     was_evaluated,
 )
 from dpo_runner.config import EngineConf, RunConf
@@ -55,7 +54,7 @@ from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrup
 from dpo_runner.fitting import Records, Settings, run_within_memory, show_memory, with_settings
 from dpo_runner.pickles import refuse_pickled_code
 from dpo_runner.plan import build_plan, count_steps
-from dpo_runner.sealing import open_last_checkpoint
+from dpo_runner.sealing import open_last_checkpoint, read_step
 from dpo_runner.tracking import Tracker, track
 
 logger = logging.getLogger(__name__)
@@ -233,7 +232,12 @@ def _train(
     set_seed(conf.seed)
     with watch_memory(LOADING):
         policy = load_policy(conf, bases, console.say)
-    checkpoint = open_last_checkpoint(directory.checkpoints, console.warn)
+    checkpoint = open_last_checkpoint(
+        directory.checkpoints,
+        console.warn,
+        needs_best=conf.training.load_best_model_at_end,
+        examine_all=conf.training.save_total_limit is not None,
+    )
     if checkpoint is not None:
         refuse_pickled_code(checkpoint)
     environment = collect_environment(conf, data, policy.base, policy.model)
@@ -309,6 +313,8 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
     state = trainer.state
     pairs = (state.epoch - epochs_before) * len(trainer.train_dataset)
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and state.best_global_step and not best:  # transformers says nothing
+        raise RunError(f"{trainer.find_best()}: the best checkpoint is gone; the same command makes it again")
     return {
         "steps": state.global_step,
         "train_runtime": round(runtime, 3),

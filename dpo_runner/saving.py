@@ -1,7 +1,9 @@
 """How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from trl import DPOTrainer
 from dpo_runner.artifacts import write_json
 from dpo_runner.engine.token_batches import TokenBatchTrainer
 from dpo_runner.errors import RunError
-from dpo_runner.sealing import list_checkpoints, write_sealed
+from dpo_runner.sealing import list_checkpoints, put_damaged_aside, write_sealed
+
+logger = logging.getLogger(__name__)
 
 # Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
 for _name in ("_save_checkpoint", "_determine_best_metric"):
@@ -26,7 +30,13 @@ PROGRESS_FILE = "progress.json"
 
 
 class SavingTrainer(TokenBatchTrainer):
-    """Saves under another name first; see `sealing.py`."""
+    """Saves under another name first; see `sealing.py`.
+
+    Attributes:
+        say: shows one line to a person.
+    """
+
+    say: Callable[[str], None] = logger.warning
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,9 +46,9 @@ class SavingTrainer(TokenBatchTrainer):
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """With `save_strategy=best` Trainer saves where this is true, and forgets whoever else wants a checkpoint."""
         is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        if self.args.save_strategy != SaveStrategy.BEST:
+        if self.args.save_strategy != SaveStrategy.BEST and not self.args.load_best_model_at_end:
             return is_best
-        self.control.should_save |= is_best
+        self.control.should_save |= is_best  # one between two saves could not be loaded at the end
         self._epoch_ends.put_off(self.control)
         return bool(self.control.should_save)
 
@@ -48,6 +58,7 @@ class SavingTrainer(TokenBatchTrainer):
         self._check_room(folder)
         final = folder / f"checkpoint-{self.state.global_step}"
         write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
+        put_damaged_aside(folder, self.say)
         rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _check_room(self, folder: Path) -> None:
@@ -143,3 +154,4 @@ class _TakingUp(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.take_up(self._progress)
+        state.compute_steps(args, state.max_steps)  # the configuration's rhythm, which may be another by now
