@@ -114,14 +114,12 @@ def test_what_changes_no_result_may_be_another_from_now_on(
 
 def test_the_rhythm_of_the_log_is_no_matter_of_taste_where_evaluation_follows_it(stopped: list[str]) -> None:
     config = Path("r/config.yaml")
-    config.write_text(config.read_text().replace("eval_steps: 2", "eval_steps: null"))
+    config.write_text(config.read_text().replace("eval_steps: 2.0", "eval_steps: null"))
     status = read_status(Path("r")) or {}
-    conf = load_conf([*stopped, "training.eval_steps=null"])
-    check_continuable(Path("r"), status, conf)
+    overrides = [*stopped, "training.eval_steps=null"]
+    check_continuable(Path("r"), status, load_conf(overrides))
     with pytest.raises(ConfigError, match=r"`training\.logging_steps=3"):
-        check_continuable(
-            Path("r"), status, load_conf([*stopped, "training.eval_steps=null", "training.logging_steps=3"])
-        )
+        check_continuable(Path("r"), status, load_conf([*overrides, "training.logging_steps=3"]))
 
 
 def test_a_run_is_not_continued_on_other_data(stopped: list[str], pairs: str) -> None:
@@ -284,9 +282,8 @@ def test_warnings_of_a_training_that_goes_wrong_outlive_its_process(
     monkeypatch.setattr("dpo_runner.drift._EXPLODED", 1.0)  # any rise is one then, of half a nat
     path = Path("r/metrics.jsonl")
     events = [event for event in read_metrics(Path("r")) if event["step"] <= 2]
-    path.write_text(
-        "".join(json.dumps(event | {"loss": 0.01} if "loss" in event else event) + "\n" for event in events)
-    )
+    events = [event | {"loss": 0.01} if "loss" in event else event for event in events]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
     run(load_conf(stopped))
     assert "the loss has risen from 0.01 to" in " ".join(capsys.readouterr().out.split())
 
