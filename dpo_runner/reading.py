@@ -25,11 +25,12 @@ def explain_unreadable(path: Path, remedy: str, *kinds: type[Exception]) -> Iter
     Raises:
         ConfigError: the file is missing, or cannot be used.
     """
+    caught: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError, yaml.YAMLError, *kinds)
     try:
         yield
     except FileNotFoundError:
         raise ConfigError(f"{path}: is missing; {remedy}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, *kinds) as error:
+    except caught as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise ConfigError(f"{place}: cannot be used: {problem or reason_of(error)}; {remedy}") from None

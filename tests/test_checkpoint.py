@@ -16,7 +16,8 @@ from dpo_runner import load_conf, run
 from dpo_runner.artifacts import RunDirectory, read_metrics, read_status
 from dpo_runner.checkpoint import check_continuable, check_free, check_unused, read_epoch
 from dpo_runner.errors import ConfigError, RunBusy, RunInterrupted
-from dpo_runner.sealing import find_last_checkpoint, read_step, write_sealed
+from dpo_runner.sealing import find_last_checkpoint, read_step
+from dpo_runner.sealing import write_sealed as seal
 from dpo_runner.sweep.worker import perform
 from dpo_runner.trainer import RunTrainer
 
@@ -80,11 +81,17 @@ def test_a_checkpoint_that_lacks_its_name_alone_is_of_a_configuration_too(stoppe
     assert Path("r/checkpoints/.saving-checkpoint-2").is_dir()
 
 
-OPERATIONAL = (
-    *("training.save_steps=1", "training.save_total_limit=1", "training.logging_steps=3", "training.log_level=error"),
-    *("training.disable_tqdm=true", "training.dataloader_num_workers=1", "training.dataloader_prefetch_factor=3"),
-    *("training.dataloader_pin_memory=false", "training.dataset_num_proc=1"),
-)
+OPERATIONAL = {
+    (3, 4, 5, 6): [
+        *("training.save_steps=1", "training.save_total_limit=1", "training.logging_steps=3"),
+        *("training.dataloader_num_workers=1", "training.dataloader_prefetch_factor=3", "training.log_level=error"),
+        *("training.dataloader_pin_memory=false", "training.dataset_num_proc=1", "training.disable_tqdm=true"),
+    ],
+    (3, 6): [
+        *("training.save_strategy=epoch", "training.logging_strategy=epoch", "training.logging_first_step=true"),
+    ],
+}
+"""By the steps that are saved then."""
 
 
 def test_what_changes_no_result_may_be_another_from_now_on(
@@ -93,23 +100,23 @@ def test_what_changes_no_result_may_be_another_from_now_on(
     overrides = [*tiny_run, "data.max_train_samples=6", "training.max_steps=6", "lora.lora_dropout=0.2"]
     overrides += ["samples.num_prompts=0", "training.save_total_limit=9"]
     run(load_conf([*overrides, "run_dir=undisturbed"]))
-    interrupt([*overrides, "run_dir=r"], after=2)
-    saved: list[str] = []
-    monkeypatch.setattr(
-        "dpo_runner.saving.write_sealed", lambda path, fill: saved.append(path.name) or write_sealed(path, fill)
-    )
-    run(load_conf([*overrides, "run_dir=r", *OPERATIONAL]))
-    assert saved == [f"checkpoint-{step}" for step in (3, 4, 5, 6)]
-    one, other = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("r", "undisturbed"))
-    assert one == other
-    events = read_metrics(Path("r"))
-    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 6]  # their new rhythm, from here on
-    one, other = (
-        [(event["step"], event["eval_loss"]) for event in read_metrics(Path(folder)) if "eval_loss" in event]
-        for folder in ("r", "undisturbed")
-    )
-    assert one == other
-    assert [path.name for path in Path("r/checkpoints").iterdir()] == ["checkpoint-6"]
+    saved: list[Path] = []
+    monkeypatch.setattr("dpo_runner.saving.write_sealed", lambda path, fill: saved.append(path) or seal(path, fill))
+
+    def read_result(folder: str) -> tuple[bytes, list[tuple[int, float]]]:
+        evaluations = [event for event in read_metrics(Path(folder)) if "eval_loss" in event]
+        weights = Path(folder, "adapter/adapter_model.safetensors").read_bytes()
+        return weights, [(event["step"], event["eval_loss"]) for event in evaluations]
+
+    for number, (steps, changes) in enumerate(OPERATIONAL.items()):
+        interrupt([*overrides, f"run_dir=r{number}"], after=2)
+        saved.clear()
+        run(load_conf([*overrides, f"run_dir=r{number}", *changes]))
+        assert read_result(f"r{number}") == read_result("undisturbed")
+        logged = [event["step"] for event in read_metrics(Path(f"r{number}")) if "loss" in event]
+        assert logged == [1, 2, 3, 6]  # the new rhythm, from here on
+        assert tuple(map(read_step, saved)) == steps
+    assert [path.name for path in Path("r0/checkpoints").iterdir()] == ["checkpoint-6"]
 
 
 def test_the_rhythm_of_the_log_is_no_matter_of_taste_where_evaluation_follows_it(stopped: list[str]) -> None:
