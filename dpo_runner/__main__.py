@@ -72,8 +72,8 @@ def _run_with_hydra() -> None:
 
 def _check_early(conf: RunConf) -> None:
     """Refuse data files that a new run cannot use within a second; one that is continued may have done with them."""
-    from dpo_runner.artifacts import read_status
     from dpo_runner.data.sources import check_local_sources
+    from dpo_runner.reading import read_status
 
     if conf.run_dir is None or read_status(Path(conf.run_dir).expanduser()) is None:
         check_local_sources(conf.data)

@@ -25,6 +25,7 @@ import yaml
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
 from dpo_runner.masking import mask_override, mask_secrets
+from dpo_runner.reading import read_metrics, read_status
 
 HEARTBEAT_SECONDS = 10
 
@@ -132,7 +133,7 @@ class RunDirectory:
             raise ConfigError(f"`run_dir={self.path}`: cannot be written to; {error.strerror}") from None
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self) -> "Iterator[RunDirectory]":
         """Be the only process that writes here for as long as this lasts, where the file system knows locks.
 
         Raises:
@@ -146,7 +147,7 @@ class RunDirectory:
                 raise RunBusy(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
                 )
-            yield
+            yield self
 
     def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
         text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)
@@ -266,32 +267,6 @@ def update_status(run_dir: Path, **changes: Any) -> None:
     """Change status.json of a run that has not begun or has ended, from outside of it; make both where needed."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "status.json", {**(read_status(run_dir) or {}), **changes})
-
-
-def read_status(path: Path) -> dict[str, Any] | None:
-    """Return status.json of a run directory, or None where there is none."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    assert isinstance(status, dict)
-    return status
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the log events of a run directory, without a last line that a kill has cut off."""
-    try:
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return summary.json of a finished run's directory."""
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    assert isinstance(summary, dict)
-    return summary
 
 
 def _now() -> str:

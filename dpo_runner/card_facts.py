@@ -1,6 +1,5 @@
 """What a model card tells of a run, and the part of it that a hub reads by machine."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from dpo_runner.config import RunConf
 from dpo_runner.data.sources import is_hub_id
 from dpo_runner.data_config import SourceConf, resolve_sources
 from dpo_runner.masking import mask_secrets
+from dpo_runner.reading import read_metrics, read_object
 
 LABELS = {
     "loss": "loss",
@@ -52,11 +52,8 @@ class RunFacts:
 
 def read_facts(run_dir: Path, conf: RunConf, reference: str, summary: dict[str, Any]) -> RunFacts:
     """Read the rest of what a card tells from a run's directory, which may lack summary.json yet."""
-    report, environment = (
-        json.loads((run_dir / name).read_text(encoding="utf-8")) for name in ("data_report.json", "environment.json")
-    )
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return RunFacts(conf, reference, summary, report, environment, [json.loads(line) for line in lines])
+    report, environment = (read_object(run_dir / name) for name in ("data_report.json", "environment.json"))
+    return RunFacts(conf, reference, summary, report, environment, read_metrics(run_dir))
 
 
 def hub_base(conf: RunConf, environment: dict[str, Any]) -> str | None:

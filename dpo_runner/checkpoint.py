@@ -2,33 +2,39 @@
 
 import json
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dpo_runner.artifacts import EVENT_KINDS, LOCK_FILE
 from dpo_runner.config import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy
 from dpo_runner.liveness import explain_death
 from dpo_runner.masking import mask_secrets
+from dpo_runner.reading import PUT_BACK, read_mapping, read_metrics, read_object
 from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
-_HARMLESS_KEYS = ("checks.on_out_of_memory",)  # what a run that has ended for want of memory is advised to set
+_HARMLESS_KEYS = (
+    "checks.on_out_of_memory",  # what a run that has ended for want of memory is advised to set
+    *("training.save_strategy", "training.save_steps", "training.save_total_limit"),
+    *("training.logging_strategy", "training.logging_steps", "training.logging_first_step"),
+    *("training.log_level", "training.disable_tqdm"),
+    *("training.dataloader_num_workers", "training.dataloader_prefetch_factor", "training.dataloader_pin_memory"),
+    "training.dataset_num_proc",
+)  # dataloader_persistent_workers is none: without it each epoch draws a random number more
+_EVALUATION_FOLLOWS = "training.logging_steps"
+"""Where training.eval_steps is not set."""
 _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
 """What a run writes before its status.json, beside an empty checkpoints/."""
 
 
+_CANNOT_TELL = f"without it nobody can tell whether the run may be continued: {PUT_BACK}"
+
 _MOVABLE = ("model.base",)
 """In environment.json: a path, which may change while the files stay the same."""
-
-
-def read_step(checkpoint: Path) -> int:
-    """Return the number of optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.partition("-")[2])
 
 
 def read_epoch(checkpoint: Path) -> float:
@@ -61,8 +67,21 @@ def _is_beginning(path: Path) -> bool:
     return path.name in _FIRST or path.name.startswith(tuple(f".{name}-" for name in (*_FIRST, "status.json")))
 
 
+def check_free(run_dir: Path, status: dict[str, Any]) -> None:
+    """Refuse a run that is still going on; not to be asked by who holds its lock, who would lose it so.
+
+    Raises:
+        RunBusy: another process is running there.
+    """
+    own = status.get("pid") == os.getpid() and status.get("host") == platform.node()  # containers all have a process 1
+    if status["state"] == "running" and not own and explain_death(run_dir, status) is None:
+        raise RunBusy(
+            f"`run_dir={run_dir}`: process {status.get('pid')} is running there; wait for it, or use another run_dir"
+        )
+
+
 def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> None:
-    """Refuse to continue a run that is not to be continued, is still going on, or had another configuration.
+    """Refuse to continue a run that is not to be continued, or had another configuration.
 
     Args:
         run_dir: where it is.
@@ -70,28 +89,30 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         conf: what is to be run now.
 
     Raises:
-        RunBusy: another process is running there.
-        ConfigError: with one line for each key that differs from run_dir/config.yaml.
+        ConfigError: with one line for each key that differs from run_dir/config.yaml; or what would be read of it is
+            missing or damaged.
     """
     if conf.resume == "never":
         raise ConfigError(
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
-    if status["state"] == "running" and status["pid"] != os.getpid() and explain_death(run_dir, status) is None:
-        raise RunBusy(
-            f"`run_dir={run_dir}`: process {status['pid']} is running there; wait for it, or use another run_dir"
-        )
     if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
         return  # nothing was trained: the run begins anew
-    before = _flatten(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    before = _flatten(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
     now = _flatten(mask_secrets(config_keys(conf)))
+    harmless = set(_HARMLESS_KEYS)
+    if conf.training.eval_strategy == "steps" and not conf.training.eval_steps:
+        harmless.remove(_EVALUATION_FOLLOWS)
     mistakes = [
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in _HARMLESS_KEYS
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in harmless
     ]
     if mistakes:
         raise ConfigError(mistakes)
+    if status["state"] != "finished":  # what will be read of it, before a model is loaded in vain
+        read_object(run_dir / "environment.json", _CANNOT_TELL)
+        read_metrics(run_dir)
 
 
 def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable[[str], None]) -> None:
@@ -107,7 +128,7 @@ def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable
     """
     before, now = (
         _flatten({part: each.get(part, {}) for part in ("model", "data", "packages", "hardware")})
-        for each in (json.loads((run_dir / "environment.json").read_text(encoding="utf-8")), environment)
+        for each in (read_object(run_dir / "environment.json", _CANNOT_TELL), environment)
     )
     changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     changed = {key: values for key, values in changed.items() if values[0] != values[1] and key not in _MOVABLE}

@@ -9,6 +9,7 @@ from dpo_runner.artifacts import RunDirectory
 from dpo_runner.console import RunConsole
 from dpo_runner.drift import DriftWarnings
 from dpo_runner.errors import RunError
+from dpo_runner.reading import read_metrics
 from dpo_runner.tracking import Tracker
 
 
@@ -31,6 +32,9 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._drift = DriftWarnings(args.beta)
+        for event in read_metrics(self._directory.path):  # of the training so far, where it is continued
+            if "loss" in event:
+                self._drift.note(event)  # what there is to say was said then
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.artifacts import read_summary, write_folder, write_json, write_text
+from dpo_runner.artifacts import write_folder, write_json, write_text
 from dpo_runner.config import RunConf
 from dpo_runner.data.sources import is_hub_id
 from dpo_runner.errors import ConfigError, RunError, reason_of
@@ -18,6 +18,7 @@ from dpo_runner.lineage import digest_weights, trace_origins
 from dpo_runner.masking import mask_secrets
 from dpo_runner.model_config import ModelConf
 from dpo_runner.pickles import refuse_pickled_adapter
+from dpo_runner.reading import read_summary
 from dpo_runner.terminal import put
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ told from weights that are past saving. What is looked at is the whole step, bef
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,11 @@ class FiniteTrainer(SavingTrainer):
         max_skipped: how many steps may be left out before the run stops; 0 stops at the first.
         data: where the training rows come from.
         dumps: folder for the pairs of such steps.
-        say: shows one line to a person.
     """
 
     max_skipped = 0
     data: PreferenceData | None = None
     dumps: Path | None = None
-    say: Callable[[str], None] = logger.warning
     _skipped = _interval_steps = _interval_skipped = 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

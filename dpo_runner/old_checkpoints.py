@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_runner.artifacts import RunDirectory, read_status, read_summary
+from dpo_runner.artifacts import RunDirectory
+from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
+from dpo_runner.reading import read_status, read_summary
 from dpo_runner.run_search import find_runs
 from dpo_runner.sealing import find_last_checkpoint
 
@@ -50,7 +52,7 @@ def find_checkpoints(folders: Sequence[Path]) -> tuple[list[RunCheckpoints], lis
     for resolved, path in sorted(found.items()):
         try:
             run = _judge(path, resolved in named)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             notes.append(f"{path}: cannot be read, so its checkpoints stay; {type(error).__name__}: {error}")
         else:
             runs += [run] if run.old or run.kept else []

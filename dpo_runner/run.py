@@ -3,12 +3,8 @@
 plan -> data -> model -> trainer -> step-0 check -> train -> evaluate -> sample -> save -> summary
 """
 
-import logging
-import signal
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,27 +33,27 @@ with quiet_imports():
     from dpo_runner.vocabulary import describe_padding
     from dpo_runner.weights import save_weights
 
-from dpo_runner.artifacts import RunDirectory, read_status, read_summary, resolve_run_dir
+from dpo_runner.artifacts import RunDirectory, resolve_run_dir
 from dpo_runner.checkpoint import (
     check_continuable,
+    check_free,
     check_same_inputs,
     check_unused,
     read_epoch,
     read_logged,
-    read_step,
 )
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
 from dpo_runner.device_memory import LOADING, PREPARING, watch_memory
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.fitting import Records, Settings, run_within_memory, show_memory, with_settings
 from dpo_runner.pickles import refuse_pickled_code
 from dpo_runner.plan import build_plan, count_steps
-from dpo_runner.sealing import open_last_checkpoint
-from dpo_runner.tracking import Tracker, track
-
-logger = logging.getLogger(__name__)
+from dpo_runner.reading import read_status, read_summary
+from dpo_runner.recording import recorded
+from dpo_runner.sealing import open_last_checkpoint, read_step
+from dpo_runner.tracking import Tracker
 
 
 def run(
@@ -88,13 +84,9 @@ def run(
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)
-    status = read_status(path)
-    if status is None:
-        check_unused(path)
-    else:
-        check_continuable(path, status, conf)
-    if status is not None and status["state"] == "finished":
-        console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+    if (status := read_status(path)) is not None:
+        check_free(path, status)
+    if _is_finished(path, status, conf, console):
         return read_summary(path)
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
@@ -125,82 +117,53 @@ def run(
         return None
     assert data is not None and longest is not None and largest is not None
     stopping = Stopping()
-    records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
-    details = {"out_of_memory": records} if records else {}
-    with _recorded(RunDirectory(path), conf, overrides, console, stopping, details) as (directory, tracker):
-        settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
+    with RunDirectory(path).claim() as directory:
+        status = read_status(path)  # another process may have been here while the data was prepared
+        if _is_finished(path, status, conf, console):
+            return read_summary(path)
+        records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
+        details = {"out_of_memory": records} if records else {}
+        with recorded(directory, conf, overrides, console, stopping, details) as tracker:
+            settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
 
-        def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
-            stopping.end_training()  # of an attempt before, which memory has ended
-            now = with_settings(settled, smaller)
-            return _train(
-                directory,
-                with_settings(conf, smaller),
-                now.engine,
-                build_dpo_config(now, path / "checkpoints"),
-                tokenizer,
-                data,
-                console,
-                tracker,
-                further,
-                bases,
-                records,
-            )
+            def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
+                stopping.end_training()  # of an attempt before, which memory has ended
+                now = with_settings(settled, smaller)
+                return _train(
+                    directory,
+                    with_settings(conf, smaller),
+                    now.engine,
+                    build_dpo_config(now, path / "checkpoints"),
+                    tokenizer,
+                    data,
+                    console,
+                    tracker,
+                    further,
+                    bases,
+                    records,
+                )
 
-        def note(records: Records) -> None:
-            directory.note(out_of_memory=records)
-            tracker.log_out_of_memory(records)
+            def note(records: Records) -> None:
+                directory.note(out_of_memory=records)
+                tracker.log_out_of_memory(records)
 
-        largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
-        summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
-    directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
+            largest = largest.cut(min(filter(None, (longest, conf.training.max_length))))
+            summary, weights = run_within_memory(settled, attempt, records, note, longest, largest, console)
+        directory.write_status("finished", adapter=summary["weights"])  # W&B is closed by now
     console.show_next_steps(path, weights, tracker.commands())
     return summary
 
 
-@contextmanager
-def _recorded(
-    directory: RunDirectory,
-    conf: RunConf,
-    overrides: Sequence[str],
-    console: RunConsole,
-    stopping: Stopping,
-    details: dict[str, Any],
-) -> Iterator[tuple[RunDirectory, Tracker]]:
-    """Keep status.json (`details` from the first), run.log and W&B true to what happens inside, however it ends."""
-    with ExitStack() as stack:
-        stack.enter_context(directory.claim())
-        stack.enter_context(route_library_logs(directory.log))
-        console.note_trouble()
-        stack.enter_context(stopping.on_signals())
-        stack.callback(directory.stop_heartbeat)
-        directory.write_config(conf, overrides)
-        directory.write_status("running", **details)
-        directory.start_heartbeat()
-        try:
-            with track(conf, directory, console.warn) as tracker:
-                yield directory, tracker
-        except KeyboardInterrupt as error:
-            console.stop_training()
-            number = error.args[0] if error.args else signal.SIGINT
-            directory.write_last_status("interrupted", error=signal.Signals(number).name)
-            raise RunInterrupted(
-                f"interrupted; continue with the same command and run_dir={directory.path}", signal_number=number
-            ) from None
-        except RunPruned as error:
-            console.stop_training()
-            console.say(str(error))
-            directory.write_last_status("pruned", step=error.step, steps=error.steps)
-            directory.drop_checkpoints()  # nobody continues it
-            raise
-        except (Exception, SystemExit) as error:
-            console.stop_training()
-            logger.error("the run failed\n%s", traceback.format_exc())
-            told = describe_failure(error)
-            directory.write_last_status("failed", error=told)
-            if isinstance(error, DpoRunnerError):
-                raise
-            raise RunError(f"{told}; the traceback is in {directory.log}") from error
+def _is_finished(path: Path, status: dict[str, Any] | None, conf: RunConf, console: RunConsole) -> bool:
+    """Check that a directory may be written to, and say so where its run has nothing left to do."""
+    if status is None:
+        check_unused(path)
+        return False
+    check_continuable(path, status, conf)
+    if status["state"] != "finished":
+        return False
+    console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+    return True
 
 
 def _train(
@@ -222,7 +185,12 @@ def _train(
     set_seed(conf.seed)
     with watch_memory(LOADING):
         policy = load_policy(conf, bases, console.say)
-    checkpoint = open_last_checkpoint(directory.checkpoints, console.warn)
+    checkpoint = open_last_checkpoint(
+        directory.checkpoints,
+        console.warn,
+        needs_best=conf.training.load_best_model_at_end,
+        examine_all=conf.training.save_total_limit is not None,
+    )
     if checkpoint is not None:
         refuse_pickled_code(checkpoint)
     environment = collect_environment(conf, data, policy.base, policy.model)
@@ -299,6 +267,8 @@ def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> di
     state = trainer.state
     pairs = (state.epoch - epochs_before) * len(trainer.train_dataset)
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and state.best_global_step and not best:  # transformers says nothing
+        raise RunError(f"{trainer.find_best()}: the best checkpoint is gone; the same command makes it again")
     return {
         "steps": state.global_step,
         "train_runtime": round(runtime, 3),

@@ -1,10 +1,11 @@
 """How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
 
 import json
+import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from trl import DPOTrainer
 from dpo_runner.artifacts import write_json
 from dpo_runner.engine.token_batches import TokenBatchTrainer
 from dpo_runner.errors import RunError
-from dpo_runner.sealing import list_checkpoints, write_sealed
+from dpo_runner.sealing import list_checkpoints, put_damaged_aside, write_sealed
+
+logger = logging.getLogger(__name__)
 
 # Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
 for _name in ("_save_checkpoint", "_determine_best_metric", "_maybe_log_save_evaluate", "_evaluate"):
@@ -35,7 +38,13 @@ class EvaluationCut(KeyboardInterrupt):
 
 
 class SavingTrainer(TokenBatchTrainer):
-    """Saves under another name first; see `sealing.py`."""
+    """Saves under another name first; see `sealing.py`.
+
+    Attributes:
+        say: shows one line to a person.
+    """
+
+    say: Callable[[str], None] = logger.warning
 
     _due: dict[str, Any] | None = None
 
@@ -47,9 +56,9 @@ class SavingTrainer(TokenBatchTrainer):
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """With `save_strategy=best` Trainer saves where this is true, and forgets whoever else wants a checkpoint."""
         is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        if self.args.save_strategy != SaveStrategy.BEST:
+        if self.args.save_strategy != SaveStrategy.BEST and not self.args.load_best_model_at_end:
             return is_best
-        self.control.should_save |= is_best
+        self.control.should_save |= is_best  # one between two saves could not be loaded at the end
         self._epoch_ends.put_off(self.control)
         return bool(self.control.should_save)
 
@@ -85,6 +94,7 @@ class SavingTrainer(TokenBatchTrainer):
         self._check_room(folder)
         final = folder / f"checkpoint-{self.state.global_step}"
         write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
+        put_damaged_aside(folder, self.say)
         rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _check_room(self, folder: Path) -> None:
@@ -200,6 +210,7 @@ class _TakingUp(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.take_up(self._progress)
+        state.compute_steps(args, state.max_steps)  # the configuration's rhythm, which may be another by now
         self._trainer.make_up(self._progress)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpo_runner.errors import RunError, is_disk_full, reason_of
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING, _DAMAGED = ".saving-", "damaged-"
+_ASIDE = re.compile(rf"{_DAMAGED}checkpoint-(\d+)(_\d+)?")
 _CHUNK = 2**24
 _NEXT_TO_NOTHING = 2**16  # bytes free on a disk that is full
 
@@ -107,11 +109,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files have the sizes that were sealed, or None; nothing is changed."""
-    return next((path for path in list_checkpoints(folder) if explain_damage(path, whole=False) is None), None)
+    """Return the newest checkpoint whose files have the sizes that were sealed, or None; nothing is changed.
+
+    One that was sealed when a kill came before it had its name counts too: `open_last_checkpoint` gives it that.
+    """
+    unnamed = [rest for rest in folder.glob(f"{_STAGING}checkpoint-*") if _lacks_name(rest)]
+    found = sorted([*list_checkpoints(folder), *unnamed], key=read_step, reverse=True)
+    return next((path for path in found if explain_damage(path, whole=False) is None), None)
 
 
-def open_last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+def read_step(checkpoint: Path) -> int:
+    """Return the number of optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def open_last_checkpoint(
+    folder: Path, tell: Callable[[str], None], needs_best: bool = False, examine_all: bool = False
+) -> Path | None:
     """Return the newest checkpoint that is what was sealed, to the bit, or None.
 
     Newer ones that are not are put aside under another name. A save that was cut off is finished where only its name
@@ -122,26 +136,84 @@ def open_last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | No
     Args:
         folder: of a run that nobody else has in hand.
         tell: shows one line to a person.
+        needs_best: the run ends with its best weights. Where these are lost, a checkpoint that was made after them is
+            put aside too: from one before them they are made again.
+        examine_all: read older ones too, which are going to be counted and deleted.
     """
     for rest in sorted(folder.glob(f"{_STAGING}*")):  # sorted: a new one comes before the old one that it replaces
         named = rest.with_name(rest.name.removeprefix(_STAGING))
-        if _NAME.fullmatch(named.name) and not named.exists() and explain_damage(rest, whole=True) is None:
+        if _lacks_name(rest) and explain_damage(rest, whole=True) is None:
             rest.rename(named)
         else:
             shutil.rmtree(rest)
+    explain = cache(lambda path: explain_damage(path, whole=True))
+    found = list_checkpoints(folder)
+    last = None
+    for path in found:
+        if last is not None and not examine_all:
+            break
+        damage = explain(path)
+        if damage is None and last is None and needs_best:
+            damage = _explain_lost_best(path, explain)
+        if damage is not None:
+            _put_aside(path, damage, tell)
+        elif last is None:
+            last = path
+    if found and last is None:
+        tell(f"{folder} holds no other checkpoint: the run begins anew")
+    return last
+
+
+def put_damaged_aside(folder: Path, tell: Callable[[str], None]) -> None:
+    """Put checkpoints aside whose files are missing or cut off, so that none is counted, or deleted without a word."""
     for path in list_checkpoints(folder):
-        damage = explain_damage(path, whole=True)
-        if damage is None:
-            return path
-        aside = _put_aside(path)
-        tell(f"{path} is not continued from: {damage}; it is kept as {aside.name}")
-    return None
+        if damage := explain_damage(path, whole=False):
+            _put_aside(path, damage, tell)
 
 
-def _put_aside(path: Path) -> Path:
+def _lacks_name(rest: Path) -> bool:
+    """Whether a folder with a checkpoint's temporary name is the only one of that checkpoint."""
+    named = rest.with_name(rest.name.removeprefix(_STAGING))
+    return _NAME.fullmatch(named.name) is not None and not named.exists()
+
+
+def _explain_lost_best(checkpoint: Path, explain: Callable[[Path], str | None]) -> str | None:
+    """Say why a run that continues from `checkpoint` could not end with its best weights; None where it could."""
+    step = _read_best(checkpoint)
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if not step or best == checkpoint or (damage := explain(best)) is None:
+        return None
+    if not best.exists():
+        if _gave_way(step, checkpoint):
+            return None
+        damage = "it is not there any more"
+    return f"the run is to end with the best one so far, {best.name}, and {damage}"
+
+
+def _gave_way(best: int, checkpoint: Path) -> bool:
+    """Whether what was the best at `checkpoint` was deleted for a better one, which will be made again from there.
+
+    That one was newer and is damaged itself, or it would be continued from.
+    """
+    aside = {path: int(match[1]) for path in checkpoint.parent.iterdir() if (match := _ASIDE.fullmatch(path.name))}
+    newer = [path for path, step in aside.items() if step > read_step(checkpoint)]
+    return bool(newer) and best not in aside.values() and all(_read_best(path) != best for path in newer)
+
+
+def _read_best(checkpoint: Path) -> int | None:
+    """Return the step of the best checkpoint so far, as one tells that may be damaged."""
+    try:
+        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["best_global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _put_aside(path: Path, damage: str, tell: Callable[[str], None]) -> None:
     names = (f"{_DAMAGED}{path.name}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    return path.rename(aside)
+    path.rename(aside)
+    tell(f"{path} is not continued from: {damage}; it is kept as {aside.name}")
 
 
 def _digest(file: Path) -> str:

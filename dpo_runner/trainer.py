@@ -123,7 +123,7 @@ class RunTrainer(WatchingTrainer):
         best = self.find_best()
         assert best is not None
         if damage := explain_damage(best, whole=True):
-            raise RunError(f"{best}: the best checkpoint cannot be loaded; {damage}")
+            raise RunError(f"{best}: the best checkpoint cannot be loaded; {damage}; the same command makes it again")
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 

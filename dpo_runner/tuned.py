@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from dpo_runner.artifacts import read_status
 from dpo_runner.config import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
 from dpo_runner.model_config import ModelConf
+from dpo_runner.reading import PUT_BACK, explain_unreadable, read_status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,9 +38,14 @@ def check_finished(run_dir: Path) -> None:
 
 
 def read_run_conf(run_dir: Path) -> RunConf:
-    """Return the configuration that a run was started with, from its config.yaml."""
-    written = OmegaConf.load(run_dir / "config.yaml")
-    conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConf), written))
+    """Return the configuration that a run was started with, from its config.yaml.
+
+    Raises:
+        ConfigError: it is missing, damaged or no run's.
+    """
+    path = run_dir / "config.yaml"
+    with explain_unreadable(path, PUT_BACK, OmegaConfBaseException):
+        conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConf), OmegaConf.load(path)))
     assert isinstance(conf, RunConf)
     return conf
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import read_metrics, read_status, read_summary
+from dpo_runner.reading import read_metrics, read_status, read_summary
 from dpo_runner.stopping import SIGNALS
 
 TINY = [

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_summary
 from dpo_runner.card import write_card
 from dpo_runner.card_facts import LABELS, RunFacts, read_facts
 from dpo_runner.citations import list_citations
 from dpo_runner.export import main as export
+from dpo_runner.reading import read_summary
 from dpo_runner.tuned import load_tuned_model, read_run_conf
 
 SECRET = "hf_" + "A1b2C3d4" * 4

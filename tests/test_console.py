@@ -10,10 +10,10 @@ import pytest
 from programs import start_python
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_status
 from dpo_runner.console import RunConsole, Terminal
 from dpo_runner.errors import RunError
 from dpo_runner.exits import report
+from dpo_runner.reading import read_status
 from dpo_runner.terminal import put
 
 

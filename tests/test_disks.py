@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_metrics, read_status
 from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.reading import read_metrics, read_status
 from dpo_runner.sealing import explain_damage, find_last_checkpoint
 from dpo_runner.trainer import RunTrainer
 

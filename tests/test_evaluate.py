@@ -10,9 +10,9 @@ from conftest import ROWS, run_main
 
 from dpo_runner import evaluate as command
 from dpo_runner import evaluation_work, load_conf, run, scoring
-from dpo_runner.artifacts import read_summary
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.evaluate import evaluate, main
+from dpo_runner.reading import read_summary
 
 FILES = ("pairs.jsonl", "answers.jsonl")
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_summary
 from dpo_runner.evaluate import evaluate
+from dpo_runner.reading import read_summary
 
 SFT = {
     "continue": ["lora=none", "model.adapter=SFT"],

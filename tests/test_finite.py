@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_metrics
 from dpo_runner.engine.token_batches import TokenBatchTrainer
 from dpo_runner.errors import RunError
+from dpo_runner.reading import read_metrics
 
 WAYS = ["engine.max_tokens_per_micro_batch=null", "engine.max_tokens_per_micro_batch=0", "engine.shared_prefix=false"]
 

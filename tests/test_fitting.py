@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from dpo_runner import device_memory, load_conf, run
-from dpo_runner.artifacts import read_metrics, read_status, update_status
+from dpo_runner.artifacts import update_status
 from dpo_runner.device_memory import (
     ANSWERING,
     EVALUATION,
@@ -29,6 +29,7 @@ from dpo_runner.device_memory import (
 )
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.fitting import find_smaller, list_ways, with_settings
+from dpo_runner.reading import read_metrics, read_status
 from dpo_runner.trainer import RunTrainer
 
 OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second)$")

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from dpo_runner import artifacts, load_conf
-from dpo_runner.artifacts import LOCK_FILE, RunDirectory, read_status, update_status
+from dpo_runner import artifacts
+from dpo_runner.artifacts import LOCK_FILE, RunDirectory, update_status
 from dpo_runner.chat import main as chat
-from dpo_runner.checkpoint import check_continuable
+from dpo_runner.checkpoint import check_free
 from dpo_runner.compare import main as compare
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death, is_process_alive
+from dpo_runner.reading import read_status
 from dpo_runner.run_records import read_runs
 from dpo_runner.sweep.states import read_job
 
@@ -68,7 +69,7 @@ def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "s
     os.kill(other.pid, signal.SIGSTOP)  # as a laptop that is closed
     assert read_job(run_dir).state == "running"
     with pytest.raises(ConfigError, match=f"process {other.pid} is running there"):
-        check_continuable(run_dir, change_status(), load_conf(["run_dir=r"]))
+        check_free(run_dir, change_status())
     os.kill(other.pid, signal.SIGCONT)
 
     other.kill()
@@ -76,7 +77,7 @@ def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "s
     killed = f"its process, {other.pid}, was killed, or went down with the machine"
     for heartbeat in (now(), LONG_AGO):
         assert explain_death(run_dir, change_status(heartbeat=heartbeat)) == killed
-    check_continuable(run_dir, change_status(), load_conf(["run_dir=r"]))
+    check_free(run_dir, change_status())
 
 
 def test_everything_that_lists_runs_says_so(other: "subprocess.Popen[str]", capsys, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from dpo_runner.artifacts import update_status
 from dpo_runner.cache import main
 from dpo_runner.errors import ConfigError
 from dpo_runner.old_checkpoints import find_checkpoints
-from dpo_runner.sealing import find_last_checkpoint, write_sealed
+from dpo_runner.sealing import MANIFEST, find_last_checkpoint, write_sealed
 
 
 def make_run(
@@ -35,6 +35,7 @@ def make_run(
         write_sealed(folder / f"checkpoint-{step}", fill)
     for name in ("damaged-checkpoint-3", ".saving-checkpoint-8"):
         shutil.copytree(folder / f"checkpoint-{steps[0]}", folder / name)
+    (folder / ".saving-checkpoint-8" / MANIFEST).unlink()
     (folder / "notes.txt").write_text("mine")
     (path / "adapter").mkdir()
     (path / "adapter" / "adapter_model.safetensors").write_bytes(b"result")
@@ -104,6 +105,14 @@ def test_of_one_that_is_named_all_go_but_the_best_and_the_one_it_continues_from(
     assert run_main(main, "checkpoints", str(run_dir), "--clear") == 0
     assert names_in(run_dir) == {"notes.txt", "checkpoint-2", "checkpoint-4"}
     assert find_last_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints" / "checkpoint-4"
+
+
+def test_a_checkpoint_that_lacks_its_name_alone_is_continued_from_and_stays(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "r", "failed")
+    folder = run_dir / "checkpoints"
+    (folder / "checkpoint-6").rename(folder / ".saving-checkpoint-6")
+    assert run_main(main, "checkpoints", str(run_dir), "--clear") == 0
+    assert names_in(run_dir) == {"notes.txt", ".saving-checkpoint-6"}
 
 
 def test_a_run_that_is_going_on_is_left_alone_though_it_is_named(

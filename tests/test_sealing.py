@@ -17,6 +17,7 @@ from dpo_runner.sealing import (
     find_last_checkpoint,
     list_checkpoints,
     open_last_checkpoint,
+    read_step,
     seal,
     write_sealed,
 )
@@ -111,13 +112,71 @@ def test_a_damaged_one_is_put_aside_and_the_one_before_it_is_taken(
     assert open_last_checkpoint(checkpoints, told.append) == before and len(told) == 1
 
 
+def test_older_ones_are_read_too_where_they_are_going_to_be_counted(checkpoints: Path) -> None:
+    newest, before = list_checkpoints(checkpoints)
+    flip(before / "optimizer.pt", newest / "optimizer.pt")
+    told: list[str] = []
+    assert open_last_checkpoint(checkpoints, told.append) == newest and not told
+    assert open_last_checkpoint(checkpoints, told.append, examine_all=True) == newest
+    assert told == [
+        f"{before} is not continued from: optimizer.pt is not what was written; it is kept as damaged-checkpoint-2"
+    ]
+    assert names_in(checkpoints) == {"checkpoint-4", "damaged-checkpoint-2"}
+
+
+def test_one_that_lacks_its_name_alone_is_found(checkpoints: Path) -> None:
+    newest, before = list_checkpoints(checkpoints)
+    unnamed = newest.rename(newest.with_name(f".saving-{newest.name}"))
+    assert find_last_checkpoint(checkpoints) == unnamed and read_step(unnamed) == 4
+    (unnamed / MANIFEST).unlink()
+    assert find_last_checkpoint(checkpoints) == before
+
+
+def write_steps(folder: Path, best: dict[int, int | None]) -> None:
+    """Write checkpoints at some steps, each with the step of the best one so far."""
+    for step, best_step in best.items():
+        state = json.dumps({"best_global_step": best_step})
+        write_sealed(folder / f"checkpoint-{step}", lambda path, state=state: fill_state(path, state))
+
+
+def fill_state(path: Path, state: str) -> None:
+    (path / "trainer_state.json").write_text(state)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_where_the_best_is_lost_one_before_it_is_taken(gone: bool, tmp_path: Path) -> None:
+    write_steps(tmp_path, {2: None, 4: 4, 6: 4, 8: 4})
+    if gone:
+        shutil.rmtree(tmp_path / "checkpoint-4")
+    else:
+        (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("damaged")
+    assert open_last_checkpoint(tmp_path, pytest.fail) == tmp_path / "checkpoint-8"  # its best is not asked for
+    told: list[str] = []
+    found = open_last_checkpoint(tmp_path, told.append, needs_best=True)
+    assert told[0].startswith(f"{tmp_path / 'checkpoint-8'} is not continued from: the run is to end with the best one")
+    assert "checkpoint-4, and" in told[0] and told[0].endswith("; it is kept as damaged-checkpoint-8")
+    assert found == tmp_path / "checkpoint-2"
+    aside = {"damaged-checkpoint-8", "damaged-checkpoint-6", *([] if gone else ["damaged-checkpoint-4"])}
+    assert names_in(tmp_path) == {"checkpoint-2", *aside} and len(told) == len(aside)
+
+
+def test_a_best_one_that_gave_way_to_a_newer_one_is_not_missed(tmp_path: Path) -> None:
+    write_steps(tmp_path, {6: 4, 8: 8})
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    told: list[str] = []
+    assert open_last_checkpoint(tmp_path, told.append, needs_best=True) == tmp_path / "checkpoint-6"
+    (line,) = told
+    assert "trainer_state.json is missing" in line
+
+
 def test_where_all_are_damaged_there_is_none(checkpoints: Path) -> None:
     for path in list_checkpoints(checkpoints):
         (path / "optimizer.pt").unlink()
     assert find_last_checkpoint(checkpoints) is None
     (checkpoints / "checkpoint-best").mkdir()
     told: list[str] = []
-    assert open_last_checkpoint(checkpoints, told.append) is None and len(told) == 2
+    assert open_last_checkpoint(checkpoints, told.append) is None and len(told) == 3
+    assert told[-1] == f"{checkpoints} holds no other checkpoint: the run begins anew"
     assert open_last_checkpoint(checkpoints / "absent", told.append) is None
 
 

@@ -16,9 +16,10 @@ from optuna.trial import TrialState
 from sweeps import finish, furnish, kill_while_held, start, wait_until
 from test_search_space import space_of
 
-from dpo_runner.artifacts import read_status, update_status, write_json
+from dpo_runner.artifacts import update_status, write_json
 from dpo_runner.config import SweepConf, load_conf
 from dpo_runner.errors import ConfigError, RunError, RunPruned
+from dpo_runner.reading import read_status
 from dpo_runner.run_records import read_runs
 from dpo_runner.search_config import SearchConf, list_objectives
 from dpo_runner.sweep.directory import resolve_sweep_dir

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_runner import load_conf, run
-from dpo_runner.artifacts import read_metrics, read_summary
 from dpo_runner.checkpoint import read_logged, read_step
 from dpo_runner.errors import RunInterrupted
+from dpo_runner.reading import read_metrics, read_summary
 from dpo_runner.saving import EvaluationCut
 from dpo_runner.sealing import find_last_checkpoint
 from dpo_runner.stopping import SIGNALS, Stopping

@@ -17,7 +17,7 @@ from programs import run_python
 from sweeps import finish, furnish, kill_while_held, release_stopped, start, wait_until
 from test_compare_page import read_payload
 
-from dpo_runner.artifacts import read_status
+from dpo_runner.reading import read_status
 from dpo_runner.sweep.states import read_jobs
 
 

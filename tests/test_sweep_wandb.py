@@ -13,7 +13,7 @@ import pytest
 from sweeps import finish, furnish, start, wait_until
 from wandb_server import API_KEY, WandbServer
 
-from dpo_runner.artifacts import read_status
+from dpo_runner.reading import read_status
 from dpo_runner.sweep.states import read_jobs
 
 WANDB = str(Path(sys.executable).parent / "wandb")

@@ -14,9 +14,10 @@ from unittest.mock import Mock
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_runner.artifacts import read_status, update_status
+from dpo_runner.artifacts import update_status
 from dpo_runner.config import load_conf
 from dpo_runner.errors import RunError
+from dpo_runner.reading import read_status
 from dpo_runner.sweep.directory import lock
 from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher

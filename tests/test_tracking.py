@@ -65,7 +65,7 @@ def test_disabled_means_disabled(tiny_run, tmp_path: Path) -> None:
 def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
-    from dpo_runner.artifacts import read_status
+    from dpo_runner.reading import read_status
 
     class GiveUp(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:

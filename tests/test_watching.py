@@ -13,10 +13,11 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from dpo_runner import artifacts, load_conf, run
-from dpo_runner.artifacts import RunDirectory, read_metrics
+from dpo_runner.artifacts import RunDirectory
 from dpo_runner.console import RunConsole
 from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
+from dpo_runner.reading import read_metrics
 from dpo_runner.trainer import RunTrainer
 
 DAY = 86_400

@@ -160,14 +160,15 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
     A bfloat16 value survives oneDNN's rounding of fp32 factors to bfloat16, and sums are in fp32 either way.
     """
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
+    precision = settings.fp32_precision
     if dtype == torch.bfloat16:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        settings.fp32_precision = "bf16"
     try:
         with torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
+        settings.fp32_precision = precision
 
 
 def _hide_later(device: torch.device) -> torch.Tensor:

@@ -54,7 +54,7 @@ class LoraProduct(torch.autograd.Function):
         return of_x, None, None, of_A.to(ctx.dtypes[0]), of_B.to(ctx.dtypes[1]), None
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether a layer is PEFT's LoRA, without further ado, on a frozen linear layer that nobody has changed."""
     if type(layer) is not LoraLinear or layer.lora_variant or layer.fan_in_fan_out:
         return False

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dpo_runner.artifacts import read_status
 from dpo_runner.config import RunConf
 from dpo_runner.errors import RunError, SweepFailed, describe_failure
+from dpo_runner.reading import read_status
 from dpo_runner.search_config import read_direction
 from dpo_runner.sweep.axes import compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import lock, resolve_sweep_dir

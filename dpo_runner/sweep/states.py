@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import read_metrics, read_status, read_summary
-from dpo_runner.checkpoint import read_step
 from dpo_runner.liveness import explain_death
-from dpo_runner.sealing import find_last_checkpoint
+from dpo_runner.reading import read_metrics, read_status, read_summary
+from dpo_runner.sealing import find_last_checkpoint, read_step
 from dpo_runner.sweep.names import split_name
 
 DONE = ("finished", "pruned")

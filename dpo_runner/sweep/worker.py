@@ -17,12 +17,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dpo_runner.artifacts import read_status, update_status
+from dpo_runner.artifacts import update_status
 from dpo_runner.config import RunConf
 from dpo_runner.device_memory import OutOfMemory, is_out_of_memory
 from dpo_runner.errors import DpoRunnerError, RunBusy, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.exits import report
 from dpo_runner.masking import mask_text
+from dpo_runner.reading import read_status
 from dpo_runner.sweep.states import DONE
 from dpo_runner.terminal import put_error
 

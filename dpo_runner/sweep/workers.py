@@ -15,8 +15,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import read_status, update_status
+from dpo_runner.artifacts import update_status
 from dpo_runner.errors import RunError
+from dpo_runner.reading import read_status
 from dpo_runner.sweep.failures import advise_on_memory, count_oom_kills, describe_death
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.states import DONE
