@@ -219,7 +219,7 @@ def check_case(overrides: list[str], flags: list[str], file: tuple[str, str] | N
         given_flags = [*flags, *(["--config-dir", config_dir] if config_dir else [])]
         mistakes = check_command_line([*given_flags, *chosen])
         if mistakes:
-            _check_refusal(mistakes)
+            _check_refusal(mistakes, given=f"{chosen}{file}")
             return False
         if flags:
             return True  # of sweeps, and of what only prints, there is no one configuration
@@ -236,7 +236,7 @@ def check_case(overrides: list[str], flags: list[str], file: tuple[str, str] | N
     return True
 
 
-def _check_refusal(mistakes: list[str]) -> None:
+def _check_refusal(mistakes: list[str], given: str = "") -> None:
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         code = report(ConfigError(mistakes))
@@ -247,7 +247,8 @@ def _check_refusal(mistakes: list[str]) -> None:
         assert line.startswith("error: ") and len(line) > len("error: x"), line
         assert len(line) < 3000, f"a line of {len(line)} characters"
         assert not any(character != "\t" and not _is_shown(character) for character in line), repr(line)
-        assert "object at 0x" not in line and "Traceback" not in line, line
+        for inside in ("object at 0x", "Traceback"):
+            assert inside not in line or inside in given, line
 
 
 def _is_shown(character: str) -> bool:

@@ -161,3 +161,23 @@ def test_row_by_row_gives_what_a_mask_gives(pairs: list[PairLengths]) -> None:
     )
     for expected, found in zip(exact, ours, strict=True):
         assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_products_in_fp32_lose_nothing_and_leave_the_setting_alone() -> None:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    torch.manual_seed(0)
+    factors = torch.randn(2, 3, 90, 64).bfloat16()
+    exact = torch.bmm(factors[0].double(), factors[1].double().transpose(1, 2))
+    with cpu_attention._products_of(torch.bfloat16):
+        inside = torch.bmm(factors[0].float(), factors[1].float().transpose(1, 2))
+    assert inside.dtype == torch.float32
+    assert (inside - exact).norm() <= 1e-6 * exact.norm()  # of bfloat16 results it would be 1e-3
+    finer = torch.randn(3, 90, 64)  # not of 16 bits: nothing may be rounded
+    with cpu_attention._products_of(torch.float32):
+        product = torch.bmm(finer, finer.transpose(1, 2))
+    exact = torch.bmm(finer.double(), finer.double().transpose(1, 2))
+    assert (product - exact).norm() <= 1e-6 * exact.norm()
+    with pytest.raises(RuntimeError), cpu_attention._products_of(torch.bfloat16):
+        raise RuntimeError
+    assert settings.fp32_precision == before

@@ -16,6 +16,8 @@ gradient up to the rounding of fp32 sums. Left alone: norms whose weight is trai
 **Gated SiLU**, silu(gate) · up: autograd keeps silu(gate) beside its factors; here the backward pass computes it again,
 to the bit.
 
+On CPUs a plain LoRA layer is one function besides (`lora_layers.py`).
+
 The last two are for CPUs, and for models whose norm and MLP are, instruction for instruction, Llama's (Mistral, Qwen
 2 and 3, SmolLM and others have copies of them); others keep their own.
 """

@@ -37,18 +37,19 @@ class LoraProduct(torch.autograd.Function):
         rows, down, up = x.reshape(-1, x.size(-1)), lora_A.to(x.dtype), lora_B.to(x.dtype)
         inner = torch.mm(rows, down.t()).mul_(scaling)
         output = F.linear(rows, weight, bias).addmm_(inner, up.t())
-        ctx.save_for_backward(rows, weight, down, up, inner)
+        of_x = (weight, down) if ctx.needs_input_grad[0] else (None, None)
+        ctx.save_for_backward(rows, up, inner, *of_x)
         ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, A and B, in their shapes and dtypes."""
-        rows, weight, down, up, inner = ctx.saved_tensors
+        rows, up, inner, weight, down = ctx.saved_tensors
         outer = gradients[0].reshape(-1, up.size(0))
         of_inner = torch.mm(outer, up).mul_(ctx.scaling)
         of_x = None
-        if ctx.needs_input_grad[0]:
+        if weight is not None:
             of_x = torch.mm(outer, weight).addmm_(of_inner, down).view(*gradients[0].shape[:-1], -1)
         of_A, of_B = torch.mm(of_inner.t(), rows), torch.mm(outer.t(), inner)
         return of_x, None, None, of_A.to(ctx.dtypes[0]), of_B.to(ctx.dtypes[1]), None
