@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_runner.imports import quiet_imports
 from dpo_runner.masking import mask_text
 
 _CHATTY = ("transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "wandb", "huggingface_hub")
@@ -30,19 +30,6 @@ class _Masking(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_text(super().format(record))
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Keep what libraries print while they are imported away from the terminal, unless the import fails."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(previous)
 
 
 @contextlib.contextmanager

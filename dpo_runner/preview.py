@@ -212,7 +212,7 @@ def _preview(args: argparse.Namespace) -> None:
     targets = {flag: path for flag, path in (("--html", args.html), ("--dropped", args.dropped)) if path is not None}
     check_targets(targets)
 
-    from dpo_runner.logs import quiet_imports
+    from dpo_runner.imports import quiet_imports
 
     with quiet_imports():
         from dpo_runner.data import load_preferences

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.logs import quiet_imports, route_library_logs
+from dpo_runner.imports import quiet_imports
+from dpo_runner.logs import route_library_logs
 
 with quiet_imports():
     from transformers import TrainerCallback, TrainerState, set_seed

@@ -16,8 +16,11 @@ from trl import DPOTrainer
 
 from dpo_runner.engine.shared_prefix import share_prefixes
 
-_TOKENS = (16, 192)
-"""Of each prompt and each answer, in two checks: attention goes by blocks, and has more than one only in long rows."""
+_SHORT, _LONG = 16, 192
+"""Tokens of each prompt and each answer, in two checks: attention goes by blocks, and has several in long rows only."""
+
+_LOOKED_AT = 16
+"""Rows of which the largest is taken for the long check."""
 
 _SHARE = 0.25
 """Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
@@ -35,10 +38,12 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     room = (longest - 1) // 2  # a row that the collator cuts would have other answers under another prompt
     if not room:
         return f"training.max_length={longest} leaves nothing to compare"
-    if _draws_dropout(trainer, _take(trainer, min(_TOKENS[0], room))):
+    some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
+    few, large = some[:2], [max(some, key=lambda row: sum(map(len, row.values())))]
+    if _draws_dropout(trainer, [_cut(row, min(_SHORT, room)) for row in few]):
         return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
-    for model, tokens in itertools.product(models, _TOKENS):
-        rows = _take(trainer, min(tokens, room))
+    for model, (chosen, tokens) in itertools.product(models, ((few, _SHORT), (large, _LONG))):
+        rows = [_cut(row, min(tokens, room)) for row in chosen]
         elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
         take_back = share_prefixes(model, trains_head)
@@ -68,10 +73,6 @@ def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
         first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
         # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
         return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
-
-
-def _take(trainer: DPOTrainer, tokens: int) -> list[dict[str, list[int]]]:
-    return [_cut(trainer.train_dataset[index], tokens) for index in range(min(len(trainer.train_dataset), 2))]
 
 
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
