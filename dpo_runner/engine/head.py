@@ -15,6 +15,7 @@ Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head t
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its k
 _TOKENS = 256
 """At a time: enough for fast matrix products, few enough that their logits take tens of megabytes."""
 
+_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
+
 _CACHED = 2**20
 """Logits at a time in what goes over them element by element, so that they stay in the processor's cache."""
 
@@ -35,7 +38,12 @@ class FrozenHeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float, squares: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        wanted: frozenset[str],
     ) -> tuple[torch.Tensor, ...]:
         """Score N tokens.
 
@@ -45,7 +53,7 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             weight: [V, H], frozen.
             targets: [N], int64.
             scale: what logits are multiplied by.
-            squares: whether log Σ_v p_v² is wanted; it is 0 otherwise.
+            wanted: of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`; the others are 0.
 
         Returns:
             As TRL's `ChunkedLogProbFunction`, each [N] and all but the first without gradient: log p, entropy in nats,
@@ -56,7 +64,7 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         weight = weight.to(dtype)
         log_probs, entropy, log_squares, mean_logits = torch.zeros(4, count, device=device).unbind()
-        is_top1 = torch.empty(count, dtype=torch.bool, device=device)
+        is_top1 = torch.zeros(count, dtype=torch.bool, device=device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, count, _TOKENS):
             logits = torch.mm(hidden[start : start + _TOKENS].to(dtype), weight.t())
@@ -66,17 +74,23 @@ class FrozenHeadLogProbs(torch.autograd.Function):
                 block = logits[first : first + rows]
                 some = slice(start + first, start + first + block.size(0))
                 target = targets[some].unsqueeze(1)
-                largest, at = block.max(dim=1, keepdim=True)
-                is_top1[some] = (at == target).squeeze(1)
+                if "is_top1" in wanted:
+                    largest, at = block.max(dim=1, keepdim=True)
+                    is_top1[some] = (at == target).squeeze(1)
+                else:
+                    largest = block.amax(dim=1, keepdim=True)
                 below = (block - largest.float()).mul_(scale)
                 target_below = below.gather(1, target)
-                mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
-                weights = below.exp()  # of each token, relative to the most likely one
+                if "mean_logits" in wanted:
+                    mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
+                # of each token, relative to the most likely one
+                weights = below.exp() if "entropy" in wanted else below.exp_()
                 total = weights.sum(dim=1, keepdim=True)
                 log_total = total.log().squeeze(1)
                 log_probs[some] = target_below.squeeze(1) - log_total
-                entropy[some] = log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1)
-                if squares:
+                if "entropy" in wanted:
+                    entropy[some] = log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1)
+                if "log_sum_sq_probs" in wanted:
                     log_squares[some] = torch.linalg.vecdot(weights, weights).log() - 2 * log_total
                 if gradient is not None:
                     weights.scatter_(1, target, 0)
@@ -124,7 +138,18 @@ class _Dispatch:
                 outputs,
             )
         apply: Any = FrozenHeadLogProbs.apply
-        return apply(hidden, weight, targets, logit_scale / temperature, "log_sum_sq_probs" in outputs)
+        wanted = frozenset() if _ALONE.get() else frozenset(outputs)
+        return apply(hidden, weight, targets, logit_scale / temperature, wanted)
+
+
+@contextlib.contextmanager
+def log_probs_alone() -> Iterator[None]:
+    """Leave out the statistics that TRL logs, where nobody reads them: as of a reference that is only scored."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 @contextlib.contextmanager

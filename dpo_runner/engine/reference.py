@@ -19,6 +19,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from dpo_runner.engine.head import log_probs_alone
 from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
 from dpo_runner.errors import RunError
 
@@ -134,6 +135,7 @@ def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> Iterator[PairLogps]
             labels = inputs["input_ids"].masked_fill(~scored, -100)
             with (
                 torch.no_grad(),
+                log_probs_alone(),
                 disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
                 _reference_adapter(trainer),
                 trainer.accelerator.autocast(),
