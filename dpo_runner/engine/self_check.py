@@ -16,7 +16,7 @@ from trl import DPOTrainer
 
 from dpo_runner.engine.shared_prefix import share_prefixes
 
-_SHORT, _LONG = 16, 192
+_SHORT, _LONG = 16, 128
 """Tokens of each prompt and each answer, in two checks: attention goes by blocks, and has several in long rows only."""
 
 _LOOKED_AT = 16
