@@ -58,8 +58,8 @@ def test_packed_pairs_take_what_they_have_in_tokens() -> None:
         conf = load_conf([*TINY, *overrides])
         return estimate_memory(conf, 200, PairShape(**shape)).phases["training"]
 
-    shared = activations(prompt=180, chosen=20, rejected=20)
-    assert shared < 0.7 * activations(prompt=0, chosen=200, rejected=200)
+    shared = activations(prompt=180, chosen=20, rejected=20)  # as short a pair is one block of attention
+    assert shared < 0.85 * activations(prompt=0, chosen=200, rejected=200)
     assert shared < 0.7 * activations("engine.shared_prefix=false", prompt=180, chosen=20, rejected=20)
 
 

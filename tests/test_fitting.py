@@ -27,6 +27,7 @@ from dpo_runner.device_memory import (
     read_memory,
     watch_memory,
 )
+from dpo_runner.engine import self_check
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.fitting import find_smaller, list_ways, with_settings
 from dpo_runner.reading import read_metrics, read_status
@@ -49,6 +50,7 @@ def four(tiny_run: list[str]) -> list[str]:
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]]]:
     """Let the model's forward find no memory for more than so many rows or tokens; returns what it was given."""
+    monkeypatch.setattr(self_check, "_draws_dropout", lambda *_: False)  # which has gradients, and is no training
 
     def limit(
         rows: int = sys.maxsize, tokens: int = sys.maxsize, where: Callable[[], bool] = torch.is_grad_enabled

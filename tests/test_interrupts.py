@@ -1,6 +1,7 @@
 """Ctrl-C from the first import to the last: one line, exit code 130, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ sys.meta_path.insert(0, Sender())
 """
 
 
+def heed() -> None:
+    """Let Ctrl-C be heard where these tests run in the background of a shell, which ignores it there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
@@ -33,7 +39,9 @@ def test_ctrl_c_during_an_import_is_one_line(module: str, arguments: list[str], 
     places = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     environment = {**os.environ, "INTERRUPTED_AT": module, "PYTHONPATH": places}
     command = [sys.executable, "-m", *arguments]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=heed
+    )
     assert (result.returncode, result.stderr, result.stdout) == (130, "error: interrupted\n", "")
 
 
@@ -58,7 +66,9 @@ with honest_exit("interrupted"):
 
 
 def test_ctrl_c_is_not_lost_in_a_callback() -> None:
-    result = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, preexec_fn=heed
+    )
     assert (result.returncode, result.stderr, result.stdout) == (130, "error: interrupted\n", "")
 
 
@@ -66,4 +76,4 @@ def test_a_program_that_imports_this_one_keeps_its_own_ways() -> None:
     code = "import signal, sys, dpo_runner\n"
     code += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
     code += "assert sys.unraisablehook is sys.__unraisablehook__"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, preexec_fn=heed)

@@ -42,6 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = folder / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={rows}", "wandb=disabled"]
+    overrides.append("lora.lora_dropout=0.1")  # draws random numbers: without it no two checkpoints differ in theirs
     run(load_conf([*overrides, f"run_dir={folder / 'r'}", "samples.num_prompts=0"]))
     return folder / "r" / "checkpoints"
 

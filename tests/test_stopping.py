@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_runner import load_conf, run
-from dpo_runner.checkpoint import read_logged, read_step
+from dpo_runner.checkpoint import read_logged
 from dpo_runner.errors import RunInterrupted
 from dpo_runner.reading import read_metrics, read_summary
 from dpo_runner.saving import EvaluationCut
-from dpo_runner.sealing import find_last_checkpoint
+from dpo_runner.sealing import find_last_checkpoint, read_step
 from dpo_runner.stopping import SIGNALS, Stopping
 from dpo_runner.trainer import RunTrainer
 
