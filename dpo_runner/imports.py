@@ -13,12 +13,12 @@ def quiet_imports() -> Iterator[None]:
     """Keep what libraries print while they are imported away from the terminal, unless the import fails."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), _compiling_later():
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with warnings.catch_warnings(), _compiling_later():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            logging.disable(previous)
+    finally:
+        logging.disable(previous)
 
 
 @contextlib.contextmanager

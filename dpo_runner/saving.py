@@ -95,7 +95,17 @@ class SavingTrainer(TokenBatchTrainer):
         final = folder / f"checkpoint-{self.state.global_step}"
         write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
         put_damaged_aside(folder, self.say)
+        self._check_best()
         rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _check_best(self) -> None:
+        """End a run at once that could not end as it has to, since its best checkpoint was damaged and put aside."""
+        best = self.state.best_model_checkpoint
+        if best is None or Path(best).is_dir():
+            return
+        if self.args.load_best_model_at_end:
+            raise RunError(f"{best}: the best checkpoint is gone or was damaged; the same command makes it again")
+        self.state.best_model_checkpoint = None  # nobody needs it, and rotation would look for it
 
     def _check_room(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have taken it away
@@ -170,6 +180,8 @@ class SavingTrainer(TokenBatchTrainer):
         if due is None:
             return
         self._determine_best_metric(self._evaluate(None, None), None)
+        if (best := self.find_best()) is not None and best.is_dir():  # this step's may never be saved again
+            self.state.best_model_checkpoint = str(best)
         if due["epoch_end"]:
             self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self.control.should_save = self.control.should_evaluate = False

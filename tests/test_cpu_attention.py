@@ -181,3 +181,11 @@ def test_products_in_fp32_lose_nothing_and_leave_the_setting_alone() -> None:
     with pytest.raises(RuntimeError), cpu_attention._products_of(torch.bfloat16):
         raise RuntimeError
     assert settings.fp32_precision == before
+    try:
+        torch.backends.fp32_precision = "tf32"  # the general setting still decides
+        assert settings.fp32_precision != before
+        settings.fp32_precision = "bf16"
+        with cpu_attention._products_of(torch.float32):
+            assert settings.fp32_precision == "bf16"  # somebody has chosen it
+    finally:
+        torch.backends.fp32_precision = settings.fp32_precision = "none"

@@ -68,6 +68,9 @@ def test_in_fp32_outputs_and_gradients_are_pefts(monkeypatch: pytest.MonkeyPatch
         assert found.shape == expected.shape
         assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert count_products(monkeypatch, lambda: differentiate(ours, x, False)) == 2
+    make_lean(fresh := build(torch.float32), use_cpu=True)
+    empty = differentiate(fresh, torch.zeros(0, 7, 48), False)  # an expert that no token reaches
+    assert [tensor.shape for tensor in empty[:2]] == [(0, 7, 24), (0, 7, 48)] and not any(map(torch.any, empty[2:]))
 
 
 def test_under_autocast_they_are_as_near_to_the_truth_as_pefts(monkeypatch: pytest.MonkeyPatch) -> None:

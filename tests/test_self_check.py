@@ -64,3 +64,9 @@ def test_the_plan_knows_dropout_that_is_no_module(
         conf = load_conf([*overrides, f"training.disable_dropout={disable}"])
         told = {"false": "TRL's forward (dropout is on, ", "true": "shared prefixes if both forwards agree, "}[disable]
         assert describe_engine(conf, check_model(conf)[1], 96).startswith(told)
+
+
+def test_rows_that_have_the_references_figures_already_are_checked_too(tiny_run: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_run, "engine.shared_prefix=true", "engine.reference_store=false"]
+    trainer = build([*overrides, "training.precompute_ref_log_probs=true"], tmp_path)
+    assert is_packed(trainer) and "ref_chosen_logps" in trainer.train_dataset.column_names

@@ -121,6 +121,10 @@ BEST = (
     *("training.load_best_model_at_end=true", "training.metric_for_best_model=rewards/margins"),
     *("training.greater_is_better=true", "training.save_steps=2"),
 )
+FIRST_IS_BEST = (
+    *("training.load_best_model_at_end=true", "training.metric_for_best_model=rewards/margins"),
+    *("training.greater_is_better=false", "training.save_strategy=best"),
+)
 EPOCHS = (
     "data.max_train_samples=4",
     "training.save_steps=1000",
@@ -133,11 +137,19 @@ EPOCHS = (
     [
         (["training.save_steps=1000", "training.eval_steps=2", "lora.lora_dropout=0.2"], 2),
         (["training.eval_steps=2", *BEST], 4),
+        (["training.eval_steps=2", *FIRST_IS_BEST], 2),
         ([*EPOCHS, "training.eval_strategy=epoch"], 2),
         ([*EPOCHS, "training.eval_steps=1"], 2),
         ([*EPOCHS, "training.eval_steps=1"], 4),
     ],
-    ids=["in an epoch", "the last, and the best", "of an epoch", "before an epoch's event", "before the last event"],
+    ids=[
+        "in an epoch",
+        "the last, and the best",
+        "the best, and the only one saved",
+        "of an epoch",
+        "before an epoch's event",
+        "before the last event",
+    ],
 )
 def test_an_evaluation_that_a_signal_has_cut_short_is_made_up(
     extra: list[str], step: int, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch

@@ -161,14 +161,15 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
     A bfloat16 value survives oneDNN's rounding of fp32 factors to bfloat16, and sums are in fp32 either way.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
-    precision = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
+    before = settings.fp32_precision
+    settings.fp32_precision = "none"  # what torch's general setting says
+    restored = "none" if settings.fp32_precision == before else before
+    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else restored
     try:
         with torch.autocast("cpu", enabled=False):
             yield
     finally:
-        settings.fp32_precision = precision
+        settings.fp32_precision = restored
 
 
 def _hide_later(device: torch.device) -> torch.Tensor:

@@ -40,7 +40,7 @@ class LoraProduct(torch.autograd.Function):
         of_x = (weight, down) if ctx.needs_input_grad[0] else (None, None)
         ctx.save_for_backward(rows, up, inner, *of_x)
         ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], weight.size(0))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -50,7 +50,7 @@ class LoraProduct(torch.autograd.Function):
         of_inner = torch.mm(outer, up).mul_(ctx.scaling)
         of_x = None
         if weight is not None:
-            of_x = torch.mm(outer, weight).addmm_(of_inner, down).view(*gradients[0].shape[:-1], -1)
+            of_x = torch.mm(outer, weight).addmm_(of_inner, down).view(*gradients[0].shape[:-1], rows.size(1))
         of_A, of_B = torch.mm(of_inner.t(), rows), torch.mm(outer.t(), inner)
         return of_x, None, None, of_A.to(ctx.dtypes[0]), of_B.to(ctx.dtypes[1]), None
 

@@ -39,7 +39,7 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     if not room:
         return f"training.max_length={longest} leaves nothing to compare"
     some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
-    few, large = some[:2], [max(some, key=lambda row: sum(map(len, row.values())))]
+    few, large = some[:2], [max(some, key=_count_tokens)]
     if _draws_dropout(trainer, [_cut(row, min(_SHORT, room)) for row in few]):
         return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
     for model, (chosen, tokens) in itertools.product(models, ((few, _SHORT), (large, _LONG))):
@@ -73,6 +73,10 @@ def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
         first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
         # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
         return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
+
+
+def _count_tokens(row: dict[str, Any]) -> int:
+    return sum(len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
