@@ -214,11 +214,18 @@ def _unquoted(value: Any) -> Any:
     return value if text is None else text
 
 
+def _describe_options(key: str, files: ConfigFiles) -> str:
+    options = files.options(key)
+    return f"the options of {key}: {', '.join(options)}" if options else "its options: only groups have some"
+
+
 def _find_point_mistakes(
     overrides: list[Override], files: ConfigFiles, config_dir: str | None
 ) -> tuple[list[str], list[str]]:
     """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
     axes = merge_axes([_read_axis(override, files) for override in overrides])
+    if empty := [axis.key for axis in axes if not axis.texts]:
+        return [f"`{key}=glob(…)`: matches none of {_describe_options(key, files)}" for key in empty], []
     broken: dict[str, None] = {}
     uncomposable: dict[str, None] = {}
     alone = not any(override.is_sweep_override() for override in overrides)

@@ -12,6 +12,7 @@ from conftest import children_seconds
 from programs import run_python
 
 from dpo_runner.__main__ import main
+from dpo_runner.command_line import check_command_line
 
 OVERRIDES = [
     # keys
@@ -306,3 +307,15 @@ def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: 
         assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
         times.append(children_seconds() - before)
     assert times[-1] < seconds, times
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["lora.config=glob(*)"], "`lora.config=glob(…)`: matches none of its options: only groups have some"),
+        (["training=glob(zz*)"], "`training=glob(…)`: matches none of the options of training: dpo, ipo, smoke"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told(overrides: list[str], told: str) -> None:
+    assert check_command_line(["-m", *overrides]) == [told]
+    assert check_command_line(["sweep=beta_lr", *overrides]) == [told]
