@@ -207,7 +207,7 @@ def test_a_run_that_is_to_go_on_says_what_is_gone(small: list[str], pairs: str, 
 @pytest.mark.parametrize(
     ("gone", "told"),
     [
-        ("r/checkpoints/checkpoint-1", "the best checkpoint cannot be loaded; it has no manifest.json"),
+        ("r/checkpoints/checkpoint-1", "the best checkpoint is gone or was damaged"),
         ("r", "No such file or directory"),
     ],
 )
