@@ -314,7 +314,7 @@ def test_several_processes_keep_the_limit_together(tmp_path: Path) -> None:
     names = ("one", "one", "other")
     processes = [start_python("-c", textwrap.dedent(program), name, str(limit)) for name in names]
     assert [process.wait() for process in processes] == [0, 0, 0]
-    assert limit / 2 < size_of_all() <= limit
+    assert 0 < size_of_all() <= limit  # who ends last may have deleted what the others, gone by then, had kept
 
 
 def test_a_run_says_how_many_pairs_it_does_not_keep(
