@@ -1,5 +1,6 @@
 """`python -m dpo_runner`: check the command, let Hydra compose it, run it, and end with an honest exit code."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def _run_with_hydra() -> None:
             _check_early(conf)
             from dpo_runner.run import run
 
+            gc.freeze()  # what was imported stays; no collection goes through it again
             run(conf, typed)
         except DpoRunnerError as error:
             failure_alone.append(error)

@@ -1,7 +1,8 @@
-"""How the libraries are imported: without a word, and without what only compiled code needs."""
+"""How the libraries are imported: without a word, without what only compiled code needs, and without a collection."""
 
 import contextlib
 import functools
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +15,24 @@ def quiet_imports() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), _compiling_later():
+        with warnings.catch_warnings(), _collecting_later(), _compiling_later():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Let the garbage collector rest: it would go through half a million objects again and again, and find nothing."""
+    if not gc.isenabled():  # whoever has switched it off, an import around this one too, switches it on
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

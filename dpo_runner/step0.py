@@ -23,7 +23,7 @@ _MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def completion_logps(trainer: DPOTrainer, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def completion_logps(trainer: DPOTrainer, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score the first training rows with the policy and with the reference, both in evaluation mode.
 
     Returns:

@@ -1,5 +1,6 @@
 """Libraries are imported quietly, and without torch's compiler, which only functions that are called need."""
 
+import gc
 import subprocess
 import sys
 
@@ -39,3 +40,39 @@ def test_what_is_decorated_while_importing_is_compiled_when_it_is_called(monkeyp
     with pytest.raises(ImportError), quiet_imports():
         raise ImportError
     assert torch.compile is compile_now
+
+
+def test_nothing_is_collected_while_importing_and_the_collector_is_left_as_it_was() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), quiet_imports():
+        with quiet_imports():
+            assert not gc.isenabled()
+        assert not gc.isenabled(), "an import within another one has switched it on"
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with quiet_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_no_collection_goes_through_what_was_imported(tiny_run: list[str]) -> None:
+    """Neither in a run nor at the end of the process, where it would take longer than a second."""
+    code = """
+import atexit, gc, importlib, sys
+from dpo_runner.__main__ import main
+run = importlib.import_module("dpo_runner.run")
+def stand_in(*args):
+    print(gc.get_freeze_count(), len(gc.get_objects()))
+    run.kept = [[] for _ in range(200_000)]
+run.run = stand_in
+atexit.register(lambda: print(gc.get_freeze_count(), len(gc.get_objects())))
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, *tiny_run], capture_output=True, text=True, check=True)
+    running, ending = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    assert running[0] > 100_000 > running[1]
+    assert ending[0] > 300_000 and ending[1] < 100_000, "what a run has left"

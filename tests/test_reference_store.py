@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from programs import start_python
 from test_engine import PACKED, STORED, is_packed, train
 from test_estimate import STARTS, name_paths
@@ -93,6 +94,17 @@ def test_training_with_it_is_training_without(tiny_run: list[str], tmp_path: Pat
             ):
                 assert abs(found[key] - expected[key]) <= 1e-5 * max(1, abs(expected[key])), (key, expected["step"])
     assert (others - weights).norm() <= 1e-5 * weights.norm()
+
+
+def test_adapters_are_turned_off_once_for_many_pairs(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT goes through all modules each time, which takes as long as a small pair's forward."""
+    trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    turned_off = []
+    turn_off = PeftModel.disable_adapter
+    monkeypatch.setattr(PeftModel, "disable_adapter", lambda self: turned_off.append(1) or turn_off(self))
+    assert len(score_pairs(trainer, list(trainer.train_dataset))) == len(trainer.train_dataset) > 1 == len(turned_off)
 
 
 MISSES = [  # what changes the reference, or the rows that it is given

@@ -9,10 +9,15 @@ from families import make_family
 from test_engine import PACKED, PLAIN, assert_same, is_packed, train
 from test_model import build
 
+from dpo_runner.base_pool import BasePool
 from dpo_runner.config import load_conf
+from dpo_runner.data import load_preferences
+from dpo_runner.engine import self_check
 from dpo_runner.engine.install import describe_engine
 from dpo_runner.engine.self_check import find_difference
-from dpo_runner.model import check_model
+from dpo_runner.model import check_model, load_policy
+from dpo_runner.tokenizer import load_tokenizer
+from dpo_runner.trainer import build_dpo_config, build_trainer
 
 
 def name_family(family: str, tiny_run: list[str], tokenizer: Any, folder: Path, **changes: Any) -> list[str]:
@@ -70,3 +75,37 @@ def test_rows_that_have_the_references_figures_already_are_checked_too(tiny_run:
     overrides = [*tiny_run, "engine.shared_prefix=true", "engine.reference_store=false"]
     trainer = build([*overrides, "training.precompute_ref_log_probs=true"], tmp_path)
     assert is_packed(trainer) and "ref_chosen_logps" in trainer.train_dataset.column_names
+
+
+def test_runs_with_one_base_model_share_the_comparison(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases, scored = BasePool(), []
+    score = self_check._score
+    monkeypatch.setattr(self_check, "_score", lambda *args, **kwargs: scored.append(1) or score(*args, **kwargs))
+
+    def count(pool: BasePool, *overrides: str) -> int:
+        conf = load_conf([*tiny_run, *PACKED, *overrides])
+        tokenizer = load_tokenizer(conf.model)
+        data = load_preferences(conf, tokenizer)
+        policy = load_policy(conf, pool)
+        scored.clear()
+        trainer = build_trainer(conf, build_dpo_config(conf, tmp_path), policy, data, tokenizer, [])
+        assert is_packed(trainer)
+        return len(scored)
+
+    whole = count(bases)
+    assert whole >= 6  # two sets of rows: padded, after another prompt, packed
+    assert [count(bases), count(bases, "lora.r=4", "training.beta=0.3", "seed=7")] == [0, 0]
+    for changed in ("lora.use_dora=true", "data.max_train_samples=1", "engine.lean_layers=false"):
+        assert count(bases, changed) == whole, changed
+    assert count(BasePool()) == whole  # another model
+
+
+def test_a_model_that_does_not_agree_is_compared_again(tiny_run: list[str], tmp_path: Path) -> None:
+    trainer = build([*tiny_run, *PLAIN], tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "_SHARE", -1.0)
+        for _ in range(2):
+            assert find_difference(trainer, trains_head=False)
+    assert find_difference(trainer, trains_head=False) is None

@@ -55,7 +55,7 @@ def install_engine(
     use_cpu = trainer.accelerator.device.type == "cpu"
     if is_lean(conf):
         make_lean(trainer.model, use_cpu)
-    reason = _share_prefixes(trainer, longest) if conf.shared_prefix else "engine.shared_prefix=false"
+    reason = _share_prefixes(trainer, conf, longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None
     keep_freed_memory()  # not before the self-check: its blocks have other sizes, and would leave gaps in the heap
     if conf.shared_prefix and reason is not None:
@@ -114,14 +114,14 @@ def _explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None)
     return explain_refusal(model, most, not conf.training.disable_dropout, adapter_dropout)
 
 
-def _share_prefixes(trainer: DPOTrainer, longest: int) -> str | None:
+def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
     """Put the packed forward into policy and reference, or say why not."""
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for model in models:
         if reason := explain_refusal(model, longest, dropout=not trainer.args.disable_dropout):
             return reason
     is_trained = trains_head(trainer.model)
-    if reason := find_difference(trainer, is_trained):
+    if reason := find_difference(trainer, is_trained, repr(conf)):
         return reason
     for model in models:
         share_prefixes(model, is_trained)

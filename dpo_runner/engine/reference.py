@@ -123,30 +123,30 @@ def _verify(trainer: DPOTrainer, known: Mapping[bytes, tuple[Row, PairLogps]], s
                 )
 
 
-def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> Iterator[PairLogps]:
-    """Yield the reference's log p of each pair's completion tokens, in the order of `rows`."""
+def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
+    """Return the reference's log p of each pair's completion tokens, in the order of `rows`."""
     model, training = trainer.ref_model or trainer.model, trainer.model.training
+    found: list[PairLogps] = []
     trainer.model.eval()
     try:
-        for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
-            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-            scored = inputs.pop("completion_mask").bool()
-            inputs = {key: value for key, value in inputs.items() if key not in REF_COLUMNS}
-            labels = inputs["input_ids"].masked_fill(~scored, -100)
-            with (
-                torch.no_grad(),
-                log_probs_alone(),
-                disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-                _reference_adapter(trainer),
-                trainer.accelerator.autocast(),
-            ):
-                log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
-            chosen, rejected = log_probs.float().cpu().chunk(2)
-            of_chosen, of_rejected = scored[:, 1:].cpu().chunk(2)
-            for place in range(len(batch)):
-                yield PairLogps(chosen[place][of_chosen[place]].numpy(), rejected[place][of_rejected[place]].numpy())
+        with (  # around all batches: PEFT takes as long to turn adapters off and on as a small pair's forward does
+            log_probs_alone(),
+            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+            _reference_adapter(trainer),
+        ):
+            for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
+                inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+                scored = inputs.pop("completion_mask").bool()
+                inputs = {key: value for key, value in inputs.items() if key not in REF_COLUMNS}
+                labels = inputs["input_ids"].masked_fill(~scored, -100)
+                with torch.no_grad(), trainer.accelerator.autocast():
+                    log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+                rows_of = zip(log_probs.float().cpu(), scored[:, 1:].cpu(), strict=True)
+                values = [row[places].numpy() for row, places in rows_of]
+                found += map(PairLogps, values[: len(batch)], values[len(batch) :])
     finally:
         trainer.model.train(training)
+    return found
 
 
 def reference_adapter(trainer: DPOTrainer) -> str | None:

@@ -3,18 +3,24 @@
 Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
 to a token's log-probability when its row begins differently, which is what a wrong mask or position amounts to.
 
-Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training.
+Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training,
+unless the model is of a kind that tests have compared.
+
+Runs of a sweep that share a base model, the rows compared, and the kind of adapter share the comparison too.
 """
 
 import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
+from torch import nn
 from trl import DPOTrainer
 
-from dpo_runner.engine.shared_prefix import share_prefixes
+from dpo_runner.engine.shared_prefix import base_of, is_certain, share_prefixes
 
 _SHORT, _LONG = 16, 128
 """Tokens of each prompt and each answer, in two checks: attention goes by blocks, and has several in long rows only."""
@@ -25,13 +31,20 @@ _LOOKED_AT = 16
 _SHARE = 0.25
 """Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
 
+_SIZES = ("r", "lora_alpha")
+"""Of an adapter's config; how large it is and what it is multiplied by is no matter of who sees whom."""
 
-def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
+_agreed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""What each base model that is still there, in the weights that it has, was compared with and passed."""
+
+
+def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") -> str | None:
     """Say how packed and padded log-probabilities differ by more than rounding, or return None.
 
     Args:
         trainer: with TRL's own forward.
         trains_head: see `share_prefixes`.
+        settings: whatever else decides about the forwards. A model that agrees is not compared again under the same.
     """
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     longest = sys.maxsize if trainer.args.max_length is None else trainer.args.max_length
@@ -39,11 +52,15 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
     if not room:
         return f"training.max_length={longest} leaves nothing to compare"
     some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
-    few, large = some[:2], [max(some, key=_count_tokens)]
-    if _draws_dropout(trainer, [_cut(row, min(_SHORT, room)) for row in few]):
+    few = [_cut(row, min(_SHORT, room)) for row in some[:2]]
+    large = [_cut(max(some, key=_count_tokens), min(_LONG, room))]
+    base = base_of(trainer.model)
+    case = repr((few, large, _describe_adapters(trainer.model), _describe_forward(trainer), trains_head, settings))
+    if trainer.ref_model is None and case in _agreed.get(base, ()):
+        return None
+    if not (trainer.args.disable_dropout and is_certain(base)) and _draws_dropout(trainer, few):
         return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
-    for model, (chosen, tokens) in itertools.product(models, ((few, _SHORT), (large, _LONG))):
-        rows = [_cut(row, min(tokens, room)) for row in chosen]
+    for model, rows in itertools.product(models, (few, large)):
         elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
         padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
         take_back = share_prefixes(model, trains_head)
@@ -56,7 +73,28 @@ def find_difference(trainer: DPOTrainer, trains_head: bool) -> str | None:
         error, effect = ((values - padded).square().mean().sqrt().item() for values in (packed, moved))
         if not error <= _SHARE * effect:
             return f"packed rows change a token's log-probability by {error:.2g}, another prompt by {effect:.2g}"
+    _agreed.setdefault(base, set()).add(case)
     return None
+
+
+def _describe_forward(trainer: DPOTrainer) -> tuple[Any, ...]:
+    args = trainer.args
+    return (
+        args.bf16,
+        args.fp16,
+        args.disable_dropout,
+        args.gradient_checkpointing,
+        args.max_length,
+        args.truncation_mode,
+    )
+
+
+def _describe_adapters(model: Any) -> dict[str, Any]:
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    return {
+        name: {key: value for key, value in sorted(config.to_dict().items()) if key not in _SIZES}
+        for name, config in configs.items()
+    }
 
 
 def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:

@@ -98,6 +98,7 @@ def main() -> None:
         from dpo_runner.base_pool import BasePool
 
         del _run
+        gc.freeze()  # what was imported stays; no collection goes through it again, not the one after each job either
         bases = BasePool()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         connection.send({"state": "ready"})
