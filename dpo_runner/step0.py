@@ -4,6 +4,7 @@ Most ways of training nothing, or training against the wrong reference, show in 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from dpo_runner.errors import RunError
 
 Fingerprint = tuple[float, float]
 
+_COMPARED = 2
+"""Training rows, the first ones, that both models score: what differs shows in any."""
+
 _WHOLE_MODULE = ".modules_to_save.default."
 _AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
 _MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
@@ -23,16 +27,17 @@ _MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def completion_logps(trainer: DPOTrainer, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score the first training rows with the policy and with the reference, both in evaluation mode.
+def completion_logps(
+    trainer: DPOTrainer, rows: Sequence[Mapping[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score training rows with the policy and with the reference, both in evaluation mode.
 
     Returns:
         Policy and reference log-probabilities, summed over each completion, and the number of scored tokens:
-        three tensors of shape [2 * rows], chosen first (DPO paper, Eq. 7's log pi(y|x)).
+        three tensors of shape [2 * number of rows], chosen first (DPO paper, Eq. 7's log pi(y|x)).
     """
     model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(rows, len(trainer.train_dataset)))])
-    batch = trainer._prepare_inputs(batch)
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     stored = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
@@ -62,7 +67,8 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     Raises:
         RunError: they differ by more than the dtype's rounding explains.
     """
-    policy, reference, tokens = completion_logps(trainer)
+    rows = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _COMPARED))]
+    policy, reference, tokens = completion_logps(trainer, rows)
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
     difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
     if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):

@@ -39,6 +39,10 @@ def build(overrides: list[str], tmp_path: Path):
     return build_trainer(conf, build_dpo_config(conf, tmp_path / "ckpt"), policy, data, tokenizer, [])
 
 
+def first_rows(trainer) -> list[dict]:
+    return [trainer.train_dataset[index] for index in range(4)]
+
+
 def logps_of(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
     """Score completions the long way: one row at a time, from the logits. Chosen first, then rejected."""
     scores = []
@@ -140,7 +144,7 @@ def test_quantization_replaces_the_layers_and_the_reference_is_the_base(quant, t
     names = {type(module).__name__ for module in trainer.model.modules()}
     assert ("Linear4bit" in names) == (quant in ("nf4", "fp4"))
     assert ("Linear8bitLt" in names) == (quant == "int8")
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(policy, reference)
 
 
@@ -152,13 +156,13 @@ def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     """Trap 3: not the bare base, which is what most runners take."""
     overrides = [*tiny_run, f"model.adapter={sft_adapter}", f"quant={quant}"]
     trainer = build([*overrides, f"training.gradient_checkpointing={str(checkpointing).lower()}"], tmp_path)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
 
     kwargs = {"quantization_config": build_quantization_config(load_conf([f"quant={quant}"]).quant)}
     sft = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **kwargs), sft_adapter
     ).eval()
-    rows = [trainer.train_dataset[i] for i in range(4)]
+    rows = first_rows(trainer)
     expected = logps_of(sft, rows)
     with sft.disable_adapter():
         base = logps_of(sft, rows)
@@ -168,7 +172,7 @@ def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     assert not torch.allclose(base, expected, rtol=tolerance / 10, atol=tolerance)  # the test can tell them apart
 
     trainer.train()
-    policy_after, reference_after, _ = completion_logps(trainer)
+    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference)  # training, evaluation and saving leave it alone
     assert not torch.equal(policy_after, policy)
 
@@ -192,10 +196,10 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
         "model.adapter_mode=merge",
     ]
     trainer = build(overrides, tmp_path)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     sft = PeftModel.from_pretrained(base, sft_adapter).merge_and_unload().eval()
-    expected = logps_of(sft, [trainer.train_dataset[i] for i in range(4)])
+    expected = logps_of(sft, first_rows(trainer))
     assert torch.allclose(reference, expected, atol=1e-3)
     assert torch.equal(policy, reference)
 
@@ -205,8 +209,8 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
         quantization_config=build_quantization_config(load_conf(["quant=nf4"]).quant),
     )
     assert torch.allclose(
-        completion_logps(quantized)[1].float(),
-        logps_of(from_merged.eval(), [quantized.train_dataset[i] for i in range(4)]),
+        completion_logps(quantized, first_rows(quantized))[1].float(),
+        logps_of(from_merged.eval(), first_rows(quantized)),
         rtol=1e-3,
         atol=1e-2,
     )
@@ -214,10 +218,10 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
 
 def test_full_fine_tuning_has_a_frozen_copy_as_reference(tiny_run, tmp_path) -> None:
     trainer = build([*tiny_run, "lora=none", "training.learning_rate=1e-3"], tmp_path)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.allclose(policy, reference, atol=1e-2)
     trainer.train()
-    policy_after, reference_after, _ = completion_logps(trainer)
+    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference)
     assert not torch.allclose(policy_after, policy, atol=1e-2)
 

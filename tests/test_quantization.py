@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family
-from test_model import build
+from test_model import build, first_rows
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, HiggsConfig, QuantoConfig
 
 from dpo_runner.config import load_conf
@@ -247,7 +247,7 @@ def test_a_quantized_checkpoint_counts_as_it_is(quantized_checkpoint, tiny_run, 
     for extra in ([], same):
         trainer = build([*overrides, *extra], tmp_path)
         assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
-        policy, reference, _ = completion_logps(trainer)
+        policy, reference, _ = completion_logps(trainer, first_rows(trainer))
         assert torch.equal(policy, reference)
     trainer.train()
     config = load_model_config(load_conf(overrides).model)

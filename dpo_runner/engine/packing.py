@@ -5,12 +5,17 @@ A pair is laid out as `chosen ++ rejected[p:]`, where p is the length of the lon
 token has the position, and with `attention.py` the context, that it has in its own row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+
+def count_tokens(row: Mapping[str, Sequence[Any]]) -> int:
+    """Return how many tokens a pair has, as the trainer's data holds it; the prompt counts once."""
+    return sum(len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 class PairLengths(NamedTuple):

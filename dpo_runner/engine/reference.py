@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_runner.engine.head import log_probs_alone
+from dpo_runner.engine.packing import count_tokens
 from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
 from dpo_runner.errors import RunError
 
@@ -165,7 +166,7 @@ def _batches(rows: Sequence[Row], isolate: bool) -> Iterator[Sequence[Row]]:
     batch: list[Row] = []
     tokens = 0
     for row in rows:
-        size = sum(len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        size = count_tokens(row)
         if batch and (isolate or tokens + size > _TOKENS):
             yield batch
             batch, tokens = [], 0

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 from trl import DPOTrainer
 
+from dpo_runner.engine.packing import count_tokens
 from dpo_runner.engine.shared_prefix import base_of, is_certain, share_prefixes
 
 _SHORT, _LONG = 16, 128
@@ -53,7 +54,7 @@ def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") 
         return f"training.max_length={longest} leaves nothing to compare"
     some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
     few = [_cut(row, min(_SHORT, room)) for row in some[:2]]
-    large = [_cut(max(some, key=_count_tokens), min(_LONG, room))]
+    large = [_cut(max(some, key=count_tokens), min(_LONG, room))]
     base = base_of(trainer.model)
     case = repr((few, large, _describe_adapters(trainer.model), _describe_forward(trainer), trains_head, settings))
     if trainer.ref_model is None and case in _agreed.get(base, ()):
@@ -111,10 +112,6 @@ def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
         first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
         # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
         return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
-
-
-def _count_tokens(row: dict[str, Any]) -> int:
-    return sum(len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
