@@ -13,8 +13,10 @@ from trl import DPOConfig
 
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
+from dpo_runner.engine.install import explain_padding
+from dpo_runner.engine.shared_prefix import is_certain
 from dpo_runner.errors import ConfigError
-from dpo_runner.estimate import estimate_memory, read_device
+from dpo_runner.estimate import estimate_memory, read_device, settle_tokens
 
 _BYTES_PER_WEIGHT = 16
 """The weight, its gradient and Adam's two moments, in fp32."""
@@ -34,7 +36,8 @@ def explain_checkpointing(
     """
     if conf.training.gradient_checkpointing or not conf.engine.auto_gradient_checkpointing:
         return None
-    if not model.supports_gradient_checkpointing or 2 * bound_memory(args, model, longest) < read_device(args)[2]:
+    bound = bound_memory(conf, args, model, longest, largest)
+    if not model.supports_gradient_checkpointing or 2 * bound < read_device(args)[2]:
         return None
     try:
         estimate = estimate_memory(conf, longest, largest)
@@ -50,13 +53,17 @@ def switch_on(conf: RunConf) -> RunConf:
     return dataclasses.replace(conf, training=dataclasses.replace(conf.training, gradient_checkpointing=True))
 
 
-def bound_memory(args: DPOConfig, model: PreTrainedModel, longest: int | None) -> float:
+def bound_memory(
+    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int | None, largest: PairShape | None
+) -> float:
     """Return bytes that a run stays below, found without the seconds that the estimate takes; inf where none are known.
 
     Args:
-        args: of the trainer.
+        conf: the run.
+        args: of its trainer.
         model: the base model; it needs no weights.
         longest: tokens of the longest conversation; None where it is not known.
+        largest: the pair with the most tokens; None where it is not known.
     """
     length = min((each for each in (longest, args.max_length) if each is not None), default=None)
     text = model.config.get_text_config()
@@ -67,5 +74,11 @@ def bound_memory(args: DPOConfig, model: PreTrainedModel, longest: int | None) -
     layers, hidden, inner, heads, vocabulary = sizes
     # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others
     per_layer = (60 * hidden + 8 * inner + 2 * 1024 * heads) * (1 if args.bf16 or args.fp16 else 2)
-    tokens = 2 * max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * length
-    return float(_BYTES_PER_WEIGHT * model.num_parameters() + tokens * (layers * per_layer + 8 * vocabulary))
+    training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    if largest is not None and explain_padding(conf, model, longest) is None and is_certain(model):
+        pair = largest.cut(length)
+        tokens, scored = settle_tokens(conf, args, pair) or training * sum(pair), evaluation * sum(pair)
+    else:
+        tokens, scored = 2 * max(training, evaluation) * length, 0
+    of_tokens = max(tokens * (layers * per_layer + 8 * vocabulary), scored * (2 * per_layer + 8 * vocabulary))
+    return float(_BYTES_PER_WEIGHT * model.num_parameters() + of_tokens)

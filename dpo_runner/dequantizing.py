@@ -83,7 +83,7 @@ def _explain_lack(
     if short:
         return "memory is short"
     free = read_device(args)[2]
-    if 2 * (bound_memory(args, model, longest) + size) < free:
+    if 2 * (bound_memory(conf, args, model, longest, largest) + size) < free:
         return None
     kept = dataclasses.replace(conf, engine=dataclasses.replace(conf.engine, keep_dequantized=True))
     try:

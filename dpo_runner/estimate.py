@@ -234,7 +234,7 @@ def _simulate(
                 tracker = MemoryTracker(kept, widths, scratch)
                 batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
                 if packed:
-                    budget = _settle_tokens(conf, args, pair) if phase == "training" else None
+                    budget = settle_tokens(conf, args, pair) if phase == "training" else None
                     inputs = build_packed_inputs(pair, batch, budget)
                 else:
                     inputs = build_padded_inputs(2 * batch, length)
@@ -260,7 +260,7 @@ def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
     return True
 
 
-def _settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
+def settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
     """Return how many tokens a micro-batch will have; None where its rows are counted."""
     batch = args.per_device_train_batch_size
     if (

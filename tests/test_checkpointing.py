@@ -64,6 +64,9 @@ def test_the_run_does_it_and_its_plan_says_why(tiny_run: list[str], monkeypatch:
         pytest.param("small", ["training.bf16=false"], marks=pytest.mark.slow),
         ("large", ["lora=none"]),
         ("large", ["engine.shared_prefix=false"]),
+        ("small", ["engine.max_tokens_per_micro_batch=0", "training.per_device_eval_batch_size=1"]),
+        pytest.param("small", ["engine.max_tokens_per_micro_batch=9000"], marks=pytest.mark.slow),
+        pytest.param("small", ["training.per_device_eval_batch_size=64"], marks=pytest.mark.slow),
     ],
 )
 def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> None:
@@ -74,7 +77,25 @@ def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> No
     conf = load_conf([f"model.model_name_or_path={tmp_path / kind}", "training.bf16=true", *overrides])
     args = build_dpo_config(conf, Path("checkpoints"))
     pair = PairShape(0, 900, 900)
-    assert bound_memory(args, check_model(conf)[1], 900) > estimate_memory(conf, 900, pair).total
+    bound = bound_memory(conf, args, check_model(conf)[1], 900, pair)
+    assert bound > estimate_memory(conf, 900, pair).total
+    assert (
+        bound_memory(conf, args, check_model(conf)[1], 900, None) > bound or "engine.shared_prefix=false" in overrides
+    )
+
+
+def test_packed_rows_of_which_few_are_taken_at_once_need_no_estimate(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes seconds: more, the longer they are. Padded, they might not fit."""
+    have_free(monkeypatch, 3 * 10**8)
+    taken = []
+    monkeypatch.setattr(checkpointing, "estimate_memory", lambda *_: taken.append(1) or estimate_memory(*_))
+    for overrides, times in (([], 0), (["engine.shared_prefix=false"], 1)):
+        conf = load_conf([*tiny_run, "training.per_device_train_batch_size=8", "training.max_length=2048", *overrides])
+        args = build_dpo_config(conf, Path("checkpoints"))
+        explain_checkpointing(conf, args, check_model(conf)[1], 2048, PairShape(1000, 1000, 1000))
+        assert len(taken) == times
 
 
 def test_both_ways_train_the_same(tiny_run: list[str], tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
         ConfigError: `engine.compile_layers` is on, and the layers cannot be compiled.
     """
     stored = "reference from the store" if stores_reference(conf) else "reference run along"
-    reason = _explain_padding(conf, model, longest)
+    reason = explain_padding(conf, model, longest)
     if conf.engine.compile_layers:
         check_compilable(model, reason, conf.training.use_cpu or not torch.accelerator.is_available())
         stored = f"compiled layers, {stored}"
@@ -102,7 +102,7 @@ def _keep_dequantized(model: Any, tell: Callable[[str], None]) -> None:
         tell(f"engine.keep_dequantized: {layers - kept} of {layers} 4-bit layers are dequantized at each use")
 
 
-def _explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str | None:
+def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str | None:
     """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
     if not conf.engine.shared_prefix:
         return "engine.shared_prefix=false"
