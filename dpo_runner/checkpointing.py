@@ -18,8 +18,8 @@ from dpo_runner.engine.shared_prefix import is_certain
 from dpo_runner.errors import ConfigError
 from dpo_runner.estimate import estimate_memory, read_device, settle_tokens
 
-_BYTES_PER_WEIGHT = 16
-"""The weight, its gradient and Adam's two moments, in fp32."""
+_BYTES_PER_WEIGHT = 20
+"""The weight, its gradient, Adam's two moments and the reference's copy, in fp32."""
 
 
 def explain_checkpointing(

@@ -77,25 +77,25 @@ def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> No
     conf = load_conf([f"model.model_name_or_path={tmp_path / kind}", "training.bf16=true", *overrides])
     args = build_dpo_config(conf, Path("checkpoints"))
     pair = PairShape(0, 900, 900)
-    bound = bound_memory(conf, args, check_model(conf)[1], 900, pair)
-    assert bound > estimate_memory(conf, 900, pair).total
-    assert (
-        bound_memory(conf, args, check_model(conf)[1], 900, None) > bound or "engine.shared_prefix=false" in overrides
-    )
+    assert bound_memory(conf, args, check_model(conf)[1], 900, pair) > estimate_memory(conf, 900, pair).total
 
 
 def test_packed_rows_of_which_few_are_taken_at_once_need_no_estimate(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which takes seconds: more, the longer they are. Padded, they might not fit."""
-    have_free(monkeypatch, 3 * 10**8)
-    taken = []
+    few = ["training.per_device_train_batch_size=8", "training.max_length=2048"]
+    bounds, taken = {}, []
     monkeypatch.setattr(checkpointing, "estimate_memory", lambda *_: taken.append(1) or estimate_memory(*_))
-    for overrides, times in (([], 0), (["engine.shared_prefix=false"], 1)):
-        conf = load_conf([*tiny_run, "training.per_device_train_batch_size=8", "training.max_length=2048", *overrides])
-        args = build_dpo_config(conf, Path("checkpoints"))
-        explain_checkpointing(conf, args, check_model(conf)[1], 2048, PairShape(1000, 1000, 1000))
-        assert len(taken) == times
+    for shared, padded in (("true", False), ("false", True)):
+        conf = load_conf([*tiny_run, *few, f"engine.shared_prefix={shared}"])
+        args, model = build_dpo_config(conf, Path("checkpoints")), check_model(conf)[1]
+        rows = (2048, PairShape(1000, 1000, 1000))
+        bounds[padded] = bound_memory(conf, args, model, *rows)
+        have_free(monkeypatch, int(2.1 * bounds[False]))
+        explain_checkpointing(conf, args, model, *rows)
+        assert len(taken) == padded
+    assert bounds[True] > 2 * bounds[False]
 
 
 def test_both_ways_train_the_same(tiny_run: list[str], tmp_path: Path) -> None:
