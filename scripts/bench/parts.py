@@ -132,7 +132,7 @@ def sweep(bench: Bench, name: str, rows: Rows) -> None:
         bench.record.save()
         bench.say(f"sweep / {name} / dpo_runner: {finished.seconds:.1f} s")
     tried = bench.record.part("tune", name)
-    for variant in best_variants(tried, TRL_VARIANTS) or ["trl", "trl precompute"]:
+    for variant in reversed(best_variants(tried, TRL_VARIANTS) or ["trl precompute", "trl"]):  # the soonest end first
         for number, (beta, rate) in enumerate(points):
             settings = TRL_VARIANTS[variant]
             point = settings.split(vary(job, beta=beta, learning_rate=rate))
