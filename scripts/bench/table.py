@@ -211,7 +211,8 @@ def _format_sweeps(data: Mapping[str, Any]) -> list[str]:
         lines.append("")
     about = (
         "3 beta × 3 learning rates, no run stopped early, the reference store cold, run by run the same job; beside "
-        "nine commands of `trl dpo` with each of its best settings.\n"
+        "nine commands of `trl dpo` with the settings that end soonest, and with those that train fastest where these "
+        "are others and were measured.\n"
     )
     return ["## A sweep of 9 points\n", about, *lines]
 
