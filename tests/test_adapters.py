@@ -10,7 +10,7 @@ import torch
 from conftest import make_adapter
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_model import build, logps_of
+from test_model import build, first_rows, logps_of
 from transformers import AutoModelForCausalLM
 
 from dpo_runner.adapters import build_peft_config, check_adapter, find_other_bases
@@ -29,10 +29,6 @@ EXACT = ["training.bf16=false", "model.dtype=float32"]
 def load_by_hand(tiny_model: str, quant: str = "none"):
     config = build_quantization_config(load_conf([f"quant={quant}"]).quant)
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, quantization_config=config).eval()
-
-
-def rows_of(trainer) -> list[dict]:
-    return [trainer.train_dataset[i] for i in range(4)]
 
 
 def close(one: torch.Tensor, other: torch.Tensor, quant: str = "none") -> bool:
@@ -71,14 +67,14 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
         ],
         tmp_path,
     )
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     if mode == "merge":
         merged = PeftModel.from_pretrained(load_by_hand(tiny_model), sft_adapter).merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
         expected = logps_of(load_by_hand(str(tmp_path / "merged"), quant), rows)
     else:
         expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model, quant), sft_adapter).eval(), rows)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert close(reference, expected, quant) and close(policy, expected, quant)
     assert not close(expected, logps_of(load_by_hand(tiny_model, quant), rows), quant)  # the test can tell them apart
     assert check_reference(trainer) < 1e-2
@@ -87,7 +83,7 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
     trainer.train()
     trainer.evaluate()
     trainer.model.generate(input_ids=torch.tensor([rows[0]["prompt_ids"]]), max_new_tokens=2)
-    policy_after, reference_after, _ = completion_logps(trainer)
+    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference) and not torch.equal(policy_after, policy)
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
@@ -98,11 +94,11 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
 def test_the_reference_can_be_the_bare_base(mode, tiny_run, tiny_model, sft_adapter, tmp_path) -> None:
     overrides = [*tiny_run, *EXACT, *MODES[mode], f"model.adapter={sft_adapter}", "model.reference=base"]
     trainer = build(overrides, tmp_path)
-    expected = logps_of(load_by_hand(tiny_model), rows_of(trainer))
-    assert close(completion_logps(trainer)[1], expected)
+    expected = logps_of(load_by_hand(tiny_model), first_rows(trainer))
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
     assert check_reference(trainer, is_initial=False) > 1e-3
     trainer.train()
-    assert close(completion_logps(trainer)[1], expected)
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
     assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if ".sft." in name)
 
 
@@ -116,10 +112,10 @@ def test_the_reference_can_be_another_adapter(
     start = alone[mode] if mode in alone else [*MODES[mode], f"model.adapter={sft_adapter}"]
     precomputed = [f"training.precompute_ref_log_probs={precompute}"]
     trainer = build([*tiny_run, *EXACT, *start, *precomputed, f"model.reference={other_adapter}"], tmp_path)
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model), other_adapter).eval(), rows)
     trainer.train()
-    assert close(completion_logps(trainer)[1], expected)
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
     if precompute == "true":
         kept = [row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows]
         assert close(torch.tensor(kept), expected)
@@ -130,19 +126,19 @@ def test_the_reference_can_be_another_model(lora, tiny_run, tiny_model, sft_adap
     other = PeftModel.from_pretrained(load_by_hand(tiny_model), sft_adapter).merge_and_unload()
     other.save_pretrained(tmp_path / "other")
     trainer = build([*tiny_run, *EXACT, f"lora={lora}", f"model.reference={tmp_path / 'other'}"], tmp_path)
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     expected = logps_of(other.eval(), rows)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert close(reference, expected) and close(policy, logps_of(load_by_hand(tiny_model), rows))
     trainer.train()
-    assert close(completion_logps(trainer)[1], expected)
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
 
 
 def test_full_fine_tuning_with_a_precomputed_reference_keeps_no_copy(tiny_run, tiny_model, tmp_path) -> None:
     overrides = [*tiny_run, *EXACT, "lora=none", "training.precompute_ref_log_probs=true"]
     trainer = build([*overrides, "training.learning_rate=1e-3"], tmp_path)
     assert trainer.ref_model is None
-    expected = logps_of(load_by_hand(tiny_model), rows := rows_of(trainer))
+    expected = logps_of(load_by_hand(tiny_model), rows := first_rows(trainer))
     kept = [row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows]
     assert close(torch.tensor(kept), expected)
     trainer.train()
@@ -154,19 +150,19 @@ def test_initializations_begin_at_the_base_and_end_on_it(start, tiny_run, tiny_m
     """Trap 14: PiSSA and OLoRA change the base; the reference is then a copy of the adapter as it begins."""
     overrides = [*tiny_run, *EXACT, f"lora.init_lora_weights={start}", "lora.r=4", "training.learning_rate=1e-3"]
     trainer = build(overrides, tmp_path)
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     expected = logps_of(load_by_hand(tiny_model), rows)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert close(reference, expected) and close(policy, expected)
     with trainer.model.disable_adapter():
         assert close(logps_of(trainer.model.eval(), rows), expected) == (not start.startswith(("pissa", "olora")))
     trainer.model.train()
     trainer.train()
-    assert close(completion_logps(trainer)[1], expected)
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
 
     run(load_conf([*overrides, "run_dir=r"]))  # what is saved stands on the base as published
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
-    assert close(logps_of(served, rows), completion_logps(trainer)[0])
+    assert close(logps_of(served, rows), completion_logps(trainer, first_rows(trainer))[0])
     assert not close(logps_of(served, rows), expected)
 
 
@@ -187,15 +183,15 @@ def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model,
     overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft_adapter}", "training.learning_rate=1e-3"]
     trainer = build(overrides, tmp_path)
     trainer.train()
-    policy = completion_logps(trainer)[0]
+    policy = completion_logps(trainer, first_rows(trainer))[0]
     run(load_conf([*overrides, "run_dir=r"]))
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
     assert served.peft_config["default"].r == 20
-    assert close(logps_of(served, rows_of(trainer)), policy)
+    assert close(logps_of(served, first_rows(trainer)), policy)
     with combined_adapter(trainer.model, {"sft": 1.0, "default": 1.0}) as name:
         assert name in trainer.model.peft_config
     assert set(trainer.model.peft_config) == {"sft", "default", "ref"}
-    assert torch.equal(completion_logps(trainer)[0], policy)
+    assert torch.equal(completion_logps(trainer, first_rows(trainer))[0], policy)
 
 
 METHODS = {
@@ -359,8 +355,8 @@ def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_m
     conf = load_conf([*overrides, f"model.model_name_or_path={sft_adapter}", *EXACT])
     assert (conf.model.model_name_or_path, conf.model.adapter, conf.lora) == (tiny_model, sft_adapter, None)
     trainer = build([*overrides, f"model.model_name_or_path={sft_adapter}", *EXACT], tmp_path)
-    expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model), sft_adapter).eval(), rows_of(trainer))
-    assert close(completion_logps(trainer)[1], expected)
+    expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model), sft_adapter).eval(), first_rows(trainer))
+    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
     with pytest.raises(ConfigError, match=r"is an adapter, and model\.adapter names another one"):
         load_conf([*overrides, f"model.model_name_or_path={sft_adapter}", f"model.adapter={sft_adapter}"])
 
@@ -442,7 +438,7 @@ def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model
     trainer.train()
     run(load_conf([*overrides, "training.learning_rate=1e-3", "run_dir=r"]))
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
-    assert close(logps_of(served, rows_of(trainer)), completion_logps(trainer)[0])
+    assert close(logps_of(served, first_rows(trainer)), completion_logps(trainer, first_rows(trainer))[0])
     weights = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
 

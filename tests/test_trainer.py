@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROWS
-from test_model import build, gradients
+from test_model import build, first_rows, gradients
 
 from dpo_runner.config import load_conf
 from dpo_runner.data import load_preferences
@@ -78,9 +78,9 @@ def test_the_reference_has_no_dropout(tiny_run, sft_adapter, tmp_path) -> None:
     for name, module in trainer.model.named_modules():
         if name.endswith("lora_dropout"):
             module["default"], module["ref"] = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)
-    quiet = completion_logps(trainer)[1]
+    quiet = completion_logps(trainer, first_rows(trainer))[1]
     trainer.model.train()
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    batch = trainer._prepare_inputs(trainer.data_collator(first_rows(trainer)))
     noisy = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
     assert torch.equal(noisy, quiet)
     assert trainer.model.training  # the policy's own forward keeps its dropout

@@ -10,8 +10,8 @@ from families import make_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_adapters import EXACT, MODES, close, load_by_hand, rows_of
-from test_model import build, logps_of
+from test_adapters import EXACT, MODES, close, load_by_hand
+from test_model import build, first_rows, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_runner.base_model import load_base_model
@@ -101,8 +101,8 @@ def test_losses_and_scores_do_not_depend_on_the_pad_token(lora, tiny_run, tmp_pa
         overrides = [*tiny_run, *EXACT, *FAST, f"lora={lora}", f"model.pad_token='{pad}'", f"run_dir=r{len(seen)}"]
         trainer = build(overrides, tmp_path / pad)
         assert trainer.processing_class.pad_token == pad
-        assert len({len(row["chosen_ids"]) for row in rows_of(trainer)} | {0}) > 1
-        scores = completion_logps(trainer)[:2]
+        assert len({len(row["chosen_ids"]) for row in first_rows(trainer)} | {0}) > 1
+        scores = completion_logps(trainer, first_rows(trainer))[:2]
         summary = run(load_conf(overrides))
         name = "adapter/adapter_model" if lora == "r16" else "model/model"
         weights = load_file(tmp_path / f"r{len(seen)}" / f"{name}.safetensors")
@@ -126,7 +126,7 @@ def test_the_end_of_turn_token_is_trained_though_it_is_the_pad_token(extra, tiny
     trainer = build([*overrides, "training.weight_decay=0"], tmp_path)
     # it begins to count where it stands within the text: at the end of a turn that another one follows
     before = trainer.model.get_input_embeddings().weight[end].clone()
-    assert any(end in row["prompt_ids"] for row in rows_of(trainer))
+    assert any(end in row["prompt_ids"] for row in first_rows(trainer))
     trainer.train()
     assert not torch.equal(trainer.model.get_input_embeddings().weight[end], before)
 
@@ -142,18 +142,18 @@ def test_added_tokens_are_trained_and_saved_with_the_adapter(
     name = tied_model if tied else tiny_model
     overrides = [*on(name, tiny_run), *EXACT, *FAST, *added, f"quant={quant}"]
     trainer = build(overrides, tmp_path)
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     base = load_by_hand(name, quant)
     resize_embeddings(base, 261)
     old = load_by_hand(name).get_input_embeddings().weight
     assert torch.allclose(base.get_input_embeddings().weight[259:], old.mean(0), atol=1e-7)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(policy, reference) and close(reference, logps_of(base, rows), quant)
     assert check_reference(trainer) == 0
     trained = {n.split("trainable_tokens_delta")[0] for n, p in trainer.model.named_parameters() if "delta" in n}
     assert len(trained) == (1 if tied else 2)
     trainer.train()
-    after, kept, _ = completion_logps(trainer)
+    after, kept, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(kept, reference) and not torch.equal(after, policy)
 
     run(load_conf([*overrides, "run_dir=r"]))
@@ -268,7 +268,7 @@ def test_another_models_embeddings_are_resized_to_be_the_reference(added, tiny_r
     other.save_pretrained(tmp_path / "other")
     trainer = build([*tiny_run, *EXACT, *added, f"model.reference={tmp_path / 'other'}"], tmp_path)
     resize_embeddings(other, 261)
-    assert close(completion_logps(trainer)[1], logps_of(other, rows_of(trainer)))
+    assert close(completion_logps(trainer, first_rows(trainer))[1], logps_of(other, first_rows(trainer)))
 
 
 # ---- SFT adapters on resized embeddings
@@ -333,7 +333,7 @@ def test_the_reference_of_an_adapter_on_resized_embeddings_is_the_sft_model(
     folder, sft = make_sft(base, tmp_path / "sft", shape)
     overrides = [*on(base, tiny_run), *EXACT, *FAST, *MODES[mode], f"model.adapter={folder}", f"quant={quant}"]
     trainer = build(overrides, tmp_path)
-    rows = rows_of(trainer)
+    rows = first_rows(trainer)
     assert any(259 in row["prompt_ids"] for row in rows) and any(260 in row["prompt_ids"] for row in rows)
     if mode == "merge":
         sft.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -342,11 +342,11 @@ def test_the_reference_of_an_adapter_on_resized_embeddings_is_the_sft_model(
         plain = load_by_hand(base, quant)
         plain.resize_token_embeddings(261)
         expected = logps_of(PeftModel.from_pretrained(plain, folder).eval(), rows)
-    policy, reference, _ = completion_logps(trainer)
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert close(reference, expected, quant) and close(policy, expected, quant)
     assert check_reference(trainer) < 1e-2
     trainer.train()
-    after, kept, _ = completion_logps(trainer)
+    after, kept, _ = completion_logps(trainer, first_rows(trainer))
     assert torch.equal(kept, reference) and not torch.equal(after, policy)
 
     run(load_conf([*overrides, "run_dir=r"]))
@@ -425,6 +425,6 @@ def test_weights_named_as_their_adapter_reach_the_reference(tiny_run, tiny_model
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
     trainer = build([*tiny_run, *EXACT, *MODES["continue"], f"model.adapter={tmp_path / 'sft'}"], tmp_path)
-    expected = logps_of(model.eval(), rows_of(trainer))
-    policy, reference, _ = completion_logps(trainer)
+    expected = logps_of(model.eval(), first_rows(trainer))
+    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
     assert close(policy, expected) and close(reference, expected)
