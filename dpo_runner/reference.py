@@ -3,7 +3,9 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dpo_runner.adapters import build_peft_config, changes_base, check_adapter
@@ -114,3 +116,25 @@ def describe_reference(conf: RunConf) -> str:
     if changes_base(build_peft_config(conf.lora)):
         return f"{model.model_name_or_path}: a frozen copy of the {conf.lora.init_lora_weights} adapter as it begins"
     return f"{model.model_name_or_path} without the adapter"
+
+
+def silence_dropout(model: torch.nn.Module) -> None:
+    """Run the reference without dropout, while the policy has what `lora_dropout` and the model's config say.
+
+    TRL takes the reference from the model in training mode, under `no_grad`, where dropout would make it noise.
+    No other forward of the whole model is without gradient in training mode.
+    """
+    in_reference = False
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        nonlocal in_reference
+        in_reference = module.training and not torch.is_grad_enabled()
+        if in_reference:
+            module.eval()
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if in_reference:
+            module.train()
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)

@@ -32,6 +32,10 @@ def completion_logps(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score training rows with the policy and with the reference, both in evaluation mode.
 
+    Args:
+        trainer: holds both, and `ref_chosen_logps` and `ref_rejected_logps` where its rows have them.
+        rows: of its data.
+
     Returns:
         Policy and reference log-probabilities, summed over each completion, and the number of scored tokens:
         three tensors of shape [2 * number of rows], chosen first (DPO paper, Eq. 7's log pi(y|x)).

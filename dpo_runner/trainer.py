@@ -22,7 +22,7 @@ from dpo_runner.engine.install import install_engine
 from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.model import Policy
 from dpo_runner.precision import choose_autocast
-from dpo_runner.reference import describe_reference, stores_reference, trains_all
+from dpo_runner.reference import describe_reference, silence_dropout, stores_reference, trains_all
 from dpo_runner.sealing import explain_damage
 from dpo_runner.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.vocabulary import open_head
@@ -228,7 +228,7 @@ def build_trainer(
         if conf.lora is not None and conf.lora.init_lora_weights == "eva":
             _initialize_eva(trainer)
         _cast_adapter_to_fp32(trainer.model, loaded or read_initial_weights(trainer.model))
-    _silence_dropout_in_reference(trainer.model)
+    silence_dropout(trainer.model)
     longest = min(filter(None, (data.longest(), args.max_length)))
     description = {"model": conf.model.model_name_or_path, "reference": describe_reference(conf)}
     largest = sum(data.largest().cut(longest))
@@ -276,26 +276,3 @@ def _cast_adapter_to_fp32(model: torch.nn.Module, loaded: dict[str, torch.Tensor
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = loaded.get(name, parameter.data).to(parameter.device, torch.float32)
-
-
-def _silence_dropout_in_reference(model: torch.nn.Module) -> None:
-    """Run the reference without dropout, while the policy has what `lora_dropout` and the model's config say.
-
-    TRL takes the reference from the model in training mode, under `no_grad`, where dropout would make it noise.
-    No other forward of the whole model is without gradient in training mode.
-    """
-
-    in_reference = False
-
-    def before(module: torch.nn.Module, args: Any) -> None:
-        nonlocal in_reference
-        in_reference = module.training and not torch.is_grad_enabled()
-        if in_reference:
-            module.eval()
-
-    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if in_reference:
-            module.train()
-
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after, always_call=True)
