@@ -87,18 +87,16 @@ class PairAttention(torch.autograd.Function):
         """
         output = query.new_empty(query.size(1), query.size(0), value.size(2))
         grouped = _group(output.transpose(0, 1), key.size(0))
-        queries, keys = _group(query.float(), key.size(0)), key.float()
+        queries, keys = _group(query, key.size(0)), key.float()
         later = _hide_later(query.device)
         saved = []
         with _products_of(query.dtype):
             for block in _blocks(pairs):
-                scores = _score(queries, keys, scale, later, block)
-                weights = scores.softmax(dim=-1)
-                low = weights.to(query.dtype)
+                low = _score(queries, keys, scale, later, block).softmax(dim=-1).to(query.dtype)
                 products = torch.bmm(low.flatten(1, 2), _see(value, block))
                 grouped[:, :, block.first : block.last] = products.unflatten(1, (grouped.size(1), -1))
-                if any(ctx.needs_input_grad):
-                    saved.append(low if block.keys <= _KEPT else scores.logsumexp(dim=-1, keepdim=True))
+                if any(ctx.needs_input_grad) and block.keys <= _KEPT:
+                    saved.append(low)
         ctx.save_for_backward(query, key, value, output, *saved)
         ctx.pairs, ctx.scale = pairs, scale
         return output
@@ -115,14 +113,16 @@ class PairAttention(torch.autograd.Function):
         of_queries = _group(of_query, key.size(0))
         of_key, of_value = torch.zeros_like(keys), torch.zeros_like(values)
         later = _hide_later(query.device)
+        kept = iter(saved)
         with _products_of(query.dtype):
-            for block, known in zip(_blocks(ctx.pairs), saved, strict=True):
+            for block in _blocks(ctx.pairs):
                 mine, through, mean = (
                     tensor[:, :, block.first : block.last].flatten(1, 2) for tensor in (queries, gradients, means)
                 )
-                weights = known
-                if block.keys > _KEPT:
-                    weights = _score(queries.float(), keys, ctx.scale, later, block).sub_(known).exp_()
+                if block.keys <= _KEPT:
+                    weights = next(kept)
+                else:
+                    weights = _score(queries, keys, ctx.scale, later, block).softmax(dim=-1)
                 weights = weights.flatten(1, 2)
                 _add(of_value, block, torch.bmm(weights.to(query.dtype).transpose(1, 2), through))
                 inner = torch.baddbmm(
@@ -185,14 +185,14 @@ def _score(queries: torch.Tensor, keys: torch.Tensor, scale: float, later: torch
     """Return S of a block, -inf where a key is not seen: [key-value heads, heads of each, queries, keys], fp32.
 
     Args:
-        queries: [key-value heads, heads of each, T, head size], fp32.
+        queries: [key-value heads, heads of each, T, head size].
         keys: [key-value heads, T, head size], fp32.
         scale: of the products.
         later: see `_hide_later`.
         block: which.
     """
     own = queries[:, :, block.first : block.last]
-    products = torch.bmm(own.flatten(1, 2), _see(keys, block).transpose(1, 2)).mul_(scale)
+    products = torch.bmm(own.flatten(1, 2).float(), _see(keys, block).transpose(1, 2)).mul_(scale)
     scores: torch.Tensor = products.unflatten(1, own.shape[1:3])
     scores[..., -own.size(2) :].add_(later[: own.size(2), : own.size(2)])
     if block.tail:
