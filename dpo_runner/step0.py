@@ -11,12 +11,16 @@ import torch
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
+from dpo_runner.engine.packing import count_tokens
 from dpo_runner.errors import RunError
 
 Fingerprint = tuple[float, float]
 
-_COMPARED = 2
-"""Training rows, the first ones, that both models score: what differs shows in any."""
+_COMPARED, _LOOKED_AT = 2, 16
+"""Training rows that both models score, the shortest of the first ones: what differs shows in any."""
+
+_ANSWER = 16
+"""Tokens that both of their answers have, where there are such rows: over fewer, rounding is not averaged out."""
 
 _WHOLE_MODULE = ".modules_to_save.default."
 _AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
@@ -71,8 +75,9 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     Raises:
         RunError: they differ by more than the dtype's rounding explains.
     """
-    rows = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _COMPARED))]
-    policy, reference, tokens = completion_logps(trainer, rows)
+    first = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
+    enough = [row for row in first if min(len(row["chosen_ids"]), len(row["rejected_ids"])) >= _ANSWER]
+    policy, reference, tokens = completion_logps(trainer, sorted(enough or first, key=count_tokens)[:_COMPARED])
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
     difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
     if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):

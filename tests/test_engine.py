@@ -119,6 +119,10 @@ def test_packed_training_is_trls(settings: list[str], tiny_run: list[str], tmp_p
 FALLBACKS = [
     (["lora.lora_dropout=0.1"], "dropout is on"),
     (["model.attn_implementation=eager"], "attn_implementation is eager"),
+    (
+        ["lora.peft_type=LOHA", "lora.config={r: 4, rank_dropout: 0.5}", "training.disable_dropout=true"],
+        "the LOHA adapter has dropout",
+    ),
 ]
 
 
@@ -224,6 +228,7 @@ PLANS = [
     (["engine.shared_prefix=false"], "TRL's forward (engine.shared_prefix=false), reference from the store"),
     (["model.attn_implementation=eager"], "TRL's forward (model.attn_implementation is eager, not sdpa), "),
     (["lora.lora_dropout=0.1"], "TRL's forward (dropout is on, "),
+    (["lora.peft_type=LOKR", "lora.config={r: 4, module_dropout: 0.5}"], "TRL's forward (the LOKR adapter has dropout"),
 ]
 
 

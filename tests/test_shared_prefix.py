@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from families import make_config
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_runner.engine.shared_prefix import explain_refusal
@@ -48,8 +48,21 @@ def test_disabled_dropout_is_none_and_an_adapters_counts() -> None:
     model = make_model(make_config("gpt2"))
     assert explain_refusal(model, 64, dropout=False) is None
     model = make_model(make_config("llama"))
-    assert "dropout is on" in str(explain_refusal(model, 64, dropout=True, adapter_dropout=True))
-    assert explain_refusal(model, 64, dropout=False, adapter_dropout=True) is None
+    adapter = LoraConfig(lora_dropout=0.1)
+    assert "dropout is on" in str(explain_refusal(model, 64, dropout=True, adapters=[adapter]))
+    assert explain_refusal(model, 64, dropout=False, adapters=[adapter]) is None
+
+
+@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
+@pytest.mark.parametrize("method", [LoHaConfig, LoKrConfig])
+def test_dropout_of_an_adapter_that_is_no_module_is_never_disabled(method: type, name: str) -> None:
+    dropping, plain = (method(target_modules=["q_proj"], **more) for more in ({name: 0.5}, {}))
+    model = make_model(make_config("llama"))
+    for dropout in (True, False):
+        assert "adapter has dropout" in str(explain_refusal(model, 64, dropout, [dropping]))
+        assert explain_refusal(model, 64, dropout, [plain]) is None
+    model = get_peft_model(model, dropping)
+    assert "adapter has dropout" in str(explain_refusal(model, 64, dropout=False))
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
+from dpo_runner.adapters import build_peft_config
 from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
@@ -109,9 +110,9 @@ def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) 
     chosen = conf.model.attn_implementation
     if chosen not in (None, IMPLEMENTATION):
         return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
-    adapter_dropout = conf.lora is not None and conf.lora.lora_dropout > 0
+    adapter = build_peft_config(conf.lora)
     most = sys.maxsize if longest is None else longest
-    return explain_refusal(model, most, not conf.training.disable_dropout, adapter_dropout)
+    return explain_refusal(model, most, not conf.training.disable_dropout, filter(None, [adapter]))
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:

@@ -9,7 +9,6 @@ unless the model is of a kind that tests have compared.
 Runs of a sweep that share a base model, the rows compared, and the kind of adapter share the comparison too.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,23 +58,28 @@ def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") 
     case = repr((few, large, _describe_adapters(trainer.model), _describe_forward(trainer), trains_head, settings))
     if trainer.ref_model is None and case in _agreed.get(base, ()):
         return None
-    if not (trainer.args.disable_dropout and is_certain(base)) and _draws_dropout(trainer, few):
+    if not is_certain(base) and _draws_dropout(trainer, few):
         return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
-    for model, rows in itertools.product(models, (few, large)):
-        elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
-        padded, moved = _score(trainer, model, rows), _score(trainer, model, elsewhere)
-        take_back = share_prefixes(model, trains_head)
-        try:
-            packed = _score(trainer, model, rows)
-        except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
-            return f"the model does not take packed rows ({type(refusal).__name__}: {refusal})"
-        finally:
-            take_back()
-        error, effect = ((values - padded).square().mean().sqrt().item() for values in (packed, moved))
-        if not error <= _SHARE * effect:
-            return f"packed rows change a token's log-probability by {error:.2g}, another prompt by {effect:.2g}"
+    for model in models:
+        padded, moved = _score_twice(trainer, model, few)
+        effect = _distance(moved, padded)
+        for rows, expected in ((few, padded), (large, _score(trainer, model, large))):
+            take_back = share_prefixes(model, trains_head)
+            try:
+                packed = _score(trainer, model, rows)
+            except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
+                return f"the model does not take packed rows ({type(refusal).__name__}: {refusal})"
+            finally:
+                take_back()
+            error = _distance(packed, expected)
+            if not error <= _SHARE * effect:
+                return f"packed rows change a token's log-probability by {error:.2g}, another prompt by {effect:.2g}"
     _agreed.setdefault(base, set()).add(case)
     return None
+
+
+def _distance(some: torch.Tensor, others: torch.Tensor) -> float:
+    return (some - others).square().mean().sqrt().item()
 
 
 def _describe_forward(trainer: DPOTrainer) -> tuple[Any, ...]:
@@ -121,6 +125,14 @@ def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
         "chosen_ids": chosen[:tokens],
         "rejected_ids": rejected[: tokens // 2],
     }
+
+
+def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `_score` does of rows, and of the same answers to other prompts, all from one batch."""
+    elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
+    sizes = [sum(len(row[key]) for row in rows) for key in ("chosen_ids", "rejected_ids") for _ in range(2)]
+    parts = _score(trainer, model, [*rows, *elsewhere]).split(sizes)
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
 
 def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:

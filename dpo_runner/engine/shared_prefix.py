@@ -12,12 +12,12 @@ With ρ = prompt length / completion length, (2ρ+2)/(ρ+2) times fewer tokens p
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -50,7 +50,7 @@ def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
 
 
 def explain_refusal(
-    model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapter_dropout: bool = False
+    model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapters: Iterable[PeftConfig] = ()
 ) -> str | None:
     """Say why a model's scoring forward cannot be replaced exactly, or return None where nothing speaks against it.
 
@@ -58,10 +58,16 @@ def explain_refusal(
         model: as the trainer holds it; without weights, on the meta device, it serves too.
         longest: tokens of the longest row.
         dropout: whether dropout is left on.
-        adapter_dropout: whether an adapter that `model` does not have yet will have dropout.
+        adapters: that `model` does not have yet.
     """
-    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+    to_come = list(adapters)
+    adapters = [*to_come, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
+    if any(adapter.is_prompt_learning for adapter in adapters):
         return "prompt learning puts tokens of its own before each row"
+    # It need not be a module, and the self-check sees none of it: a new adapter adds 0, whatever it leaves out of that.
+    others = [adapter for adapter in adapters if adapter.peft_type != PeftType.LORA and _drops_out(adapter)]
+    if others:
+        return f"the {others[0].peft_type.value} adapter has dropout, which training.disable_dropout need not reach"
     model = base_of(model)
     config = model.config.get_text_config()
     if config is not model.config:
@@ -80,9 +86,14 @@ def explain_refusal(
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
-    if (dropout and (adapter_dropout or _has_dropout(model))) or getattr(config, "layerdrop", None):  # is no nn.Dropout
+    drawn = dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
+    if drawn or getattr(config, "layerdrop", None):  # which is no nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None
+
+
+def _drops_out(adapter: PeftConfig) -> bool:
+    return any("dropout" in key and value for key, value in adapter.to_dict().items())
 
 
 def _has_dropout(model: PreTrainedModel) -> bool:
