@@ -1,5 +1,6 @@
 """LLaMA-Factory as a peer: its own environment, the same job as its own configuration, its own tokens."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def measure_peer(
     own = {**environment, "DISABLE_VERSION_CHECK": "0"}
     own.pop("PYTHONPATH", None)
     tokens = Path(job.rows).with_suffix(".tokens.json")
-    if not (theirs := tokens.with_suffix(".llamafactory.json")).exists():
+    digest = hashlib.sha256(tokens.read_bytes()).hexdigest()[:12]  # a work folder may have had other rows
+    if not (theirs := tokens.with_suffix(f".llamafactory-{digest}.json")).exists():
         printing = [str(command.with_name("python")), "-c", _PRINT_TOKENS, str(config), str(theirs)]
         run(printing, own, folder.with_suffix(".tokens.log"))
     check_same_tokens(json.loads(tokens.read_text()), json.loads(theirs.read_text()), side)
