@@ -25,6 +25,28 @@ def test_a_wrong_reference_is_found(tiny_run, sft_adapter, tmp_path) -> None:
         check_reference(trainer)
 
 
+@pytest.mark.parametrize(
+    "answers, compared",
+    [
+        ([(40, 40), (2, 30), (16, 20), (30, 1), (20, 16), (50, 50)], [2, 4]),
+        ([(3, 15), (1, 1), (2, 9)], [1, 2]),  # none has long ones
+        ([(20, 20)], [0]),
+    ],
+)
+def test_the_shortest_rows_whose_answers_average_rounding_out_are_compared(
+    answers: list[tuple[int, int]], compared: list[int], tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen, score = build(tiny_run, tmp_path), [], step0.completion_logps
+    rows = [
+        {"prompt_ids": [7], "chosen_ids": [8] * a, "rejected_ids": [9] * b, "row": i}
+        for i, (a, b) in enumerate(answers)
+    ]
+    monkeypatch.setattr(step0, "completion_logps", lambda _, rows: seen.extend(rows) or score(trainer, rows))
+    trainer.train_dataset = rows
+    check_reference(trainer)
+    assert [row["row"] for row in seen] == compared
+
+
 def test_ld_alpha_does_not_confuse_the_check(tiny_run, tmp_path) -> None:
     trainer = build([*tiny_run, "training.ld_alpha=0.5"], tmp_path)
     check_reference(trainer)
