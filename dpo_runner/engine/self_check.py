@@ -1,7 +1,8 @@
 """The packed forward against the padded one, on a few tokens of the run's own data, before anything relies on it.
 
 Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
-to a token's log-probability when its row begins differently, which is what a wrong mask or position amounts to.
+to a token's log-probability when its row, a short one, begins differently, which is what a wrong mask or position
+amounts to.
 
 Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training,
 unless the model is of a kind that tests have compared.
@@ -128,7 +129,7 @@ def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
 
 
 def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `_score` does of rows, and of the same answers to other prompts, all from one batch."""
+    """Return what `_score` does of rows, and of the same answers to their prompts reversed, all from one batch."""
     elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
     sizes = [sum(len(row[key]) for row in rows) for key in ("chosen_ids", "rejected_ids") for _ in range(2)]
     parts = _score(trainer, model, [*rows, *elsewhere]).split(sizes)

@@ -64,7 +64,7 @@ def explain_refusal(
     adapters = [*to_come, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     if any(adapter.is_prompt_learning for adapter in adapters):
         return "prompt learning puts tokens of its own before each row"
-    # It need not be a module, and the self-check sees none of it: a new adapter adds 0, whatever it leaves out of that.
+    # Their dropout need not be a module, and no forward shows it beforehand: a new adapter adds 0 either way.
     others = [adapter for adapter in adapters if adapter.peft_type != PeftType.LORA and _drops_out(adapter)]
     if others:
         return f"the {others[0].peft_type.value} adapter has dropout, which training.disable_dropout need not reach"
