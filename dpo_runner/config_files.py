@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from dpo_runner.config import CONF_DIR, CONFIG_NAME
 from dpo_runner.config_checks import suggest
 from dpo_runner.config_yaml import check_file
+from dpo_runner.removed_keys import REMOVED_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ConfigFiles:
             return []
         if option is None and group in ("experiment", "sweep"):
             return []
+        if (advice := REMOVED_OPTIONS.get(f"{group}={option}")) is not None:
+            return [f"`{group}={option}`: was removed; {advice}"]
         if not self.options(group):
             return [f"`{group}={option}`: no such group; an absolute name begins with a slash (/training)"]
         return [f"`{group}={option}`: no such option; {suggest(option, self.options(group))}"]

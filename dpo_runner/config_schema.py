@@ -14,6 +14,7 @@ from dpo_runner.config_checks import suggest
 from dpo_runner.data_config import SourceConf
 from dpo_runner.errors import reason_of
 from dpo_runner.model_config import LoraConf, QuantConf
+from dpo_runner.removed_keys import explain_removed
 from dpo_runner.training_rules import OWNED_FIELDS
 
 
@@ -107,6 +108,8 @@ def _describe_type_error(message: str) -> str:
 
 
 def _describe_unknown(key: str) -> str:
+    if (removed := explain_removed(key)) is not None:
+        return removed
     section, _, name = key.rpartition(".")
     if section == "training" and name in OWNED_FIELDS:
         return f"`{key}`: is not set here; {OWNED_FIELDS[name]}"

@@ -20,12 +20,11 @@ from trl.trainer import utils as trl_utils
 from dpo_runner.config import RunConf
 from dpo_runner.data.splits import PairShape
 from dpo_runner.device_memory import read_memory
-from dpo_runner.engine.dequantized import keep_dequantized
-from dpo_runner.engine.lean_layers import is_lean, make_lean
+from dpo_runner.engine.lean_layers import make_lean
 from dpo_runner.engine.shared_prefix import explain_refusal, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import explain_grouping, settle_budget
 from dpo_runner.errors import ConfigError
-from dpo_runner.fake_model import build_fake_models, count_bytes, tensors_of
+from dpo_runner.fake_model import build_fake_models, tensors_of
 from dpo_runner.fake_step import (
     build_packed_inputs,
     build_padded_inputs,
@@ -37,9 +36,6 @@ from dpo_runner.memory_tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTrac
 from dpo_runner.reference import stores_reference
 from dpo_runner.trainer import build_dpo_config
 from dpo_runner.vocabulary import load_model_config
-
-KEPT = "dequantized weights"
-"""The row of what `engine.keep_dequantized` keeps."""
 
 _FULL_DEPTH = 8
 """Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
@@ -111,26 +107,22 @@ class MemoryEstimate:
         return self.total <= self.device_free
 
 
-def estimate_memory(conf: RunConf, longest: int | None, largest: PairShape | None = None) -> MemoryEstimate:
+def estimate_memory(conf: RunConf, longest: int, largest: PairShape) -> MemoryEstimate:
     """Estimate a run's peak memory, on one device, from the model's config.
 
     Args:
         conf: the run.
-        longest: the longest conversation of the data in tokens, prompt included; None where it is not known.
-        largest: the pair with the most tokens; None where it is not known, and two rows with nothing in common are
-            reckoned with.
+        longest: the longest conversation of the data in tokens, prompt included.
+        largest: the pair with the most tokens.
 
     Returns:
         The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
 
     Raises:
-        ConfigError: there is no config, no length is known, or the setting is one that cannot be estimated.
+        ConfigError: there is no config, or the setting is one that cannot be estimated.
     """
-    lengths = [length for length in (conf.training.max_length, longest) if length is not None]
-    if not lengths:
-        raise ConfigError("`training.max_length=null`: memory cannot be estimated where no length is known")
-    length = min(lengths)
-    pair = (largest or PairShape(0, length, length)).cut(length)
+    length = longest if conf.training.max_length is None else min(conf.training.max_length, longest)
+    pair = largest.cut(length)
     args = build_dpo_config(conf, Path("checkpoints"))
     args.precompute_ref_log_probs |= stores_reference(conf)
     config = load_model_config(conf.model)
@@ -160,8 +152,6 @@ def _advise(conf: RunConf, rows: Rows) -> str:
     if conf.lora is None and conf.model.adapter is None:
         ways["optimizer"] += ["lora=r16"]
         ways["reference"] += ["engine.reference_store=true"]
-    if conf.engine.keep_dequantized:
-        ways[KEPT] = ["engine.keep_dequantized=false"]
     if not training.gradient_checkpointing:
         ways[ACTIVATIONS] += ["training.gradient_checkpointing=true"]
     if (batch := training.per_device_train_batch_size) > 1:
@@ -175,9 +165,7 @@ def _advise(conf: RunConf, rows: Rows) -> str:
 
 def _check_estimable(conf: RunConf, args: DPOConfig) -> None:
     reason = None
-    if conf.quant is not None and conf.quant.config:
-        reason = "quant.config"
-    elif args.optim not in {*_COPIES, *_COPIES_8BIT, "adafactor"}:
+    if args.optim not in {*_COPIES, *_COPIES_8BIT, "adafactor"}:
         reason = f"training.optim={args.optim.value}"
     elif args.activation_offloading or conf.training.deepspeed or args.fsdp:
         reason = "training.activation_offloading, deepspeed or fsdp"
@@ -216,14 +204,12 @@ def _simulate(
     models = [model for model in (policy, reference) if model is not None]
     packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
     use_cpu = uses_cpu(args)
-    if is_lean(conf.engine):
+    if conf.engine.lean_layers:
         make_lean(policy, use_cpu)
     with mode:
-        matrices = [each for model in models if conf.engine.keep_dequantized for each in keep_dequantized(model)]
-        held[KEPT] = count_bytes(matrices)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         held["optimizer"] = _count_optimizer(args.optim, trained)
-        kept = [*matrices, *(tensor for model in models for tensor in tensors_of(model))]
+        kept = [tensor for model in models for tensor in tensors_of(model)]
         width = config.get_text_config().vocab_size
         chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         widths = {width, width % chunk, min(width, chunk), chunk} - {0}

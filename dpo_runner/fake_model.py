@@ -186,16 +186,12 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _find_quantization(config: PretrainedConfig, conf: RunConf) -> BitsAndBytesConfig | None:
     own = getattr(config, "quantization_config", None)
     if own is None:
-        asked = build_quantization_config(conf.quant)
-        return asked if asked is None or isinstance(asked, BitsAndBytesConfig) else _refuse("quant.config")
+        return build_quantization_config(conf.quant)
     own = own if isinstance(own, dict) else own.to_dict()
     if str(own.get("quant_method", "")).split(".")[-1].lower() not in ("bitsandbytes", "bitsandbytes_4bit"):
-        _refuse(f"model.model_name_or_path={conf.model.model_name_or_path}")
+        key = f"model.model_name_or_path={conf.model.model_name_or_path}"
+        raise ConfigError(f"`{key}`: the memory of such a quantization cannot be estimated")
     return BitsAndBytesConfig.from_dict(own)
-
-
-def _refuse(key: str) -> Any:
-    raise ConfigError(f"`{key}`: the memory of such a quantization cannot be estimated")
 
 
 def _fill_4bit(layer: Any, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ _TOKENS, _BATCH = "engine.max_tokens_per_micro_batch", "training.per_device_trai
 _ACCUMULATION, _EVAL_BATCH = "training.gradient_accumulation_steps", "training.per_device_eval_batch_size"
 
 
-def show_memory(conf: RunConf, longest: int | None, largest: "PairShape | None", console: RunConsole) -> None:
+def show_memory(conf: RunConf, longest: int, largest: "PairShape", console: RunConsole) -> None:
     """Say whether a run will fit into memory."""
     from dpo_runner.estimate import estimate_memory
 
@@ -147,8 +147,6 @@ def list_ways(conf: RunConf, part: str | None = None, smaller: Settings | None =
 def _list_other_ways(conf: RunConf, part: str | None) -> Iterator[str]:
     if part in (None, TRAINING) and not conf.training.gradient_checkpointing:
         yield "training.gradient_checkpointing=true"
-    if conf.engine.keep_dequantized:
-        yield "engine.keep_dequantized=false"
     if conf.quant is None and (conf.lora is not None or conf.model.adapter is not None):
         yield "quant=nf4"
     if part == ANSWERING:

@@ -30,8 +30,7 @@ def trace_origins(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[s
         sft = {"name": model.adapter, "mode": model.adapter_mode, **_identify(resolve_adapter_path(model), None)}
     quantization = None
     if quant is not None:
-        other = "int8" if quant.load_in_8bit else str(quant.config.get("quant_method"))
-        quantization = quant.bnb_4bit_quant_type if quant.load_in_4bit else other
+        quantization = "int8" if quant.load_in_8bit else quant.bnb_4bit_quant_type
     run = {
         "name": conf.run_name,
         "dpo_runner": environment["dpo_runner"],

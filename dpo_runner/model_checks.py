@@ -24,11 +24,11 @@ def check_model_groups(conf: "RunConf") -> Iterator[str]:
     model, quant, lora = conf.model, conf.quant, conf.lora
     trains_adapter = lora is not None or (model.adapter is not None and model.adapter_mode == "continue")
     if quant is not None:
-        chosen = [name for name in ("load_in_4bit", "load_in_8bit", "config") if getattr(quant, name)]
+        chosen = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(quant, name)]
         if len(chosen) != 1:
             yield (
-                f"`quant`: {' and '.join(chosen) or 'none of load_in_4bit, load_in_8bit and config'} set; use exactly "
-                "one of them: quant=nf4, fp4, int8 or none, or quant=other with quant.config"
+                f"`quant`: {' and '.join(chosen) or 'neither load_in_4bit nor load_in_8bit'} set; use exactly one of "
+                "them: quant=nf4, fp4 or int8, or quant=none"
             )
     if quant is not None and not trains_adapter:
         yield "`lora=null`: quantized weights cannot be trained without an adapter; use lora=r16, or quant=none"

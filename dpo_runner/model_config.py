@@ -67,9 +67,6 @@ class QuantConf:
     """dtype that packs the 4-bit values; FSDP wants that of the other weights."""
     llm_int8_skip_modules: list[str] | None = None
     """Modules left unquantized, 4-bit too."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Another of transformers' quantizers: `quant_method` and the fields of its config class, such as
-    `{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`; needs load_in_4bit and load_in_8bit false."""
 
 
 @dataclass

@@ -16,43 +16,39 @@ from dpo_runner.reference import count_processes
 
 def build_plan(
     conf: RunConf,
-    data: PreferenceData | None,
+    data: PreferenceData,
     run_dir: Path,
     reference: str,
-    padding: str | None,
+    padding: str,
     engine: str,
     checkpointing: str | None,
-    dequantized: str | None = None,
     own_quantization: Any = None,
 ) -> dict[str, str]:
     """Return the plan as label and text, ready to be shown.
 
     Args:
         conf: the run.
-        data: its data; None where there is no tokenizer to read them with.
+        data: its data.
         run_dir: where the run will write.
         reference: what the policy is compared with, in words.
-        padding: the pad token, in words; None where there is no tokenizer.
+        padding: the pad token, in words.
         engine: which of its parts are on, and why others are not.
         checkpointing: why gradient checkpointing is switched on though it is not set; None where it is not.
-        dequantized: how often 4-bit weights are dequantized, and why; None where there are none.
         own_quantization: what the checkpoint's config says of its quantization.
     """
     model, training = conf.model, conf.training
     remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
     loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
-    rows = len(data.train) if data is not None else 0
     gpus = 0 if training.use_cpu or model.device_map is not None else torch.cuda.device_count()
-    steps = str(count_steps(conf, rows)) if rows or training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     return {
         "model": f"{model.model_name_or_path}, dtype {model.dtype}{remote_code}",
         "quantization": describe_quantization(conf.quant, own_quantization),
         "adapter": describe_adapter(conf),
         "reference": reference,
         **({"added tokens": ", ".join(model.added_tokens)} if model.added_tokens else {}),
-        **({"padding": padding} if padding is not None else {}),
+        "padding": padding,
         "data": ", ".join(str(source.path) for source in resolve_sources(conf.data).values()),
-        **(data.report.lines() if data is not None else {"": "not checked: the model's folder has no tokenizer"}),
+        **data.report.lines(),
         "loss": f"{loss}, beta {training.beta:g}",
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "batch": (
@@ -62,10 +58,9 @@ def build_plan(
         **(
             {"device": f"the first of {gpus} GPUs; CUDA_VISIBLE_DEVICES=N has another be the first"} if gpus > 1 else {}
         ),
-        "steps": steps,
+        "steps": str(count_steps(conf, len(data.train))),
         "engine": engine,
         **({"checkpointing": f"of gradients, switched on: {checkpointing}"} if checkpointing is not None else {}),
-        **({"4-bit weights": dequantized} if dequantized is not None else {}),
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }

@@ -10,7 +10,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from dpo_runner.errors import ConfigError
 from dpo_runner.model_config import QuantConf
-from dpo_runner.other_quantizers import build_other_quantization, check_other_quantization
 
 LEAST_QUANTIZED = 0.9
 """Below this share of the eligible weights a model is quantized in name only, and the run is refused."""
@@ -25,16 +24,10 @@ _SAID_BY_CHECKPOINT = (
 )
 
 
-def build_quantization_config(conf: QuantConf | None) -> Any:
-    """Return transformers' `BitsAndBytesConfig` for the `quant` group, or the config that `quant.config` describes.
-
-    Raises:
-        ConfigError: `quant.config` names no method that transformers knows, or one whose package is missing.
-    """
+def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | None:
+    """Return transformers' `BitsAndBytesConfig` for the `quant` group."""
     if conf is None:
         return None
-    if conf.config:
-        return build_other_quantization(conf.config)
     if conf.load_in_8bit:
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -51,7 +44,7 @@ def build_quantization_config(conf: QuantConf | None) -> Any:
     )
 
 
-def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> Any:
+def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
     """Return the quantization config to load with, where the checkpoint may be quantized already.
 
     Args:
@@ -71,8 +64,6 @@ def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> Any:
     brought = own if isinstance(own, dict) else own.to_dict()
     wanted = asked.to_dict()
     keys: tuple[str, ...] = _SAID_BY_CHECKPOINT
-    if not isinstance(asked, BitsAndBytesConfig):  # HQQ files what it is given under quant_config
-        keys = tuple(key for key in (*(conf.config if conf else ()), "quant_config") if key in wanted)
     if brought.get("quant_method") != wanted["quant_method"]:
         keys = ("quant_method",)
     for key in keys:
@@ -102,7 +93,7 @@ def close_4bit_trap(model: torch.nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def check_quantized(meta: PreTrainedModel, quantization_config: Any, name: str) -> None:
+def check_quantized(meta: PreTrainedModel, quantization_config: BitsAndBytesConfig | None, name: str) -> None:
     """Refuse a model most of whose weights bitsandbytes would leave as they are.
 
     Some families keep their weights in modules of their own (fused experts, layers derived from `nn.Linear`), which
@@ -110,17 +101,13 @@ def check_quantized(meta: PreTrainedModel, quantization_config: Any, name: str) 
 
     Args:
         meta: the model on the meta device, unquantized; its layers are replaced here.
-        quantization_config: what it will be loaded with, or None; of other methods than bitsandbytes' only whether
-            they can be trained upon is judged.
+        quantization_config: what it will be loaded with; None where nothing is quantized while loading.
         name: the model, for messages.
 
     Raises:
-        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out. Or another method that
-            cannot be used here.
+        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out.
     """
-    if not isinstance(quantization_config, BitsAndBytesConfig):
-        if quantization_config is not None:
-            check_other_quantization(quantization_config)
+    if quantization_config is None:
         return
     quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=meta, device_map=None)
@@ -172,8 +159,6 @@ def describe_quantization(conf: QuantConf | None, own: Any = None) -> str:
         return f"the checkpoint's own ({kind})"
     if conf is None:
         return "none"
-    if conf.config:
-        return ", ".join(f"{key} {value}" for key, value in conf.config.items())
     if conf.load_in_8bit:
         return "int8 (LLM.int8())"
     double = ", double quantization" if conf.bnb_4bit_use_double_quant else ""

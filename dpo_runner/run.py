@@ -5,7 +5,6 @@ plan -> data -> model -> trainer -> step-0 check -> train -> evaluate -> sample 
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ with quiet_imports():
     from dpo_runner.adapters import find_other_bases
     from dpo_runner.base_pool import BasePool
     from dpo_runner.checkpointing import explain_checkpointing, switch_on
-    from dpo_runner.dequantizing import settle_dequantized
     from dpo_runner.engine.install import describe_engine
     from dpo_runner.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.events import RunEvents
@@ -29,7 +27,7 @@ with quiet_imports():
     from dpo_runner.samples import pair_answers
     from dpo_runner.step0 import MovementCheck, check_reference, check_trainable
     from dpo_runner.stopping import Stopping
-    from dpo_runner.tokenizer import describe_chat_template, has_tokenizer, load_tokenizer
+    from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
     from dpo_runner.trainer import RunTrainer, build_dpo_config, build_trainer
     from dpo_runner.vocabulary import describe_padding
     from dpo_runner.weights import save_weights
@@ -43,7 +41,7 @@ from dpo_runner.checkpoint import (
     read_epoch,
     read_logged,
 )
-from dpo_runner.config import EngineConf, RunConf
+from dpo_runner.config import RunConf
 from dpo_runner.console import RunConsole
 from dpo_runner.data import PreferenceData, load_preferences
 from dpo_runner.device_memory import LOADING, PREPARING, watch_memory
@@ -92,31 +90,24 @@ def run(
     with route_library_logs(None):
         args = build_dpo_config(conf, path / "checkpoints")
         model_config, without_weights = check_model(conf)
-        tokenizer = data = padding = None
-        if not conf.dry_run or has_tokenizer(conf.model):
-            tokenizer = load_tokenizer(conf.model)
-            origin = describe_chat_template(conf.model, tokenizer)
-            data = load_preferences(conf, tokenizer, origin, console.show_preparing)
-            padding = describe_padding(tokenizer, data.stop_id)
+        tokenizer = load_tokenizer(conf.model)
+        origin = describe_chat_template(conf.model, tokenizer)
+        data = load_preferences(conf, tokenizer, origin, console.show_preparing)
+        padding = describe_padding(tokenizer, data.stop_id)
     own_quantization = getattr(model_config, "quantization_config", None)
     reference = describe_reference(conf)
-    longest, largest = (data.longest(), data.largest()) if data is not None else (None, None)
-    engine = describe_engine(conf, without_weights, longest or conf.training.max_length)
+    longest, largest = data.longest(), data.largest()
+    engine = describe_engine(conf, without_weights, longest)
     with route_library_logs(None):
         checkpointing = explain_checkpointing(conf, args, without_weights, longest, largest)
         settled = switch_on(conf) if checkpointing is not None else conf
-        args = build_dpo_config(settled, path / "checkpoints")
-        engine_conf, dequantized = settle_dequantized(
-            settled, args, without_weights, own_quantization, checkpointing is not None, longest, largest
-        )
-    plan = build_plan(conf, data, path, reference, padding, engine, checkpointing, dequantized, own_quantization)
+    plan = build_plan(conf, data, path, reference, padding, engine, checkpointing, own_quantization)
     console.show_plan(plan)
-    for warning in [*find_other_bases(conf.model), *(data.report.warnings if data is not None else ())]:
+    for warning in [*find_other_bases(conf.model), *data.report.warnings]:
         console.warn(warning)
     if conf.dry_run:
-        show_memory(replace(settled, engine=engine_conf), longest, largest, console)
+        show_memory(settled, longest, largest, console)
         return None
-    assert data is not None and longest is not None and largest is not None
     stopping = Stopping()
     with RunDirectory(path).claim() as directory:
         status = read_status(path)  # another process may have been here while the data was prepared
@@ -125,16 +116,14 @@ def run(
         records = (status or {}).get("out_of_memory", []) if conf.checks.on_out_of_memory == "smaller_batch" else []
         details = {"out_of_memory": records} if records else {}
         with recorded(directory, conf, overrides, console, stopping, details) as tracker:
-            settled, further = replace(settled, engine=engine_conf), [*callbacks, stopping]
+            further = [*callbacks, stopping]
 
             def attempt(smaller: Settings, records: Records) -> tuple[dict[str, Any], Path]:
                 stopping.end_training()  # of an attempt before, which memory has ended
-                now = with_settings(settled, smaller)
                 return _train(
                     directory,
                     with_settings(conf, smaller),
-                    now.engine,
-                    build_dpo_config(now, path / "checkpoints"),
+                    build_dpo_config(with_settings(settled, smaller), path / "checkpoints"),
                     tokenizer,
                     data,
                     console,
@@ -170,7 +159,6 @@ def _is_finished(path: Path, status: dict[str, Any] | None, conf: RunConf, conso
 def _train(
     directory: RunDirectory,
     conf: RunConf,
-    engine_conf: EngineConf,
     args: DPOConfig,
     tokenizer: Any,
     data: PreferenceData,
@@ -204,9 +192,8 @@ def _train(
     events = RunEvents(directory, tracker, console, show_progress=not conf.training.disable_tqdm)
     movement = [MovementCheck(conf.checks.on_nonfinite == "skip_batch")] if conf.checks.step0 else []
     callbacks = [events, *movement, *further]
-    settled = replace(conf, engine=engine_conf)
     with watch_memory(PREPARING):
-        trainer = build_trainer(settled, args, policy, data, tokenizer, callbacks, console.say)
+        trainer = build_trainer(conf, args, policy, data, tokenizer, callbacks, console.say)
 
     if conf.checks.step0:
         check_trainable(trainer)

@@ -13,6 +13,7 @@ import yaml
 
 from dpo_runner.liveness import explain_death
 from dpo_runner.masking import mask_secrets
+from dpo_runner.removed_keys import split_removed
 from dpo_runner.run_figures import Curve, collect_curves, collect_results, to_number
 from dpo_runner.run_search import RUN_FILES, find_runs
 
@@ -165,7 +166,9 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
         written = yaml.load(text, _Loader)
         if not isinstance(written, dict):
             raise ValueError("holds no mapping")
-        return {key: mask_secrets(value, key.rpartition(".")[2]) for key, value in flatten(written)}
+        kept, active = split_removed(written)
+        settings = [*flatten(kept), *flatten(active)]
+        return {key: mask_secrets(value, key.rpartition(".")[2]) for key, value in settings}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         run.notes.append(f"config.yaml: {' '.join(str(error).split())}; its settings are not known")
         return {}

@@ -73,17 +73,6 @@ def _load_with_added(conf: ModelConf) -> "tuple[PreTrainedTokenizerBase, list[in
     return tokenizer, new_ids
 
 
-def has_tokenizer(conf: ModelConf) -> bool:
-    """Whether a tokenizer may be there: false only for a local folder of a model without any tokenizer's files."""
-    folder = Path(resolve_model_path(conf))
-    names = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.jinja")
-    return (
-        _find_adapter_tokenizer(conf) is not None
-        or not folder.is_dir()
-        or any(next(folder.glob(name), None) is not None for name in names)
-    )
-
-
 def describe_chat_template(conf: ModelConf, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Say in a few words whose chat template `load_tokenizer` has settled on."""
     if tokenizer.chat_template is None:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.config import RunConf
@@ -13,6 +13,7 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.liveness import explain_death
 from dpo_runner.model_config import ModelConf
 from dpo_runner.reading import PUT_BACK, explain_unreadable, read_status
+from dpo_runner.removed_keys import REMOVED_KEYS, split_removed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +42,24 @@ def read_run_conf(run_dir: Path) -> RunConf:
     """Return the configuration that a run was started with, from its config.yaml.
 
     Raises:
-        ConfigError: it is missing, damaged or no run's.
+        ConfigError: it is missing, damaged or no run's, or sets a key that was removed and without which the run's
+            model cannot be loaded.
     """
     path = run_dir / "config.yaml"
     with explain_unreadable(path, PUT_BACK, OmegaConfBaseException):
-        conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConf), OmegaConf.load(path)))
+        written: Any = OmegaConf.load(path)
+        active: dict[str, Any] = {}
+        if isinstance(written, DictConfig):
+            written, active = split_removed(cast(dict[Any, Any], OmegaConf.to_container(written)))
+        refused = [
+            f"{path}: `{key}={value}`: was removed, and the run's model cannot be loaded without it; use the version "
+            "of dpo_runner that made the run"
+            for key, value in active.items()
+            if REMOVED_KEYS[key].shapes_model
+        ]
+        if refused:
+            raise ConfigError(refused)
+        conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConf), written))
     assert isinstance(conf, RunConf)
     return conf
 

@@ -145,12 +145,13 @@ def compare(settings: dict[str, list[str]], only: str) -> list[str]:
 def compare_weights() -> list[str]:
     """Measure and estimate the loaded model under each quantization, and return the rows of a table."""
     from dpo_runner.config import load_conf
+    from dpo_runner.data.splits import PairShape
     from dpo_runner.estimate import estimate_memory
 
     rows = []
     for name, overrides in QUANTS.items():
-        conf = load_conf([*COMMON, *overrides, "training.max_length=64", "data.path=rows.jsonl"])
-        estimate = estimate_memory(conf, None)
+        conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
+        estimate = estimate_memory(conf, 64, PairShape(0, 64, 64))
         held = estimate.rows["weights"] + estimate.rows["quantization state"]
         loaded = run_child(overrides, load_only=True)["loaded"]
         rows.append(f"| {name} | {held / 1e6:.0f} | {loaded / 1e6:.0f} |")

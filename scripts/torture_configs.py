@@ -50,7 +50,7 @@ _HYDRA_KEYS = [
     *("hydra/callbacks", "hydra.job_logging.root", "hydra.sweep.dir", "hydra.output_subdir", "hydra"),
 ]
 _MAP_KEYS = [
-    *("data.sources.a.path", "data.sources.a", "data.sources..path", "data.columns.q", "lora.config.x", "quant.config"),
+    *("data.sources.a.path", "data.sources.a", "data.sources..path", "data.columns.q", "lora.config.x"),
     *("lora.rank_pattern.q", "lora.config._target_", "model.device_map.x", "training.lr_scheduler_kwargs.x"),
 ]
 _VALUES = [

@@ -1,6 +1,5 @@
 """Puts the engine into a trainer, part by part, and says which part stays out and why."""
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,16 +11,13 @@ from dpo_runner.adapters import build_peft_config
 from dpo_runner.allocator import keep_freed_memory
 from dpo_runner.config import EngineConf, RunConf
 from dpo_runner.engine.attention import IMPLEMENTATION
-from dpo_runner.engine.compiling import check_compilable, compile_layers
-from dpo_runner.engine.dequantized import keep_dequantized
 from dpo_runner.engine.identity import identify_reference
-from dpo_runner.engine.lean_layers import is_lean, make_lean
+from dpo_runner.engine.lean_layers import make_lean
 from dpo_runner.engine.reference import add_reference_columns, reference_adapter
 from dpo_runner.engine.reference_store import ReferenceStore
 from dpo_runner.engine.self_check import find_difference
-from dpo_runner.engine.shared_prefix import base_of, explain_refusal, is_certain, share_prefixes, trains_head
+from dpo_runner.engine.shared_prefix import explain_refusal, is_certain, share_prefixes, trains_head
 from dpo_runner.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
-from dpo_runner.quantization import linear4bit_modules
 from dpo_runner.reference import stores_reference
 
 _VERSION = 3
@@ -41,20 +37,15 @@ def install_engine(
 
     Args:
         trainer: TRL's, with its reference settled.
-        conf: what to put in, `keep_dequantized` settled; null keeps nothing.
+        conf: what to put in.
         stores_reference: whether the reference is one that the store can hold.
         longest: tokens of the longest row.
         largest: tokens of the largest pair, its prompt counted once.
         description: of the reference, for whoever lists the store.
         tell: shows one line to a person.
-
-    Raises:
-        ConfigError: `engine.compile_layers` is on, and the layers cannot be compiled.
     """
-    if conf.keep_dequantized:
-        _keep_dequantized(trainer.model, tell)
     use_cpu = trainer.accelerator.device.type == "cpu"
-    if is_lean(conf):
+    if conf.lean_layers:
         make_lean(trainer.model, use_cpu)
     reason = _share_prefixes(trainer, conf, longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None
@@ -63,30 +54,20 @@ def install_engine(
         tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
     if shares and not explain_grouping(trainer.loss_types):
         trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
-    if conf.compile_layers:
-        _compile_layers(trainer, reason)
     if stores_reference:
         _store_reference(trainer, conf, shares, description, tell)
-    if conf.keep_dequantized and trainer.ref_model is not None:
-        _keep_dequantized(trainer.ref_model, tell)
 
 
-def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str:
+def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int) -> str:
     """Say for the plan which parts of the engine a run will have, and why not the others.
 
     Args:
         conf: the run.
         model: the base model, which needs no weights.
-        longest: tokens of the longest row; None where nothing limits it.
-
-    Raises:
-        ConfigError: `engine.compile_layers` is on, and the layers cannot be compiled.
+        longest: tokens of the longest row.
     """
     stored = "reference from the store" if stores_reference(conf) else "reference run along"
     reason = explain_padding(conf, model, longest)
-    if conf.engine.compile_layers:
-        check_compilable(model, reason, conf.training.use_cpu or not torch.accelerator.is_available())
-        stored = f"compiled layers, {stored}"
     if reason:
         return f"TRL's forward ({reason}), {stored}"
     shared = "shared prefixes" if is_certain(model) else "shared prefixes if both forwards agree"
@@ -96,14 +77,7 @@ def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int | None) 
     return f"{shared}, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
 
 
-def _keep_dequantized(model: Any, tell: Callable[[str], None]) -> None:
-    """Keep the matrices of 4-bit layers, and say where some cannot be."""
-    kept, layers = len(keep_dequantized(model)), len(list(linear4bit_modules(model)))
-    if kept < layers:
-        tell(f"engine.keep_dequantized: {layers - kept} of {layers} 4-bit layers are dequantized at each use")
-
-
-def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) -> str | None:
+def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int) -> str | None:
     """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
     if not conf.engine.shared_prefix:
         return "engine.shared_prefix=false"
@@ -111,8 +85,7 @@ def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int | None) 
     if chosen not in (None, IMPLEMENTATION):
         return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
     adapter = build_peft_config(conf.lora)
-    most = sys.maxsize if longest is None else longest
-    return explain_refusal(model, most, not conf.training.disable_dropout, filter(None, [adapter]))
+    return explain_refusal(model, longest, not conf.training.disable_dropout, filter(None, [adapter]))
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
@@ -129,13 +102,6 @@ def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str 
     return None
 
 
-def _compile_layers(trainer: DPOTrainer, padding: str | None) -> None:
-    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
-    for model in models:
-        check_compilable(base_of(model), padding, trainer.accelerator.device.type == "cpu")
-    compile_layers(models)
-
-
 def _store_reference(
     trainer: DPOTrainer, conf: EngineConf, shares: bool, description: Mapping[str, Any], tell: Callable[[str], None]
 ) -> None:
@@ -143,7 +109,7 @@ def _store_reference(
     adapter = reference_adapter(trainer)
     # On a CPU a head that is trained is scored by another kernel, with other rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
-    packed = f"packed{', compiled' if conf.compile_layers else ''} {_VERSION}, head {head}"
+    packed = f"packed {_VERSION}, head {head}"
     computed = f"{packed if shares else f'padded {_VERSION}'}, autocast {trainer.accelerator.mixed_precision}"
     products = torch.backends.mkldnn if trainer.accelerator.device.type == "cpu" else torch.backends.cuda
     computed += f", fp32 products {products.matmul.fp32_precision}"  # as training.tf32 has set it

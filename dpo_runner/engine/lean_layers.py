@@ -33,7 +33,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from dpo_runner.config import EngineConf
 from dpo_runner.engine.lora_layers import is_plain, multiply
 
 _CACHED = 2**19
@@ -92,11 +91,6 @@ class GatedSiLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         (gradient,) = gradients
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
-
-
-def is_lean(conf: EngineConf) -> bool:
-    """Whether a run's layers keep less; compiled ones are left alone, for inductor sees to it by itself."""
-    return conf.lean_layers and not conf.compile_layers
 
 
 def make_lean(model: nn.Module, use_cpu: bool) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_runner.config import OUTSIDE, RunConf, config_keys
+from dpo_runner.removed_keys import add_defaults
 
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
 
 
 def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
     """Return the sha256 of what a configuration computes, as 64 hexadecimal digits.
+
+    Removed keys count with their former defaults, so that sweeps of earlier versions can be continued.
 
     Args:
         conf: the configuration.
@@ -25,7 +28,7 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
         return {key: keep(item, f"{prefix}{key}.") for key, item in value.items() if f"{prefix}{key}" not in ignored}
 
     told = {key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}
-    return hashlib.sha256(json.dumps(keep(told), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(keep(add_defaults(told)), sort_keys=True).encode()).hexdigest()
 
 
 def split_name(name: str) -> tuple[int, str] | None:
