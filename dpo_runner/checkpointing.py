@@ -53,9 +53,7 @@ def switch_on(conf: RunConf) -> RunConf:
     return dataclasses.replace(conf, training=dataclasses.replace(conf.training, gradient_checkpointing=True))
 
 
-def bound_memory(
-    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape
-) -> float:
+def bound_memory(conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape) -> float:
     """Return bytes that a run stays below, found without the seconds that the estimate takes; inf where none are known.
 
     Args:

@@ -116,4 +116,8 @@ def explain_missing(name: str, key: str) -> Iterator[None]:
                 f"`{key}={name}`: has no safetensors weights, perhaps pickled ones, which may run code; "
                 "model.use_safetensors=false allows them"
             ) from None
+        if "instantiate the backend tokenizer" in str(error):
+            raise ConfigError(
+                f"`{key}={name}`: has no tokenizer that transformers can read; save the model's tokenizer there"
+            ) from None
         raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason_of(error)}") from None

@@ -140,11 +140,24 @@ COMMANDS = [
     (["--config-dir="], "--config-dir=: must not be empty"),
     (["--config-dir=pairs.jsonl"], "--config-dir=pairs.jsonl: Not a directory"),
     (["--frobnicate"], "--frobnicate"),
-    (["quant=nf4", "quant.config.quant_method=hqq"], "use exactly one of them"),
+    (["quant=nf4", "quant.load_in_8bit=true"], "use exactly one of them"),
+    (
+        ["quant=nf4", "quant.config.quant_method=hqq", "quant.config.nbits=4"],
+        "`quant.config`: was removed; use quant=nf",
+    ),
+    (["quant.config={}"], "`quant.config`: was removed"),
+    (["quant=other"], "`quant=other`: was removed; use quant=nf4, fp4 or int8, or name a checkpoint that is quantized"),
+    (["quant=nf4,other", "-m"], "`quant=other`: was removed"),
+    (["quant={config:{a:1}}"], "`quant={'config': {'a': 1}}`: no such option"),
+    (["engine.compile_layers=true"], "`engine.compile_layers`: was removed; leave it out"),
+    (["+engine.compile_layers=true"], "`engine.compile_layers`: was removed; leave it out"),
+    (["~engine.compile_layers"], "`engine.compile_layers`: was removed; leave it out"),
+    (["-m", "engine.keep_dequantized=true,false"], "`engine.keep_dequantized`: was removed; leave it out"),
     (["lora=none", "quant=int8"], "quantized weights cannot be trained without an adapter"),
     (["sweep.dir=a", "sweep.resume=last", "sweep=beta"], "says already what to continue"),
     (["training.fp16=true", "checks.on_nonfinite=skip_batch"], "fp16's loss scaler skips such steps by itself"),
-    (["training.torch_compile=true"], "use engine.compile_layers=true"),
+    (["training.torch_compile=true"], "leave it out, or use engine.shared_prefix=false"),
+    (["training.torch_compile_mode=default"], "`training.torch_compile_mode=default`: would compile the whole model"),
 ]
 
 # The file `training/z.yaml`, which the command selects.
@@ -179,6 +192,13 @@ FILES = [
     ("# @package a b\nbeta: 1", "Too many components"),
     ("# @package _global_\ntraining:", "is a section"),
     ("# @package _global_\ntraining: {1: 2}", "a key must be a text"),
+    ("# @package _global_\nengine: {compile_layers: true}", "z.yaml:2: `engine.compile_layers`: was removed; leave it"),
+    ("# @package _global_\nengine:\n  keep_dequantized: null", "z.yaml:3: `engine.keep_dequantized`: was removed"),
+    (
+        "# @package _global_\nquant: {config: {quant_method: hqq}}",
+        "z.yaml:2: `quant.config`: was removed; use quant=nf",
+    ),
+    ("# @package _global_\ndefaults: [{override /quant: other}]", "`quant=other`: was removed; use quant=nf4, fp4 or"),
     ("# @package _global_\nhydra: 1", "`hydra`: must hold `key: value` lines"),
     ("# @package _global_\nhydra: {mode: MULTIRUN}", "use -m"),
     ("# @package _global_\nhydra: {run: {dir: x}}", "use run_dir=PATH"),
@@ -192,6 +212,10 @@ SWEEPS = [
     ("hydra: {sweeper: {params: {seed: '${nope}'}}}", "must be its values as a text"),
     ("hydra: {sweeper: {max_batch_size: 3}}", "holds `params` alone"),
     ("hydra: {sweeper: {params: {sede: '1,2'}}}", "`sede`: no such field; did you mean `seed`?"),
+    (
+        "hydra: {sweeper: {params: {engine.compile_layers: 'true,false'}}}",
+        "`engine.compile_layers`: was removed; leave",
+    ),
     ("hydra: {sweeper: {params: {training.beta: '0.1,-1'}}}", "`training.beta=-1.0`: must be above 0"),
 ]
 

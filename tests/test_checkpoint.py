@@ -130,6 +130,15 @@ def test_the_rhythm_of_the_log_is_no_matter_of_taste_where_evaluation_follows_it
         check_continuable(Path("r"), status, load_conf([*overrides, "training.logging_steps=3"]))
 
 
+def test_a_run_of_a_version_with_keys_that_were_removed_goes_on(stopped: list[str]) -> None:
+    config = Path("r/config.yaml")
+    engine = "engine:\n  compile_layers: false\n  keep_dequantized: null\n"
+    config.write_text(config.read_text().replace("engine:\n", engine))
+    summary = run(load_conf(stopped))
+    assert summary is not None and summary["steps"] == 4
+    assert "compile_layers" not in config.read_text()
+
+
 def test_a_run_is_not_continued_on_other_data(stopped: list[str], pairs: str) -> None:
     data = Path(pairs).read_text()
     Path(pairs).write_text(data.replace("It is 2.", "It is two."))

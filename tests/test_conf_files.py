@@ -10,11 +10,10 @@ FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {
     "data=local_file": ["data.path=x.jsonl"],
     "model=zephyr_sft": ["lora=none"],
-    "quant=other": ["quant.config.quant_method=gptq", "quant.config.bits=4"],
 }
 SHIPPED = {
     "model": {"smollm2", "mistral", "zephyr_sft", "llama3", "qwen3", "tiny_random"},
-    "quant": {"none", "nf4", "fp4", "int8", "other"},
+    "quant": {"none", "nf4", "fp4", "int8"},
     "lora": {"none", "r16", "r64_all_linear"},
     "data": {"concise", "local_file", "ultrafeedback", "hh_rlhf"},
     "training": {"dpo", "ipo", "smoke"},

@@ -243,4 +243,3 @@ def test_the_plan_knows_windows_that_are_too_short(tiny_run: list[str], tokenize
     model = check_model(conf)[1]
     assert describe_engine(conf, model, 64).startswith("shared prefixes")
     assert "sliding window of 64 tokens is shorter than the longest row, 65" in describe_engine(conf, model, 65)
-    assert "sliding window" in describe_engine(conf, model, None)

@@ -183,7 +183,8 @@ def test_one_process_takes_one_gpu(tiny_run: list[str], tmp_path: Path, monkeypa
     conf = load_conf([*tiny_run, "training.bf16=false", "training.per_device_train_batch_size=2"])
     args = build_dpo_config(conf, tmp_path)
     assert args.n_gpu == 1 and args.train_batch_size == 2 and not args.use_cpu
-    plan = build_plan(conf, None, tmp_path, "", None, "", None)
+    data = load_preferences(conf, load_tokenizer(conf.model))
+    plan = build_plan(conf, data, tmp_path, "", "", "", None)
     assert plan["device"].startswith("the first of 4 GPUs; CUDA_VISIBLE_DEVICES")
     conf = load_conf([*tiny_run, "training.use_cpu=true"])
-    assert "device" not in build_plan(conf, None, tmp_path, "", None, "", None)
+    assert "device" not in build_plan(conf, data, tmp_path, "", "", "", None)
