@@ -5,13 +5,18 @@ import os
 import sys
 from pathlib import Path
 
-from dpo_runner import __version__
-from dpo_runner.command_help import build_help
-from dpo_runner.command_line import check_command_line, choose_sweeper
-from dpo_runner.config import CONF_DIR, CONFIG_NAME, RunConf, build_run_conf, expand_overrides
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
-from dpo_runner.exits import honest_exit, report
-from dpo_runner.terminal import put
+from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
+
+with on_ctrl_c(end_at_once):
+    from dpo_runner.config.compose import build_run_conf, expand_overrides
+    from dpo_runner.config.help import build_help
+    from dpo_runner.config.run_conf import RunConf
+    from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
+    from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
+    from dpo_runner.io.exits import honest_exit, report
+    from dpo_runner.io.streams import put
+    from dpo_runner.io.version import __version__
+    from dpo_runner.sweep.command_line import check_command_line, choose_sweeper
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def _run_with_hydra() -> None:
 
         try:
             _check_early(conf)
-            from dpo_runner.run import run
+            from dpo_runner.train import run
 
             gc.freeze()  # what was imported stays; no collection goes through it again
             run(conf, typed)
@@ -74,8 +79,8 @@ def _run_with_hydra() -> None:
 
 def _check_early(conf: RunConf) -> None:
     """Refuse data files that a new run cannot use within a second; one that is continued may have done with them."""
-    from dpo_runner.data.sources import check_local_sources
-    from dpo_runner.reading import read_status
+    from dpo_runner.data.rows.sources import check_local_sources
+    from dpo_runner.records.reading import read_status
 
     if conf.run_dir is None or read_status(Path(conf.run_dir).expanduser()) is None:
         check_local_sources(conf.data)
@@ -83,8 +88,8 @@ def _check_early(conf: RunConf) -> None:
 
 def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:
     """Run a job whose failure is told by its status.json, and at the end by the sweep."""
+    from dpo_runner.sweep.executor import perform
     from dpo_runner.sweep.jobs import place_conf, read_labels
-    from dpo_runner.sweep.worker import perform
 
     label = read_labels(run_dir.parent).get(run_dir.name, " ".join(typed))
     outcome = perform(place_conf(conf, run_dir, label), typed)

@@ -7,8 +7,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dpo_runner.exits import honest_exit
-from dpo_runner.terminal import is_silent, put, silence
+from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
+
+with on_ctrl_c(end_at_once):
+    from dpo_runner.io.exits import honest_exit
+    from dpo_runner.io.streams import is_silent, put, silence
 
 Message = dict[str, str]
 
@@ -29,10 +32,11 @@ class Chat:
     """
 
     def __init__(self, run_dir: Path, max_new_tokens: int, temperature: float = 0.0, system: str | None = None) -> None:
-        from dpo_runner.tuned import check_finished, load_tuned_model, read_run_conf
+        from dpo_runner.model.result import load_tuned_model
+        from dpo_runner.records.reading import check_finished, read_run_conf
 
         check_finished(run_dir)
-        from dpo_runner.data.chat_template import ChatTemplate
+        from dpo_runner.data.templates.chat_template import ChatTemplate
 
         self.model, self.tokenizer = load_tuned_model(run_dir)
         trained = read_run_conf(run_dir).data
@@ -57,7 +61,7 @@ class Chat:
             *(message for message in self.messages if message["role"] == "system"),
             {"role": "user", "content": text},
         ]
-        from dpo_runner.tuned import untuned
+        from dpo_runner.model.result import untuned
 
         with untuned(self.model):
             before = self._answer(messages, lambda piece: None)
@@ -67,7 +71,7 @@ class Chat:
         import torch
         from transformers import TextIteratorStreamer
 
-        from dpo_runner.samples import find_stop_ids
+        from dpo_runner.model.tokenizer import find_stop_ids
 
         input_ids = torch.tensor([self._template.render_prompt(messages)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -124,8 +128,8 @@ def _talk(args: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dpo_runner.console import Terminal, visible
-    from dpo_runner.logs import route_library_logs
+    from dpo_runner.io.console import Terminal, visible
+    from dpo_runner.io.logs import route_library_logs
 
     with route_library_logs(None):
         chat = Chat(args.run_dir, args.max_new_tokens, args.temperature, args.system)

@@ -1,6 +1,17 @@
 """The errors a person sees, and the exit code that each one ends the program with."""
 
 import errno
+import typing
+from difflib import get_close_matches
+
+
+def suggest(wrong: object, right: typing.Iterable[str]) -> str:
+    """Return "; did you mean …?" with the nearest of the valid names, or the whole list where none is near."""
+    names = sorted(right)
+    near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return "choose from " + ", ".join(names) if len(names) <= 25 else ""
 
 
 class DpoRunnerError(Exception):

@@ -10,15 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config_differences import find_differing, find_ignored, shorten_keys
-from dpo_runner.errors import ConfigError, RunError, reason_of
-from dpo_runner.exits import honest_exit
-from dpo_runner.run_records import read_runs
-from dpo_runner.search_config import SearchConf, read_direction
-from dpo_runner.sweep.directory import read_record
-from dpo_runner.terminal import put
-from dpo_runner.tracking import OBJECTIVE
-from dpo_runner.wandb_files import find_folder, list_commands
+from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
+
+with on_ctrl_c(end_at_once):
+    from dpo_runner.config.rules.sweep import read_direction
+    from dpo_runner.config.schema import shorten_keys
+    from dpo_runner.config.sections.sweep import SearchConf
+    from dpo_runner.errors import ConfigError, RunError, reason_of
+    from dpo_runner.io.exits import honest_exit
+    from dpo_runner.io.streams import put
+    from dpo_runner.records.differences import find_differing, find_ignored
+    from dpo_runner.records.runs import read_runs
+    from dpo_runner.records.tracking import OBJECTIVE
+    from dpo_runner.records.wandb_files import find_folder, list_commands
+    from dpo_runner.sweep.directory import read_record
 
 _EXTRA = "pip install 'wandb-workspaces>=0.4.13,<0.5' (or the extra: pip install 'dpo-runner[workspace]')"
 _CURVES = ("train/loss", "eval/rewards/accuracies", "eval/rewards/margins")

@@ -87,7 +87,7 @@ def write_rows(path: Path, rows: int) -> None:
 def load_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from dpo_runner.default_model import DEFAULT_MODEL, load_default_model_path
+    from dpo_runner.model.files.packaged import DEFAULT_MODEL, load_default_model_path
 
     home = os.environ.pop("DPO_RUNNER_CACHE", None)  # the model is where it always is
     tokenizer = AutoTokenizer.from_pretrained(load_default_model_path(DEFAULT_MODEL))
@@ -138,8 +138,8 @@ def read_batches(path: Path, part: int, parts: int) -> Iterator[list[dict[str, s
 
 def prepare(path: Path, num_proc: int) -> dict[str, float]:
     """Prepare the rows as a run would."""
-    from dpo_runner.config import load_conf
-    from dpo_runner.data import load_preferences
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.data.preferences import load_preferences
 
     conf = load_conf(["data=local_file", f"data.path={path}", f"training.dataset_num_proc={num_proc}"])
     tokenizer = load_tokenizer()

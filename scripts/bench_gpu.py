@@ -27,8 +27,8 @@ from bench.same_job import DifferentJobs, check_same_job
 from bench.shapes import Rows, write_rows
 from bench.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, write_trl_dataset
 
-from dpo_runner.artifacts import write_text
 from dpo_runner.errors import DpoRunnerError
+from dpo_runner.io.files import write_text
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("trl", "dpo_runner, cold store", "dpo_runner, warm store", "trl precompute")

@@ -1,4 +1,4 @@
-"""Measure a few training runs' peak memory and compare it with what `dpo_runner.estimate` says beforehand.
+"""Measure a few training runs' peak memory and compare it with what `dpo_runner.training.memory.estimate` says beforehand.
 
     python scripts/bench_memory.py --only nf4
 
@@ -63,11 +63,11 @@ COMMON = [
 
 def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
     """Return the bytes that loading the model, or training it for two steps, takes at most in this process."""
-    from dpo_runner.config import load_conf
-    from dpo_runner.data import load_preferences
-    from dpo_runner.model import load_policy
-    from dpo_runner.tokenizer import load_tokenizer
-    from dpo_runner.trainer import build_dpo_config, build_trainer
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.data.preferences import load_preferences
+    from dpo_runner.model.policy import load_policy
+    from dpo_runner.model.tokenizer import load_tokenizer
+    from dpo_runner.training.build import build_dpo_config, build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         conf = load_conf([*COMMON, *overrides, f"data.path={_write_rows(Path(folder))}"])
@@ -125,9 +125,9 @@ def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
 
 def compare(settings: dict[str, list[str]], only: str) -> list[str]:
     """Measure and estimate each of `settings` whose name contains `only`, and return the rows of a table."""
-    from dpo_runner.config import load_conf
+    from dpo_runner.config.compose import load_conf
     from dpo_runner.data.splits import PairShape
-    from dpo_runner.estimate import estimate_memory
+    from dpo_runner.training.memory.estimate import estimate_memory
 
     rows = []
     for name, overrides in settings.items():
@@ -144,9 +144,9 @@ def compare(settings: dict[str, list[str]], only: str) -> list[str]:
 
 def compare_weights() -> list[str]:
     """Measure and estimate the loaded model under each quantization, and return the rows of a table."""
-    from dpo_runner.config import load_conf
+    from dpo_runner.config.compose import load_conf
     from dpo_runner.data.splits import PairShape
-    from dpo_runner.estimate import estimate_memory
+    from dpo_runner.training.memory.estimate import estimate_memory
 
     rows = []
     for name, overrides in QUANTS.items():
@@ -180,7 +180,7 @@ def main() -> None:
 def _format_report(runs: list[str], budgets: list[str], weights: list[str]) -> str:
     from importlib import metadata
 
-    from dpo_runner.environment import read_cpu_name
+    from dpo_runner.training.environment import read_cpu_name
 
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

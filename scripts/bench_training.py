@@ -39,8 +39,8 @@ from bench.sides import PAIRS_A_STEP, Job
 from bench.table import write_report
 from bench_data import write_rows as write_many_rows
 
-from dpo_runner.default_model import load_default_model_path
 from dpo_runner.errors import DpoRunnerError
+from dpo_runner.model.files.packaged import load_default_model_path
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("tune", "runs", "sweep", "growth", "mfu", "profile")

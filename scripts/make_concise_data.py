@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_runner.default_model import load_default_model_path
+from dpo_runner.model.files.packaged import load_default_model_path
 
 OUTPUT_DIR = Path(__file__).parents[1] / "dpo_runner" / "data" / "concise"
 EVAL_SHARE = 0.2  # of the subjects of each kind

@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from dpo_runner.training_rules import OUR_DEFAULTS, OWNED_FIELDS
+from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
 
 MODULE = Path(__file__).parents[1] / "dpo_runner" / "training_fields.py"
 

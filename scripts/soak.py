@@ -22,9 +22,10 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.run_search import RUN_FILES
+from dpo_runner.records.find import RUN_FILES
 
 TINY = [
     "model=tiny_random",

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.reading import read_metrics, read_status, read_summary
-from dpo_runner.stopping import SIGNALS
+from dpo_runner.records.reading import read_metrics, read_status, read_summary
+from dpo_runner.training.callbacks.stopping import SIGNALS
 
 TINY = [
     "model=tiny_random",
@@ -55,7 +55,9 @@ _OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second|preparation_time)$")
 _ATTEMPTS = 5
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["dpo_runner.run", "dpo_runner.estimate"])  # imports take longer than a tiny run
+_processes.set_forkserver_preload(
+    ["dpo_runner.train", "dpo_runner.training.memory.estimate"]
+)  # imports take longer than a tiny run
 
 
 @dataclass

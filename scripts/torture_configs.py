@@ -25,15 +25,16 @@ from fuzzing.limits import Hang, time_limit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from dpo_runner.artifacts import resolve_run_dir
-from dpo_runner.command_line import check_command_line
-from dpo_runner.config import config_keys, load_conf
-from dpo_runner.config_checks import walk_fields
-from dpo_runner.config_files import ConfigFiles
-from dpo_runner.config_schema import SCHEMA
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.rules.fields import walk_fields
+from dpo_runner.config.run_conf import config_keys
+from dpo_runner.config.schema import SCHEMA
+from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import ConfigError
-from dpo_runner.exits import report
-from dpo_runner.masking import mask_secrets
+from dpo_runner.io.exits import report
+from dpo_runner.io.masking import mask_secrets
+from dpo_runner.records.directory import resolve_run_dir
+from dpo_runner.sweep.command_line import check_command_line
 
 _SECONDS = 30
 _GROUPS = ConfigFiles.over(None).groups()

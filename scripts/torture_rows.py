@@ -24,11 +24,12 @@ from fuzzing.limits import Hang, time_limit
 from fuzzing.rows import ROWS, SOUND_ROWS, damage, draw, near_rows
 from hypothesis import strategies as st
 
-from dpo_runner.config import RunConf, load_conf
-from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.data_config import FORMATS
-from dpo_runner.default_model import load_random_model_path
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.data import FORMATS
+from dpo_runner.data.preferences import PreferenceData, load_preferences
 from dpo_runner.errors import ConfigError
+from dpo_runner.model.files.packaged import load_random_model_path
 
 _ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 3
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".txt", "")

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from dpo_runner.config import load_conf
-from dpo_runner.data import load_preferences
-from dpo_runner.default_model import DEFAULT_MODEL
-from dpo_runner.locations import resolve_model_path
-from dpo_runner.tokenizer import load_tokenizer
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import load_preferences
+from dpo_runner.model.files.locations import resolve_model_path
+from dpo_runner.model.files.packaged import DEFAULT_MODEL
+from dpo_runner.model.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -33,14 +33,14 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw a card's curves, a third of a tiny run's time, only where they are looked at."""
     if request.path.name not in ("test_card.py", "test_plots.py", "test_run.py", "test_docs.py"):
-        monkeypatch.setattr("dpo_runner.card.write_plots", lambda folder, events: [])
+        monkeypatch.setattr("dpo_runner.model.card.card.write_plots", lambda folder, events: [])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what tests tokenize out of the user's cache; converted models are shared with it."""
-    from dpo_runner.artifacts import cache_dir
-    from dpo_runner.default_model import load_random_model_path
+    from dpo_runner.io.files import cache_dir
+    from dpo_runner.model.files.packaged import load_random_model_path
 
     own = tmp_path_factory.mktemp("cache")
     for folder in (load_random_model_path(), *cache_dir().glob("smollm2-*")):
@@ -52,7 +52,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def default_model() -> str:
-    from dpo_runner.default_model import load_default_model_path
+    from dpo_runner.model.files.packaged import load_default_model_path
 
     return str(load_default_model_path())
 
@@ -60,7 +60,7 @@ def default_model() -> str:
 @pytest.fixture(scope="session")
 def tiny_model() -> str:
     """A two-layer random Llama with the default model's tokenizer and chat template."""
-    from dpo_runner.default_model import load_random_model_path
+    from dpo_runner.model.files.packaged import load_random_model_path
 
     return str(load_random_model_path())
 

@@ -141,8 +141,8 @@ def quick_python() -> Iterator[dict[str, str]]:
 # From here on in the server and in what it makes.
 IMPORTED = (
     *("torch", "trl", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb", "matplotlib.font_manager"),
-    *("wandb.apis.public", "wandb.cli.cli", "hydra", "optuna", "dpo_runner.run", "dpo_runner.plots"),
-    "dpo_runner.sweep.search_sweeper",
+    *("wandb.apis.public", "wandb.cli.cli", "hydra", "optuna", "dpo_runner.train", "dpo_runner.model.card.plots"),
+    "dpo_runner.sweep.sweeper",
 )
 
 
@@ -196,7 +196,7 @@ class _Popen(subprocess.Popen[Any]):
 
     def _execute_child(self, *given: Any) -> None:
         asked = _name(given)
-        if asked["args"][:3] != [sys.executable, "-m", "dpo_runner.sweep.worker"]:
+        if asked["args"][:3] != [sys.executable, "-m", "dpo_runner.sweep.executor"]:
             super()._execute_child(*given)
             return
         streams = [_or_own(asked[name], number) for number, name in enumerate(_STREAMS)]

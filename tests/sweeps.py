@@ -12,7 +12,7 @@ from typing import Any
 from conftest import ROWS
 from programs import start_python
 
-from dpo_runner.sweep.states import read_jobs
+from dpo_runner.sweep.directory import read_jobs
 
 # Found by Python before anything else where it is on PYTHONPATH. In the last of four steps, jobs come to grief by
 # their beta, and that of KILL takes the sweep along; in the third, that of HOLD waits while there is a file.
@@ -71,7 +71,7 @@ def change_screen(module):
         return plain(*args, **kwargs)
     setattr(module.SweepScreen, method, halting)
 
-CHANGES = {"dpo_runner.trainer": change_trainer, "dpo_runner.sweep.screen": change_screen}
+CHANGES = {"dpo_runner.training.trainer": change_trainer, "dpo_runner.sweep.screen": change_screen}
 for name in CHANGES.keys() & sys.modules.keys():
     CHANGES[name](sys.modules[name])
 

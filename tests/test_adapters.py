@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_model import build, first_rows, logps_of
 from transformers import AutoModelForCausalLM
 
-from dpo_runner.adapters import build_peft_config, check_adapter, find_other_bases
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import check_model
-from dpo_runner.quantization import build_quantization_config
-from dpo_runner.run import run
-from dpo_runner.stacking import combined_adapter
-from dpo_runner.step0 import check_reference, completion_logps
-from dpo_runner.vocabulary import build_meta_model, load_model_config
+from dpo_runner.model.adapters import build_peft_config, check_adapter, find_other_bases
+from dpo_runner.model.policy import check_model
+from dpo_runner.model.quantization import build_quantization_config
+from dpo_runner.model.stacking import combined_adapter
+from dpo_runner.model.vocabulary import build_meta_model, load_model_config
+from dpo_runner.train import run
+from dpo_runner.training.step0 import check_reference, completion_logps
 
 EXACT = ["training.bf16=false", "model.dtype=float32"]
 

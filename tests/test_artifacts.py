@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_runner import artifacts, load_conf
-from dpo_runner.artifacts import EVENT_KINDS, RunDirectory, resolve_run_dir, write_folder
-from dpo_runner.masking import mask_override, mask_secrets
-from dpo_runner.reading import read_status
+from dpo_runner.config.compose import load_conf
+from dpo_runner.io.files import write_folder
+from dpo_runner.io.masking import mask_override, mask_secrets
+from dpo_runner.records import directory as artifacts
+from dpo_runner.records.directory import EVENT_KINDS, RunDirectory, resolve_run_dir
+from dpo_runner.records.reading import read_status
 
 TOKEN = "hf_" + "a1B2" * 8
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"

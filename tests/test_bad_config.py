@@ -12,7 +12,7 @@ from conftest import children_seconds
 from programs import run_python
 
 from dpo_runner.__main__ import main
-from dpo_runner.command_line import check_command_line
+from dpo_runner.sweep.command_line import check_command_line
 
 OVERRIDES = [
     # keys
@@ -313,7 +313,7 @@ def test_what_takes_a_tokenizer_to_find_is_one_line_too(
     [
         (["traning.beta=1", "model.dtype=x"], None, 2),
         (["--config-dir=mine", "training=z"], None, 2),
-        (["model=tiny_random", "model.pad_token=nope"], "dpo_runner.run", 2),
+        (["model=tiny_random", "model.pad_token=nope"], "dpo_runner.train", 2),
     ],
 )
 def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: float) -> None:

@@ -22,9 +22,10 @@ import pytest
 from conftest import children_seconds
 from programs import run_python
 
-from dpo_runner.config import RunConf, load_conf
-from dpo_runner.data import PreferenceData, load_preferences
-from dpo_runner.data_config import SourceConf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.data import SourceConf
+from dpo_runner.data.preferences import PreferenceData, load_preferences
 from dpo_runner.errors import ConfigError, DataError
 
 Load = Callable[..., PreferenceData]

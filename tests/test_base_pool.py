@@ -10,19 +10,20 @@ import torch
 from families import make_family
 from test_sweep import finish, furnish, start
 
-from dpo_runner import base_pool as module
-from dpo_runner import load_conf, run
-from dpo_runner.base_model import load_base_model
-from dpo_runner.base_pool import BasePool, explain_refusal
-from dpo_runner.config import RunConf
-from dpo_runner.data import PreferenceData, load_preferences
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.preferences import PreferenceData, load_preferences
 from dpo_runner.errors import RunPruned
-from dpo_runner.model import load_policy
-from dpo_runner.samples import generate_answers
-from dpo_runner.snapshot import Snapshot
-from dpo_runner.step0 import MovementCheck, check_reference
-from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.trainer import build_dpo_config, build_trainer
+from dpo_runner.model.base import load_base_model
+from dpo_runner.model.policy import load_policy
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.sweep import base_pool as module
+from dpo_runner.sweep.base_pool import BasePool, Snapshot, explain_refusal
+from dpo_runner.training.answers import generate_answers
+from dpo_runner.training.build import build_dpo_config, build_trainer
+from dpo_runner.training.callbacks.movement import MovementCheck
+from dpo_runner.training.step0 import check_reference
 
 _OF_THE_MACHINE = ("time", "runtime", "per_second", "memory", "preparation")
 KEPT = "the base model is kept from the run before"

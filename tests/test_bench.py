@@ -30,10 +30,10 @@ from bench.table import NOT_MEASURED, build_report, compare
 from bench.tuning import best_variants, tune
 from sweeps import wait_until
 
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.liveness import is_process_alive
-from dpo_runner.trainer import build_dpo_config
+from dpo_runner.records.status import is_process_alive
+from dpo_runner.training.build import build_dpo_config
 
 ROOT = Path(__file__).parents[1]
 DEMO_ROW = {
@@ -375,7 +375,7 @@ def test_a_side_that_fails_on_a_gpu_loses_nothing_of_the_others(
 
 
 def test_what_is_not_exact_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_runner.engine import attention
+    from dpo_runner.training.engine.packed import attention
 
     compare_attention(Results(tmp_path / "right"), "cpu")
     assert len(read_results(tmp_path / "right")) == 3 and "NOT EXACT" not in (tmp_path / "right").read_text()

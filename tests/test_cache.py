@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_runner.cache import main
-from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
+from dpo_runner.cache.__main__ import main
+from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
 
 
 @pytest.fixture

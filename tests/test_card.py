@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from dpo_runner import load_conf, run
-from dpo_runner.card import write_card
-from dpo_runner.card_facts import LABELS, RunFacts, read_facts
-from dpo_runner.citations import list_citations
-from dpo_runner.export import main as export
-from dpo_runner.reading import read_summary
-from dpo_runner.tuned import load_tuned_model, read_run_conf
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.export.__main__ import main as export
+from dpo_runner.model.card.card import write_card
+from dpo_runner.model.card.facts import LABELS, RunFacts, list_citations, read_facts
+from dpo_runner.model.result import load_tuned_model
+from dpo_runner.records.reading import read_run_conf, read_summary
 
 SECRET = "hf_" + "A1b2C3d4" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -332,7 +332,7 @@ def test_curves_that_cannot_be_drawn_cost_no_weights(
         path.write_text("half a picture")
         raise RuntimeError("no font\nat all")
 
-    monkeypatch.setattr(sys.modules["dpo_runner.plots"], "_draw", fail)
+    monkeypatch.setattr(sys.modules["dpo_runner.model.card.plots"], "_draw", fail)
     capsys.readouterr()
     run(load_conf([*tiny_run, "run_dir=r"]))
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]

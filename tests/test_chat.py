@@ -9,11 +9,12 @@ import pytest
 import torch
 from programs import run_python
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
 from dpo_runner.chat import Chat, main
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import load_policy
-from dpo_runner.tuned import untuned
+from dpo_runner.model.policy import load_policy
+from dpo_runner.model.result import untuned
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 import dpo_runner.data
-from dpo_runner.data import apply_chat_template
-from dpo_runner.data.chat_template import ChatTemplate, Encoded
-from dpo_runner.data.formats import find_layout, read_pairs
-from dpo_runner.data.messages import Pair
-from dpo_runner.data.templates import CHAT_TEMPLATES, resolve_chat_template
+from dpo_runner.data.layouts.formats import find_layout, read_pairs
+from dpo_runner.data.layouts.messages import Pair
+from dpo_runner.data.templates.chat_template import ChatTemplate, Encoded, apply_chat_template
+from dpo_runner.data.templates.rendering import CHAT_TEMPLATES, resolve_chat_template
 from dpo_runner.errors import ConfigError, RowError
 
 # As published with Mistral-7B-Instruct-v0.1, gemma-2-it and Llama-3-Instruct.

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_runner import load_conf, run
-from dpo_runner.artifacts import RunDirectory
-from dpo_runner.checkpoint import check_continuable, check_free, check_unused, read_epoch
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunBusy, RunInterrupted
-from dpo_runner.reading import read_metrics, read_status
-from dpo_runner.sealing import find_last_checkpoint, read_step
-from dpo_runner.sealing import write_sealed as seal
-from dpo_runner.sweep.worker import perform
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
+from dpo_runner.records.checkpoints import write_sealed as seal
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_metrics, read_status
+from dpo_runner.records.resume import check_continuable, check_free, check_unused, read_epoch
+from dpo_runner.sweep.executor import perform
+from dpo_runner.training.trainer import RunTrainer
 
 
 @pytest.fixture
@@ -102,7 +103,9 @@ def test_what_changes_no_result_may_be_another_from_now_on(
     overrides += ["samples.num_prompts=0", "training.save_total_limit=9"]
     run(load_conf([*overrides, "run_dir=undisturbed"]))
     saved: list[Path] = []
-    monkeypatch.setattr("dpo_runner.saving.write_sealed", lambda path, fill: saved.append(path) or seal(path, fill))
+    monkeypatch.setattr(
+        "dpo_runner.training.mixins.saving.write_sealed", lambda path, fill: saved.append(path) or seal(path, fill)
+    )
 
     def read_result(folder: str) -> tuple[bytes, list[tuple[int, float]]]:
         evaluations = [event for event in read_metrics(Path(folder)) if "eval_loss" in event]
@@ -160,7 +163,7 @@ def test_other_libraries_are_told_of(stopped: list[str], capsys: pytest.CaptureF
 
 
 def test_two_processes_do_not_run_in_one_directory(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from dpo_runner.artifacts import RunDirectory\n"
+    program = "import sys; from pathlib import Path; from dpo_runner.records.directory import RunDirectory\n"
     program += "with RunDirectory(Path(sys.argv[1])).claim(): pass"
     command = [sys.executable, "-c", program, str(tmp_path / "r")]
     with RunDirectory(tmp_path / "r").claim():
@@ -174,7 +177,7 @@ def test_a_run_that_another_process_has_ended_while_data_was_prepared_is_finishe
     beta: float, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = [*tiny_run, "run_dir=r", "samples.num_prompts=0", "training.max_steps=1"]
-    module = sys.modules["dpo_runner.run"]
+    module = sys.modules["dpo_runner.train"]
     load = module.load_preferences
     left = {}
 
@@ -295,8 +298,8 @@ def test_warnings_of_a_training_that_goes_wrong_outlive_its_process(
     stopped: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is preempted all the time never makes the log events of a warning in one process."""
-    monkeypatch.setattr("dpo_runner.drift._WINDOW", 2)
-    monkeypatch.setattr("dpo_runner.drift._EXPLODED", 1.0)  # any rise is one then, of half a nat
+    monkeypatch.setattr("dpo_runner.training.callbacks.drift._WINDOW", 2)
+    monkeypatch.setattr("dpo_runner.training.callbacks.drift._EXPLODED", 1.0)  # any rise is one then, of half a nat
     path = Path("r/metrics.jsonl")
     events = [event for event in read_metrics(Path("r")) if event["step"] <= 2]
     events = [event | {"loss": 0.01} if "loss" in event else event for event in events]
@@ -355,7 +358,7 @@ def test_a_job_leaves_the_status_of_a_run_alone_that_another_process_has_in_hand
     says_so: bool, stopped: list[str], tmp_path: Path
 ) -> None:
     says = "directory.write_status('running')" if says_so else "pass"
-    program = "import sys; from pathlib import Path; from dpo_runner.artifacts import RunDirectory\n"
+    program = "import sys; from pathlib import Path; from dpo_runner.records.directory import RunDirectory\n"
     program += (
         f"directory = RunDirectory(Path(sys.argv[1]))\nwith directory.claim():\n    {says}; print(flush=True); input()"
     )

@@ -9,15 +9,16 @@ from rich.console import Console
 from test_model import build
 from transformers import LlamaConfig, MistralConfig, TrainerCallback
 
-from dpo_runner import checkpointing, estimate
-from dpo_runner.checkpointing import bound_memory, explain_checkpointing
-from dpo_runner.config import load_conf
-from dpo_runner.console import RunConsole
+from dpo_runner.config.compose import load_conf
 from dpo_runner.data.splits import PairShape
-from dpo_runner.estimate import estimate_memory
-from dpo_runner.model import check_model
-from dpo_runner.run import run
-from dpo_runner.trainer import build_dpo_config
+from dpo_runner.io.console import RunConsole
+from dpo_runner.model.policy import check_model
+from dpo_runner.train import run
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.memory import estimate
+from dpo_runner.training.memory import settle as checkpointing
+from dpo_runner.training.memory.estimate import estimate_memory
+from dpo_runner.training.memory.settle import bound_memory, explain_checkpointing
 
 
 def have_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 from conftest import children_seconds, run_main
 from run_folders import write_run
 
-from dpo_runner.compare import main
-from dpo_runner.comparison import DEFAULT_OBJECTIVE
+from dpo_runner.compare.__main__ import main
+from dpo_runner.compare.comparison import DEFAULT_OBJECTIVE
 
 HOSTILE = "[red]\x1b[31m\u202e<b>x"
 
@@ -61,9 +61,9 @@ def test_data_cannot_steer_the_terminal(tmp_path: Path, capsys) -> None:
 def test_a_narrow_terminal_leaves_settings_out_and_says_so(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from dpo_runner.compare_table import show_table
-    from dpo_runner.comparison import choose_objective, compare_runs
-    from dpo_runner.run_records import read_runs
+    from dpo_runner.compare.comparison import choose_objective, compare_runs
+    from dpo_runner.compare.table import show_table
+    from dpo_runner.records.runs import read_runs
 
     for index in range(3):
         extra = {f"a_long_setting_{letter}": f"value {index}" for letter in "abcdefgh"}
@@ -167,8 +167,9 @@ def test_the_command_is_quick_and_imports_neither_torch_nor_plotly(sweep: Path) 
 
 
 def test_real_runs_are_compared_and_the_best_one_answers(tiny_run: list[str], tmp_path: Path, capsys) -> None:
-    from dpo_runner import load_conf, run
+    from dpo_runner import train as run
     from dpo_runner.chat import main as chat
+    from dpo_runner.config.compose import load_conf
 
     for index, overrides in enumerate((["seed=1"], ["seed=2"], ["training.learning_rate=1e-3"])):
         run(load_conf([*tiny_run, *overrides, f"run_dir=sweep/{index}"]))

@@ -11,9 +11,9 @@ import pytest
 from browser import open_page
 from run_folders import write_run, write_samples
 
-from dpo_runner.compare_page import build_page, rebuild_page
-from dpo_runner.comparison import DEFAULT_OBJECTIVE, choose_objective, compare_runs
-from dpo_runner.run_records import read_runs
+from dpo_runner.compare.comparison import DEFAULT_OBJECTIVE, choose_objective, compare_runs
+from dpo_runner.compare.page import build_page, rebuild_page
+from dpo_runner.records.runs import read_runs
 
 SCRIPT = "<script>document.title='pwned'</script>"
 IMAGE = "</script><img src=x onerror=\"document.title='pwned'\">"
@@ -190,7 +190,7 @@ def test_long_curves_and_answers_are_cut_to_what_a_page_bears(tmp_path: Path, mo
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 5001)]
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     write_samples(path, [(f"Q{n}", "x" * 9_000, f"y{n}" * 1_500) for n in range(20)])
-    monkeypatch.setattr("dpo_runner.compare_page._ANSWERS", 50_000)
+    monkeypatch.setattr("dpo_runner.compare.page._ANSWERS", 50_000)
     payload = read_payload(page_of(tmp_path / "runs"))
     _, steps, values = payload["curves"]["loss"][0]
     assert len(steps) == len(values) == 400 and (steps[0], steps[-1]) == (1, 5000)

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 from run_folders import write_run
 
-from dpo_runner.comparison import DEFAULT_OBJECTIVE, MARGIN, Comparison, Objective, choose_objective, compare_runs
-from dpo_runner.config_differences import shorten_keys
+from dpo_runner.compare.comparison import (
+    DEFAULT_OBJECTIVE,
+    MARGIN,
+    Comparison,
+    Objective,
+    choose_objective,
+    compare_runs,
+)
+from dpo_runner.config.schema import shorten_keys
 from dpo_runner.errors import ConfigError
-from dpo_runner.run_records import RunRecord, read_runs
+from dpo_runner.records.runs import RunRecord, read_runs
 
 ACCURACY = Objective(DEFAULT_OBJECTIVE, minimize=False)
 

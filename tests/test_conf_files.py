@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner.config import CONF_DIR, load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.yaml_files import CONF_DIR
 
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from dpo_runner.command_line import find_override_mistakes
-from dpo_runner.config import RunConf, load_conf
-from dpo_runner.data_config import DataConf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.data import DataConf
+from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model_config import ModelConf
-from dpo_runner.training_fields import TrainingConf
+from dpo_runner.sweep.command_line import find_override_mistakes
 
 
 def mistakes_of(*overrides: str) -> list[str]:

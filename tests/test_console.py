@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from programs import start_python
 
-from dpo_runner import load_conf, run
-from dpo_runner.console import RunConsole, Terminal
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.exits import report
-from dpo_runner.reading import read_status
-from dpo_runner.terminal import put
+from dpo_runner.io.console import RunConsole, Terminal
+from dpo_runner.io.exits import report
+from dpo_runner.io.streams import put
+from dpo_runner.records.reading import read_status
 
 
 class Gone(io.StringIO):

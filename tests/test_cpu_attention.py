@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from dpo_runner.engine import cpu_attention
-from dpo_runner.engine.attention import attend, attend_pairs
-from dpo_runner.engine.packing import PairLengths
+from dpo_runner.training.engine.packed import cpu_attention
+from dpo_runner.training.engine.packed.attention import attend, attend_pairs
+from dpo_runner.training.engine.packed.packing import PairLengths
 
 LAYOUTS = [
     [PairLengths(120, 157, 50)],

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dpo_runner.config import expand_overrides, load_conf
-from dpo_runner.config_schema import schema_key
-from dpo_runner.data_config import resolve_sources
+from dpo_runner.config.compose import expand_overrides, load_conf
+from dpo_runner.config.schema import schema_key
+from dpo_runner.config.sections.data import resolve_sources
 from dpo_runner.errors import ConfigError
 
 TWO = ["data=local_file", "data.sources.a.path=a.jsonl", "data.sources.b.path=b.jsonl"]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from test_export import answer_in_chat, answer_plainly
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
 from dpo_runner.chat import Chat
-from dpo_runner.export import main as export
+from dpo_runner.config.compose import load_conf
+from dpo_runner.export.__main__ import main as export
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800)]
 

@@ -15,11 +15,12 @@ from conftest import ROWS
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.reading import read_metrics, read_status
-from dpo_runner.sealing import explain_damage, find_last_checkpoint
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.records.checkpoints import explain_damage, find_last_checkpoint
+from dpo_runner.records.reading import read_metrics, read_status
+from dpo_runner.training.trainer import RunTrainer
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
     directory = disk / "r"
     overrides = [*small, f"run_dir={directory}"]
     callbacks = [At({"before a save": 2, "before the samples": None}.get(when, 99), lambda: fill(disk))]
-    save, append = RunTrainer._save_optimizer_and_scheduler, sys.modules["dpo_runner.run"].RunDirectory.append_metrics
+    save, append = RunTrainer._save_optimizer_and_scheduler, sys.modules["dpo_runner.train"].RunDirectory.append_metrics
     with monkeypatch.context() as patch:
         if when == "in a save":
 
@@ -118,7 +119,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
                     metrics = {**metrics, "note": "x" * 9000}  # more than the file's last block has room for
                 append(self, metrics)
 
-            patch.setattr(sys.modules["dpo_runner.run"].RunDirectory, "append_metrics", append_on_a_full_disk)
+            patch.setattr(sys.modules["dpo_runner.train"].RunDirectory, "append_metrics", append_on_a_full_disk)
         with pytest.raises(RunError) as caught:
             run(load_conf(overrides), callbacks=callbacks)
     told = str(caught.value)
@@ -146,7 +147,7 @@ def test_a_disk_that_is_full_from_the_start_is_an_error_of_the_configuration(dis
 def test_a_full_cache_is_one_line(
     disk: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from dpo_runner.default_model import load_random_model_path
+    from dpo_runner.model.files.packaged import load_random_model_path
 
     (disk / "random-tiny-llama-bytes").symlink_to(load_random_model_path())
     fill(disk)
@@ -165,7 +166,7 @@ def test_a_directory_that_may_not_be_written_to_is_an_error_at_the_start(
         with pytest.raises(RunError):
             run(load_conf(overrides), callbacks=[At(2, lambda: 1 // 0)])
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "load_policy", None)  # nothing is loaded
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "load_policy", None)  # nothing is loaded
     with pytest.raises(ConfigError, match=r"^`run_dir=\S+/disk/r`: cannot be written to; Read-only file system$"):
         run(load_conf(overrides))
     if begun:

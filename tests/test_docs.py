@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from programs import quick_python
 
-from dpo_runner.command_line import check_command_line
-from dpo_runner.config_files import ConfigFiles
-from dpo_runner.config_schema import SCHEMA, schema_key
+from dpo_runner.config.schema import SCHEMA, schema_key
+from dpo_runner.config.yaml_files import ConfigFiles
+from dpo_runner.sweep.command_line import check_command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]
@@ -142,8 +142,8 @@ def test_the_tables_list_every_group_option_and_module() -> None:
 
 
 def test_the_data_docs_list_every_layout_and_the_cited_formatter_works() -> None:
-    from dpo_runner.data.formats import find_layout, format_row, read_pairs
-    from dpo_runner.data_config import FORMATS
+    from dpo_runner.config.sections.data import FORMATS
+    from dpo_runner.data.layouts.formats import find_layout, format_row, read_pairs
 
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z]+)` \|", text, flags=re.MULTILINE)[: len(FORMATS) - 1] == list(FORMATS[1:])
@@ -162,7 +162,8 @@ def test_the_error_examples_are_what_is_printed() -> None:
 
 
 def test_the_python_examples_run(tmp_path: Path, environment: dict[str, str]) -> None:
-    from dpo_runner import load_conf, run
+    from dpo_runner import train as run
+    from dpo_runner.config.compose import load_conf
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from dpo_runner.drift import DriftWarnings
+from dpo_runner.training.callbacks.drift import DriftWarnings
 
 
 def watch(events: Iterable[dict[str, float]], beta: float = 0.1) -> list[str]:

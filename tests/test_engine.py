@@ -14,12 +14,12 @@ from test_model import build
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_runner.config import load_conf
-from dpo_runner.engine import shared_prefix
-from dpo_runner.engine.install import describe_engine
-from dpo_runner.engine.packing import pack_pairs
-from dpo_runner.engine.shared_prefix import is_certain
-from dpo_runner.model import check_model
+from dpo_runner.config.compose import load_conf
+from dpo_runner.model.policy import check_model
+from dpo_runner.training.engine.install import describe_engine
+from dpo_runner.training.engine.packed import forward as shared_prefix
+from dpo_runner.training.engine.packed.forward import is_certain
+from dpo_runner.training.engine.packed.packing import pack_pairs
 
 PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false", "engine.lean_layers=false")
 PACKED = ("engine.shared_prefix=true", "engine.reference_store=false")

@@ -21,8 +21,8 @@ from test_model import build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_runner.engine.attention import attend_pairs
-from dpo_runner.engine.cpu_attention import PairAttention
+from dpo_runner.training.engine.packed.attention import attend_pairs
+from dpo_runner.training.engine.packed.cpu_attention import PairAttention
 
 BATCHES, SIZE = 6, 4
 

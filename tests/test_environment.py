@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import environment
-from dpo_runner.environment import measure_peak_memory, reset_peak_memory
+from dpo_runner.training import environment
+from dpo_runner.training.environment import measure_peak_memory, reset_peak_memory
 
 
 def hold(megabytes: int) -> None:

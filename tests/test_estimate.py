@@ -16,16 +16,16 @@ from test_scripts import load_script
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MistralConfig
 
-from dpo_runner import estimate
-from dpo_runner.config import load_conf
-from dpo_runner.console import RunConsole
+from dpo_runner.config.compose import load_conf
 from dpo_runner.data.splits import PairShape
 from dpo_runner.errors import ConfigError
-from dpo_runner.estimate import MemoryEstimate, estimate_memory
-from dpo_runner.fake_model import build_fake_models
-from dpo_runner.run import run as run_conf
-from dpo_runner.trainer import build_dpo_config
-from dpo_runner.vocabulary import load_model_config
+from dpo_runner.io.console import RunConsole
+from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.train import run as run_conf
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.memory import estimate
+from dpo_runner.training.memory.estimate import MemoryEstimate, estimate_memory
+from dpo_runner.training.memory.fake_model import build_fake_models
 
 TINY = ["model=tiny_random", "training=smoke"]
 TINY_WEIGHTS = 2 * 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 from conftest import ROWS, run_main
 
-from dpo_runner import evaluate as command
-from dpo_runner import evaluation_work, load_conf, run, scoring
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.evaluate import evaluate, main
-from dpo_runner.reading import read_summary
+from dpo_runner.evaluate import evaluation as command
+from dpo_runner.evaluate import scoring
+from dpo_runner.evaluate import work as evaluation_work
+from dpo_runner.evaluate.__main__ import main
+from dpo_runner.evaluate.evaluation import evaluate
+from dpo_runner.records.reading import read_summary
 
 FILES = ("pairs.jsonl", "answers.jsonl")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dpo_runner import load_conf
-from dpo_runner.config import RunConf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.evaluation_config import compose
+from dpo_runner.evaluate.settings import compose
 
 
 @pytest.fixture

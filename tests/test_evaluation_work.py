@@ -8,9 +8,10 @@ from conftest import make_adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dpo_runner import load_conf, run
-from dpo_runner.evaluate import evaluate
-from dpo_runner.reading import read_summary
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.evaluate.evaluation import evaluate
+from dpo_runner.records.reading import read_summary
 
 SFT = {
     "continue": ["lora=none", "model.adapter=SFT"],

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, SweepFailed, describe_failure
-from dpo_runner.exits import honest_exit, report
+from dpo_runner.io.exits import honest_exit, report
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_librarys_error_is_told_in_one_line() -> None:
 
 
 def test_a_reader_who_has_enough_of_what_a_library_prints_is_no_error() -> None:
-    code = "from dpo_runner.exits import honest_exit\nwith honest_exit('x'):\n    "
+    code = "from dpo_runner.io.exits import honest_exit\nwith honest_exit('x'):\n    "
     for body, ends_well in (("print('x' * 100_000)", True), ("raise BrokenPipeError", False)):
         command = [sys.executable, "-c", code + body]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -92,5 +92,5 @@ def test_every_command_ends_so(command: str, work: str, words: str, capsys, monk
 
 
 def test_a_command_that_ends_well_pays_nothing_for_it() -> None:
-    code = "import sys, dpo_runner.exits; assert not {'rich', 'torch', 'omegaconf'} & set(sys.modules)"
+    code = "import sys, dpo_runner.io.exits; assert not {'rich', 'torch', 'omegaconf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

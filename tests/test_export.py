@@ -18,10 +18,13 @@ from programs import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_runner import __version__, load_conf, run
+from dpo_runner import __version__
+from dpo_runner import train as run
 from dpo_runner.chat import Chat
-from dpo_runner.export import ROUNDING_TOLERANCE, main
-from dpo_runner.weights import save_weights
+from dpo_runner.config.compose import load_conf
+from dpo_runner.export.__main__ import main
+from dpo_runner.export.export import ROUNDING_TOLERANCE
+from dpo_runner.model.result import save_weights
 
 SECRET = "hf_" + "A1b2C3d4" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -178,7 +181,7 @@ def test_an_adapter_made_of_several_is_exported_as_one_on_the_plain_base(
             trained.append(model.eval()(ids).logits)
         return save_weights(directory, model, *rest)
 
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", save)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", save)
     named = [text.replace("SFT", sft_adapter) for text in start]
     run_dir = finished("training.bf16=false", "lora.r=4", "training.max_steps=2", *named)
     main([str(run_dir), "--out", "merged"])

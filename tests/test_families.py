@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, make_family
 
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.run import run
+from dpo_runner.train import run
 
 IN_NAME_ONLY = {"mixtral": r"experts\.gate_up_proj", "falcon": r"self_attention\.query_key_value\.weight"}
 

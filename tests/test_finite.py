@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_runner import load_conf, run
-from dpo_runner.engine.token_batches import TokenBatchTrainer
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.reading import read_metrics
+from dpo_runner.records.reading import read_metrics
+from dpo_runner.training.engine.token_batches import TokenBatchTrainer
 
 WAYS = ["engine.max_tokens_per_micro_batch=null", "engine.max_tokens_per_micro_batch=0", "engine.shared_prefix=false"]
 
@@ -125,6 +126,6 @@ def test_what_hides_the_pairs_does_not_hide_what_was_wrong(
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_runner.finite.write_json", fail)
+    monkeypatch.setattr("dpo_runner.training.mixins.nonfinite.write_json", fail)
     with pytest.raises(RunError, match=r"^loss is nan at step 3; its pairs cannot be looked at: .*No space left"):
         run(load_conf(tiny))

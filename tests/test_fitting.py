@@ -15,9 +15,14 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from dpo_runner import device_memory, load_conf, run
-from dpo_runner.artifacts import update_status
-from dpo_runner.device_memory import (
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.errors import ConfigError, RunError, RunInterrupted
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_metrics, read_status
+from dpo_runner.training.engine.packed import self_check
+from dpo_runner.training.memory import device as device_memory
+from dpo_runner.training.memory.device import (
     ANSWERING,
     EVALUATION,
     LOADING,
@@ -27,11 +32,8 @@ from dpo_runner.device_memory import (
     read_memory,
     watch_memory,
 )
-from dpo_runner.engine import self_check
-from dpo_runner.errors import ConfigError, RunError, RunInterrupted
-from dpo_runner.fitting import find_smaller, list_ways, with_settings
-from dpo_runner.reading import read_metrics, read_status
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.training.memory.retry import find_smaller, list_ways, with_settings
+from dpo_runner.training.trainer import RunTrainer
 
 OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second)$")
 RETRY = "checks.on_out_of_memory=smaller_batch"
@@ -82,8 +84,8 @@ def read_weights(folder: str) -> dict[str, torch.Tensor]:
 def largest_pair(overrides: list[str]) -> int:
     from transformers import AutoTokenizer
 
-    from dpo_runner.data import load_preferences
-    from dpo_runner.default_model import load_random_model_path
+    from dpo_runner.data.preferences import load_preferences
+    from dpo_runner.model.files.packaged import load_random_model_path
 
     data = load_preferences(load_conf(overrides), AutoTokenizer.from_pretrained(load_random_model_path()))
     return sum(data.largest())
@@ -93,7 +95,7 @@ def largest_pair(overrides: list[str]) -> int:
 def test_a_run_that_is_tried_again_is_the_run_that_had_smaller_batches(
     way: list[str], four: list[str], limit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, models = sys.modules["dpo_runner.run"].load_policy, []
+    load, models = sys.modules["dpo_runner.train"].load_policy, []
 
     def load_alone(*args: Any, **kwargs: Any) -> Any:
         assert len(models) != 1 or models[0]() is None, "what an attempt held is let go of before the next"
@@ -101,7 +103,7 @@ def test_a_run_that_is_tried_again_is_the_run_that_had_smaller_batches(
         models.append(weakref.ref(policy.model))
         return policy
 
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "load_policy", load_alone)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "load_policy", load_alone)
     most = largest_pair(four)
     seen = limit(rows=4) if way == PADDED else limit(tokens=2 * most)
     overrides = [*four, *way, *(["wandb=offline"] if way == BY_TOKENS else [])]
@@ -236,9 +238,9 @@ import resource, sys
 import psutil
 from transformers import TrainerCallback
 from dpo_runner import load_conf
-from dpo_runner.console import RunConsole
-from dpo_runner.exits import honest_exit
-from dpo_runner.run import run
+from dpo_runner.io.console import RunConsole
+from dpo_runner.io.exits import honest_exit
+from dpo_runner.train import run
 
 class Short(TrainerCallback):
     def on_train_begin(self, *args, **kwargs):
@@ -328,7 +330,7 @@ def test_what_was_learnt_of_memory_is_on_record_from_a_runs_first_moment(
             run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
     update_status(Path("r"), out_of_memory=records)
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_runner.artifacts.RunDirectory.note", killed)  # not even what comes next is reached
+        patch.setattr("dpo_runner.records.directory.RunDirectory.note", killed)  # not even what comes next is reached
         with pytest.raises(RunInterrupted):
             run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
     status = read_status(Path("r"))
@@ -386,7 +388,7 @@ def test_losses_of_whole_batches_are_not_tried_again(loss: str) -> None:
 def test_what_a_process_may_take_counts_as_free() -> None:
     code = """
 import resource, psutil
-from dpo_runner.device_memory import read_memory
+from dpo_runner.training.memory.device import read_memory
 plain = read_memory(True)[1:]
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 50_000_000, -1))
 print(plain[0] > 10**9, read_memory(True)[2] <= 50_000_000 < plain[1])

@@ -17,14 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_runner.data.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
-from dpo_runner.data.layouts import LAYOUTS
-from dpo_runner.data.messages import Message, Pair
-from dpo_runner.data.recipe import Recipe
-from dpo_runner.data.scored import group_responses
-from dpo_runner.data.sources import decode_rows, open_sources
-from dpo_runner.data.workers import process_all
-from dpo_runner.data_config import FORMATS, SourceConf
+from dpo_runner.config.sections.data import FORMATS, SourceConf
+from dpo_runner.data.layouts.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
+from dpo_runner.data.layouts.known import LAYOUTS
+from dpo_runner.data.layouts.messages import Message, Pair
+from dpo_runner.data.layouts.scored import group_responses
+from dpo_runner.data.prepare.recipe import Recipe
+from dpo_runner.data.prepare.workers import process_all
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import DataError, LeftOut, RowError
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.gguf import write_model
-from dpo_runner.locations import resolve_model_path
-from dpo_runner.model import check_model
+from dpo_runner.model.files.gguf import write_model
+from dpo_runner.model.files.locations import resolve_model_path
+from dpo_runner.model.policy import check_model
 
 
 def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
-from dpo_runner.engine.head import frozen_head, log_probs_alone
+from dpo_runner.training.engine.packed.head import frozen_head, log_probs_alone
 
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

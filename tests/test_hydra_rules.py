@@ -109,7 +109,7 @@ CONTROLS = [IN_FILES[at] for at in (0, 5, 22)]
 """Of these it is shown that they run code where nothing is checked."""
 
 UNCHECKED = """
-import sys, dpo_runner.__main__ as program, dpo_runner.config as config
+import sys, dpo_runner.__main__ as program, dpo_runner.config.compose as config
 program.check_command_line = lambda argv: []
 config.check_composed = lambda config: None
 sys.argv = {argv!r}
@@ -173,8 +173,8 @@ def test_a_linked_folder_is_looked_into(attempt) -> None:
 
 def test_what_the_check_of_files_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
     """The second line of defence does not look at files at all."""
-    from dpo_runner.config import compose_config
-    from dpo_runner.hydra_rules import UnsafeConfigError
+    from dpo_runner.config.compose import compose_config
+    from dpo_runner.config.hydra_rules import UnsafeConfigError
 
     for files in (IN_FILES[0], IN_FILES[5], IN_FILES[9]):
         flag, choice = write(files)

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from dpo_runner.imports import quiet_imports
+from dpo_runner.io.logs import quiet_imports
 
 
 def test_a_run_imports_no_compiler() -> None:
-    code = "import sys, dpo_runner.run, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules)"
+    code = "import sys, dpo_runner.train, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False" and not done.stderr
 
@@ -64,7 +64,7 @@ def test_no_collection_goes_through_what_was_imported(tiny_run: list[str]) -> No
     code = """
 import atexit, gc, importlib, sys
 from dpo_runner.__main__ import main
-run = importlib.import_module("dpo_runner.run")
+run = importlib.import_module("dpo_runner.train")
 def stand_in(*args):
     print(gc.get_freeze_count(), len(gc.get_objects()))
     run.kept = [[] for _ in range(200_000)]

@@ -28,7 +28,7 @@ def heed() -> None:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("dpo_runner.command_line", ["dpo_runner", "--help"]),
+        ("dpo_runner.sweep.command_line", ["dpo_runner", "--help"]),
         ("hydra", ["dpo_runner", "--cfg", "job"]),
         ("torch", ["dpo_runner", "model=tiny_random", "dry_run=true"]),
         ("rich.console", ["dpo_runner.compare", "."]),
@@ -49,7 +49,7 @@ SWALLOWED = """
 import os, signal, sys, weakref
 sys.argv, sys.orig_argv = ["-m"], [sys.executable, "-m", "dpo_runner"]
 import dpo_runner
-from dpo_runner.exits import honest_exit
+from dpo_runner.io.exits import honest_exit
 
 class Thing:
     pass

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo_runner.errors import RunError
-from dpo_runner.json_lines import JsonLines
+from dpo_runner.io.files import JsonLines
 
 
 def test_lines_hold_any_text(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_runner import judge as module
-from dpo_runner import load_conf, run
-from dpo_runner.config import JudgeConf
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.run import JudgeConf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.evaluate import evaluate, main
-from dpo_runner.json_lines import JsonLines
-from dpo_runner.judge import check_judge, fit_length_control, judge_answers, parse_verdict, summarize_verdicts
+from dpo_runner.evaluate import judge as module
+from dpo_runner.evaluate.__main__ import main
+from dpo_runner.evaluate.evaluation import evaluate
+from dpo_runner.evaluate.judge import check_judge, fit_length_control, judge_answers, parse_verdict, summarize_verdicts
+from dpo_runner.io.files import JsonLines
 
 KEY = "sk-loopback-0123456789abcdefghij"
 

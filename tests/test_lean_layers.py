@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_runner.engine.lean_layers import GatedSiLU, RMSNorm, make_lean
+from dpo_runner.training.engine.layers.lean import GatedSiLU, RMSNorm, make_lean
 
 NORM_AND_MLP = {"llama", "mistral", "qwen2", "qwen3"}
 """Families both of whose layers are Llama's; others have a norm or an MLP of their own."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import huggingface_hub
 
-from dpo_runner import load_conf
-from dpo_runner.lineage import digest_weights, trace_origins
+from dpo_runner.config.compose import load_conf
+from dpo_runner.export.lineage import digest_weights, trace_origins
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENVIRONMENT = {"dpo_runner": "0.1.0", "commit": None}

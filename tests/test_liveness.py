@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from dpo_runner import artifacts
-from dpo_runner.artifacts import LOCK_FILE, RunDirectory, update_status
 from dpo_runner.chat import main as chat
-from dpo_runner.checkpoint import check_free
-from dpo_runner.compare import main as compare
+from dpo_runner.compare.__main__ import main as compare
 from dpo_runner.errors import ConfigError
-from dpo_runner.liveness import explain_death, is_process_alive
-from dpo_runner.reading import read_status
-from dpo_runner.run_records import read_runs
-from dpo_runner.sweep.states import read_job
+from dpo_runner.records import directory as artifacts
+from dpo_runner.records.directory import RunDirectory, update_status
+from dpo_runner.records.reading import read_status
+from dpo_runner.records.resume import check_free
+from dpo_runner.records.runs import read_runs
+from dpo_runner.records.status import LOCK_FILE, explain_death, is_process_alive
+from dpo_runner.sweep.directory import read_job
 
 LONG_AGO = "2020-01-01T00:00:00+00:00"
 
@@ -36,7 +36,7 @@ def now() -> str:
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_runner.artifacts import RunDirectory
+from dpo_runner.records.directory import RunDirectory
 directory = RunDirectory(Path("r"))
 with directory.claim():
     directory.write_status("running")
@@ -133,7 +133,7 @@ def test_who_holds_the_lock_keeps_it_though_it_asks(tmp_path: Path) -> None:
     with directory.claim():
         directory.write_status("running")
         assert explain_death(directory.path, read_status(directory.path) or {}) is None
-        code = "from pathlib import Path; from dpo_runner.artifacts import RunDirectory\n"
+        code = "from pathlib import Path; from dpo_runner.records.directory import RunDirectory\n"
         code += "with RunDirectory(Path('r')).claim(): pass"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert "another process is running there" in second.stderr

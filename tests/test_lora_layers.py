@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_lean_layers import adapt
 
-from dpo_runner.engine.lean_layers import make_lean
-from dpo_runner.engine.lora_layers import LoraProduct, is_plain, multiply
+from dpo_runner.training.engine.layers.lean import make_lean
+from dpo_runner.training.engine.layers.lora import LoraProduct, is_plain, multiply
 
 
 class Layers(torch.nn.Module):

@@ -9,7 +9,7 @@ import pytest
 from programs import run_python
 from wandb_server import WandbServer
 
-from dpo_runner.masking import holds_secret, mask_override, mask_secrets, mask_text
+from dpo_runner.io.masking import holds_secret, mask_override, mask_secrets, mask_text
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_no_secret_is_in_what_a_sweep_and_its_failures_leave(planted, tiny_run: 
 
 def test_a_traceback_in_run_log_holds_none(planted, tiny_run: list[str]) -> None:
     code = (
-        "import sys, dpo_runner.run, dpo_runner.__main__ as program\n"
+        "import sys, dpo_runner.train, dpo_runner.__main__ as program\n"
         f"def fail(*args): raise ValueError('no access to https://me:{PASSWORD}@example.com with {HF}')\n"
-        "sys.modules['dpo_runner.run'].load_policy = fail\n"
+        "sys.modules['dpo_runner.train'].load_policy = fail\n"
         f"sys.argv = {['dpo_runner', *tiny_run, 'run_dir=r', f'wandb.tags=[{CANARY}]']!r}\n"
         "program.main()\n"
     )

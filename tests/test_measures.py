@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_runner.measures import estimate_ratios, summarize_pairs
+from dpo_runner.evaluate.intervals import estimate_ratios, summarize_pairs
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_runner.data.formats import find_layout, read_pairs
-from dpo_runner.data.messages import Message, Pair, check_pair, parse_json, split_conversations, to_messages
-from dpo_runner.data.sources import decode_rows, open_sources
-from dpo_runner.data_config import SourceFields
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.layouts.formats import find_layout, read_pairs
+from dpo_runner.data.layouts.messages import Message, Pair, check_pair, parse_json, split_conversations, to_messages
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import RowError
 
 

@@ -16,17 +16,17 @@ from transformers import (
 )
 from trl import DPOConfig
 
-from dpo_runner.adapters import build_peft_config
-from dpo_runner.config import load_conf
-from dpo_runner.data import load_preferences
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import load_preferences
 from dpo_runner.errors import ConfigError
-from dpo_runner.locations import resolve_model_path
-from dpo_runner.model import load_policy
-from dpo_runner.precision import has_bf16
-from dpo_runner.quantization import build_quantization_config, linear4bit_modules
-from dpo_runner.step0 import completion_logps
-from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.trainer import build_dpo_config, build_trainer
+from dpo_runner.model.adapters import build_peft_config
+from dpo_runner.model.files.locations import resolve_model_path
+from dpo_runner.model.policy import load_policy
+from dpo_runner.model.quantization import build_quantization_config, linear4bit_modules
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.training.build import build_dpo_config, build_trainer
+from dpo_runner.training.precision import has_bf16
+from dpo_runner.training.step0 import completion_logps
 
 
 def build(overrides: list[str], tmp_path: Path):
@@ -126,7 +126,7 @@ def tiny_mistral(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_same_path_runs_with_a_tiny_mistral(tiny_mistral: str, tiny_run: list[str], tmp_path: Path) -> None:
-    from dpo_runner.run import run
+    from dpo_runner.train import run
 
     shared = [override for override in tiny_run if not override.startswith("model=")]
     conf = load_conf(["model=mistral", "quant=nf4", f"model.model_name_or_path={tiny_mistral}", "run_dir=r", *shared])

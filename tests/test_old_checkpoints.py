@@ -12,11 +12,11 @@ from conftest import run_main
 from run_folders import write_run
 from test_liveness import HOLD
 
-from dpo_runner.artifacts import update_status
-from dpo_runner.cache import main
+from dpo_runner.cache.__main__ import main
+from dpo_runner.cache.old_checkpoints import find_checkpoints
 from dpo_runner.errors import ConfigError
-from dpo_runner.old_checkpoints import find_checkpoints
-from dpo_runner.sealing import MANIFEST, find_last_checkpoint, write_sealed
+from dpo_runner.records.checkpoints import MANIFEST, find_last_checkpoint, write_sealed
+from dpo_runner.records.directory import update_status
 
 
 def make_run(

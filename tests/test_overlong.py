@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from test_preferences import NO_EVAL, check_account, load, write
 
-from dpo_runner.data import apply_chat_template
+from dpo_runner.data.templates.chat_template import apply_chat_template
 
 
 def overlong_rows() -> list[dict[str, str]]:

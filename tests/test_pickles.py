@@ -13,16 +13,21 @@ import pytest
 import torch
 from conftest import ROWS, run_main
 
-from dpo_runner import chat, evaluate, export, load_conf, run
-from dpo_runner.artifacts import update_status
-from dpo_runner.data.sources import decode_rows, open_sources
-from dpo_runner.data_config import SourceFields
+from dpo_runner import chat
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import check_model, load_policy
-from dpo_runner.pickles import refuse_pickled_code
-from dpo_runner.sealing import MANIFEST, explain_damage, list_checkpoints, seal
-from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.vocabulary import load_model_config
+from dpo_runner.evaluate import evaluation as evaluate
+from dpo_runner.export import export
+from dpo_runner.model.files.pickles import refuse_pickled_code
+from dpo_runner.model.policy import check_model, load_policy
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.records.checkpoints import MANIFEST, explain_damage, list_checkpoints, seal
+from dpo_runner.records.directory import update_status
 
 CODE = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
@@ -158,7 +163,7 @@ def test_a_run_continues_from_no_planted_file(name: str, run_dir: Path, finished
 def test_torch_itself_would_refuse_it(run_dir: Path, finished: Path, mark: Path, monkeypatch) -> None:
     """The second line of defence: `weights_only`, which Trainer passes for each file that it reads."""
     overrides = unfinish(run_dir, finished)
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "refuse_pickled_code", lambda checkpoint: None)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "refuse_pickled_code", lambda checkpoint: None)
     whole = Path(shutil.copytree(run_dir / "checkpoints", run_dir.parent / "whole"))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         by_torch(run_dir / "checkpoints" / "checkpoint-2" / name, mark)

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROWS
 from programs import run_python
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 
 HOSTILE = (

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from dpo_runner.plots import write_plots
+from dpo_runner.model.card.plots import write_plots
 
 Events = list[dict[str, Any]]
 
@@ -97,8 +97,8 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never() -> None:
     code = """
 import sys
 from pathlib import Path
-from dpo_runner.card import write_card
-from dpo_runner.plots import write_plots
+from dpo_runner.model.card.card import write_card
+from dpo_runner.model.card.plots import write_plots
 assert "matplotlib" not in sys.modules
 write_plots(Path("a"), [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_runner import precision
-from dpo_runner.config import load_conf
-from dpo_runner.evaluation_work import name_autocast
-from dpo_runner.precision import autocast, choose_autocast
-from dpo_runner.trainer import build_dpo_config
+from dpo_runner.config.compose import load_conf
+from dpo_runner.evaluate.work import name_autocast
+from dpo_runner.training import precision
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.precision import autocast, choose_autocast
 
 
 @pytest.mark.parametrize("hardware", [False, True])

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_runner.config import RunConf, load_conf
-from dpo_runner.data import PreferenceData, apply_chat_template, load_preferences
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.preferences import PreferenceData, load_preferences
+from dpo_runner.data.templates.chat_template import apply_chat_template
 from dpo_runner.errors import DataError
 
 NO_EVAL = ["data.eval_fraction=0", "training.eval_strategy=no"]

@@ -12,7 +12,7 @@ from test_preferences import load, make_rows, write
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts batches as they are tokenized."""
-    from dpo_runner.data import workers
+    from dpo_runner.data.prepare import workers
 
     calls: list[int] = []
     process = workers.process_batch
@@ -69,7 +69,8 @@ def test_another_row_template_or_formatter_changes_the_key(
 def test_several_processes_give_the_same_rows_in_the_same_order(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_runner.data import prepare, workers
+    from dpo_runner.data.prepare import cache as prepare
+    from dpo_runner.data.prepare import workers
 
     monkeypatch.setattr(workers, "BATCHES_BEFORE_WORKERS", 2)
     monkeypatch.setattr(prepare, "ROWS_PER_BATCH", 7)
@@ -90,7 +91,8 @@ def test_several_processes_give_the_same_rows_in_the_same_order(
 def test_a_process_that_dies_is_an_error_and_leaves_no_half_cache(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_runner.data import prepare, workers
+    from dpo_runner.data.prepare import cache as prepare
+    from dpo_runner.data.prepare import workers
 
     module = tmp_path / "deadly.py"
     module.write_text(

@@ -13,12 +13,13 @@ from conftest import run_main
 from markupsafe import escape
 from rich.console import Console
 
-from dpo_runner.console import visible
-from dpo_runner.data.rendering import find_special_ids
 from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths, SourceReport, SplitReport
-from dpo_runner.html_page import escape_label
-from dpo_runner.preview import draw_bars, main, show_report, show_rows, split_pieces
-from dpo_runner.preview_page import Piece, Row, build_page
+from dpo_runner.data.templates.rendering import find_special_ids
+from dpo_runner.io.console import visible
+from dpo_runner.io.pages import escape_label
+from dpo_runner.preview.__main__ import main
+from dpo_runner.preview.page import Piece, Row, build_page
+from dpo_runner.preview.screen import draw_bars, show_report, show_rows, split_pieces
 
 SCRIPT = "<script>document.title='pwned'</script>"
 IMAGE = "</script><img src=x onerror=\"document.title='pwned'\">"
@@ -232,13 +233,13 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
     """Fail where weights are loaded; the tiny model is in its cache by now."""
     import transformers
 
-    import dpo_runner.model
+    import dpo_runner.model.policy
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("weights are loaded")
 
     for name in ("load_policy", "load_base_model"):
-        monkeypatch.setattr(dpo_runner.model, name, refuse)
+        monkeypatch.setattr(dpo_runner.model.policy, name, refuse)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
 
@@ -300,13 +301,13 @@ def test_a_file_that_cannot_be_written_is_one_line(pairs, no_weights, capsys, mo
     def fail(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_runner.report_files.write_text", fail)
+    monkeypatch.setattr("dpo_runner.io.pages.write_text", fail)
     assert run_preview("data=local_file", f"data.path={pairs}", "--html", "page.html") == 2
     assert capsys.readouterr().err == "error: --html page.html: cannot be written; No space left on device\n"
 
 
 def test_dropped_rows_with_half_a_character_can_be_written(pairs, no_weights, tmp_path, monkeypatch) -> None:
-    from dpo_runner.data import PreferenceData
+    from dpo_runner.data.preferences import PreferenceData
 
     row = {"source": "data", "split": "train", "file": "\udc80.jsonl", "line": 1, "reason": "日本", "detail": ""}
     monkeypatch.setattr(PreferenceData, "dropped", lambda self: iter([row]))

@@ -9,17 +9,17 @@ from families import make_family
 from test_model import build, first_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model import check_model, load_policy
-from dpo_runner.quantization import (
+from dpo_runner.model.policy import check_model, load_policy
+from dpo_runner.model.quantization import (
     build_quantization_config,
     count_quantized,
     describe_quantization,
     settle_quantization,
 )
-from dpo_runner.step0 import completion_logps
-from dpo_runner.vocabulary import build_meta_model, load_model_config
+from dpo_runner.model.vocabulary import build_meta_model, load_model_config
+from dpo_runner.training.step0 import completion_logps
 
 
 def test_exactly_one_kind_is_chosen() -> None:

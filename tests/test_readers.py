@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROWS
 
-from dpo_runner.data import readers
-from dpo_runner.data.sources import RowSource, decode_rows, open_sources
-from dpo_runner.data_config import SourceFields
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.rows import readers
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import RowSource, open_sources
 from dpo_runner.errors import DataError, RowError
 
 

@@ -8,18 +8,18 @@ import pytest
 from conftest import run_main
 from run_folders import write_run
 
-from dpo_runner import load_conf, run
-from dpo_runner.artifacts import RunDirectory, update_status
+from dpo_runner import train as run
 from dpo_runner.chat import main as chat
-from dpo_runner.checkpoint import check_continuable
-from dpo_runner.compare import main as compare
-from dpo_runner.config import RunConf
+from dpo_runner.compare.__main__ import main as compare
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.evaluate import main as evaluate
-from dpo_runner.export import main as export
-from dpo_runner.reading import read_mapping, read_metrics, read_object, read_status, read_summary
-from dpo_runner.sealing import write_sealed
-from dpo_runner.tuned import read_run_conf
+from dpo_runner.evaluate.__main__ import main as evaluate
+from dpo_runner.export.__main__ import main as export
+from dpo_runner.records.checkpoints import write_sealed
+from dpo_runner.records.directory import RunDirectory, update_status
+from dpo_runner.records.reading import read_mapping, read_metrics, read_object, read_run_conf, read_status, read_summary
+from dpo_runner.records.resume import check_continuable
 
 
 @pytest.fixture

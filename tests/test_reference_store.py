@@ -17,9 +17,9 @@ from test_engine import PACKED, STORED, is_packed, train
 from test_estimate import STARTS, name_paths
 from test_model import build, logps_of
 
-from dpo_runner.engine.reference import REF_COLUMNS, score_pairs
-from dpo_runner.engine.reference_store import PairLogps, ReferenceStore, list_references, make_room, store_dir
 from dpo_runner.errors import RunError
+from dpo_runner.training.engine.reference.columns import REF_COLUMNS, score_pairs
+from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references, make_room, store_dir
 
 FP32 = ("training.bf16=false",)
 
@@ -32,7 +32,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs each call has scored with the reference."""
-    from dpo_runner.engine import reference
+    from dpo_runner.training.engine.reference import columns as reference
 
     counts: list[int] = []
 
@@ -221,7 +221,7 @@ def test_processes_share_the_work_and_the_file(tmp_path: Path) -> None:
     program = """
         import sys, random
         import numpy as np
-        from dpo_runner.engine.reference_store import PairLogps, ReferenceStore
+        from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
         with ReferenceStore("shared", {}, 10**9) as store:
             for start in range(0, 400, 20):
                 keys = [bytes([k // 256, k % 256]) for k in range(start, start + 20)]
@@ -315,7 +315,7 @@ def test_several_processes_keep_the_limit_together(tmp_path: Path) -> None:
     program = """
         import sys
         import numpy as np
-        from dpo_runner.engine.reference_store import PairLogps, ReferenceStore, list_references
+        from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references
         name, limit = sys.argv[1], int(sys.argv[2])
         with ReferenceStore(name, {}, limit) as store:
             for k in range(60):
@@ -364,7 +364,7 @@ def test_whatever_the_reference_is_the_store_has_what_it_gives(
 def test_weights_that_cannot_be_told_apart_are_not_stored(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dpo_runner.engine import identity
+    from dpo_runner.training.engine.reference import identity
 
     monkeypatch.setattr(identity, "_TENSORS", ())
     with caplog.at_level("INFO"):

@@ -11,18 +11,19 @@ import pytest
 import yaml
 from run_folders import write_run
 
-from dpo_runner.artifacts import RunDirectory
-from dpo_runner.checkpoint import check_continuable
-from dpo_runner.config import OUTSIDE, config_keys, load_conf
-from dpo_runner.config_differences import find_differing
-from dpo_runner.config_schema import SCHEMA
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.keys import OUTSIDE, REMOVED_KEYS, split_removed
+from dpo_runner.config.run_conf import config_keys
+from dpo_runner.config.schema import SCHEMA
 from dpo_runner.errors import ConfigError
-from dpo_runner.evaluation_config import compose
-from dpo_runner.removed_keys import REMOVED_KEYS, split_removed
-from dpo_runner.run_records import read_runs
-from dpo_runner.sealing import write_sealed
-from dpo_runner.sweep.names import digest_config
-from dpo_runner.tuned import read_run_conf
+from dpo_runner.evaluate.settings import compose
+from dpo_runner.records.checkpoints import write_sealed
+from dpo_runner.records.differences import find_differing
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_run_conf
+from dpo_runner.records.resume import check_continuable
+from dpo_runner.records.runs import read_runs
+from dpo_runner.sweep.points import digest_config
 
 OFF = {"engine.compile_layers": False, "engine.keep_dequantized": None, "quant.config": {}}
 HQQ = {"quant.config": {"quant_method": "hqq", "nbits": 4}}
@@ -50,7 +51,7 @@ def test_the_table_names_no_key_that_there_is() -> None:
 def test_a_refusal_imports_no_torch() -> None:
     code = """
 import sys
-from dpo_runner.command_line import check_command_line
+from dpo_runner.sweep.command_line import check_command_line
 print(check_command_line(["engine.compile_layers=true"]), "torch" in sys.modules)
 """
     assert (

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from test_export import answer_in_chat, answer_plainly
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
 from dpo_runner.chat import Chat
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned
-from dpo_runner.export import main as export
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.export.__main__ import main as export
+from dpo_runner.training.trainer import RunTrainer
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
 
@@ -129,7 +130,7 @@ def test_several_sources_are_evaluated_each_and_together(tiny_run: list[str], tm
 
 
 def test_nothing_that_data_holds_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from dpo_runner.console import RunConsole
+    from dpo_runner.io.console import RunConsole
 
     answer = {"text": "\x1b[31mred\x07", "tokens": 3, "complete": True}
     prompt = [{"role": "user", "content": "\x1b]0;pwned\x07Why?"}]
@@ -236,11 +237,11 @@ def test_a_run_stopped_after_its_last_step_trains_no_more(tiny_run, tmp_path, mo
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    save = sys.modules["dpo_runner.run"].save_weights
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", stop)
+    save = sys.modules["dpo_runner.train"].save_weights
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", stop)
     with pytest.raises(RunInterrupted):
         run(load_conf([*tiny_run, "run_dir=cut"]))
-    monkeypatch.setattr(sys.modules["dpo_runner.run"], "save_weights", save)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", save)
     run(load_conf([*tiny_run, "run_dir=cut"]))
     one, other = read_json(tmp_path / "whole" / "summary.json"), read_json(tmp_path / "cut" / "summary.json")
     assert (one["before"], one["after"], one["steps"]) == (other["before"], other["after"], other["steps"])
@@ -328,7 +329,7 @@ def test_a_run_that_is_given_up_keeps_its_figures_and_no_checkpoints(tiny_run, t
 
 SIGNALLED = """
 import os, runpy, sys
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.training.trainer import RunTrainer
 
 number, times, step = int(sys.argv.pop(1)), int(sys.argv.pop(1)), RunTrainer.training_step
 

@@ -8,7 +8,7 @@ import pytest
 from run_folders import write_run
 
 from dpo_runner.errors import ConfigError
-from dpo_runner.run_records import RunRecord, flatten, read_runs
+from dpo_runner.records.runs import RunRecord, flatten, read_runs
 
 
 def read_one(path: Path) -> RunRecord:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_runner.data import SamplePrompt
-from dpo_runner.data.chat_template import ChatTemplate
-from dpo_runner.samples import generate_answers, pair_answers, summarize_answers
+from dpo_runner.data.preferences import SamplePrompt
+from dpo_runner.data.templates.chat_template import ChatTemplate
+from dpo_runner.training.answers import generate_answers, pair_answers, summarize_answers
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("Hello.", "What is a very long question, and why?")]
 

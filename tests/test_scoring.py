@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dpo_runner.scoring import Compared, sample_completions, score_completions
-from dpo_runner.tuned import untuned
+from dpo_runner.evaluate.scoring import Compared, sample_completions, score_completions
+from dpo_runner.model.result import untuned
 
 
 @pytest.fixture

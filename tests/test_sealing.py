@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.sealing import (
+from dpo_runner.records.checkpoints import (
     MANIFEST,
     explain_damage,
     find_last_checkpoint,

@@ -16,18 +16,19 @@ from optuna.trial import TrialState
 from sweeps import finish, furnish, kill_while_held, start, wait_until
 from test_search_space import space_of
 
-from dpo_runner.artifacts import update_status, write_json
-from dpo_runner.config import SweepConf, load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.rules.sweep import list_objectives
+from dpo_runner.config.sections.sweep import SearchConf, SweepConf
 from dpo_runner.errors import ConfigError, RunError, RunPruned
-from dpo_runner.reading import read_status
-from dpo_runner.run_records import read_runs
-from dpo_runner.search_config import SearchConf, list_objectives
-from dpo_runner.sweep.directory import resolve_sweep_dir
-from dpo_runner.sweep.pruning import Pruning
-from dpo_runner.sweep.search import Search
-from dpo_runner.sweep.search_sweeper import summarize
-from dpo_runner.sweep.states import read_job, read_jobs
-from dpo_runner.sweep.study import ask, open_trial
+from dpo_runner.io.files import write_json
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_status
+from dpo_runner.records.runs import read_runs
+from dpo_runner.sweep.directory import read_job, read_jobs, resolve_sweep_dir
+from dpo_runner.sweep.search.pruning import Pruning
+from dpo_runner.sweep.search.study import ask, open_trial
+from dpo_runner.sweep.search.trials import Search
+from dpo_runner.sweep.sweeper import summarize
 
 MARGINS = "eval_rewards/margins"
 AXES = ("training.beta=tag(log,interval(0.01,0.5))", "lora.r=choice(8,16)")
@@ -244,7 +245,7 @@ import sys
 sys.modules["optuna"] = None
 from dpo_runner import load_conf
 from dpo_runner.sweep.sweeper import register_plugins
-from dpo_runner.sweep.worker import perform
+from dpo_runner.sweep.executor import perform
 register_plugins()
 outcome = perform(load_conf(["data=local_file", "data.path=absent.jsonl", "model=tiny_random", "run_dir=r"]), [])
 assert "no such file" in outcome["error"], outcome

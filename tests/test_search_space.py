@@ -5,12 +5,13 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpo_runner.command_line import check_command_line, choose_sweeper
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.rules.sweep import list_objectives, read_direction
+from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.search_config import SearchConf, list_objectives, read_direction
 from dpo_runner.sweep.axes import merge_axes, read_axis
-from dpo_runner.sweep.space import Space, read_axis_ends, read_space
+from dpo_runner.sweep.command_line import check_command_line, choose_sweeper
+from dpo_runner.sweep.search.space import Space, read_axis_ends, read_space
 
 TPE = "sweep.search.sampler=tpe"
 
@@ -119,7 +120,7 @@ def test_without_optuna_one_line_names_the_command(monkeypatch: pytest.MonkeyPat
         raise PackageNotFoundError(name)
 
     for found, told in ((absent, "none is installed"), (lambda name: "4.9.0", "4.9.0 is installed")):
-        monkeypatch.setattr("dpo_runner.search_config.version", found)
+        monkeypatch.setattr("dpo_runner.config.sections.sweep.version", found)
         (mistake,) = check_command_line(["-m", TPE, "seed=1,2"])
         assert told in mistake and "pip install 'optuna>=5,<6'" in mistake
     assert check_command_line(["-m", "seed=1,2"]) == []

@@ -9,15 +9,15 @@ from families import make_family
 from test_engine import PACKED, PLAIN, assert_same, is_packed, train
 from test_model import build
 
-from dpo_runner.base_pool import BasePool
-from dpo_runner.config import load_conf
-from dpo_runner.data import load_preferences
-from dpo_runner.engine import self_check
-from dpo_runner.engine.install import describe_engine
-from dpo_runner.engine.self_check import find_difference
-from dpo_runner.model import check_model, load_policy
-from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.trainer import build_dpo_config, build_trainer
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import load_preferences
+from dpo_runner.model.policy import check_model, load_policy
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.sweep.base_pool import BasePool
+from dpo_runner.training.build import build_dpo_config, build_trainer
+from dpo_runner.training.engine.install import describe_engine
+from dpo_runner.training.engine.packed import self_check
+from dpo_runner.training.engine.packed.self_check import find_difference
 
 
 def name_family(family: str, tiny_run: list[str], tokenizer: Any, folder: Path, **changes: Any) -> list[str]:

@@ -9,7 +9,7 @@ from families import make_config
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_runner.engine.shared_prefix import explain_refusal
+from dpo_runner.training.engine.packed.forward import explain_refusal
 
 
 def make_model(config: transformers.PretrainedConfig, attention: str = "sdpa") -> PreTrainedModel:

@@ -28,8 +28,8 @@ from test_readers import (
     write_arrow,
 )
 
-from dpo_runner.data.sources import open_sources
-from dpo_runner.data_config import SourceFields
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import DataError
 
 # --- files that cannot be read ---------------------------------------------------------------------------------------
@@ -579,6 +579,6 @@ def test_the_digest_depends_on_where_files_end_and_on_their_order() -> None:
 
 def test_importing_it_loads_no_heavy_library() -> None:
     heavy = {"torch", "transformers", "datasets", "pyarrow"}
-    code = f"import sys, dpo_runner.data.sources; print({heavy} & set(sys.modules))"
+    code = f"import sys, dpo_runner.data.rows.sources; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout == "set()\n", done.stderr

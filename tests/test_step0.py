@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_model import build
 
-from dpo_runner import step0
 from dpo_runner.errors import RunError
-from dpo_runner.step0 import MovementCheck, _fingerprint, check_reference, check_trainable
+from dpo_runner.training import step0
+from dpo_runner.training.callbacks.movement import MovementCheck, _fingerprint
+from dpo_runner.training.step0 import check_reference, check_trainable
 
 
 def test_a_sound_run_passes(tiny_run, tmp_path) -> None:

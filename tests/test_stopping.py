@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_runner import load_conf, run
-from dpo_runner.checkpoint import read_logged
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunInterrupted
-from dpo_runner.reading import read_metrics, read_summary
-from dpo_runner.saving import EvaluationCut
-from dpo_runner.sealing import find_last_checkpoint, read_step
-from dpo_runner.stopping import SIGNALS, Stopping
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
+from dpo_runner.records.reading import read_metrics, read_summary
+from dpo_runner.records.resume import read_logged
+from dpo_runner.training.callbacks.stopping import SIGNALS, Stopping
+from dpo_runner.training.mixins.saving import EvaluationCut
+from dpo_runner.training.trainer import RunTrainer
 
 
 def send(number: int) -> None:

@@ -17,8 +17,8 @@ from programs import run_python
 from sweeps import finish, furnish, kill_while_held, release_stopped, start, wait_until
 from test_compare_page import read_payload
 
-from dpo_runner.reading import read_status
-from dpo_runner.sweep.states import read_jobs
+from dpo_runner.records.reading import read_status
+from dpo_runner.sweep.directory import read_jobs
 
 
 def has_states(sweep: Path, states: list[str]) -> bool:

@@ -4,14 +4,13 @@ import re
 
 import pytest
 
-from dpo_runner.command_line import check_command_line, find_override_mistakes
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.keys import NO_OPS
+from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes
-from dpo_runner.sweep.names import assign_names, digest_config
-from dpo_runner.sweep.no_ops import NO_OPS
-from dpo_runner.sweep.points import ONLY_POINT, Point, build_points, label_point
-from dpo_runner.sweep_config import SweepConf
+from dpo_runner.sweep.command_line import check_command_line, find_override_mistakes
+from dpo_runner.sweep.points import ONLY_POINT, Point, assign_names, build_points, digest_config, label_point
 
 BETAS = Axis("training.beta", ("training.beta=0.1", "training.beta=0.2", "training.beta=0.3"))
 RATES = Axis("training.learning_rate", tuple(f"training.learning_rate={rate}" for rate in ("1e-5", "2e-5", "3e-5")))
@@ -112,7 +111,7 @@ def test_keys_of_a_sweep_are_refused_without_one() -> None:
 
 
 def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
-    from dpo_runner.config_schema import SCHEMA
+    from dpo_runner.config.schema import SCHEMA
 
     assert all(rule.key in SCHEMA for rule in NO_OPS)
     read = load_conf(

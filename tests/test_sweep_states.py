@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner.artifacts import update_status
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.records.directory import update_status
 from dpo_runner.sweep.axes import Axis
-from dpo_runner.sweep.directory import lock, name_points, prepare, resolve_sweep_dir
-from dpo_runner.sweep.failures import advise_on_memory, describe_death, list_failures
+from dpo_runner.sweep.directory import JobState, lock, name_points, prepare, read_jobs, resolve_sweep_dir
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
 from dpo_runner.sweep.points import ONLY_POINT, build_points
-from dpo_runner.sweep.states import JobState, read_jobs
-from dpo_runner.sweep_config import SweepConf
+from dpo_runner.sweep.screen import list_failures
+from dpo_runner.sweep.workers import advise_on_memory, describe_death
 
 
 def make_sweep(path: Path) -> list[str]:
@@ -154,7 +154,7 @@ def test_the_table_of_failures_names_all_with_their_logs() -> None:
 def test_a_comparison_that_cannot_be_written_costs_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from dpo_runner import compare_page
+    from dpo_runner.compare import page as compare_page
     from dpo_runner.sweep.screen import SweepScreen
 
     def fail(path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from sweeps import finish, furnish, start, wait_until
 from wandb_server import API_KEY, WandbServer
 
-from dpo_runner.reading import read_status
-from dpo_runner.sweep.states import read_jobs
+from dpo_runner.records.reading import read_status
+from dpo_runner.sweep.directory import read_jobs
 
 WANDB = str(Path(sys.executable).parent / "wandb")
 

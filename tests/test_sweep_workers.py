@@ -14,17 +14,16 @@ from unittest.mock import Mock
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_runner.artifacts import update_status
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError
-from dpo_runner.reading import read_status
-from dpo_runner.sweep.directory import lock
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_status
+from dpo_runner.sweep.directory import lock, read_job
+from dpo_runner.sweep.executor import perform
 from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
-from dpo_runner.sweep.states import read_job
-from dpo_runner.sweep.worker import perform
 from dpo_runner.sweep.workers import Worker, WorkerPool, list_gpus
-from dpo_runner.sweep_config import SweepConf
 
 LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)

@@ -8,10 +8,11 @@ import pytest
 from test_engine import PACKED, PLAIN, STORED, assert_same, train
 from test_model import build
 
-from dpo_runner.config import EngineConf, load_conf
-from dpo_runner.engine.install import describe_engine
-from dpo_runner.engine.token_batches import group_pairs, settle_budget
-from dpo_runner.model import check_model
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.run import EngineConf
+from dpo_runner.model.policy import check_model
+from dpo_runner.training.engine.install import describe_engine
+from dpo_runner.training.engine.token_batches import group_pairs, settle_budget
 
 SETTINGS = [
     ["engine.max_tokens_per_micro_batch=1"],  # each pair by itself

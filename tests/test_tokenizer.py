@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_runner.data.templates import CHAT_TEMPLATES
+from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.data.templates.rendering import CHAT_TEMPLATES
 from dpo_runner.errors import ConfigError
-from dpo_runner.model_config import ModelConf
-from dpo_runner.tokenizer import describe_chat_template, load_tokenizer
+from dpo_runner.model.tokenizer import describe_chat_template, load_tokenizer
 
 MODEL = "random:tiny-llama"
 

@@ -3,7 +3,7 @@
 import pytest
 from test_scripts import load_script
 
-from dpo_runner import command_line
+from dpo_runner.sweep import command_line
 
 
 @pytest.fixture(scope="module")

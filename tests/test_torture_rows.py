@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_scripts import load_script
 
-from dpo_runner.data import messages
+from dpo_runner.data.layouts import messages
 from dpo_runner.errors import RowError
 
 

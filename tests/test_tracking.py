@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from programs import run_python
 
-from dpo_runner import load_conf, run
-from dpo_runner.artifacts import RunDirectory
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunPruned
-from dpo_runner.tracking import Tracker, track
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.tracking import Tracker, track
 
 SECRET = "hf_" + "a1B2" * 8
 
@@ -65,7 +66,7 @@ def test_disabled_means_disabled(tiny_run, tmp_path: Path) -> None:
 def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
-    from dpo_runner.reading import read_status
+    from dpo_runner.records.reading import read_status
 
     class GiveUp(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -123,7 +124,7 @@ def test_names_that_the_server_would_refuse_are_cut(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_its_id(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_runner.errors import RunInterrupted
-    from dpo_runner.trainer import RunTrainer
+    from dpo_runner.training.trainer import RunTrainer
 
     step = RunTrainer.training_step
 
@@ -187,7 +188,7 @@ def test_no_process_of_wandb_outlives_its_job(tiny_run, tmp_path: Path) -> None:
     code = f"""
 import psutil
 from dpo_runner import load_conf, run
-from dpo_runner.wandb_run import stop_service
+from dpo_runner.records.wandb_run import stop_service
 from transformers import TrainerCallback
 
 class Look(TrainerCallback):

@@ -19,11 +19,12 @@ from conftest import ROWS
 from programs import start_python
 from wandb_server import API_KEY, Fault, WandbServer
 
-from dpo_runner import load_conf, run
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 
 HOLD = """
 import pathlib, time
-from dpo_runner.events import RunEvents
+from dpo_runner.training.callbacks.events import RunEvents
 def hold(self, args, state, control, **kwargs):
     if state.global_step in {steps} and not pathlib.Path(f"go-{{state.global_step}}").exists():
         pathlib.Path(f"reached-{{state.global_step}}").touch()
@@ -88,7 +89,7 @@ class Run(Child):
         hold: tuple[int, ...] = (),
         terminal: int | None = None,
     ) -> None:
-        code = f"import dpo_runner.__main__, dpo_runner.wandb_run\ndpo_runner.wandb_run._TIMEOUT_SECONDS = {timeout}\n"
+        code = f"import dpo_runner.__main__, dpo_runner.records.wandb_run\ndpo_runner.wandb_run._TIMEOUT_SECONDS = {timeout}\n"
         code += (HOLD.format(steps=hold) if hold else "") + "dpo_runner.__main__.main()"
         command = ["dpo_runner", *overrides, "run_dir=r"]
         super().__init__(code, command, environment, terminal)

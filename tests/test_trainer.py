@@ -8,14 +8,14 @@ import torch
 from conftest import ROWS
 from test_model import build, first_rows, gradients
 
-from dpo_runner.config import load_conf
-from dpo_runner.data import load_preferences
-from dpo_runner.data.preferences import ID_COLUMNS
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import ID_COLUMNS, load_preferences
 from dpo_runner.errors import ConfigError
-from dpo_runner.plan import build_plan, count_steps
-from dpo_runner.step0 import completion_logps
-from dpo_runner.tokenizer import load_tokenizer
-from dpo_runner.trainer import RunTrainer, build_dpo_config
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.plan import build_plan, count_steps
+from dpo_runner.training.step0 import completion_logps
+from dpo_runner.training.trainer import RunTrainer
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
@@ -90,7 +90,7 @@ def test_the_reference_has_no_dropout(tiny_run, sft_adapter, tmp_path) -> None:
 
 
 def test_rows_reach_the_trainer_as_they_were_tokenized(tiny_run, tmp_path, tokenizer) -> None:
-    from dpo_runner.data import apply_chat_template
+    from dpo_runner.data.templates.chat_template import apply_chat_template
 
     trainer = build(tiny_run, tmp_path)
     expected = [apply_chat_template(row, tokenizer) for row in ROWS]
@@ -157,7 +157,7 @@ def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, toke
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from dpo_runner.data import apply_chat_template
+    from dpo_runner.data.templates.chat_template import apply_chat_template
 
     rows = [
         {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
+from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.training_fields import TrainingConf
-from dpo_runner.training_rules import OUR_DEFAULTS, OWNED_FIELDS
 
 
 def test_every_field_of_dpo_config_is_accepted_or_refused_with_a_reason() -> None:

@@ -10,10 +10,10 @@ import torch
 from test_cpu_attention import LAYOUTS, attend_under_mask, differentiate
 from torch.nn.functional import scaled_dot_product_attention
 
-from dpo_runner.engine import attention, varlen_attention
-from dpo_runner.engine.attention import attend
-from dpo_runner.engine.packing import PairLengths, Pairs, pack_pairs
-from dpo_runner.engine.varlen_attention import attend_varlen, takes_varlen
+from dpo_runner.training.engine.packed import attention, varlen_attention
+from dpo_runner.training.engine.packed.attention import attend
+from dpo_runner.training.engine.packed.packing import PairLengths, Pairs, pack_pairs
+from dpo_runner.training.engine.packed.varlen_attention import attend_varlen, takes_varlen
 
 
 def attend_segments(

@@ -14,18 +14,18 @@ from test_adapters import EXACT, MODES, close, load_by_hand
 from test_model import build, first_rows, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_runner.base_model import load_base_model
 from dpo_runner.chat import Chat
-from dpo_runner.config import load_conf
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.export import export_run
-from dpo_runner.model import check_model
-from dpo_runner.model_config import ModelConf
-from dpo_runner.run import run
-from dpo_runner.step0 import check_reference, completion_logps
-from dpo_runner.tokenizer import load_tokenizer, settle_vocabulary
-from dpo_runner.tuned import load_tuned_model, untuned
-from dpo_runner.vocabulary import describe_padding, resize_embeddings
+from dpo_runner.export.export import export_run
+from dpo_runner.model.base import load_base_model
+from dpo_runner.model.policy import check_model
+from dpo_runner.model.result import load_tuned_model, untuned
+from dpo_runner.model.tokenizer import load_tokenizer, settle_vocabulary
+from dpo_runner.model.vocabulary import describe_padding, resize_embeddings
+from dpo_runner.train import run
+from dpo_runner.training.step0 import check_reference, completion_logps
 
 MODEL = "random:tiny-llama"
 NEW = ["<|user|>", "<|assistant|>"]
@@ -401,7 +401,7 @@ def test_an_adapter_with_half_of_its_new_rows_is_refused(tiny_run, tiny_model, t
 def test_a_reference_adapter_must_not_change_the_policys_embeddings(tiny_run, tiny_model, tmp_path) -> None:
     folder, _ = make_sft(tiny_model, tmp_path / "sft", "whole")
     conf = load_conf([*tiny_run, *EXACT, f"model.reference={folder}"])
-    from dpo_runner.model import load_policy
+    from dpo_runner.model.policy import load_policy
 
     with pytest.raises(ConfigError, match="brings embeddings of its own"):
         load_policy(conf)

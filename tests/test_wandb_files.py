@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner.wandb_files import find_folder, find_parts, list_commands, mark_sent
+from dpo_runner.records.wandb_files import find_folder, find_parts, list_commands, mark_sent
 
 WANDB = str(Path(sys.executable).parent / "wandb")
 

@@ -14,7 +14,7 @@ from programs import quick_python, run_python
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import API_KEY, WandbServer
 
-from dpo_runner import load_conf
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[1] / "scripts" / "wandb_sweep.yaml"
@@ -138,12 +138,12 @@ def test_a_run_of_their_agent_is_the_run_that_their_server_has_made(
 
 START = """
 from pathlib import Path
-import dpo_runner.wandb_run
-from dpo_runner.artifacts import RunDirectory
-from dpo_runner.config import load_conf
-from dpo_runner.tracking import track
+import dpo_runner.records.wandb_run
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.config.compose import load_conf
+from dpo_runner.records.tracking import track
 
-dpo_runner.wandb_run._TIMEOUT_SECONDS = 3
+dpo_runner.records.wandb_run._TIMEOUT_SECONDS = 3
 with track(load_conf(["wandb=online"]), RunDirectory(Path("r")), print) as tracker:
     tracker.log({"step": 1, "loss": 0.5})
 """

@@ -12,13 +12,15 @@ import pytest
 from rich.console import Console
 from transformers import TrainerCallback
 
-from dpo_runner import artifacts, load_conf, run
-from dpo_runner.artifacts import RunDirectory
-from dpo_runner.console import RunConsole
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.liveness import explain_death
-from dpo_runner.reading import read_metrics
-from dpo_runner.trainer import RunTrainer
+from dpo_runner.io.console import RunConsole
+from dpo_runner.records import directory as artifacts
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_metrics
+from dpo_runner.records.status import explain_death
+from dpo_runner.training.trainer import RunTrainer
 
 DAY = 86_400
 

@@ -32,7 +32,7 @@ def run_installed(installed: Path, *arguments: str, program: str = "dpo-runner")
 
 
 def test_the_command_composes_from_the_packaged_conf(installed: Path) -> None:
-    code = "import dpo_runner.config as c; print(c.CONF_DIR)"
+    code = "import dpo_runner.config.compose as c; print(c.CONF_DIR)"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip() == str(installed / "dpo_runner" / "conf")

@@ -1,10 +1,10 @@
 """How many rows that cannot be used a run bears, and what it says when it bears no more."""
 
-from dpo_runner.data.batches import Outcome
-from dpo_runner.data.chat_template import describe_mismatch
-from dpo_runner.data.prepare import Prepared
-from dpo_runner.data.sources import RowSource
-from dpo_runner.data_config import DataConf
+from dpo_runner.config.sections.data import DataConf
+from dpo_runner.data.prepare.batches import Outcome
+from dpo_runner.data.prepare.cache import Prepared
+from dpo_runner.data.rows.sources import RowSource
+from dpo_runner.data.templates.chat_template import describe_mismatch
 from dpo_runner.errors import DataError
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_runner.data.sources import BUNDLED_PREFIX, decode_rows, is_hub_id, open_sources
-from dpo_runner.data_config import SourceFields
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import BUNDLED_PREFIX, is_hub_id, open_sources
 from dpo_runner.errors import DataError, RowError
 
 if TYPE_CHECKING:

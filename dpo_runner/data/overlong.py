@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_runner.artifacts import cache_dir
-from dpo_runner.config import RunConf
-from dpo_runner.data.chat_template import ChatTemplate
-from dpo_runner.data.prepare import ROWS, Prepared, load_rows, open_entry
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.prepare.cache import ROWS, Prepared, load_rows, open_entry
 from dpo_runner.data.splits import Split
+from dpo_runner.data.templates.chat_template import ChatTemplate
+from dpo_runner.io.files import cache_dir
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_runner.config import RunConf
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.data import DataConf, SourceConf, resolve_sources
 from dpo_runner.data.bad_rows import check_bad_rows, check_outcome
-from dpo_runner.data.batches import Outcome
-from dpo_runner.data.chat_template import ChatTemplate
-from dpo_runner.data.messages import Message
+from dpo_runner.data.layouts.messages import Message
 from dpo_runner.data.overlap import find_contaminated, find_near_duplicates, load_reference_texts
 from dpo_runner.data.overlong import Limit, cut_rows
-from dpo_runner.data.prepare import Prepared, prepare
-from dpo_runner.data.recipe import Recipe
+from dpo_runner.data.prepare.batches import Outcome
+from dpo_runner.data.prepare.cache import Prepared, prepare
+from dpo_runner.data.prepare.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
-from dpo_runner.data.sources import RowSource, open_sources, source_key
+from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
 from dpo_runner.data.splits import Mask, PairShape, Split, hold_out
-from dpo_runner.data_config import DataConf, SourceConf, resolve_sources
+from dpo_runner.data.templates.chat_template import ChatTemplate
 from dpo_runner.errors import DataError
 
 if TYPE_CHECKING:

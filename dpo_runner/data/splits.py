@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dpo_runner.data.prepare import Prepared
+from dpo_runner.config.sections.data import SourceConf
+from dpo_runner.data.prepare.cache import Prepared
 from dpo_runner.data.report import PARTS, LengthBias, Lengths, SplitReport
-from dpo_runner.data_config import SourceConf
 from dpo_runner.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,12 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from dpo_runner.config import RunConf, build_run_conf, compose_config
+from dpo_runner.config.compose import compose_config
+from dpo_runner.config.overrides import MOST_POINTS
+from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.sweep_config import SweepConf
-
-MOST_POINTS = 10_000
-"""Of a sweep, and values of one axis; composing a point takes a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +144,3 @@ def _compose_sweep(texts: tuple[str, ...], config_dir: str | None) -> SweepConf:
     sweep = OmegaConf.to_object(compose_config(list(texts), config_dir).sweep)
     assert isinstance(sweep, SweepConf)
     return sweep
-
-
-@functools.cache
-def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
-    """Compose and check one point; kept, since the check of the command, the plan and the launcher each want it.
-
-    Raises:
-        ConfigError, HydraException, OmegaConfBaseException: it is no sound configuration.
-    """
-    return build_run_conf(compose_config(list(texts), config_dir), texts)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_runner.config import RunConf
-from dpo_runner.sweep.axes import compose_point
+from dpo_runner.config.compose import compose_point
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.sweep.directory import read_record
 from dpo_runner.sweep.points import ONLY_POINT, label_point
 

@@ -9,12 +9,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError, RunInterrupted
+from dpo_runner.sweep.directory import DONE, read_job
 from dpo_runner.sweep.jobs import Job, Outcome, build_job, read_labels, read_place
 from dpo_runner.sweep.screen import SweepScreen
-from dpo_runner.sweep.states import DONE, read_job
 from dpo_runner.sweep.workers import WorkerPool
-from dpo_runner.sweep_config import SweepConf
 
 
 class WorkersLauncher(Launcher):  # type: ignore[misc]

@@ -1,16 +1,60 @@
-"""The points of a sweep: all composed and checked before anything starts. Imports no torch."""
+"""Points of a sweep: composed, checked, named; keys without effect. Imports no torch."""
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dpo_runner.config import RunConf
-from dpo_runner.config_differences import shorten_keys
+from dpo_runner.config.compose import compose_point
+from dpo_runner.config.keys import OUTSIDE, add_defaults, find_no_op, ignored_keys
+from dpo_runner.config.run_conf import RunConf, config_keys
+from dpo_runner.config.schema import shorten_keys
 from dpo_runner.errors import ConfigError
-from dpo_runner.masking import mask_override
-from dpo_runner.sweep.axes import Axis, combine, compose_point, read_sweep_conf
-from dpo_runner.sweep.names import digest_config
-from dpo_runner.sweep.no_ops import find_no_op, ignored_keys
+from dpo_runner.io.masking import mask_override
+from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
+
+_JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
+
+
+def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
+    """Return the sha256 of what a configuration computes, as 64 hexadecimal digits.
+
+    Removed keys count with their former defaults, so that sweeps of earlier versions can be continued.
+
+    Args:
+        conf: the configuration.
+        ignored: dotted keys to leave out as well.
+    """
+
+    def keep(value: Any, prefix: str = "") -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: keep(item, f"{prefix}{key}.") for key, item in value.items() if f"{prefix}{key}" not in ignored}
+
+    told = {key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}
+    return hashlib.sha256(json.dumps(keep(add_defaults(told)), sort_keys=True).encode()).hexdigest()
+
+
+def split_name(name: str) -> tuple[int, str] | None:
+    """Return index and hash of a job directory's name, or None where it is none."""
+    match = _JOB_NAME.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def assign_names(digests: Sequence[str], existing: Mapping[str, str]) -> list[str]:
+    """Return `<index>-<hash8>` for each job; one that exists keeps its name, new ones count on.
+
+    Args:
+        digests: what each job computes, all different.
+        existing: names that are taken, and what those jobs compute.
+    """
+    known = {digest: name for name, digest in existing.items()}
+    taken = [split[0] for name in existing if (split := split_name(name))]
+    new = iter(range(max(taken, default=-1) + 1, len(digests) + max(taken, default=-1) + 1))
+    return [known.get(digest) or f"{next(new)}-{digest[:8]}" for digest in digests]
+
 
 ONLY_POINT = "the only point"
 """The label of a point that varies nothing."""

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the plan, a line for each start and end of a job, and the table at the end."""
+"""What a sweep prints: plan, starts and ends of jobs, results, failures."""
 
 import math
 import time
@@ -9,14 +9,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_runner.config import WandbConf
-from dpo_runner.console import Terminal, format_clock, visible
-from dpo_runner.errors import describe_failure
-from dpo_runner.masking import mask_text
+from dpo_runner.config.sections.run import WandbConf
+from dpo_runner.errors import SweepFailed, describe_failure
+from dpo_runner.io.console import Terminal, format_clock, visible
+from dpo_runner.io.masking import mask_text
+from dpo_runner.records.wandb_files import find_folder, list_commands
+from dpo_runner.sweep.directory import DONE, KEY_METRICS, JobState, read_job, show_metrics
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
-from dpo_runner.sweep.states import DONE, KEY_METRICS, JobState, read_job, show_metrics
-from dpo_runner.wandb_files import find_folder, list_commands
+
+
+def list_failures(failed: Sequence[tuple[JobState, str]], total: int, path: Path) -> SweepFailed:
+    """Return the error that has the table of all failures.
+
+    Args:
+        failed: each job that failed, with what it varies.
+        total: how many jobs there are.
+        path: the sweep's directory.
+    """
+    lines = []
+    for job, label in failed:
+        lines += [f"  {job.name}  {label}", *(f"      {line}" for line in str(job.error).splitlines())]
+        lines += [f"      log: {job.log}"] if job.log else []
+    told = f"{len(failed)} of {total} runs of the sweep failed; sweep.dir={path} with the same command tries them again"
+    return SweepFailed(told, lines)
 
 
 class SweepScreen:
@@ -79,7 +95,7 @@ class SweepScreen:
         Returns:
             Whether that was possible; a page costs no job its result.
         """
-        from dpo_runner.compare_page import rebuild_page
+        from dpo_runner.compare.page import rebuild_page
 
         try:
             rebuild_page(path)

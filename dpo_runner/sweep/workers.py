@@ -1,4 +1,4 @@
-"""The pool of worker processes: each takes one job after another, and one that dies costs its job alone."""
+"""The pool of worker processes; why a worker died."""
 
 import contextlib
 import os
@@ -15,12 +15,53 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import update_status
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunError
-from dpo_runner.reading import read_status
-from dpo_runner.sweep.failures import advise_on_memory, count_oom_kills, describe_death
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_status
+from dpo_runner.sweep.directory import DONE
 from dpo_runner.sweep.jobs import Job, Outcome
-from dpo_runner.sweep.states import DONE
+from dpo_runner.training.memory.retry import list_ways
+
+_VMSTAT = Path("/proc/vmstat")
+
+
+def count_oom_kills() -> int:
+    """Return how many processes this machine has killed for want of memory; 0 where it does not tell."""
+    if not _VMSTAT.exists():
+        return 0
+    lines = _VMSTAT.read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def describe_death(returncode: int, oom_kills: int) -> tuple[str, bool]:
+    """Say how a worker died, and whether that was for want of memory.
+
+    Args:
+        returncode: as `subprocess` has it; negative for a signal.
+        oom_kills: how many processes the machine killed for want of memory while it ran.
+    """
+    if returncode >= 0:
+        return f"its process ended with exit code {returncode}", False
+    name = signal.Signals(-returncode).name
+    if -returncode == signal.SIGKILL and oom_kills:
+        return f"its process was killed by {name}: the machine was out of memory", True
+    likely = "; the machine does so when it is out of memory" if -returncode == signal.SIGKILL else ""
+    return f"its process was killed by {name}{likely}", False
+
+
+def advise_on_memory(conf: RunConf, workers: int, has_advice: bool) -> str:
+    """Name the overrides that would make a job smaller, those that change no result first.
+
+    Args:
+        conf: the job.
+        workers: of the sweep.
+        has_advice: whether the job's own error names its settings, as it does unless its process was killed.
+    """
+    ways = [f"sweep.workers={workers - 1}"] if workers > 1 else []
+    ways += [] if has_advice else list_ways(conf)
+    return f"try {', or '.join(ways)}" if ways else ""
+
 
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 30
@@ -46,7 +87,7 @@ class Worker:
         self._oom_kills = count_oom_kills()
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dpo_runner.sweep.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "dpo_runner.sweep.executor", str(theirs.fileno())],
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,

@@ -66,9 +66,9 @@ def compare_attention(results: Results, device: str) -> None:
     """Compare attention over packed pairs, and its gradients, with attention under a mask in fp64."""
     import torch
 
-    from dpo_runner.engine.attention import attend, attend_pairs
-    from dpo_runner.engine.packing import PairLengths, Pairs
-    from dpo_runner.engine.varlen_attention import takes_varlen
+    from dpo_runner.training.engine.packed.attention import attend, attend_pairs
+    from dpo_runner.training.engine.packed.packing import PairLengths, Pairs
+    from dpo_runner.training.engine.packed.varlen_attention import takes_varlen
 
     layouts = [Pairs(PairLengths(*lengths) for lengths in layout) for layout in _LAYOUTS]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -204,8 +204,8 @@ def measure_distance(adapter: Adapter, other: Adapter) -> float:
 def _train_ours(job: Job, folder: Path, *further: str) -> tuple[dict[str, Any], Adapter]:
     from safetensors.torch import load_file
 
-    from dpo_runner.config import load_conf
-    from dpo_runner.run import run
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.train import run
 
     run(load_conf(build_ours(job, folder, further)[3:]))
     history = read_history(folder)

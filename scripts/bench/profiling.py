@@ -62,8 +62,8 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer
 
-    from dpo_runner.config import load_conf
-    from dpo_runner.run import run
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.train import run
 
     found: dict[str, Any] = {}
     train = Trainer.train

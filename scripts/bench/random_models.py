@@ -62,8 +62,8 @@ def write_random_model(name: str, folder: Path, device: str, dtype: str) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from dpo_runner.default_model import load_default_model_path
-    from dpo_runner.gguf import write_model
+    from dpo_runner.model.files.gguf import write_model
+    from dpo_runner.model.files.packaged import load_default_model_path
 
     kind, sizes, _ = SIZES[name]
     path = folder / f"{name.partition(',')[0]}-{dtype}"

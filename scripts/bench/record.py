@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.artifacts import write_text
 from dpo_runner.errors import ConfigError
+from dpo_runner.io.files import write_text
 
 Entry = dict[str, Any]
 

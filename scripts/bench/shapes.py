@@ -190,8 +190,8 @@ def to_sharegpt(row: Row, tokenizer: Any) -> dict[str, Any]:
 
 
 def tokenize_ours(rows: list[Row], tokenizer: Any) -> list[Ids]:
-    from dpo_runner.data.chat_template import ChatTemplate
-    from dpo_runner.data.formats import find_layout, read_pairs
+    from dpo_runner.data.layouts.formats import find_layout, read_pairs
+    from dpo_runner.data.templates.chat_template import ChatTemplate
 
     template, layout = ChatTemplate(tokenizer), find_layout(rows[:1], "auto")
     encoded = [template.encode(read_pairs(row, layout, "best_vs_worst")[0]) for row in rows]

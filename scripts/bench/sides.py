@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.process import Finished, run
-from dpo_runner.reading import read_metrics
+from dpo_runner.records.reading import read_metrics
 
 _COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "num_tokens")
 

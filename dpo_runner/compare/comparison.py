@@ -1,0 +1,257 @@
+"""Runs side by side: which settings differ, which runs are one experiment under several seeds, which is best."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from dpo_runner.errors import ConfigError
+from dpo_runner.records.differences import find_differing, find_ignored, look_up
+from dpo_runner.records.runs import RunRecord
+
+DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
+MARGIN = "eval_rewards/margins"
+DISTANCES = ("evaluation/kl_per_answer", "drift")
+"""How far a run has moved from its reference: measured, or else the shift of the chosen answers (nats per answer)."""
+
+_LESS_IS_BETTER = re.compile(r"(^|[/_])(loss|perplexity|kl|kl_per_answer|kl_per_token|drift|runtime|memory_gb)$")
+_MORE_IS_BETTER = re.compile(
+    r"(^|[/_])(accuracies|accuracy|margins?|win_rate|rewards/chosen|logps/chosen|chosen_shift|pairs_per_second)$"
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What runs are ranked by.
+
+    Attributes:
+        metric: its name.
+        minimize: whether less is better.
+    """
+
+    metric: str
+    minimize: bool
+
+    def sign(self, value: float) -> float:
+        """Return a number that is the smaller, the better the value is."""
+        return value if self.minimize else -value
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the `n` runs that have a value.
+        error: its standard error; None of a single run.
+        n: how many runs, each with another seed.
+    """
+
+    mean: float
+    error: float | None
+    n: int
+
+
+@dataclass
+class Row:
+    """One configuration: a run, or those that differ by their seed alone.
+
+    Attributes:
+        runs: all of them.
+        counted: those whose figures count: the finished ones, or where none is, all; one for each seed.
+        settings: values of the settings that differ between rows, None where there is none.
+        metrics: by name.
+        best: whether it is the best of the finished ones.
+        on_front: whether no other finished one has both a larger reward margin and moved less from the reference.
+    """
+
+    runs: list[RunRecord]
+    counted: list[RunRecord]
+    settings: dict[str, Any]
+    metrics: dict[str, Estimate]
+    best: bool = False
+    on_front: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.counted[0].finished
+
+    @property
+    def state(self) -> str:
+        states = [run.state for run in self.runs]
+        if len(set(states)) == 1:
+            return states[0]
+        return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+    @property
+    def name(self) -> str:
+        more = len(self.runs) - 1
+        return self.runs[0].name + (f" (+{more})" if more else "")
+
+    def value(self, metric: str) -> float | None:
+        """Return a metric's mean where there is one that can be ranked."""
+        estimate = self.metrics.get(metric)
+        return estimate.mean if estimate is not None and math.isfinite(estimate.mean) else None
+
+
+@dataclass
+class Comparison:
+    """Runs, compared.
+
+    Attributes:
+        runs: all of them.
+        rows: best first; those without a value of the objective last.
+        settings: the configuration keys that differ between rows.
+        objective: what they are ranked by.
+        distance: the metric of `DISTANCES` that the front is drawn over.
+        notes: what a reader should know, a line each.
+    """
+
+    runs: list[RunRecord]
+    rows: list[Row]
+    settings: list[str]
+    objective: Objective
+    distance: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> Row | None:
+        return next((row for row in self.rows if row.best), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics worth a column of a table, as far as any run has them."""
+        wanted = (self.objective.metric, DEFAULT_OBJECTIVE, MARGIN, "eval_loss", self.distance, "response_tokens")
+        return [name for name in dict.fromkeys(wanted) if any(name in row.metrics for row in self.rows)]
+
+    def find_best_run(self) -> RunRecord | None:
+        """Return the best run of the best row."""
+        metric = self.objective.metric
+        measured = [run for run in self.best.counted if metric in run.metrics] if self.best else []
+        return min(measured, key=lambda run: self.objective.sign(run.metrics[metric]), default=None)
+
+
+def choose_objective(metric: str, minimize: bool | None, runs: Sequence[RunRecord]) -> Objective:
+    """Return the objective, with the direction that is known for its metric unless one is given.
+
+    Raises:
+        ConfigError: no run has that metric (the default one may be missing), or its direction is not known.
+    """
+    known = {name for run in runs for name in run.metrics}
+    if known and metric not in known and metric != DEFAULT_OBJECTIVE:
+        near = get_close_matches(metric, sorted(known), 1, cutoff=0.4)
+        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(known))}"
+        raise ConfigError(f"--objective {metric}: no run has it; {hint}")
+    if minimize is None and not _LESS_IS_BETTER.search(metric) and not _MORE_IS_BETTER.search(metric):
+        raise ConfigError(f"--objective {metric}: add --minimize or --maximize; which is better is not known")
+    return Objective(metric, bool(_LESS_IS_BETTER.search(metric)) if minimize is None else minimize)
+
+
+def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool = False) -> Comparison:
+    """Compare runs: find what differs, join seeds, rank, and mark the best and the front.
+
+    Rows that are equally good are ranked by how far they moved from the reference, the nearer one first.
+
+    Args:
+        runs: see `read_runs`.
+        objective: what to rank by.
+        per_seed: keep runs apart that differ by their seed alone.
+    """
+    ignored = find_ignored(runs)
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        compared = {key: value for key, value in run.config.items() if key not in ignored}
+        seed = compared.pop("seed", None)
+        # A run of unknown settings is like no other.
+        apart = per_seed or seed is None
+        identity = run.name if apart else json.dumps(compared, sort_keys=True)
+        groups.setdefault(identity, []).append(run)
+    joined = any(len(group) > 1 for group in groups.values())
+    settings = find_differing([group[0].config for group in groups.values()], ignored | ({"seed"} if joined else set()))
+    notes: list[str] = []
+    rows = [_build_row(group, settings, notes) for group in groups.values()]
+    if not any(objective.metric in run.metrics for run in runs):
+        notes.append(f"no run has {objective.metric} yet; nothing is ranked")
+    distance = _choose_distance(rows, notes)
+    comparison = Comparison(list(runs), rows, settings, objective, distance, notes)
+    _rank(comparison)
+    _mark_front(comparison)
+    return comparison
+
+
+def _choose_distance(rows: list[Row], notes: list[str]) -> str:
+    """Return the first of `DISTANCES` that all finished rows have, measured on the same data."""
+    measured, drift = DISTANCES
+    evaluated = {
+        run.fingerprints["evaluation"] for row in rows for run in row.counted if "evaluation" in run.fingerprints
+    }
+    if len(evaluated) > 1:
+        notes.append("the evaluations are not of the same data and prompts; their figures cannot be compared")
+        return drift
+    finished = [row for row in rows if row.finished and MARGIN in row.metrics]
+    return measured if finished and all(measured in row.metrics for row in finished) else drift
+
+
+def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) -> Row:
+    """Join runs that differ by their seed; of several with the same seed, which are no further evidence, one counts."""
+    finished = [run for run in group if run.finished]
+    by_seed: dict[str, RunRecord] = {}
+    for run in finished or group:
+        seed = json.dumps(run.config.get("seed", run.name))
+        if seed in by_seed:
+            notes.append(
+                f"{run.name}: has the configuration and seed of {by_seed[seed].name}, and is not counted again"
+            )
+        else:
+            by_seed[seed] = run
+    counted = list(by_seed.values())
+    names = dict.fromkeys(name for run in counted for name in run.metrics)
+    metrics = {name: _estimate([run.metrics[name] for run in counted if name in run.metrics]) for name in names}
+    return Row(group, counted, {key: look_up(group[0].config, key) for key in settings}, metrics)
+
+
+def _estimate(values: list[float]) -> Estimate:
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else None
+    return Estimate(mean, None if variance is None else math.sqrt(variance / n), n)
+
+
+def _rank(comparison: Comparison) -> None:
+    objective = comparison.objective
+
+    def rank(row: Row) -> tuple[float, float]:
+        value, moved = row.value(objective.metric), row.value(comparison.distance)
+        return (math.inf if value is None else objective.sign(value), math.inf if moved is None else moved)
+
+    comparison.rows.sort(key=rank)
+    candidates = [row for row in comparison.rows if row.finished and row.value(objective.metric) is not None]
+    if candidates:
+        best = candidates[0]
+        best.best = True
+        equal = sum(row.value(objective.metric) == best.value(objective.metric) for row in candidates)
+        if equal > 1:
+            why = (
+                "is the first by name" if best.value(comparison.distance) is None else "moved least from its reference"
+            )
+            comparison.notes.append(f"{equal} are equally good by {objective.metric}; the one marked as best {why}")
+
+
+def _mark_front(comparison: Comparison) -> None:
+    """Mark the finished rows that no other one beats in reward margin and distance from the reference."""
+    points = list(_list_points(comparison))
+    for row, margin, moved in points:
+        row.on_front = not any(
+            other_margin >= margin and other_moved <= moved and (other_margin > margin or other_moved < moved)
+            for _, other_margin, other_moved in points
+        )
+
+
+def _list_points(comparison: Comparison) -> Iterator[tuple[Row, float, float]]:
+    for row in comparison.rows:
+        margin, moved = row.value(MARGIN), row.value(comparison.distance)
+        if row.finished and margin is not None and moved is not None:
+            yield row, margin, moved

@@ -1,0 +1,196 @@
+"""A comparison of runs as a table for the terminal, as CSV and as JSON."""
+
+import csv
+import io
+import json
+import math
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from dpo_runner.compare.comparison import MARGIN, Comparison, Estimate, Row
+from dpo_runner.config.schema import shorten_keys
+from dpo_runner.io.console import visible
+
+BEST, ON_FRONT = "★", "◆"
+LABELS = {
+    "eval_loss": "eval loss",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_rewards/margins": "margin",
+    "evaluation/kl_per_answer": "KL",
+    "response_tokens": "tokens",
+}
+"""What a column is called, where not by the metric's own name."""
+_NO_LIMIT = 10_000
+_FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
+"""How a formula begins in Excel, LibreOffice and Google Sheets; a number with its sign is none."""
+_STATES = {"finished": "green", "failed": "red", "running": "cyan"}
+
+
+def format_value(value: Any) -> str:
+    """Return a setting's or figure's value in few characters."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def format_estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    text = format_value(estimate.mean)
+    return text if estimate.error is None else f"{text} ± {estimate.error:.2g}"
+
+
+def show_table(comparison: Comparison, console: Console) -> None:
+    """Print the table, what its marks mean, and the front of reward margin against distance from the reference."""
+    wide = console.options.update(max_width=_NO_LIMIT)
+    shown = len(comparison.settings)
+    table = _build_table(comparison, comparison.settings)
+    width = Measurement.get(console, wide, table).maximum
+    if not console.is_terminal:  # nothing is gained by folding what goes into a file
+        console.width = max(console.width, width)
+    while width > console.width and shown:
+        shown -= 1
+        table = _build_table(comparison, comparison.settings[:shown])
+        width = Measurement.get(console, wide, table).maximum
+    console.print(table)
+    if left_out := comparison.settings[shown:]:
+        text = f"too narrow for what also differs: {', '.join(left_out)}; --html and --csv have it"
+        console.print(_text(text), style="dim", soft_wrap=True)
+    direction = "less" if comparison.objective.minimize else "more"
+    legend = f"{BEST} best finished run by {comparison.objective.metric} ({direction} is better)"
+    front = sorted(
+        (row for row in comparison.rows if row.on_front), key=lambda row: row.value(comparison.distance) or 0.0
+    )
+    if front:
+        legend += f"   {ON_FRONT} none has both a larger margin and less {_label(comparison.distance)}"
+    console.print(_text(legend), style="dim", soft_wrap=True)
+    if len(front) > 1:
+        path = " → ".join(
+            f"{row.name} ({format_estimate(row.metrics[MARGIN])} at "
+            f"{format_estimate(row.metrics[comparison.distance])})"
+            for row in front
+        )
+        console.print(_text(f"margin against {_label(comparison.distance)}: {path}"), soft_wrap=True)
+    failures = [f"{run.name} {run.state}: {run.error.splitlines()[0]}" for run in comparison.runs if run.error.strip()]
+    for note in [*failures, *comparison.notes]:
+        console.print(_text(note), style="dim", soft_wrap=True)
+
+
+def _build_table(comparison: Comparison, settings: list[str]) -> Table:
+    title = f"{len(comparison.runs)} runs" + (
+        f", {len(comparison.rows)} configurations" if len(comparison.rows) < len(comparison.runs) else ""
+    )
+    table = Table("", "run", "state", title=title, title_justify="left")
+    short = shorten_keys(comparison.settings)
+    for key in settings:
+        table.add_column(_text(short[key]), justify="right", overflow="fold")
+    seeds = any(len(row.runs) > 1 for row in comparison.rows)
+    if seeds:
+        table.add_column("n", justify="right")
+    for metric in comparison.metrics:
+        table.add_column(_text(_label(metric)), justify="right")
+    for row in comparison.rows:
+        table.add_row(
+            (BEST if row.best else " ") + (ON_FRONT if row.on_front else ""),
+            _text(row.name),
+            Text(visible(row.state), style=_STATES.get(row.state, "yellow")),
+            *(_text(format_value(row.settings[key])) for key in settings),
+            *([str(len(row.counted))] if seeds else []),
+            *(format_estimate(row.metrics.get(metric)) for metric in comparison.metrics),
+            style="bold" if row.best else "",
+        )
+    return table
+
+
+def _label(metric: str) -> str:
+    return LABELS.get(metric, metric)
+
+
+def _text(text: str) -> Text:
+    """Return data's text for the terminal: no markup, no control sequences."""
+    return Text(visible(text), overflow="fold")
+
+
+def to_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a JSON-ready record for each row, best first; figures that are no finite numbers are None."""
+    return [
+        {
+            "name": row.name,
+            "state": row.state,
+            "best": row.best,
+            "pareto": row.on_front,
+            "runs": [
+                {
+                    "path": str(run.path),
+                    "state": run.state,
+                    "seed": run.config.get("seed"),
+                    "error": run.error or None,
+                    "metrics": {key: _finite(value) for key, value in run.metrics.items()},
+                }
+                for run in row.runs
+            ],
+            "settings": row.settings,
+            "metrics": {
+                key: {"mean": _finite(e.mean), "standard_error": _finite(e.error), "n": e.n}
+                for key, e in row.metrics.items()
+            },
+        }
+        for row in comparison.rows
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def to_json(comparison: Comparison) -> str:
+    """Return the whole comparison as JSON."""
+    direction = "minimize" if comparison.objective.minimize else "maximize"
+    value = {
+        "objective": {"metric": comparison.objective.metric, "direction": direction},
+        "distance": comparison.distance,
+        "settings": comparison.settings,
+        "rows": to_records(comparison),
+        "notes": comparison.notes,
+    }
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Return a line for each row, best first: all metrics that any has, with standard errors where seeds repeat."""
+    names = list(dict.fromkeys([*comparison.metrics, *sorted({m for row in comparison.rows for m in row.metrics})]))
+    seeds = any(len(row.runs) > 1 for row in comparison.rows)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    metrics = [column for name in names for column in ([name, f"{name} (standard error)"] if seeds else [name])]
+    heading = ["run", "path", "state", "best", "pareto", "n", *comparison.settings, *metrics]
+    for cells in (heading, *(_list_cells(comparison, row, names, seeds) for row in comparison.rows)):
+        writer.writerow([_to_cell(cell) for cell in cells])
+    return file.getvalue()
+
+
+def _to_cell(value: Any) -> str:
+    """Return a cell's text; one that a spreadsheet would take for a formula, and run, begins with an apostrophe."""
+    text = visible(str(value))
+    return f"'{text}" if isinstance(value, str) and _FORMULA.match(text) else text
+
+
+def _list_cells(comparison: Comparison, row: Row, names: list[str], seeds: bool) -> list[Any]:
+    paths = " ".join(str(run.path) for run in row.runs)
+    cells: list[Any] = [row.name, paths, row.state, int(row.best), int(row.on_front), len(row.counted)]
+    for key in comparison.settings:
+        value = row.settings[key]
+        cells.append("" if value is None else value if isinstance(value, (str, int, float)) else json.dumps(value))
+    for name in names:
+        estimate = row.metrics.get(name)
+        cells.append("" if estimate is None else estimate.mean)
+        if seeds:
+            cells.append("" if estimate is None or estimate.error is None else estimate.error)
+    return cells

@@ -1,0 +1,171 @@
+"""From overrides to a checked `RunConf`. Imports no torch."""
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dpo_runner.config.adapter_config import recognise_adapter
+from dpo_runner.config.hydra_rules import UnsafeConfigError, check_composed
+from dpo_runner.config.overrides import MOST_POINTS, check_overrides, first_line
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
+from dpo_runner.errors import ConfigError, reason_of
+
+ConfigStore.instance().store(name="base_config", node=RunConf)
+# Only their names: the command registers the classes when it runs (see dpo_runner/sweep/sweeper.py).
+for _group, _name, _class in (
+    ("launcher", "workers", "WorkersLauncher"),
+    ("sweeper", "grid", "GridSweeper"),
+    ("sweeper", "optuna", "OptunaSweeper"),
+):
+    _target = {"_target_": f"hydra_plugins.dpo_runner.{_class}"}
+    ConfigStore.instance().store(group=f"hydra/{_group}", name=_name, node=_target)
+
+
+_INTO_MAP = re.compile(
+    r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources|lora\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
+)
+
+
+def expand_overrides(overrides: Sequence[str]) -> list[str]:
+    """Let overrides name new entries of maps such as `data.sources` and `lora.config`, which Hydra wants marked.
+
+    `data.sources.mine.path=x` becomes `++data.sources={mine:{}}` and `++data.sources.mine.path=x`.
+    """
+    names = dict.fromkeys(match[1] for text in overrides if (match := re.match(r"data\.sources\.([^.=]+)[.=]", text)))
+    expanded = [f"++{text}" if _INTO_MAP.match(text) else text for text in overrides]
+    if names:  # beside the first of them: flags and overrides must not be mixed
+        first = next(at for at, text in enumerate(overrides) if re.match(r"data\.sources\.", text))
+        expanded.insert(first, f"++data.sources={{{','.join(f'{name}:{{}}' for name in names)}}}")
+    return expanded
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """Compose `conf/config.yaml` with Hydra overrides, outside of a Hydra application.
+
+    Args:
+        overrides: as on the command line, such as `["quant=nf4", "training.beta=0.2"]`.
+        config_dir: a folder of the user's own config groups, searched after `conf/`.
+
+    Raises:
+        ConfigError: something would set what Hydra acts on, and could run code.
+    """
+    GlobalHydra.instance().clear()
+    search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose(CONFIG_NAME, [*search_path, *expand_overrides(overrides)], return_hydra_config=True)
+    assert isinstance(config, DictConfig)
+    check_composed(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
+    """Turn a composed config into the typed object that a run is made of.
+
+    An SFT adapter that is continued is trained in its own shape, so the default `lora`, which describes a new
+    one, gives way where no override speaks of it.
+
+    Args:
+        config: what Hydra composed.
+        overrides: what it was composed from.
+
+    Raises:
+        ConfigError: an unset `???`, an interpolation that leads nowhere, or what `RunConf` refuses.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError([f"`{key}`: must be set (`{key}=VALUE`)" for key in missing])
+    recognise_adapter(config)
+    spoken_of = {re.split(r"[.=]", text.lstrip("+"))[0] for text in overrides}
+    continues = config.model.adapter is not None and config.model.adapter_mode == "continue"
+    if continues and not {"lora", "experiment"} & spoken_of:
+        config.lora = None
+    try:
+        conf = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
+    assert isinstance(conf, RunConf)
+    return conf
+
+
+@functools.lru_cache(maxsize=MOST_POINTS)
+def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
+    """Compose and check one point of a sweep, once: the command's check, the plan and the launcher each ask for it.
+
+    The result is shared: do not change it.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException: it is no sound configuration.
+    """
+    return build_run_conf(compose_config(list(texts), config_dir), texts)
+
+
+UNCOMPOSABLE = (
+    *(HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError),
+    *(ArithmeticError, RecursionError),
+)
+"""What Hydra and OmegaConf raise where overrides and files do not make a configuration."""
+
+
+def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | None, list[str], list[str]]:
+    """Compose one point.
+
+    Returns:
+        The configuration, None where there is none; one line for each rule that it breaks; why it does not compose.
+    """
+    try:
+        return compose_point(tuple(point), config_dir), [], []
+    except UnsafeConfigError as error:
+        return None, [], error.mistakes
+    except ConfigError as error:
+        return None, error.mistakes, []
+    except UNCOMPOSABLE as error:
+        return None, [], [explain_uncomposable(error, point)]
+
+
+def explain_uncomposable(error: Exception, point: Sequence[str]) -> str:
+    """Say why a point does not compose; for a launcher, or a field of a section that is null, in our own words."""
+    for text in point:
+        if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
+            return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"
+        section = re.match(r"\+*(quant|lora)\.", text)
+        if section and not any(re.match(rf"\+*{section[1]}=", other) for other in point):
+            return f"`{text}`: {section[1]} is none here; choose an option of the group too ({section[1]}=OPTION)"
+    return first_line(error)
+
+
+def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:
+    """Compose and check a run's configuration from Python, with the command line's overrides.
+
+    >>> load_conf(["quant=nf4", "training.beta=0.2"]).training.beta
+    0.2
+
+    Raises:
+        ConfigError: with one line for each mistake found.
+    """
+    overrides = list(overrides or [])
+    checked = check_overrides(overrides, config_dir)
+    mistakes = checked.mistakes + (checked.find_single_run_mistakes() if checked.composable else [])
+    point = {override.key_or_group: str(override.input_line) for override in checked.sound}  # the last of each key
+    if checked.of_sweep()[0]:  # with sweep=NAME, whose points the command checks
+        point = {text: text for text in overrides}
+    if not checked.composable or (mistakes and checked.of_sweep()[0]):
+        raise ConfigError(mistakes)
+    conf, broken, uncomposable = try_point(tuple(point.values()), config_dir)
+    # Where an override is wrong the whole may not compose, and the override's own line says why.
+    mistakes += broken + ([] if mistakes else uncomposable)
+    if conf is None or mistakes:
+        raise ConfigError(mistakes)
+    return copy.deepcopy(conf)

@@ -1,0 +1,142 @@
+"""What each configuration key affects, and the keys that were removed. Imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_runner.config.rules.training import LOSSES_WITH_LABEL_SMOOTHING
+from dpo_runner.config.sections.run import RunFields
+
+OUTSIDE = ("sweep", "wandb", "run_name", "run_dir", "resume", "dry_run", "judge")
+"""Keys of what a run is called, where it goes and how it is executed or looked at: never of what it computes."""
+
+_QUANT = "use quant=nf4, fp4 or int8, or name a checkpoint that is quantized already"
+
+
+@dataclass(frozen=True)
+class RemovedKey:
+    """A key that was removed.
+
+    Attributes:
+        advice: what to do instead.
+        off: its values that had no effect, the former default first.
+        shapes_model: whether the run's model cannot be loaded without it.
+    """
+
+    advice: str
+    off: tuple[Any, ...]
+    shapes_model: bool = False
+
+
+REMOVED_KEYS = {
+    "engine.compile_layers": RemovedKey("leave it out", (False,)),
+    "engine.keep_dequantized": RemovedKey("leave it out", (None, False)),
+    "quant.config": RemovedKey(_QUANT, ({},), shapes_model=True),
+}
+REMOVED_OPTIONS = {"quant=other": _QUANT}
+"""Options of config groups, and what to do instead."""
+
+
+def explain_removed(key: str) -> str | None:
+    """Return the line that refuses a dotted key, or one beneath it; None where it was not removed."""
+    for name, removed in REMOVED_KEYS.items():
+        if key == name or key.startswith(f"{name}."):
+            return f"`{name}`: was removed; {removed.advice}"
+    return None
+
+
+def split_removed(written: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Split what a run's config.yaml holds.
+
+    Args:
+        written: the nested configuration, which may be damaged; it is left as it is.
+
+    Returns:
+        The configuration without removed keys, and those of them that were on, with their values.
+    """
+    kept, active = dict(written), {}
+    for key, removed in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        if isinstance(kept.get(section), dict) and name in kept[section]:
+            kept[section] = dict(kept[section])
+            value = kept[section].pop(name)
+            if value not in removed.off:
+                active[key] = value
+    return kept, active
+
+
+def add_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a nested configuration with removed keys at their former defaults, as earlier versions hashed it."""
+    added = dict(config)
+    for key, removed in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        if isinstance(added.get(section), dict):
+            added[section] = {**added[section], name: removed.off[0]}
+    return added
+
+
+@dataclass(frozen=True)
+class NoOp:
+    """A key that is not read.
+
+    Attributes:
+        key: the dotted key.
+        applies: whether it has no effect in a configuration.
+        reason: why, in words that follow the key.
+    """
+
+    key: str
+    applies: Callable[[RunFields], bool]
+    reason: str
+
+
+def _losses(conf: RunFields) -> set[str]:
+    loss = conf.training.loss_type
+    return {loss} if isinstance(loss, str) else set(loss)
+
+
+def _no_dropout(conf: RunFields) -> bool:
+    return conf.training.disable_dropout
+
+
+NO_OPS = (
+    NoOp("lora.lora_dropout", _no_dropout, "has no effect with training.disable_dropout=true; set that to false"),
+    NoOp("training.beta", lambda conf: _losses(conf) == {"sft"}, "training.loss_type=sft does not read it"),
+    NoOp(
+        "training.label_smoothing",
+        lambda conf: not _losses(conf) & set(LOSSES_WITH_LABEL_SMOOTHING),
+        f"has no effect on this training.loss_type; it is read by {', '.join(LOSSES_WITH_LABEL_SMOOTHING)}",
+    ),
+    NoOp(
+        "training.discopop_tau",
+        lambda conf: "discopop" not in _losses(conf),
+        "has no effect on this training.loss_type; it is read by discopop",
+    ),
+    NoOp(
+        "training.num_train_epochs",
+        lambda conf: conf.training.max_steps > 0,
+        "has no effect while training.max_steps is set; leave max_steps at -1",
+    ),
+    NoOp(
+        "training.warmup_steps",
+        lambda conf: conf.training.lr_scheduler_type == "constant",
+        "has no effect with training.lr_scheduler_type=constant; use constant_with_warmup",
+    ),
+    *(
+        NoOp(f"training.{name}", lambda conf: not conf.training.sync_ref_model, "needs training.sync_ref_model=true")
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps")
+    ),
+)
+
+
+def find_no_op(key: str, confs: list[RunFields]) -> str | None:
+    """Return why an axis over `key` changes nothing in any of `confs`, or None where it may."""
+    if key.partition(".")[0] in OUTSIDE:
+        return "does not change what is computed, so its values would run the same thing again"
+    rules = [rule for rule in NO_OPS if rule.key == key]
+    return next((rule.reason for rule in rules if all(map(rule.applies, confs))), None)
+
+
+def ignored_keys(conf: RunFields) -> frozenset[str]:
+    """Return the dotted keys that this configuration does not read."""
+    return frozenset(rule.key for rule in NO_OPS if rule.applies(conf))

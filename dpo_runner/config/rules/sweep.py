@@ -1,0 +1,108 @@
+"""Rules of `sweep` and of a search. Imports neither torch nor Optuna."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from dpo_runner.config.sections.sweep import SearchConf, SweepConf
+
+if TYPE_CHECKING:
+    from dpo_runner.config.sections.run import RunFields
+
+
+_EVALUATION = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+)
+_ANSWERS = ("response_tokens", "responses_at_cap")
+_OPTUNA = "optuna>=5,<6"
+
+
+def read_direction(search: SearchConf) -> str | None:
+    """Return `maximize` or `minimize`, or None where the objective does not tell and nothing is set."""
+    if search.direction is not None:
+        return search.direction
+    if re.fullmatch(r"eval_(.+_)?loss", search.objective):
+        return "minimize"
+    if re.fullmatch(r"eval_(.+_)?(rewards/(accuracies|margins|chosen)|mean_token_accuracy)", search.objective):
+        return "maximize"
+    return None
+
+
+def list_objectives(conf: RunFields) -> list[str]:
+    """Return the names of what a run's summary says about the tuned model."""
+    sources = [f"{name}_" for name in conf.data.sources] if len(conf.data.sources) > 1 else []
+    answers = _ANSWERS if conf.samples.num_prompts else ()
+    return [*(f"eval_{source}{name}" for source in ["", *sources] for name in _EVALUATION), *answers]
+
+
+def check_search(conf: RunFields) -> Iterator[str]:
+    """Yield one line for each rule of a search that a configuration breaks."""
+    from dpo_runner.errors import suggest
+
+    search, where = conf.sweep.search, "sweep.search."
+    changed = [
+        field.name
+        for field in dataclasses.fields(search)
+        if getattr(search, field.name) != getattr(SearchConf(), field.name)
+    ]
+    if search.sampler is None:
+        yield from (
+            f"`{where}{name}={getattr(search, name)}`: is of a search; add {where}sampler=tpe or random"
+            for name in changed
+        )
+        return
+    yield from _check_installation(search)
+    for key in ("paired", "sample"):
+        if value := getattr(conf.sweep, key):
+            yield f"`sweep.{key}={value}`: is of a grid; leave it out, or {where}sampler"
+    if search.objective not in (objectives := list_objectives(conf)):
+        yield f"`{where}objective={search.objective}`: no such metric; {suggest(search.objective, objectives)}"
+    elif read_direction(search) is None:
+        yield f"`{where}direction`: must be set for {search.objective} ({where}direction=maximize or minimize)"
+    if search.sampler != "tpe" and search.pruner != "median" and "startup_trials" in changed:
+        yield f"`{where}startup_trials={search.startup_trials}`: is read by sampler=tpe and pruner=median alone"
+    if search.pruner is None and "warmup_steps" in changed:
+        yield f"`{where}warmup_steps={search.warmup_steps}`: is read by a pruner; add {where}pruner=median"
+    if search.pruner is not None and not search.objective.startswith("eval_"):
+        yield f"`{where}pruner={search.pruner}`: {search.objective} is measured once, at the end; leave the pruner out"
+    elif search.pruner is not None and conf.training.eval_strategy == "no":
+        yield f"`{where}pruner={search.pruner}`: needs evaluations within the run (training.eval_strategy=steps)"
+
+
+def _check_installation(search: SearchConf) -> Iterator[str]:
+    try:
+        found = version("optuna")
+    except PackageNotFoundError:
+        found = "none"
+    if found.partition(".")[0] != "5":
+        yield (
+            f"`sweep.search.sampler={search.sampler}`: needs Optuna 5, and {found} is installed; "
+            f"pip install '{_OPTUNA}' (or the extra: pip install 'dpo-runner[search]')"
+        )
+
+
+def check_sweep(sweep: SweepConf) -> Iterator[str]:
+    """Yield one line for each rule between the fields of `sweep` that is broken."""
+    if sweep.dir is not None and sweep.resume is not None:
+        yield f"`sweep.resume={sweep.resume}`: sweep.dir={sweep.dir} says already what to continue; set one of them"
+    if sweep.on_error == "stop" and sweep.max_failures is not None:
+        yield f"`sweep.max_failures={sweep.max_failures}`: with sweep.on_error=stop it is 1; leave one of them out"
+    groups = sweep.paired if all(isinstance(item, list) for item in sweep.paired) else [sweep.paired]
+    keys = [key for group in groups for key in group]
+    if any(not isinstance(key, str) for key in keys) or len(set(keys)) < len(keys) or any(len(g) == 1 for g in groups):
+        yield (
+            f"`sweep.paired={sweep.paired}`: must be a list of two or more keys, such as [training.beta,seed], or a "
+            "list of such lists, and name each key once"
+        )

@@ -1,0 +1,148 @@
+"""Rules within `training` and between it and other sections; fields that the runner owns."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpo_runner.config.sections.run import RunFields
+
+
+def check_training(conf: RunFields) -> Iterator[str]:
+    training = conf.training
+    losses = [training.loss_type] if isinstance(training.loss_type, str) else list(training.loss_type)
+    if not losses:
+        yield "`training.loss_type=[]`: must name at least one loss, such as sigmoid"
+    if training.loss_weights is not None and len(training.loss_weights) != len(losses):
+        yield f"`training.loss_weights={training.loss_weights}`: must have one weight for each of loss_type={losses}"
+    if training.use_weighting and {"sft", "aot", "aot_unpaired"} & set(losses):
+        yield f"`training.use_weighting=True`: TRL cannot weight sft, aot and aot_unpaired (loss_type={losses})"
+    if "robust" in losses and not training.label_smoothing < 0.5:
+        yield f"`training.label_smoothing={training.label_smoothing}`: robust divides by 1 - 2x; must be below 0.5"
+    if "exo_pair" in losses and not training.label_smoothing > 0:
+        yield "`training.label_smoothing=0`: the exo_pair loss takes its logarithm; must be above 0, such as 0.001"
+    if training.label_smoothing and not set(losses) & set(LOSSES_WITH_LABEL_SMOOTHING):
+        readers = ", ".join(LOSSES_WITH_LABEL_SMOOTHING)
+        yield (
+            f"`training.label_smoothing={training.label_smoothing}`: has no effect on loss_type={losses}; "
+            f"it is read by {readers}"
+        )
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        yield f"`training.num_train_epochs={training.num_train_epochs}`: must be above 0 unless max_steps is set"
+    if training.max_steps == 0 or training.max_steps < -1:
+        yield f"`training.max_steps={training.max_steps}`: must be above 0, or -1 for num_train_epochs to decide"
+    for key in ("warmup_steps", "logging_steps", "eval_steps", "save_steps"):
+        value = getattr(training, key)
+        if value is not None and value > 1 and value != int(value):
+            yield f"`training.{key}={value}`: must be a whole number of steps, or a share of all steps below 1"
+    if training.bf16 and training.fp16:
+        yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
+    if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
+        yield "`checks.on_nonfinite=skip_batch`: fp16's loss scaler skips such steps by itself; use on_nonfinite=stop"
+    if conf.checks.on_out_of_memory == "smaller_batch":
+        if not_sums := sorted(LOSSES_OF_WHOLE_BATCHES & set(losses)):
+            yield (
+                f"`checks.on_out_of_memory=smaller_batch`: loss_type={', '.join(not_sums)} is no sum over pairs, and "
+                "another one with other batches; use on_out_of_memory=stop"
+            )
+        if training.sync_ref_model:
+            yield (
+                "`checks.on_out_of_memory=smaller_batch`: goes on from a checkpoint, and those of "
+                "training.sync_ref_model=true lack the reference; use on_out_of_memory=stop"
+            )
+
+
+def check_torch_compile(conf: RunFields) -> Iterator[str]:
+    training = conf.training
+    for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if conf.engine.shared_prefix and getattr(training, key):
+            yield (
+                f"`training.{key}={getattr(training, key)}`: would compile the whole model anew for each batch's pair "
+                "lengths, and give up after eight; leave it out, or use engine.shared_prefix=false"
+            )
+
+
+def check_evaluation(conf: RunFields) -> Iterator[str]:
+    training, data = conf.training, conf.data
+    sources = data.sources.values() if data.sources else [data]
+    has_eval = data.eval_fraction > 0 or any(
+        source.eval_path or source.eval_split or _may_bring_evaluation(source.path) for source in sources
+    )
+    if training.eval_strategy != "no" and not has_eval:
+        yield (
+            f"`training.eval_strategy={training.eval_strategy}`: there are no evaluation rows; set data.eval_path, "
+            "data.eval_split or data.eval_fraction, or training.eval_strategy=no"
+        )
+    if not training.load_best_model_at_end or training.save_strategy == "best":
+        return
+    if training.eval_strategy == training.save_strategy == "steps":
+        every = training.eval_steps or training.logging_steps
+        if round(1e6 * training.save_steps) % round(1e6 * every):
+            yield (
+                f"`training.save_steps={training.save_steps:g}`: load_best_model_at_end needs a multiple of "
+                f"eval_steps={every:g}"
+            )
+    if training.eval_strategy != training.save_strategy:
+        yield (
+            f"`training.load_best_model_at_end=True`: needs the same rhythm of evaluation and saving "
+            f"(eval_strategy={training.eval_strategy}, save_strategy={training.save_strategy})"
+        )
+
+
+def _may_bring_evaluation(path: str | None) -> bool:
+    """Whether a path may hold evaluation rows too: bundled pairs do, and a folder may."""
+    return path is not None and (path.startswith("bundled:") or Path(path).expanduser().is_dir())
+
+
+OWNED_FIELDS: dict[str, str] = {
+    "output_dir": "use `run_dir`",
+    "seed": "use the top-level `seed`",
+    "run_name": "use the top-level `run_name`",
+    "report_to": "use `wandb=offline`, `wandb=online` or `wandb=disabled`",
+    "resume_from_checkpoint": "use `run_dir=PATH resume=auto`",
+    "logging_dir": "logs go to the run directory; use `run_dir`",
+    "project": "use `wandb.project`",
+    "push_to_hub": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_token": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_private_repo": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_model_id": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_strategy": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_always_push": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "hub_revision": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
+    "trackio_space_id": "runs are tracked by W&B; use `wandb`",
+    "trackio_bucket_id": "runs are tracked by W&B; use `wandb`",
+    "trackio_static_space_id": "runs are tracked by W&B; use `wandb`",
+    "model_init_kwargs": "use the `model` group",
+    "trust_remote_code": "use `model.trust_remote_code`",
+    "pad_token": "deprecated upstream; use `model.pad_token`",
+    "remove_unused_columns": "the runner hands the trainer token ids alone",
+    "ignore_data_skip": "a resumed run always continues with the data it has not seen",
+    "enable_jit_checkpoint": "a run that is terminated would end as if it had finished; resume=auto continues it",
+    "auto_find_batch_size": "it would change the effective batch size behind the plan's back",
+    "save_only_model": "a run could not be continued from such a checkpoint",
+    "bf16_full_eval": "the evaluation before training would leave the weights in bf16 for training too",
+    "fp16_full_eval": "the evaluation before training would leave the weights in fp16 for training too",
+    "local_rank": "set by the launcher",
+    "parallelism_config": "one process trains; launching several is not supported yet",
+    "do_train": "without effect upstream; `dry_run=true` stops before training",
+    "do_eval": "without effect upstream; use `training.eval_strategy`",
+    "do_predict": "without effect upstream; a DPO run has nothing to predict",
+    "padding_free": "TRL 1.16 accepts it and ignores it",
+    "label_smoothing_factor": "without effect on DPO's losses; use `training.label_smoothing`",
+}
+"""Fields of DPOConfig that `training.*` refuses, and what to use instead."""
+
+OUR_DEFAULTS: dict[str, tuple[object, str]] = {
+    "disable_dropout": (
+        False,
+        "upstream's zeroes LoRA's dropout too, so that a sweep over lora_dropout compares identical runs",
+    ),
+    "logging_nan_inf_filter": (False, "upstream's logs a NaN loss as 0.0 and trains on"),
+}
+"""Where the default differs from upstream's: the default here, and why."""
+
+LOSSES_WITH_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
+"""TRL's losses that read `label_smoothing`."""
+
+LOSSES_OF_WHOLE_BATCHES = {"aot", "aot_unpaired", "sft"}
+"""TRL's losses that are no sums over pairs: `aot` and `aot_unpaired` sort them, `sft` averages over all tokens."""

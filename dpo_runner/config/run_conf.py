@@ -1,0 +1,66 @@
+"""`RunConf`, one run's whole configuration, checked when it is made. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dpo_runner.config.rules.data import check_data
+from dpo_runner.config.rules.fields import (
+    RANGES,
+    SOURCE_RANGES,
+    check_field,
+    check_names,
+    check_range,
+    walk_fields,
+)
+from dpo_runner.config.rules.model import check_model_groups
+from dpo_runner.config.rules.sweep import check_search, check_sweep
+from dpo_runner.config.rules.training import check_evaluation, check_torch_compile, check_training
+from dpo_runner.config.sections.run import RunFields
+from dpo_runner.errors import ConfigError
+
+
+@dataclass
+class RunConf(RunFields):
+    """Everything that defines one run.
+
+    Raises:
+        ConfigError: with one line for each field that is out of range or contradicts another.
+    """
+
+    def __post_init__(self) -> None:
+        if mistakes := find_mistakes(self):
+            raise ConfigError(mistakes)
+
+
+def find_mistakes(conf: RunFields) -> list[str]:
+    """Return one line for each rule that `conf` breaks; an empty list means the run may start."""
+    values = dict(walk_fields(conf))
+
+    told = {key: list(check_field(key, field, value)) for key, (field, value) in values.items()}
+    mistakes = [line for lines in told.values() for line in lines]
+    ranges = [*RANGES]
+    for name in conf.data.sources:
+        ranges += [(f"data.sources.{name}.{key}", *rest) for key, rest in SOURCE_RANGES.items()]
+    ranges = [rule for rule in ranges if rule[0] in values and not told[rule[0]]]
+    mistakes += [line for rule in ranges for line in check_range(*rule, values[rule[0]][1])]
+    if not mistakes:  # contradictions between fields make sense only where each field does
+        mistakes = [
+            *check_model_groups(conf),
+            *check_data(conf),
+            *check_training(conf),
+            *check_torch_compile(conf),
+            *check_evaluation(conf),
+            *check_names(conf),
+            *check_sweep(conf.sweep),
+            *check_search(conf),
+        ]
+    return mistakes
+
+
+def config_keys(conf: Any) -> dict[str, Any]:
+    """Return a run's configuration as plain containers, ready for YAML and JSON."""
+    plain = OmegaConf.to_container(OmegaConf.structured(conf))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

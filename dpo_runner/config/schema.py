@@ -1,0 +1,132 @@
+"""The keys of a run's configuration, and what a value for one of them must be. Imports no torch."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_runner.config.keys import explain_removed
+from dpo_runner.config.rules.training import OWNED_FIELDS
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.data import SourceConf
+from dpo_runner.config.sections.model import LoraConf, QuantConf
+from dpo_runner.errors import reason_of, suggest
+
+
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Return for each key its last part, or as many of its last parts as tell it from the others."""
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        short[key] = next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
+    return short
+
+
+def _walk_schema(cls: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if typing.get_origin(hint) is dict:
+            yield key, None
+            yield from _walk_field(f"{key}.*", typing.get_args(hint)[1])
+        else:
+            yield from _walk_field(key, hint)
+
+
+def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]:
+    kinds = (hint, *typing.get_args(hint))  # itself, or a union of a section with None
+    section = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+    yield key, section
+    if section is not None:
+        yield from _walk_schema(section, f"{key}.")
+
+
+SCHEMA: dict[str, type | None] = dict(_walk_schema(RunConf))
+"""Every dotted key of a run's configuration; a section's value is its dataclass, a field's is None.
+
+A map's entries stand under `*`, such as `data.sources.*.path`.
+"""
+
+
+def schema_key(key: str) -> str:
+    """Return a dotted key as SCHEMA has it, with `*` in the place of a map's own names."""
+    known = ""
+    for name in key.split("."):
+        step = f"{known}.{name}" if known else name
+        known = f"{known}.*" if step not in SCHEMA and f"{known}.*" in SCHEMA else step
+    return known
+
+
+def find_value_mistakes(key: str, value: Any) -> list[str]:
+    """Return what is wrong with setting the dotted `key` to `value`: unknown names and wrong types."""
+    known = schema_key(key)
+    if known not in SCHEMA:
+        return [_describe_unknown(known if "*" in known else key)]
+    if f"{known}.*" in SCHEMA and isinstance(value, dict):
+        return [line for name, item in value.items() for line in find_value_mistakes(f"{key}.{name}", item)]
+    if SCHEMA[known] is not None:
+        if isinstance(value, dict):
+            return [line for name, item in value.items() for line in find_value_mistakes(f"{key}.{name}", item)]
+        if value is None and key in ("quant", "lora"):
+            return []
+        return [f"`{key}={value}`: is a section; set its fields ({key}.FIELD=VALUE) or choose an option of the group"]
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return []  # resolved, or found missing, once the whole configuration is composed
+    try:
+        if "*" in known:  # a name of the user's own: any will do
+            OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True)
+        else:
+            OmegaConf.update(_blank_config(), key, value, force_add=False)
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}"]
+    kept = OmegaConf.select(_blank_config(), known.replace("*", _ANY))
+    if isinstance(kept, bool) and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf takes any number
+        return [f"`{key}={value}`: must be true or false"]
+    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value) and key != "sweep.paired":
+        return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
+    return []
+
+
+_ANY = "any"
+
+
+@functools.cache
+def _blank_config() -> DictConfig:
+    """Return a configuration to try values on; what it holds does not matter, its types do."""
+    config = OmegaConf.structured(RunConf)
+    config.quant, config.lora = QuantConf(), LoraConf()
+    config.data.sources = {_ANY: SourceConf()}
+    return typing.cast(DictConfig, config)
+
+
+def _describe_type_error(message: str) -> str:
+    if "is not a valid bool" in message:
+        return "must be true or false"
+    if "is not a ListConfig, list or tuple" in message or message == "Cannot merge ListConfig with DictConfig":
+        return "must be a list, such as [a,b]"
+    if message == "Cannot merge DictConfig with ListConfig" or ("Cannot assign" in message and "DictConfig" in message):
+        return "must be a map, such as {a:b}"
+    kinds = {"Float": "a number", "Integer": "a whole number", "String": "a text"}
+    kind = message.rpartition(" to ")[2]
+    return f"must be {kinds[kind]}" if "could not be converted to" in message and kind in kinds else message
+
+
+def _describe_unknown(key: str) -> str:
+    if (removed := explain_removed(key)) is not None:
+        return removed
+    section, _, name = key.rpartition(".")
+    if section == "training" and name in OWNED_FIELDS:
+        return f"`{key}`: is not set here; {OWNED_FIELDS[name]}"
+    siblings = [known.rpartition(".")[2] for known in SCHEMA if known.rpartition(".")[0] == section]
+    if section and section not in SCHEMA:
+        return _describe_unknown(section)
+    near = suggest(name, siblings)
+    elsewhere = [known for known in SCHEMA if known.rpartition(".")[2] == name and "*" not in known]
+    if not near.startswith("did you mean") and elsewhere:
+        near = f"did you mean `{elsewhere[0]}`?"
+    return f"`{key}`: no such field; {near}" if near else f"`{key}`: no such field of `{section}`"

@@ -1,0 +1,120 @@
+"""From rows in any known layout to checked pairs: columns renamed, the user's own function, the layout found."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+from dpo_runner.data.layouts.columns import Row, name_columns
+from dpo_runner.data.layouts.known import LAYOUTS, Layout
+from dpo_runner.data.layouts.messages import Pair, check_pair, parse_json
+from dpo_runner.errors import DataError, RowError, suggest
+
+
+def read_pairs(row: Row, layout: Layout, pairing: str) -> list[Pair]:
+    """Return the pairs that a row makes, each checked.
+
+    Returns:
+        One pair, several where the row has more than two scored answers, none where all scores are equal.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    try:
+        pairs = layout.read(row, pairing)
+        tools = parse_json(row.get("tools"), list, "tools")
+        kwargs = parse_json(row.get("chat_template_kwargs"), dict, "chat_template_kwargs")
+    except RecursionError:
+        raise RowError("not JSON", "nested too deeply") from None
+    for pair in pairs:
+        pair.tools, pair.chat_template_kwargs = tools, kwargs
+        check_pair(pair)
+    return pairs
+
+
+def rename_columns(row: Row, columns: dict[str, str]) -> Row:
+    """Return a row under our names: each mapped column takes the place of one that had the name before.
+
+    Raises:
+        RowError: the row lacks a mapped column.
+    """
+    for theirs in columns:
+        if theirs not in row:
+            raise RowError("missing column", f"`{theirs}` of data.columns; {suggest(theirs, row)}")
+    taken = set(columns.values())
+    kept = {key: value for key, value in row.items() if key not in columns and key not in taken}
+    return kept | {ours: row[theirs] for theirs, ours in columns.items()}
+
+
+def load_formatter(name: str) -> Callable[[Row], Any]:
+    """Import the function that `data.formatter=package.module:function` names.
+
+    Raises:
+        DataError: there is none, or it is Python's own: those are not meant to see rows.
+    """
+    module_name, _, function_name = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise DataError(f"`data.formatter={name}`: is a module of Python itself; name a function of your own")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"`data.formatter={name}`: {reason}; name it as package.module:function") from None
+    if not callable(function):
+        raise DataError(f"`data.formatter={name}`: is no function")
+    return cast(Callable[[Row], Any], function)
+
+
+def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:
+    """Return what the user's function makes of a row: no row, one, or several.
+
+    Raises:
+        RowError: it fails, or returns something else.
+    """
+    try:
+        result = formatter(row)
+    except Exception as error:  # the user's code may raise anything, and it concerns this row alone
+        raise RowError("data.formatter failed", " ".join(f"{type(error).__name__}: {error}".split())) from None
+    rows = [] if result is None else result if isinstance(result, list) else [result]
+    if not all(isinstance(item, dict) for item in rows):
+        raise RowError("data.formatter failed", f"returned {result!r:.60}; a row (dict), a list of rows or None is due")
+    return rows
+
+
+def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "data") -> Layout:
+    """Return the layout of a source, judged by its first rows.
+
+    Args:
+        rows: sound rows, at least one, under our names.
+        name: `data.format`; `auto` finds out.
+        key: where the source stands in the configuration, for messages.
+        source: what it is, such as `data.path=pairs.jsonl`, for messages.
+
+    Raises:
+        DataError: no layout fits, or several do.
+    """
+    columns = name_columns(dict.fromkeys(column for row in rows for column, value in row.items() if value is not None))
+    if name != "auto":
+        layout = next((layout for layout in LAYOUTS if layout.name == name), None)
+        if layout is None:
+            raise DataError(
+                f"`{key}.format={name}`: no such layout; {suggest(name, [known.name for known in LAYOUTS])}"
+            )
+        if not any(layout.matches(row) for row in rows):
+            raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows of {source} have: {columns}")
+        return layout
+    counts = {layout.name: sum(layout.matches(row) for row in rows) for layout in LAYOUTS}
+    most = max(counts.values())
+    candidates = [layout for layout in LAYOUTS if counts[layout.name] == most]
+    if most == 0:
+        raise DataError(
+            f"`{source}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
+            f"another layout of docs/data.md); name yours with {key}.columns or {key}.formatter"
+        )
+    if len(candidates) > 1:
+        names = ", ".join(f"{layout.name} ({layout.needs})" for layout in candidates)
+        raise DataError(
+            f"`{key}.format=auto`: the rows of {source} could be {names}; "
+            f"set {key}.format={candidates[0].name} or another of them"
+        )
+    return candidates[0]

@@ -1,0 +1,135 @@
+"""What decides which token ids a source's rows become: layout, columns, the user's function, template, tokenizer."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.config.sections.data import SourceFields
+from dpo_runner.data.layouts.columns import Row
+from dpo_runner.data.layouts.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
+from dpo_runner.data.layouts.known import Layout
+from dpo_runner.data.layouts.messages import Pair
+from dpo_runner.data.rows.decoding import Batch, decode_rows
+from dpo_runner.data.rows.sources import RowSource
+from dpo_runner.data.templates.chat_template import ChatTemplate
+from dpo_runner.errors import DataError, LeftOut, RowError
+
+
+@dataclass
+class Recipe:
+    """What turns a source's rows into token ids.
+
+    Attributes:
+        conf: how rows are read.
+        template: tokenizer and chat template.
+        template_options: what of the configuration went into `template`.
+        key: where the source stands in the configuration, for messages.
+        layout: found by the first rows.
+    """
+
+    conf: SourceFields
+    template: ChatTemplate
+    template_options: list[Any]
+    key: str
+    layout: Layout | None = None
+    formatter: Callable[[Row], Any] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.formatter = load_formatter(self.conf.formatter) if self.conf.formatter else None
+
+    def digest(self, source: RowSource) -> str:
+        """Return the key under which the result of this recipe on `source` is kept."""
+        conf, code = self.conf, Path(__file__).parents[1]
+        parts = [
+            source.digest(),
+            [conf.format, sorted(conf.columns.items()), conf.pairing, conf.min_score_gap],
+            _digest_module(self.formatter) if self.formatter else None,
+            self.template_options,
+            _digest_tokenizer(self.template.tokenizer),
+            [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(code.rglob("*.py"))],
+            [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2", "pyarrow")],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def without_mapping(self) -> "Recipe":
+        """Return a recipe for rows that have been through `rows` already."""
+        return replace(self, conf=replace(self.conf, columns={}, formatter=None))
+
+    def rows(self, row: Row | RowError) -> list[Row]:
+        """Return what the user's columns and formatter make of a decoded row: one row or several.
+
+        Raises:
+            LeftOut: the formatter leaves it out.
+            RowError: the row cannot be used.
+        """
+        if isinstance(row, RowError):
+            raise row
+        rows = format_row(row, self.formatter) if self.formatter else [row]
+        if not rows:
+            raise LeftOut("data.formatter returned nothing")
+        return [rename_columns(row, self.conf.columns) for row in rows] if self.conf.columns else rows
+
+    def find_layout(self, batch: Batch, source: RowSource) -> str:
+        """Find the layout by a source's first rows, and return its description.
+
+        Raises:
+            DataError: none fits, several do, or none of the rows can be read.
+        """
+        rows, first = [], None
+        for number, row in decode_rows(batch):
+            try:
+                rows += self.rows(row)
+            except LeftOut:
+                continue
+            except RowError as error:
+                first = first or f"{source.locate(batch.file, number)}: {error}"
+        if not rows:
+            raise DataError(
+                f"`{self.key}`: none of the first rows can be used; {first or 'data.formatter leaves out all'}"
+            )
+        self.layout = find_layout(rows, self.conf.format, self.key, source.setting)
+        return self.layout.describe(next(row for row in rows if self.layout.matches(row)))
+
+    def pairs(self, row: Row | RowError) -> list[Pair]:
+        """Return a row's pairs, at least one.
+
+        Raises:
+            LeftOut: its scores make none.
+            RowError: the row cannot be used.
+        """
+        assert self.layout is not None
+        pairs = [pair for item in self.rows(row) for pair in read_pairs(item, self.layout, self.conf.pairing)]
+        if not pairs:
+            raise LeftOut("all answers score the same")
+        gap = self.conf.min_score_gap
+        kept = [pair for pair in pairs if pair.score_gap is None or pair.score_gap >= gap]
+        if not kept and all(pair.score_gap is not None and pair.score_gap < 0 for pair in pairs):
+            raise LeftOut("rejected scores higher than chosen")
+        if not kept:
+            raise LeftOut(f"the scores differ by less than {gap:g}")
+        return kept
+
+
+def _digest_tokenizer(tokenizer: Any) -> str:
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()  # what an earlier call has left there; it has no part in tokenizing
+        backend.no_truncation()
+        vocabulary = backend.to_str()
+    else:
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, type(tokenizer).__name__]
+    return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
+
+
+def _digest_module(function: Callable[[Row], Any]) -> str:
+    """Digest the file of the user's function; what it imports in turn is not seen."""
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    if file is None:
+        raise DataError(f"`data.formatter`: {function.__module__} has no source file to tell its versions apart")
+    return hashlib.sha256(Path(file).read_bytes() + function.__qualname__.encode()).hexdigest()

@@ -1,0 +1,122 @@
+"""Batches processed in order, by one process or by several."""
+
+import itertools
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+from dpo_runner.data.layouts.columns import Row
+from dpo_runner.data.layouts.scored import group_responses
+from dpo_runner.data.prepare.batches import Outcome, process_batch
+from dpo_runner.data.prepare.recipe import Recipe
+from dpo_runner.data.rows.decoding import Batch, decode_rows
+from dpo_runner.errors import RowError, RunError
+
+ROWS_PER_BATCH = 500
+BATCHES_BEFORE_WORKERS = 8
+"""So many batches are processed before it is worth to start further processes."""
+
+
+def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) -> Iterator[Outcome]:
+    """Process batches in order, in this process at first, and in several where there are many batches.
+
+    Args:
+        batches: of one source.
+        recipe: with its layout found.
+        num_proc: processes to use; None takes all cores.
+
+    Raises:
+        RunError: a process died.
+    """
+    assert recipe.layout is not None
+    if recipe.layout.name == "helpsteer":
+        batches, recipe = _group(batches, recipe), recipe.without_mapping()
+    workers = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    for count, batch in enumerate(batches, start=1):
+        yield process_batch(batch, recipe)
+        if count == BATCHES_BEFORE_WORKERS and workers > 1:
+            break
+    else:
+        return
+    with _without_tokenizer_threads():
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (recipe,))
+        try:
+            waiting: deque[Future[Outcome]] = deque()
+            for batch in batches:
+                waiting.append(pool.submit(_process_in_worker, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise RunError(
+                f"`{recipe.key}`: a process that prepares the data died, perhaps for want of memory; "
+                "try training.dataset_num_proc=1"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _group(batches: Iterator[Batch], recipe: Recipe) -> Iterator[Batch]:
+    """Join rows of one response each into rows of several; it takes one process, since neighbours belong together."""
+    for file, rows in _by_file(batches, recipe):
+        numbers: list[int] = []
+        grouped: list[Any] = []
+        for number, row in group_responses(rows):
+            numbers.append(number)
+            grouped.append(row)
+            if len(grouped) == ROWS_PER_BATCH:
+                yield Batch(file, numbers, grouped)
+                numbers, grouped = [], []
+        if grouped:
+            yield Batch(file, numbers, grouped)
+
+
+def _by_file(batches: Iterator[Batch], recipe: Recipe) -> Iterator[tuple[int, Iterator[tuple[int, Row | RowError]]]]:
+    for file, group in itertools.groupby(batches, key=lambda batch: batch.file):
+        decoded = (item for batch in group for item in decode_rows(batch))
+        yield file, ((number, made) for number, row in decoded for made in _map(row, recipe))
+
+
+def _map(row: Row | RowError, recipe: Recipe) -> list[Row] | list[RowError]:
+    try:
+        return recipe.rows(row)
+    except RowError as error:
+        return [error]
+
+
+@contextmanager
+def _without_tokenizer_threads() -> Iterator[None]:
+    """Keep the tokenizer's own threads off while processes are forked: theirs would wait for locks for ever."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_recipe: Recipe
+"""A worker process's own; set once, when it starts."""
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _recipe
+    _recipe = recipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+
+
+def _process_in_worker(batch: Batch) -> Outcome:
+    return process_batch(batch, _recipe)

@@ -1,0 +1,175 @@
+"""Evaluate a finished run against its reference: `python -m dpo_runner.evaluate RUN_DIR [KEY=VALUE ...]`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
+from dpo_runner.evaluate.judge import judge_answers, name_judge, summarize_verdicts
+from dpo_runner.evaluate.settings import compose, is_foreign
+from dpo_runner.evaluate.work import Task, answer_prompts, load_compared, name_autocast, score_pairs
+from dpo_runner.io.console import RunConsole, Terminal, visible
+from dpo_runner.io.files import JsonLines, write_json
+from dpo_runner.training.memory.device import EVALUATION, watch_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_VERSION = 2  # part of a result's name: raise it where the same settings begin to give other figures
+
+_ROWS = (
+    ("reward_accuracy", "reward accuracy"),
+    ("reward_margin", "reward margin"),
+    ("chosen_shift", "log-prob shift, chosen (nats)"),
+    ("rejected_shift", "log-prob shift, rejected (nats)"),
+    ("kl_per_answer", "KL to the reference (nats per answer)"),
+    ("kl_per_token", "KL to the reference (nats per token)"),
+    ("policy_tokens", "tokens per answer, policy"),
+    ("policy_cut_off", "share of answers cut off, policy"),
+    ("reference_tokens", "tokens per answer, reference"),
+    ("reference_cut_off", "share of answers cut off, reference"),
+    ("win_rate", "win rate"),
+    ("length_controlled_win_rate", "win rate, length-controlled"),
+)
+
+
+def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
+    """Evaluate a finished run, or go on where an earlier call was stopped.
+
+    Args:
+        run_dir: the run's directory; results go into its evaluations/<name>/, where <name> is a digest of what is
+            evaluated: evaluation.json, pairs.jsonl, answers.jsonl and, with a judge, verdicts.jsonl.
+        overrides: of the sections data, samples and judge, and of a few keys of training.
+        console: where progress and results are shown.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        ConfigError: there is no finished run, or an override or the data cannot be used.
+        RunError: the judge's endpoint refuses, or is not there.
+    """
+    from dpo_runner.io.logs import route_library_logs
+    from dpo_runner.records.reading import check_finished, read_run_conf
+
+    check_finished(run_dir)
+    run = read_run_conf(run_dir)
+    conf = compose(run, overrides)
+    console = console or Terminal(soft_wrap=True)
+    with route_library_logs(None):
+        task, tokenizer = _prepare(run_dir, conf, is_foreign(conf, run), console)
+        target = task.folder / "evaluation.json"
+        result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        judge = name_judge(conf.judge) if conf.judge.base_url is not None else None
+        finished = bool(result) and (judge is None or result.get("judge", {}).get("name") == judge)
+        if finished:
+            console.print(escape(visible(f"{task.folder} is finished")))
+        else:
+            result = _measure(run_dir, task, tokenizer, console)
+            write_json(target, result)
+        answers = JsonLines(task.folder / "answers.jsonl").records
+        RunConsole(console).show_samples(answers[: conf.samples.show], ("reference", "policy"))
+        show_result(result, console)
+        console.print(escape(visible(f"results in {target}")))
+    return result
+
+
+def _prepare(run_dir: Path, conf: RunConf, foreign: bool, console: Console) -> "tuple[Task, PreTrainedTokenizerBase]":
+    """Load tokenizer and data, and name the evaluation after what it depends on."""
+    from dpo_runner.data.preferences import load_preferences
+    from dpo_runner.model.tokenizer import describe_chat_template, load_tokenizer
+
+    tokenizer = load_tokenizer(conf.model)
+    origin = describe_chat_template(conf.model, tokenizer)
+    data = load_preferences(conf, tokenizer, origin, RunConsole(console).show_preparing)
+    if data.eval is None and not foreign:
+        raise ConfigError(
+            "`data`: the run held out no evaluation pairs, and its training pairs would flatter it; name other data "
+            "(data=local_file data.path=FILE)"
+        )
+    split, rows = ("train", data.train) if data.eval is None else ("eval", data.eval)
+    limit = conf.data.max_eval_samples
+    if limit is not None and len(rows) > limit:
+        rows = rows.select(range(limit))
+    depends_on = [
+        *(_VERSION, (run_dir / "summary.json").read_text(encoding="utf-8"), data.fingerprint(split), len(rows)),
+        *([prompt.ids for prompt in data.prompts], conf.samples.max_new_tokens, conf.training.beta, conf.seed),
+        *(conf.training.max_length, conf.training.truncation_mode, name_autocast(conf)),
+    ]
+    name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
+    return Task(conf, data, split, rows, run_dir / "evaluations" / name), tokenizer
+
+
+def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", console: Console) -> dict[str, Any]:
+    """Do what is left to do of an evaluation, and sum it up."""
+    try:
+        task.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{task.folder}: cannot be written to; {error.strerror}") from None
+    pairs, answers = JsonLines(task.folder / "pairs.jsonl"), JsonLines(task.folder / "answers.jsonl")
+    conf, prompts = task.conf, task.data.prompts
+    if len(pairs.records) < len(task.rows) or len(answers.records) < len(prompts):
+        with watch_memory(EVALUATION, advice=_advise_on_memory(conf)):
+            compared = load_compared(run_dir, conf)
+            with _bar(console, "scoring pairs", len(task.rows)) as progress:
+                score_pairs(compared, task, pairs, tokenizer.pad_token_id, progress)
+            with _bar(console, "answering prompts", len(prompts)) as progress:
+                answer_prompts(compared, task, answers, tokenizer, progress)
+    result = {
+        "evaluated": task.describe(),
+        **summarize_pairs(pairs.records, conf.training.beta, conf.seed),
+        **summarize_samples(answers.records, conf.seed),
+    }
+    if conf.judge.base_url is not None:
+        with _bar(console, "judging answers", len(prompts)) as progress:
+            done = JsonLines(task.folder / "verdicts.jsonl")
+            verdicts = judge_answers(conf.judge, answers.records, done, progress)
+        summary = summarize_verdicts(verdicts, answers.records, conf.seed)
+        result["judge"] = {"name": name_judge(conf.judge), **summary}
+    return result
+
+
+def _advise_on_memory(conf: RunConf) -> str:
+    size, length = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens
+    ways = [f"training.per_device_eval_batch_size={size // 2}"] if size > 1 else []
+    return f"try {', or '.join([*ways, f'samples.max_new_tokens={max(length // 2, 1)}'])}; what is done stays done"
+
+
+@contextmanager
+def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def show_result(result: dict[str, Any], console: Console) -> None:
+    """Print what evaluation.json holds as a table."""
+    evaluated, judge = result["evaluated"], result.get("judge", {})
+    which = "all pairs" if evaluated["split"] == "all" else "evaluation pairs"
+    title = f"{evaluated['pairs']:,} {which} of {', '.join(evaluated['data'])}"
+    table = Table("", title=escape(visible(title)), title_justify="left")
+    table.add_column("estimate", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for key, label in _ROWS:
+        estimate = result.get(key) or judge.get(key)
+        if estimate is not None:
+            known = estimate["low"] is not None
+            bounds = f"{estimate['low']:.4g} to {estimate['high']:.4g}" if known else "one prompt: none"
+            table.add_row(label, f"{estimate['mean']:.4g}", bounds)
+    console.print(table)
+    if judge:
+        counts = f"{judge['judged']} pairs of answers judged, {judge['ties']} ties, {judge['unparsable']} unparsable"
+        text = f"judge {judge['name']['model']}: {counts}" + (f"; {judge['note']}" if "note" in judge else "")
+        console.print(escape(visible(text)))

@@ -1,0 +1,248 @@
+"""A finished run's result as one folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.export.lineage import digest_weights, trace_origins
+from dpo_runner.io.files import write_folder, write_json, write_text
+from dpo_runner.io.masking import mask_secrets
+from dpo_runner.model.files.pickles import refuse_pickled_adapter
+from dpo_runner.records.reading import read_summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dpo_runner.model.card.facts import RunFacts
+
+
+ROUNDING_TOLERANCE = {"float32": 1e-6, "bfloat16": 0.05, "float16": 0.005}
+"""How far a saved dtype may move the distribution of the next token: a mean KL divergence in nats, some five times
+that of a 135M model tuned by a few steps."""
+
+_FIXED_PROMPT = [{"role": "user", "content": "Name three things that a good explanation has, and say why."}]
+_PROMPTS, _PROMPT_TOKENS, _COMPARED_TOKENS = 4, 256, 64
+_WEIGHTS = ("config.json", "generation_config.json", "adapter_*", "*.safetensors*")
+
+
+def export_run(
+    run_dir: Path,
+    out: Path,
+    *,
+    adapter_only: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    name: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write a finished run's model, or its adapter alone, with tokenizer, model card and lineage.json.
+
+    Args:
+        run_dir: the run's directory.
+        out: the folder to write, whole or not at all; there must be none, or an empty one.
+        adapter_only: copy the adapter instead of merging it into the unquantized base.
+        dtype: of the saved weights; None takes the base checkpoint's own (full fine-tuning: the tuned weights').
+        max_shard_size: the largest weight file, such as `5GB`.
+        name: what the model card calls the folder in code; None takes `out`'s name.
+        say: is told what the check of the weights measured.
+
+    Returns:
+        `out`, as an absolute path.
+
+    Raises:
+        ConfigError: there is no finished run, `out` is taken, or a model that the run names is missing.
+        RunError: the merged model's logits are not the adapter's, or writing failed. Nothing was written.
+    """
+    from dpo_runner.model.card.card import PLOTS, write_card
+    from dpo_runner.model.card.facts import read_facts
+    from dpo_runner.model.reference import describe_reference
+    from dpo_runner.records.reading import check_finished, read_run_conf
+
+    check_finished(run_dir)
+    out = out.expanduser().resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
+    tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
+    if adapter_only and tuned.name == "model":
+        raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
+    if tuned.name == "adapter":
+        refuse_pickled_adapter(tuned)
+    conf = read_run_conf(run_dir)
+    facts = read_facts(run_dir, conf, describe_reference(conf), read_summary(run_dir))
+    if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
+        conf = replace(conf, model=replace(conf.model, revision=commit))
+    lineage = trace_origins(conf, run_dir, tuned, facts.environment)
+    model = None
+    if not adapter_only:
+        model, measured = _build_model(conf, run_dir, tuned, dtype, say)
+        lineage["export"] |= measured
+
+    def fill(staging: Path) -> None:
+        left_out = shutil.ignore_patterns("README.md", PLOTS, *(() if model is None else _WEIGHTS))
+        shutil.copytree(tuned, staging, ignore=left_out, dirs_exist_ok=True)
+        if model is not None:
+            model.save_pretrained(staging, max_shard_size=max_shard_size)
+        else:
+            _name_base(staging / "adapter_config.json", facts)
+        lineage["export"]["sha256"] = digest_weights(staging)
+        write_json(staging / "lineage.json", lineage)
+        write_card(staging, facts, name or out.name, lineage, say)
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, fill)
+    except (OSError, ValueError) as error:  # ValueError: a generation config that transformers does not save
+        raise RunError(f"--out {out}: cannot be written; {reason_of(error)}") from None
+    return out
+
+
+def _name_base(adapter_config: Path, facts: "RunFacts") -> None:
+    """Let adapter_config.json name the base by its hub id, not as this machine or the SFT adapter's had it.
+
+    One on top of a merged SFT adapter keeps its folder: on the bare base it would be wrong, and nothing would say so.
+    """
+    from dpo_runner.model.card.facts import hub_base
+
+    base, model = hub_base(facts.conf, facts.environment), facts.conf.model
+    if base is None or (model.adapter is not None and model.adapter_mode == "merge"):
+        return
+    config = json.loads(adapter_config.read_text(encoding="utf-8"))
+    write_text(adapter_config, json.dumps(config | {"base_model_name_or_path": base}, indent=2))
+
+
+def _build_model(
+    conf: RunConf, run_dir: Path, tuned: Path, dtype: str | None, say: Callable[[str], None]
+) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """Return the tuned model, merged in float32 and cast to the dtype to save, and what was measured on the way."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from dpo_runner.data.templates.chat_template import ChatTemplate
+    from dpo_runner.model.base import load_base_model
+    from dpo_runner.model.files.locations import resolve_model_path
+    from dpo_runner.model.tokenizer import find_stop_ids
+
+    full, trust = tuned.name == "model", conf.model.trust_remote_code
+    source = ModelConf(model_name_or_path=str(tuned), trust_remote_code=trust) if full else conf.model
+    # In the dtype of training: an SFT adapter merged in another one would make another base.
+    model: Any = load_base_model(source, None)[0]
+    if getattr(model.config, "quantization_config", None) is not None:
+        key = f"`model.model_name_or_path={source.model_name_or_path}`"
+        raise ConfigError(f"{key}: is itself quantized, so nothing can be merged into it; use --adapter-only")
+    path = resolve_model_path(source)
+    saved = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=trust).get_text_config()
+    dtype = dtype or str(saved.dtype or model.dtype).removeprefix("torch.")
+    usual, loaded = model.dtype, {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    model.float()
+
+    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=trust)
+    template = ChatTemplate(tokenizer, None, conf.data.on_no_system_role)
+    lines = (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()[:_PROMPTS]
+    messages = [json.loads(line)["prompt"] for line in lines] or [_FIXED_PROMPT]
+    prompts = [torch.tensor([template.render_prompt(prompt)[-_PROMPT_TOKENS:]]) for prompt in messages]
+    check: dict[str, Any] = {"prompts": len(prompts)}
+    if not full:
+        model, check["merge"] = _merge(model, tuned, prompts, say)
+    expected = _compute_logits(model, prompts)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():  # what the model keeps in another dtype than the rest of it stays so
+            tensor.data = tensor.data.to(getattr(torch, dtype) if loaded.get(key, usual) == usual else loaded[key])
+    rounded = _compute_logits(model, prompts)
+    moved, allowed, effect = _diverge(expected, rounded), ROUNDING_TOLERANCE[dtype], check.get("merge", {}).get("kl")
+    check["rounding"] = {"kl": moved, "tolerance": allowed, "largest_difference": _largest(rounded - expected)}
+    of_tuning = f"; the adapter itself moves it by {effect:.3g}" if effect is not None else ""
+    say(
+        f"saving as {dtype} moves the distribution of the next token by {moved:.3g} nats (KL; tolerance "
+        f"{allowed:.3g}{of_tuning})"
+    )
+    if not moved <= allowed:  # NaN included
+        raise RunError(
+            f"--dtype {dtype}: moves the next token's distribution by {moved:.3g} > {allowed:.3g} nats, nothing "
+            "written; use --dtype float32"
+        )
+    if effect is not None and moved > effect / 10:
+        say(f"{dtype} rounds away a part of what was tuned; --dtype float32, or --adapter-only, keeps all of it")
+    # So that a plain `generate` ends an answer where the run's own samples and chat do.
+    stops = find_stop_ids(model, tokenizer, template.end_of_turn)
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return model, {"dtype": dtype, "check": check}
+
+
+def _merge(
+    base: Any, adapter: Path, prompts: "list[Tensor]", say: Callable[[str], None]
+) -> "tuple[PreTrainedModel, dict[str, float]]":
+    """Merge the adapter and make sure, in float32, that the model computes what it did with the adapter on it.
+
+    The tolerance is 1% of what the adapter moves the logits by, so that one merged not at all, twice or wrongly scaled
+    is found however little was trained; at most 1e-3 of the largest logit, and no less than float32's noise.
+    """
+    from peft import PeftModel
+
+    model: Any = PeftModel.from_pretrained(base, adapter).eval()
+    expected = _compute_logits(model, prompts)
+    with model.disable_adapter():
+        untuned = _compute_logits(model, prompts)
+        effect = _largest(untuned - expected)
+    try:
+        model = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RunError(f"{adapter}: cannot be merged; {reason_of(error)}; nothing was written") from None
+    moved, scale = _largest(_compute_logits(model, prompts) - expected), _largest(expected)
+    allowed = min(max(effect / 100, scale * 1e-5), scale * 1e-3)
+    say(
+        f"merging, in float32, moves the logits of {len(prompts)} prompts by at most {moved:.3g} "
+        f"(tolerance {allowed:.3g}; the adapter itself moves them by {effect:.3g})"
+    )
+    if not moved <= allowed:  # NaN included
+        raise RunError(
+            f"{adapter}: merged, logits differ by {moved:.3g} > {allowed:.3g}; nothing was written; try --adapter-only"
+        )
+    measured = {"largest_difference": moved, "tolerance": allowed, "adapter_effect": effect, "largest_logit": scale}
+    return model, measured | {"kl": _diverge(expected, untuned)}
+
+
+def _compute_logits(model: Any, prompts: "list[Tensor]") -> "Tensor":
+    """Return the logits at each prompt's last positions, one after another."""
+    import torch
+
+    with torch.no_grad():
+        each = [model(input_ids=ids.to(model.device), use_cache=False).logits[0, -_COMPARED_TOKENS:] for ids in prompts]
+    return torch.cat(each).float().cpu()
+
+
+def _diverge(expected: "Tensor", logits: "Tensor") -> float:
+    """Return the mean over positions of KL(expected || other) in nats, from logits of shape [positions, vocabulary]."""
+    before, after = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def _largest(logits: "Tensor") -> float:
+    return float(logits.abs().max())  # NaN where there is one
+
+
+def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Upload what `export_run` has written to a model repository, made (private unless `public`) where there is none.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RunError: the hub refused it or is out of reach; `folder` stays.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repo_id, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of dpo_runner")
+    except Exception as error:  # the hub's client passes on whatever its transports raise
+        reason = mask_secrets(reason_of(error))
+        raise RunError(f"--push-to-hub {repo_id}: {reason}; {folder} is written and stays") from None
+    return str(url)

@@ -1,0 +1,224 @@
+"""What a person sees of a run: the plan, a progress bar, and the before and after."""
+
+import errno
+import logging
+import os
+import re
+import time
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpo_runner.io.masking import mask_text
+from dpo_runner.io.streams import TROUBLE, show_every_character, silence
+
+if TYPE_CHECKING:
+    from dpo_runner.training.memory.estimate import MemoryEstimate
+
+logger = logging.getLogger(__name__)
+
+_LINES_WITHOUT_TERMINAL = 20
+_SECONDS_BETWEEN_REPORTS = 10
+_BEFORE_AND_AFTER = (
+    ("eval_loss", "evaluation loss"),
+    ("eval_rewards/accuracies", "reward accuracy"),
+    ("eval_rewards/margins", "reward margin"),
+    ("response_tokens", "tokens per answer"),
+)
+
+_NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
+_REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def visible(text: str) -> str:
+    """Return `text` with everything shown that could command a terminal, reorder a line or break an encoding.
+
+    C0 controls become their pictures (ESC is ␛), C1 controls, surrogates and the controls of writing direction
+    their escapes; newlines and tabs stay.
+    """
+    return _NOT_PLAIN.sub(lambda match: _visible_character(match[0]), text)
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if (code < 0x20 and character not in "\n\t") or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 or unicodedata.bidirectional(character) in _REORDERING:
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return character
+
+
+# Private to rich, and overridden here: an upgrade that renames it must not pass unnoticed.
+assert hasattr(Console, "_check_buffer"), "rich's Console._check_buffer is gone"
+
+
+class Terminal(Console):
+    """A console that goes quiet where it cannot be written to; rich would end the program then."""
+
+    def __init__(self, **settings: Any) -> None:
+        show_every_character()
+        super().__init__(highlight=False, **settings)
+        self.trouble: BaseException | None = None
+        """Why nothing is shown any more."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except TROUBLE as error:
+            self._go_quiet(error)
+
+    def on_broken_pipe(self) -> None:
+        self._go_quiet(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+    def _go_quiet(self, error: BaseException) -> None:
+        self.quiet, self.trouble = True, error
+        silence(self.file, error)
+
+
+class RunConsole:
+    """Prints one run.
+
+    Args:
+        console: where to; the terminal unless told otherwise.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Terminal(soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._first = self._steps = self._pairs = 0
+        self._with_bar = False
+        self._source: str | None = None
+
+    def note_trouble(self) -> None:
+        """Let run.log, which there is from now on, say that the terminal went away before."""
+        if isinstance(self.console, Terminal) and self.console.trouble is not None:
+            logger.info("nothing is printed: %s", self.console.trouble)
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(visible(mask_text(text))))
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(visible(mask_text(text)))}")
+
+    def show_plan(self, plan: dict[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for key, value in plan.items():
+            table.add_row(f"[bold]{escape(key)}[/]", escape(visible(mask_text(value))))
+        self.console.print(table)
+
+    def show_memory(self, estimate: "MemoryEstimate") -> None:
+        """Show what a run will hold at its peak beside what the device has free, and warn where that is too little."""
+        title = f"estimated peak memory, with {estimate.length:,} tokens to the longest row"
+        table = Table("", title=title, title_justify="left")
+        table.add_column("GB", justify="right")
+        for label, size in estimate.rows.items():
+            if size:
+                table.add_row(label, f"{size / 1e9:.2f}")
+        table.add_section()
+        table.add_row(f"at the peak ({estimate.phase})", f"{estimate.total / 1e9:.2f}")
+        table.add_row(f"free on {escape(visible(estimate.device))}", f"{estimate.device_free / 1e9:.2f}")
+        self.console.print(table)
+        if not estimate.fits:
+            self.warn(
+                f"about {estimate.total / 1e9:.1f} GB are needed, {estimate.device_free / 1e9:.1f} GB are free on "
+                f"{estimate.device} ({estimate.device_total / 1e9:.1f} GB in all); {estimate.advice}"
+            )
+
+    def show_preparing(self, source: str, rows: int) -> None:
+        """Report that `rows` more rows of a source have been tokenized, every few seconds where there are many."""
+        now = time.monotonic()
+        if self._source != source:
+            self._source, self._rows, self._since, self._told = source, 0, now, now
+        self._rows += rows
+        if now - self._told > _SECONDS_BETWEEN_REPORTS:
+            self._told = now
+            self.say(f"tokenizing {source}: {self._rows:,} rows, {self._rows / (now - self._since):,.0f} rows/s")
+
+    def start_training(self, first_step: int, steps: int, pairs_per_step: int, with_bar: bool) -> None:
+        """Begin to show steps `first_step` to `steps`, each of `pairs_per_step` pairs."""
+        self._started, self._first, self._steps, self._pairs = time.monotonic(), first_step, steps, pairs_per_step
+        self._with_bar = with_bar
+        if with_bar and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=steps, completed=first_step, figures="")
+            self._progress.start()
+
+    def show_step(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Show that `step` steps are done, with the newest log event's figures where there are any."""
+        done = step - self._first
+        speed = done * self._pairs / max(time.monotonic() - self._started, 1e-9)
+        figures = ""
+        if metrics and "loss" in metrics:
+            figures = (
+                f"loss {metrics['loss']:.3f}  accuracy {metrics.get('rewards/accuracies', 0):.2f}  "
+                f"margin {metrics.get('rewards/margins', 0):.2f}  {speed:.2f} pairs/s"
+            )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step)
+            if figures:
+                self._progress.update(self._task, figures=figures)
+        elif figures and self._with_bar:
+            every = max(1, self._steps // _LINES_WITHOUT_TERMINAL)
+            if step % every == 0 or step == self._steps:
+                left = (self._steps - step) * (time.monotonic() - self._started) / max(done, 1)
+                self.say(f"step {step}/{self._steps}  {figures}  {format_clock(left)} left")
+
+    def stop_training(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def show_samples(self, samples: list[dict[str, Any]], who: tuple[str, str] = ("before", "after")) -> None:
+        """Show each sample's two answers, which it has under the names in `who`, side by side."""
+        for sample in samples:
+            question = escape(visible(sample["prompt"][-1]["content"]))
+            table = Table(title=question, title_justify="left", expand=True, show_lines=True)
+            for name in who:
+                answer = sample[name]
+                cut = "" if answer["complete"] else ", cut off"
+                table.add_column(f"{name} ({answer['tokens']} tokens{cut})", ratio=1)
+            table.add_row(*(escape(visible(sample[name]["text"])) for name in who))
+            self.console.print(table)
+
+    def show_summary(self, summary: dict[str, Any]) -> None:
+        table = Table("", "before", "after")
+        for key, label in _BEFORE_AND_AFTER:
+            before, after = summary["before"].get(key), summary["after"].get(key)
+            if before is not None and after is not None:
+                table.add_row(label, f"{before:.3f}", f"{after:.3f}")
+        self.console.print(table)
+        self.say(
+            f"{summary['steps']} steps in {format_clock(summary['train_runtime'])}, "
+            f"{summary['pairs_per_second']:.2f} pairs/s, at most {summary['peak_memory_gb']:.1f} GB of memory"
+        )
+
+    def show_next_steps(self, run_dir: Path, weights: Path, commands: list[str]) -> None:
+        self.say(f"\nresults     {run_dir}")
+        self.say(f"weights     {weights}")
+        self.say(f"talk to it  python -m dpo_runner.chat {run_dir}")
+        self.say(f"compare     python -m dpo_runner.chat {run_dir} --compare")
+        self.say(f"evaluate    python -m dpo_runner.evaluate {run_dir}")
+        self.say(f"export      python -m dpo_runner.export {run_dir} --out DIR")
+        for command in commands:
+            self.say(f"curves      {command}")
+
+
+def format_clock(seconds: float) -> str:
+    """Return a length of time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,142 @@
+"""Files and folders written whole or not at all, files of JSON lines, and the cache folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.errors import RunError, reason_of
+from dpo_runner.io.masking import mask_secrets
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    _write_whole(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file of lines, as they come, whole or not at all."""
+    _write_whole(path, (line + "\n" for line in lines))
+
+
+def _write_whole(path: Path, texts: Iterable[str]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(texts)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, secrets masked, whole or not at all."""
+    write_text(path, json.dumps(mask_secrets(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder beside `path`, then put that in the place of `path`."""
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        fill(staging)
+        staging.chmod(0o755)  # mkdtemp and safetensors make what only its owner can read
+        for file in staging.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+            path.rename(old / "old")
+            staging.rename(path)
+            shutil.rmtree(old)
+        else:
+            staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def cache_dir() -> Path:
+    """Where what is costly to make again is kept: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
+    configured = os.environ.get("DPO_RUNNER_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
+
+
+def find_fresh_folder(parent: Path) -> Path:
+    """Return a path in `parent` that is named by the time and not yet there. Creates nothing."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder of a cache: several processes may do so at once, and the first to finish wins.
+
+    Raises:
+        RunError: it cannot be written, as where the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        try:
+            fill(staging)
+            staging.chmod(0o755)
+            try:
+                staging.rename(path)
+            except OSError:
+                if not path.is_dir():  # not lost to another process: a real failure
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"{path}: the cache cannot be written; {reason_of(error)}; DPO_RUNNER_CACHE names another folder"
+        ) from error
+
+
+class JsonLines:
+    """Records in a file that grows as work is done, one JSON object a line.
+
+    Args:
+        path: the file. A last line that a kill has cut off is dropped.
+
+    Raises:
+        RunError: another line is no JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole, _, cut = content.rpartition(b"\n")
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self.records.append(json.loads(line))
+            except ValueError:
+                raise RunError(f"{path}:{number}: is no JSON; delete the file to have its work done again") from None
+        if cut:
+            self.keep(len(self.records))
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first `count` records."""
+        self.records = self.records[:count]
+        write_text(self.path, "".join(map(_to_line, self.records)))
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add records, on disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_to_line, records)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.records += records
+
+
+def _to_line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"  # ASCII: a line separator or lone surrogate in an answer must not break a line

@@ -1,0 +1,89 @@
+"""HTML pages that need no network, and the files that a command's flags name."""
+
+import html
+import secrets
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.console import visible
+from dpo_runner.io.files import write_text
+
+_LONGEST_LABEL = 60
+
+
+def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """Return a page as HTML.
+
+    Whatever comes from data or configuration is text in it: Jinja2 escapes it, plots get it escaped for plotly's own
+    markup, and the page's policy runs no script but the page's own and loads nothing.
+
+    Args:
+        template: a file that includes `page_head.html`; it gets `plotlyjs`, and a `nonce` for scripts.
+        filters: of the template.
+        values: what it shows; texts that are `Markup` stay as they are.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    def finalize(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    page = environment.get_template(template.name)
+    return page.render(**values, plotlyjs=Markup(get_plotlyjs()), nonce=secrets.token_urlsafe(16))
+
+
+def escape_label(text: str) -> str:
+    """Return data's text as one line of a plot, where plotly takes some tags and entities as markup."""
+    line = " ".join(visible(text).split())
+    return html.escape(line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…", quote=False)
+
+
+def check_targets(targets: dict[str, Path]) -> None:
+    """Refuse files that cannot be written, before minutes of work.
+
+    Args:
+        targets: by flag, such as `--html`.
+
+    Raises:
+        ConfigError: with a line for each.
+    """
+    mistakes = []
+    for flag, path in targets.items():
+        if path.is_dir():
+            mistakes.append(f"{flag} {path}: is a folder; name a file")
+        elif not path.parent.is_dir():
+            mistakes.append(f"{flag} {path}: no such folder {path.parent}")
+    for (flag, path), (other, second) in combinations(targets.items(), 2):
+        if path.resolve() == second.resolve():
+            mistakes.append(f"{flag} and {other}: both name {path}")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def write_report(flag: str, path: Path, text: str, console: Console) -> None:
+    """Write a flag's file, and say so.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written; {error.strerror}") from None
+    console.print(Text(visible(f"{flag.removeprefix('--')} written to {path}"), overflow="fold"), soft_wrap=True)

@@ -1,0 +1,81 @@
+"""GGUF files, dequantized once into an ordinary transformers folder: reading one takes ten times as long."""
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.io.files import cache_dir, write_folder_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HEAD_BYTES = 2**20
+
+
+def load_gguf_path(file: Path) -> Path:
+    """Return the folder of a GGUF file's dequantized weights (bf16) and tokenizer, made on first use.
+
+    Raises:
+        ConfigError: transformers cannot read it.
+        RunError: the cache cannot be written to.
+    """
+    stat = file.stat()
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_HEAD_BYTES))  # the header, which holds names, shapes and tokenizer
+    digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+    folder = cache_dir() / f"gguf-{digest.hexdigest()[:16]}"
+    if not (folder / "config.json").exists():
+        try:
+            model, tokenizer = read_gguf(file, str(file))
+        # what transformers and the reader of GGUF raise of damaged files, and of architectures that they do not know
+        except (ValueError, OSError, NotImplementedError, KeyError, struct.error) as error:
+            reason = reason_of(error)
+            raise ConfigError(f"`model.model_name_or_path={file}`: cannot be read as GGUF; {reason}") from None
+        write_model(folder, model, tokenizer)
+    return folder
+
+
+def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model in a GGUF file, dequantized to bf16, and its tokenizer.
+
+    Args:
+        file: the GGUF file.
+        name: what the model's config calls its origin.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    # transformers refuses to save what it believes to be packed GGUF, although the weights are dense by now.
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = name
+    return model, tokenizer
+
+
+def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write a model and its tokenizer into a folder of the cache; of several processes, the first to finish wins.
+
+    Raises:
+        RunError: the cache cannot be written to.
+    """
+
+    def fill(staging: Path) -> None:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+    try:
+        write_folder_once(folder, fill)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written; {reason_of(error)}") from None

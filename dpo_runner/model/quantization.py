@@ -1,0 +1,165 @@
+"""The `quant` group as transformers' objects, what a checkpoint brings of its own, and how much is really quantized."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from dpo_runner.config.sections.model import QuantConf
+from dpo_runner.errors import ConfigError
+
+LEAST_QUANTIZED = 0.9
+"""Below this share of the eligible weights a model is quantized in name only, and the run is refused."""
+
+_SAID_BY_CHECKPOINT = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+)
+
+
+def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | None:
+    """Return transformers' `BitsAndBytesConfig` for the `quant` group."""
+    if conf is None:
+        return None
+    if conf.load_in_8bit:
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=conf.llm_int8_threshold,
+            llm_int8_skip_modules=conf.llm_int8_skip_modules,
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=conf.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=conf.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, conf.bnb_4bit_compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, conf.bnb_4bit_quant_storage),
+        llm_int8_skip_modules=conf.llm_int8_skip_modules,
+    )
+
+
+def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
+    """Return the quantization config to load with, where the checkpoint may be quantized already.
+
+    Args:
+        conf: the `quant` group.
+        own: the checkpoint's own `quantization_config`, or None.
+        name: the model, for messages.
+
+    Returns:
+        None where nothing is to be quantized while loading: the checkpoint's own config counts.
+
+    Raises:
+        ConfigError: `conf` contradicts the checkpoint.
+    """
+    asked = build_quantization_config(conf)
+    if own is None or asked is None:
+        return asked
+    brought = own if isinstance(own, dict) else own.to_dict()
+    wanted = asked.to_dict()
+    keys: tuple[str, ...] = _SAID_BY_CHECKPOINT
+    if brought.get("quant_method") != wanted["quant_method"]:
+        keys = ("quant_method",)
+    for key in keys:
+        if wanted.get(key) != brought.get(key, False if isinstance(wanted.get(key), bool) else wanted.get(key)):
+            asked_for = getattr(wanted.get(key), "value", wanted.get(key))
+            raise ConfigError(
+                f"`quant`: {name} is quantized already, with {key}={brought.get(key)}, not {asked_for}; use "
+                "quant=none, which takes the checkpoint as it is"
+            )
+    return None
+
+
+def linear4bit_modules(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield bitsandbytes' 4-bit layers."""
+    from bitsandbytes.nn import Linear4bit
+
+    return (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def close_4bit_trap(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers differentiable on CPUs with avx512_bf16.
+
+    There, an evaluation forward repacks the weights into a form whose product has no gradient, and every later
+    training step is silently wrong. Off, the gradients are those of the dequantized weights, before and after.
+    """
+    for module in linear4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def check_quantized(meta: PreTrainedModel, quantization_config: BitsAndBytesConfig | None, name: str) -> None:
+    """Refuse a model most of whose weights bitsandbytes would leave as they are.
+
+    Some families keep their weights in modules of their own (fused experts, layers derived from `nn.Linear`), which
+    are passed over in silence.
+
+    Args:
+        meta: the model on the meta device, unquantized; its layers are replaced here.
+        quantization_config: what it will be loaded with; None where nothing is quantized while loading.
+        name: the model, for messages.
+
+    Raises:
+        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out.
+    """
+    if quantization_config is None:
+        return
+    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    quantizer.preprocess_model(model=meta, device_map=None)
+    share, left = count_quantized(meta, quantization_config.llm_int8_skip_modules or [])
+    if share < LEAST_QUANTIZED:
+        raise ConfigError(
+            f"`quant`: only {100 * share:.0f} % of the weights of {name} would be quantized, at least "
+            f"{100 * LEAST_QUANTIZED:.0f} % must be; not those of {', '.join(left)}; use quant=none, or "
+            "name modules to leave out on purpose in quant.llm_int8_skip_modules"
+        )
+
+
+def count_quantized(model: PreTrainedModel, skipped: list[str]) -> tuple[float, list[str]]:
+    """Count the matrices that bitsandbytes has taken.
+
+    Embeddings, the head (which bitsandbytes leaves alone) and what the configuration skips are not eligible.
+
+    Args:
+        model: with its layers replaced; the weights themselves may still be on the meta device.
+        skipped: names, or parts of names, of modules that stay unquantized on purpose.
+
+    Returns:
+        The quantized share of the eligible weights, in [0, 1], and the names of those that are not, layers as `*`.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    quantized = total = 0
+    left: dict[str, None] = {}
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) or module is head or any(part in path.split(".") for part in skipped):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            total += parameter.numel()
+            if isinstance(module, (Linear4bit, Linear8bitLt)):
+                quantized += parameter.numel()
+            else:
+                left[re.sub(r"\.\d+\.", ".*.", f"{path}.{name}")] = None
+    return (quantized / total if total else 1.0), list(left)
+
+
+def describe_quantization(conf: QuantConf | None, own: Any = None) -> str:
+    """Say in a few words how the base is quantized, for the plan."""
+    if own is not None:
+        brought = own if isinstance(own, dict) else own.to_dict()
+        kind = brought.get("bnb_4bit_quant_type") if brought.get("load_in_4bit") else brought.get("quant_method")
+        return f"the checkpoint's own ({kind})"
+    if conf is None:
+        return "none"
+    if conf.load_in_8bit:
+        return "int8 (LLM.int8())"
+    double = ", double quantization" if conf.bnb_4bit_use_double_quant else ""
+    return f"{conf.bnb_4bit_quant_type}, computes in {conf.bnb_4bit_compute_dtype}{double}"

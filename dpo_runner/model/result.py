@@ -1,0 +1,137 @@
+"""The result of a run: saved, and loaded again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.files import write_folder
+from dpo_runner.model.card.card import write_card
+from dpo_runner.model.card.facts import read_facts
+from dpo_runner.model.policy import Policy
+from dpo_runner.model.reference import describe_reference
+from dpo_runner.model.stacking import combined_adapter
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_run_conf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+INITIAL = "initial"
+"""The frozen adapter beside the tuned one that training began with: the SFT adapter."""
+
+
+def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model a run ended with, on the base and quantization that it was trained on.
+
+    Raises:
+        ConfigError: a model or adapter that the run names is not there any more, or has become a pickle.
+    """
+    from peft import PeftModel
+
+    from dpo_runner.model.base import load_base_model
+    from dpo_runner.model.files.locations import explain_missing, resolve_adapter_path
+    from dpo_runner.model.files.pickles import refuse_pickled_adapter
+    from dpo_runner.model.stacking import load_lora_alone
+    from dpo_runner.model.tokenizer import load_tokenizer
+
+    run = read_run_conf(run_dir)
+    conf = run.model
+    if (run_dir / "model").is_dir():
+        conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
+        return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
+    refuse_pickled_adapter(run_dir / "adapter")
+    base, _ = load_base_model(conf, run.quant)
+    model = PeftModel.from_pretrained(base, run_dir / "adapter")
+    if conf.adapter is not None and conf.adapter_mode in ("continue", "stack"):
+        folder = resolve_adapter_path(conf)
+        if conf.use_safetensors:
+            refuse_pickled_adapter(Path(folder), f"model.adapter={conf.adapter}")
+        with explain_missing(str(conf.adapter), "model.adapter"):
+            if conf.adapter_mode == "continue":
+                model.load_adapter(folder, INITIAL)
+            else:  # the result has put its embeddings into the base
+                load_lora_alone(model, folder, INITIAL)
+    return model.eval(), load_tokenizer(conf)
+
+
+@contextmanager
+def untuned(model: Any) -> Iterator[None]:
+    """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
+    if not hasattr(model, "disable_adapter"):
+        raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
+    with switched(model, INITIAL if INITIAL in model.peft_config else None):
+        yield
+
+
+@contextmanager
+def switched(model: Any, adapter: str | None) -> Iterator[None]:
+    """Compute with another adapter in the tuned one's place, or with none; afterwards the model is as it was."""
+    # peft unfreezes an adapter whenever it is switched on again
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter)
+            try:
+                yield
+            finally:
+                model.set_adapter("default")
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def save_weights(
+    directory: RunDirectory,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    conf: RunConf,
+    policy: Policy,
+    summary: dict[str, Any],
+    tell: Callable[[str], None],
+) -> Path:
+    """Write adapter/ as safetensors (full fine-tuning: model/) with its model card, whole or not at all.
+
+    Args:
+        directory: the run's, where metrics, data report and environment lie already.
+        model: the trained policy.
+        tokenizer: saved beside it.
+        conf: the run.
+        policy: which adapters make up the result.
+        summary: what summary.json is going to hold.
+        tell: shows one line to a person.
+
+    Returns:
+        The folder, loadable with plain transformers and peft.
+    """
+    is_adapter = isinstance(model, PeftModel)
+    folder = directory.adapter if is_adapter else directory.path / "model"
+
+    facts = read_facts(directory.path, conf, describe_reference(conf), summary)
+
+    def fill(staging: Path) -> None:
+        if is_adapter:
+            # TRL keeps the reference as a second adapter beside ours; it is no result.
+            with combined_adapter(model, policy.result) as name:
+                # PEFT's own choice looks for the base's config, on the hub if need be, and goes by its size alone
+                model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=policy.saves_embeddings)
+            if name != "default":  # PEFT puts it into a folder of its name
+                for file in (staging / name).iterdir():
+                    file.rename(staging / file.name)
+                (staging / name).rmdir()
+        else:
+            model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_card(staging, facts, folder.name, tell=tell)
+
+    write_folder(folder, fill)
+    return folder

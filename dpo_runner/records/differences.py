@@ -1,0 +1,63 @@
+"""Which settings of several runs differ, as far as they say something of the experiment."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from dpo_runner.records.runs import RunRecord
+
+_NOT_COMPARED = re.compile(
+    r"(run_dir|run_name|resume|dry_run|training\.(output_dir|logging_dir)|(wandb|sweep|hydra)\..*)$"
+)
+
+
+def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
+    """Return the keys that say nothing of the experiment: names, outputs, and where the same files were.
+
+    That two runs used the same files is told by the fingerprints in their environment.json.
+    """
+    keys = {key for run in runs for key in run.config}
+    ignored = {key for key in keys if _NOT_COMPARED.match(key)}
+    configured = [run for run in runs if run.config]
+    for section in ("model", "data"):
+        prints = {run.fingerprints.get(section) for run in configured}
+        if len(prints) == 1 and None not in prints:
+            ignored |= {key for key in keys if key.startswith(f"{section}.") and _are_moved(configured, key)}
+    return ignored
+
+
+def _are_moved(runs: list[RunRecord], key: str) -> bool:
+    """Whether a key's values are paths that differ by their folder alone."""
+    values = [run.config.get(key) for run in runs]
+    paths = [PurePath(value) for value in values if isinstance(value, str)]
+    return len(paths) == len(values) and all(p.is_absolute() for p in paths) and len({p.name for p in paths}) == 1
+
+
+def find_differing(configs: list[dict[str, Any]], ignored: set[str]) -> list[str]:
+    """Return the keys of which several configurations have several values, without `ignored`.
+
+    A section that is null in one run and set in another is a key of its own. A key that some runs lack, as where
+    another version wrote them, counts only where nothing else tells the runs apart.
+    """
+    configs = [config for config in configs if config]
+    keys = list(dict.fromkeys(key for config in configs for key in config if key not in ignored))
+    differing, lacked = [], []
+    for key in keys:
+        values = {json.dumps(look_up(config, key), sort_keys=True) for config in configs if _has(config, key)}
+        if len(values) > 1:
+            differing.append(key)
+        elif not all(_has(config, key) for config in configs):
+            lacked.append(key)
+    told = {json.dumps([look_up(config, key) for key in differing]) for config in configs}
+    return differing if len(told) == len(configs) else differing + lacked
+
+
+def _has(config: dict[str, Any], key: str) -> bool:
+    return key in config or any(other.startswith(f"{key}.") for other in config)
+
+
+def look_up(config: dict[str, Any], key: str) -> Any:
+    """Return a key's value; of a section, `set`."""
+    return config[key] if key in config else ("set" if _has(config, key) else None)

@@ -1,0 +1,204 @@
+"""A run directory and everything that is written into it."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dpo_runner.config.run_conf import RunConf, config_keys
+from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
+from dpo_runner.io.files import find_fresh_folder, write_json, write_lines, write_text
+from dpo_runner.io.masking import mask_override, mask_secrets
+from dpo_runner.records.reading import read_metrics, read_status
+from dpo_runner.records.status import HEARTBEAT_SECONDS, LOCK_FILE
+
+EVENT_KINDS = ("learning_rate", "eval_loss")
+"""What log events of the training and of an evaluation have, whatever else they lack."""
+
+
+def resolve_run_dir(conf: RunConf) -> Path:
+    """Return the run's directory: `run_dir`, else a fresh outputs/<run_name>/<timestamp>. Creates nothing."""
+    if conf.run_dir is not None:
+        return Path(conf.run_dir).expanduser()
+    return find_fresh_folder(Path("outputs") / conf.run_name)
+
+
+class RunDirectory:
+    """One run's directory; everything that is written into it goes through here.
+
+    Args:
+        path: the directory; made if it is not there.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.log = path / "run.log"
+        self._status: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        with self._writable():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"`run_dir={self.path}`: cannot be written to; {error.strerror}") from None
+
+    @contextmanager
+    def claim(self) -> "Iterator[RunDirectory]":
+        """Be the only process that writes here for as long as this lasts, where the file system knows locks.
+
+        Raises:
+            RunBusy: another process does.
+            ConfigError: it cannot be written to.
+        """
+        with self._writable():
+            opened = (self.path / LOCK_FILE).open("a")
+        with opened as file:
+            if not any(_try_lock(file) for _ in range(2)):
+                raise RunBusy(
+                    f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
+                )
+            yield self
+
+    def write_config(self, conf: RunConf, overrides: Iterable[str]) -> None:
+        text = yaml.safe_dump(mask_secrets(config_keys(conf)), sort_keys=False, allow_unicode=True)
+        with self._writable():
+            write_text(self.path / "config.yaml", text)
+            write_text(self.path / "overrides.yaml", yaml.safe_dump([mask_override(text) for text in overrides]))
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        write_json(self.path / "environment.json", environment)
+
+    def write_status(self, state: str, **details: Any) -> None:
+        """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error.
+
+        A job of a sweep is `pending` before, and `pruned` where its search has stopped it.
+
+        Raises:
+            RunError: it cannot be written, as where the disk is full.
+        """
+        with self._lock:
+            if state == "running":
+                self._status = {"started": _now()}
+            else:
+                self._stopped.set()  # the run is over, and so is its heartbeat
+            place = {"pid": os.getpid(), "host": platform.node()}
+            self._status |= {"state": state, **place, "heartbeat": _now(), **details}
+            try:
+                write_json(self.path / "status.json", self._status)
+            except OSError as error:
+                raise RunError(f"{self.path / 'status.json'}: cannot be written; {reason_of(error)}") from error
+
+    def write_last_status(self, state: str, **details: Any) -> None:
+        """Record how a run has ended that did not finish, as far as its disk lets it."""
+        with contextlib.suppress(RunError):
+            self.write_status(state, **details)
+
+    def note_step(self, step: int) -> None:
+        """Let status.json say, from the next time that it is written, how many optimizer steps were made."""
+        with self._lock:
+            self._status["step"] = step
+
+    def drop_checkpoints(self) -> None:
+        """Free the room of the checkpoints of a run that will not be continued."""
+        shutil.rmtree(self.checkpoints)
+
+    def note(self, **details: Any) -> None:
+        """Add details to status.json while the state stays what it is."""
+        with self._lock:
+            self._status |= details
+            self._renew_status()
+
+    def _renew_status(self) -> None:  # what the run lives by fails too where this does
+        with contextlib.suppress(OSError):
+            write_json(self.path / "status.json", self._status)
+
+    def start_heartbeat(self) -> None:
+        """Renew status.json's `heartbeat` every few seconds for as long as this process lives."""
+
+        def beat() -> None:
+            while not self._stopped.wait(HEARTBEAT_SECONDS):
+                with self._lock:
+                    self._status["heartbeat"] = _now()
+                    self._renew_status()
+
+        self._stopped.clear()
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    def stop_heartbeat(self) -> None:
+        self._stopped.set()
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add one log event to metrics.jsonl, as one line in one write."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**metrics, "time": round(time.time(), 3)}) + "\n")
+
+    def keep_metrics_until(self, step: int, logged: Collection[str]) -> None:
+        """Drop the log events that a resumed run is about to log again.
+
+        Args:
+            step: of its checkpoint; what came later is dropped.
+            logged: which of `EVENT_KINDS` were logged of `step` before it was saved.
+        """
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            again = set(EVENT_KINDS).difference(logged)
+            events = [event for event in read_metrics(self.path) if event["step"] <= step]
+            kept = [event for event in events if event["step"] < step or not again & event.keys()]
+            write_lines(path, map(json.dumps, kept))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "summary.json", summary)
+
+    def write_data_report(self, report: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
+        """Keep what became of the data, and each row that was left out."""
+        write_json(self.path / "data_report.json", report)
+        write_lines(
+            self.path / "dropped_rows.jsonl", (json.dumps(mask_secrets(row), ensure_ascii=False) for row in dropped)
+        )
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
+    except (BlockingIOError, PermissionError):
+        time.sleep(0.05)  # it may be one who only asks whether anybody has it
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        # some network file systems have no locks; there the heartbeat alone tells of another process
+    return True
+
+
+def update_status(run_dir: Path, **changes: Any) -> None:
+    """Change status.json of a run that has not begun or has ended, from outside of it; make both where needed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "status.json", {**(read_status(run_dir) or {}), **changes})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,159 @@
+"""Whether a run directory may be written to or continued, and what its checkpoints say of themselves."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_runner.config.keys import REMOVED_KEYS, split_removed
+from dpo_runner.config.run_conf import RunConf, config_keys
+from dpo_runner.errors import ConfigError, RunBusy
+from dpo_runner.io.masking import mask_secrets
+from dpo_runner.records.checkpoints import find_last_checkpoint
+from dpo_runner.records.directory import EVENT_KINDS
+from dpo_runner.records.reading import PUT_BACK, read_mapping, read_metrics, read_object
+from dpo_runner.records.status import LOCK_FILE, explain_death
+
+# What may differ between a run and its continuation without changing what is trained.
+_HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
+_HARMLESS_KEYS = (
+    "checks.on_out_of_memory",  # what a run that has ended for want of memory is advised to set
+    *("training.save_strategy", "training.save_steps", "training.save_total_limit"),
+    *("training.logging_strategy", "training.logging_steps", "training.logging_first_step"),
+    *("training.log_level", "training.disable_tqdm"),
+    *("training.dataloader_num_workers", "training.dataloader_prefetch_factor", "training.dataloader_pin_memory"),
+    "training.dataset_num_proc",
+)  # dataloader_persistent_workers is none: without it each epoch draws a random number more
+_EVALUATION_FOLLOWS = "training.logging_steps"
+"""Where training.eval_steps is not set."""
+_FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
+"""What a run writes before its status.json, beside an empty checkpoints/."""
+
+
+_CANNOT_TELL = f"without it nobody can tell whether the run may be continued: {PUT_BACK}"
+
+_MOVABLE = ("model.base",)
+"""In environment.json: a path, which may change while the files stay the same."""
+
+
+def read_epoch(checkpoint: Path) -> float:
+    """Return how many epochs a checkpoint has behind it, fractions included."""
+    return float(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
+
+
+def read_logged(checkpoint: Path) -> set[str]:
+    """Return which kinds of log events there were of a checkpoint's step before it was saved, by what they have."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    events = [event for event in state["log_history"] if event["step"] == state["global_step"]]
+    return {kind for kind in EVENT_KINDS if any(kind in event for event in events)}
+
+
+def check_unused(run_dir: Path) -> None:
+    """Refuse to write among files that no run has left there; one that was killed at once has left a few.
+
+    Raises:
+        ConfigError: `run_dir` is a file, or holds anything.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or not all(map(_is_beginning, run_dir.iterdir()))):
+        raise ConfigError(
+            f"`run_dir={run_dir}`: holds something that is no run of this program; use a new or empty folder"
+        )
+
+
+def _is_beginning(path: Path) -> bool:
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in _FIRST or path.name.startswith(tuple(f".{name}-" for name in (*_FIRST, "status.json")))
+
+
+def check_free(run_dir: Path, status: dict[str, Any]) -> None:
+    """Refuse a run that is still going on; not to be asked by who holds its lock, who would lose it so.
+
+    Raises:
+        RunBusy: another process is running there.
+    """
+    own = status.get("pid") == os.getpid() and status.get("host") == platform.node()  # containers all have a process 1
+    if status["state"] == "running" and not own and explain_death(run_dir, status) is None:
+        raise RunBusy(
+            f"`run_dir={run_dir}`: process {status.get('pid')} is running there; wait for it, or use another run_dir"
+        )
+
+
+def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> None:
+    """Refuse to continue a run that is not to be continued, or had another configuration.
+
+    Args:
+        run_dir: where it is.
+        status: what its status.json holds.
+        conf: what is to be run now.
+
+    Raises:
+        ConfigError: with one line for each key that differs from run_dir/config.yaml, or was on there and has been
+            removed; or what would be read of it is missing or damaged.
+    """
+    if conf.resume == "never":
+        raise ConfigError(
+            f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
+        )
+    if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
+        return  # nothing was trained: the run begins anew
+    written, active = split_removed(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
+    removed = [
+        f"`{key}={value}`: the run in {run_dir} was begun with it, and it was removed; use another run_dir"
+        for key, value in active.items()
+        if status["state"] != "finished" or REMOVED_KEYS[key].shapes_model
+    ]
+    if removed:
+        raise ConfigError(removed)
+    before = _flatten(written)
+    now = _flatten(mask_secrets(config_keys(conf)))
+    harmless = set(_HARMLESS_KEYS)
+    if conf.training.eval_strategy == "steps" and not conf.training.eval_steps:
+        harmless.remove(_EVALUATION_FOLLOWS)
+    mistakes = [
+        f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in harmless
+    ]
+    if mistakes:
+        raise ConfigError(mistakes)
+    if status["state"] != "finished":  # what will be read of it, before a model is loaded in vain
+        read_object(run_dir / "environment.json", _CANNOT_TELL)
+        read_metrics(run_dir)
+
+
+def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Refuse to continue on other data or another model than the run began with.
+
+    Args:
+        run_dir: where its environment.json is.
+        environment: of this process; see `collect_environment`.
+        tell: shows one line to a person: other libraries and hardware are allowed, and may round differently.
+
+    Raises:
+        ConfigError: with one line for each difference.
+    """
+    before, now = (
+        _flatten({part: each.get(part, {}) for part in ("model", "data", "packages", "hardware")})
+        for each in (read_object(run_dir / "environment.json", _CANNOT_TELL), environment)
+    )
+    changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    changed = {key: values for key, values in changed.items() if values[0] != values[1] and key not in _MOVABLE}
+    mistakes = []
+    for key, (old, new) in changed.items():
+        if key.startswith(("model.", "data.")):
+            mistakes.append(
+                f"{run_dir} was begun with {key}={old}, and it is {new} now; put that back, or use another run_dir"
+            )
+        else:
+            tell(f"begun with {key}={old}, continued with {new}: the last digits of the results may differ")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}{name}.").items()}

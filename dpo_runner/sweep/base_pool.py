@@ -1,0 +1,227 @@
+"""The base model kept between the runs of a sweep's worker."""
+
+import functools
+import gc
+import random
+import types
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.sections.model import ModelConf, QuantConf
+from dpo_runner.model.base import load_base_model
+from dpo_runner.model.files.locations import resolve_model_path
+from dpo_runner.model.reference import settle_dtype, trains_all
+from dpo_runner.model.tokenizer import settle_vocabulary
+from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.training.engine.reference.identity import bytes_of
+
+_CONSTANT = (
+    *(type(None), bool, int, float, complex, str, bytes, type, Enum, torch.dtype, torch.device, torch.Size),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, weakref.ref),
+)
+"""Kinds that nobody changes in place."""
+
+_DICTIONARIES, _SEQUENCES = (dict, OrderedDict, defaultdict), (list, set, tuple, frozenset)
+
+_LIBRARIES = ("torch.nn.", "transformers.", "bitsandbytes.")
+"""Whose objects have their state in their attributes."""
+
+
+class Snapshot:
+    """A model as it is when this is made.
+
+    Args:
+        model: recorded, and not changed.
+
+    Raises:
+        TypeError: it holds a kind of object that is not known here, in words that follow "it has".
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._objects: list[tuple[Any, type, dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor, bool, int]] = []
+        seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id is used twice
+        waiting: list[Any] = [model]
+        while waiting:
+            value = waiting.pop()
+            if id(value) not in seen and not isinstance(value, _CONSTANT):
+                seen[id(value)] = value
+                waiting += self._record(value)
+
+    def _record(self, value: Any) -> list[Any]:
+        """Record one object, and return those that it refers to."""
+        found: list[Any] = []
+        if isinstance(value, torch.Tensor):
+            self._tensors.append((value, value.data, value.requires_grad, _digest(value)))
+        elif type(value) in _DICTIONARIES:
+            self._containers.append((value, dict(value)))
+            return [*value.keys(), *value.values()]
+        elif type(value) in _SEQUENCES:
+            if isinstance(value, (list, set)):
+                self._containers.append((value, list(value)))
+            return list(value)
+        elif not isinstance(value, (nn.Module, PretrainedConfig)) and not type(value).__module__.startswith(_LIBRARIES):
+            raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}, whose state is not known")
+        if hasattr(value, "__dict__"):
+            self._objects.append((value, type(value), dict(vars(value))))
+            found += vars(value).values()
+        return found
+
+    def put_back(self) -> None:
+        """Make all that was recorded what it was, but for the content of weights."""
+        for value, kind, attributes in self._objects:
+            if type(value) is not kind:
+                value.__class__ = kind
+            _refill(vars(value), attributes)
+        for container, content in self._containers:
+            _refill(container, content)
+        for tensor, data, requires_grad, _ in self._tensors:
+            tensor.grad = None
+            tensor.data = data
+            tensor.requires_grad_(requires_grad)
+
+    def find_change(self) -> str | None:
+        """Name a weight that has other bytes than it had, in words; None where all have their own."""
+        for tensor, _, _, digest in self._tensors:
+            if _digest(tensor) != digest:
+                named = [*self._model.named_parameters(), *self._model.named_buffers()]
+                name = next((name for name, each in named if each is tensor), "a constant of its quantization")
+                return f"{name} has changed"
+        return None
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    return xxhash.xxh3_128_intdigest(bytes_of(tensor))
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+_ON_TOP = ("adapter", "adapter_revision", "adapter_mode", "reference", "chat_template", "pad_token")
+"""Keys of `model` that decide about what comes upon a base, once nothing is merged into it."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    identity: str
+    model: PreTrainedModel
+    path: str
+    snapshot: Snapshot
+
+
+class BasePool:
+    """Keeps the base model of the last run for the next one.
+
+    It belongs to whoever executes several runs, one after another. What a run was given is taken from it by the next
+    `load`, `put_back` or `clear`: its model is then the bare base again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def load(self, conf: RunConf, tell: Callable[[str], None]) -> tuple[PreTrainedModel, str]:
+        """Return what `load_base_model` returns for a run, kept from the run before where it is the same.
+
+        Args:
+            conf: the run.
+            tell: shows one line to a person.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        model, quant = settle_dtype(conf), conf.quant
+        reason = explain_refusal(conf)
+        identity = None if reason else _identify(model, quant)
+        if self._kept is not None and self._kept.identity == identity:
+            self.put_back()
+            if (change := self._kept.snapshot.find_change()) is None:
+                tell("the base model is kept from the run before")
+                return self._kept.model, self._kept.path
+            tell(f"engine.keep_base_model: the base model is loaded anew; {change}")
+        self.clear()
+        before = _random_state()
+        base, path = load_base_model(model, quant)
+        if reason is None and identity is None:
+            reason = "it is not known which commit of the hub's repository it is"
+        if reason is None and before != _random_state():
+            reason = "it has weights that are drawn at random, not loaded"
+        if reason is None:
+            assert identity is not None
+            try:
+                self._kept = _Kept(identity, base, path, Snapshot(base))
+            except TypeError as error:
+                reason = f"it has {error}"
+        if reason is not None and conf.engine.keep_base_model:
+            tell(f"engine.keep_base_model: the base model is not kept for the next run; {reason}")
+        return base, path
+
+    def put_back(self) -> None:
+        """Take all that a run has put on the base off it, so that the run's memory can be freed."""
+        if self._kept is not None:
+            self._kept.snapshot.put_back()
+
+    def clear(self) -> None:
+        """Let go of the base."""
+        if self._kept is not None:
+            self._kept = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def explain_refusal(conf: RunConf) -> str | None:
+    """Say why the base of a run cannot be another one's, or return None where it may."""
+    if not conf.engine.keep_base_model:
+        return "engine.keep_base_model=false"
+    if trains_all(conf):
+        return "its own weights are trained"
+    if conf.model.adapter is not None and conf.model.adapter_mode == "merge":
+        return "an adapter is merged into it"
+    if conf.lora is not None and conf.lora.modules_to_save:
+        return "modules of it are trained (lora.modules_to_save)"
+    if conf.lora is not None and conf.lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        return f"lora.init_lora_weights={conf.lora.init_lora_weights} begins from its weights"
+    vocabulary = settle_vocabulary(conf.model)
+    if vocabulary.rows is not None or vocabulary.new_ids or vocabulary.replaces_base:
+        return "its embeddings are resized or replaced"
+    if conf.model.device_map is not None:
+        return "model.device_map spreads it"
+    return None
+
+
+def _identify(conf: ModelConf, quant: QuantConf | None) -> str | None:
+    """Return all that decides about what is loaded, files by size and time; None where that cannot be told."""
+    path = resolve_model_path(conf)
+    folder = Path(path)
+    version: Any = getattr(load_model_config(conf), "_commit_hash", None)
+    if folder.is_dir():
+        files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
+        version = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if version is None:
+        return None
+    settings = {key: value for key, value in asdict(conf).items() if key not in _ON_TOP}
+    return repr((path, version, settings, None if quant is None else asdict(quant)))
+
+
+def _random_state() -> str:
+    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    kept = np.random.get_state(legacy=False)
+    assert isinstance(kept, dict)
+    numpy = (kept["state"]["key"].tolist(), kept["state"]["pos"])
+    return repr((torch.get_rng_state().tolist(), cuda, numpy, random.getstate()))

@@ -1,0 +1,171 @@
+"""The check of a command line, which finds every mistake before Hydra stops at the first.
+
+Nothing is written and neither torch nor transformers is imported here, so a wrong command costs a
+fraction of a second and leaves nothing behind.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.types import Glob, Override
+
+from dpo_runner.config.compose import UNCOMPOSABLE, explain_uncomposable, try_point
+from dpo_runner.config.hydra_rules import UnsafeConfigError
+from dpo_runner.config.overrides import CheckedOverrides, check_overrides, values_of
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.schema import SCHEMA
+from dpo_runner.config.yaml_files import ConfigFiles
+from dpo_runner.errors import ConfigError, suggest
+from dpo_runner.sweep.axes import Axis, combine, merge_axes, read_axis, read_sweep_conf
+from dpo_runner.sweep.points import find_axis_mistakes
+from dpo_runner.sweep.search.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
+
+_SECTIONS = [key for key, kind in SCHEMA.items() if kind is not None]
+_REFUSED_FLAGS = {
+    "config_path": "use --config-dir DIR to add a folder of your own config groups",
+    "config_name": "use experiment=NAME, with your own file in DIR/experiment/NAME.yaml and --config-dir DIR",
+    "experimental_rerun": "it runs a pickle; repeat a run with the overrides in its overrides.yaml",
+}
+
+
+def check_command_line(argv: list[str]) -> list[str]:
+    """Check a whole command: flags, overrides, the YAML files they select, and every point of a sweep.
+
+    Returns:
+        One line for each mistake; empty where the command is sound.
+    """
+    try:
+        args = _build_parser().parse_args(argv)
+    except ConfigError as error:
+        return error.mistakes
+    mistakes = [
+        f"--{flag.replace('_', '-')}: not supported; {instead}"
+        for flag, instead in _REFUSED_FLAGS.items()
+        if getattr(args, flag)
+    ]
+    mistakes += _check_flags(args)
+    if args.config_dir == "":
+        return [*mistakes, "--config-dir=: must not be empty; name a folder, or leave it out"]
+    mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
+    return mistakes
+
+
+def _check_flags(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what Hydra would end with a traceback for."""
+    chosen = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, name)]
+    if len(chosen) > 1:
+        yield f"--{chosen[0].replace('_', '-')}: goes alone, not with --{chosen[1].replace('_', '-')}"
+    for flag in ("resolve", "package"):
+        if getattr(args, flag) and args.cfg is None:
+            yield f"--{flag}: is read by --cfg job alone; add that, or leave it out"
+    if args.package and args.package not in SCHEMA:
+        yield f"--package={args.package}: no such section; {suggest(args.package, _SECTIONS)}"
+
+
+def choose_sweeper(argv: list[str]) -> list[str]:
+    """Return a sound command of a sweep, with Hydra's sweeper `optuna` in it where it is a search."""
+    args = _build_parser().parse_args(argv)
+    if not args.overrides or not is_search(args.overrides, args.config_dir):
+        return argv
+    at = argv.index(args.overrides[0])  # among the overrides, since they and flags must not be mixed
+    return [*argv[:at], "hydra/sweeper=optuna", *argv[at:]]
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    """Return Hydra's parser of flags, with its complaints in our form."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message}; flags go before or after all KEY=VALUE, see --help")
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.__class__ = Parser
+    return parser
+
+
+def find_override_mistakes(overrides: list[str], config_dir: str | None = None, multirun: bool = False) -> list[str]:
+    """Return one line for each mistake in `overrides`, in the files that they select, and in the points they span."""
+    checked = check_overrides(overrides, config_dir)
+    if not checked.composable:
+        return checked.mistakes
+    if of_sweep := _find_sweep_mistakes(checked, config_dir, multirun):
+        return [*checked.mistakes, of_sweep]
+    broken, uncomposable = _find_point_mistakes(checked.sound, checked.files, config_dir)
+    # Where an override is wrong the whole may not compose, and the override's own line says why.
+    return checked.mistakes + broken + ([] if checked.mistakes else uncomposable)
+
+
+def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, multirun: bool) -> str | None:
+    """Return why the overrides together are neither one run nor a sweep."""
+    intervals = [override for override in checked.sound if override.is_interval_sweep()]
+    if intervals and not _is_search(checked.sound, config_dir):
+        return (
+            f"`{intervals[0].input_line}`: an interval has no values to run one by one; use choice(…) or range(…), or "
+            "search it (sweep.search.sampler=tpe or random)"
+        )
+    several, of_sweep = checked.of_sweep()
+    if (several or multirun) and any(override.key_or_group == "run_dir" for override in checked.sound):
+        return "`run_dir`: names one run's directory; for a sweep set sweep.dir"
+    if not multirun and (alone := checked.find_single_run_mistakes()):
+        return alone[0]
+    if both := [key for key in of_sweep if key in several]:
+        return f"`{both[0]}`: is the same for all runs of a sweep; give it one value"
+    return None
+
+
+def _describe_options(key: str, files: ConfigFiles) -> str:
+    options = files.options(key)
+    return f"the options of {key}: {', '.join(options)}" if options else "its options: only groups have some"
+
+
+def _find_point_mistakes(
+    overrides: list[Override], files: ConfigFiles, config_dir: str | None
+) -> tuple[list[str], list[str]]:
+    """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
+    axes = merge_axes([_read_axis(override, files) for override in overrides])
+    if empty := [axis.key for axis in axes if not axis.texts]:
+        return [f"`{key}=glob(…)`: matches none of {_describe_options(key, files)}" for key in empty], []
+    broken: dict[str, None] = {}
+    uncomposable: dict[str, None] = {}
+    alone = not any(override.is_sweep_override() for override in overrides)
+    points: Sequence[tuple[str, ...]] = [tuple(axis.texts[0] for axis in axes)]
+    try:
+        if not alone:
+            sweep = read_sweep_conf(axes, config_dir)
+            search = sweep.search.sampler is not None
+            points = read_space(overrides, axes).corners() if search else combine(axes, sweep)
+    except UnsafeConfigError as error:
+        return [], error.mistakes
+    except ConfigError as error:
+        return error.mistakes, []
+    except UNCOMPOSABLE as error:
+        return [], [explain_uncomposable(error, points[0])]
+    confs: list[RunConf] = []
+    for point in points:
+        conf, rules, reasons = try_point(point, config_dir)
+        broken.update(dict.fromkeys(rules))
+        uncomposable.update(dict.fromkeys(reasons))
+        confs += [conf] if conf is not None else []
+    if alone and confs and confs[0].sweep.search.sampler is not None:
+        uncomposable[NOTHING_TO_SEARCH] = None
+    if len(confs) == len(points) > 1:
+        varied = [axis.key for axis in axes if len(axis.texts) > 1]
+        broken.update(dict.fromkeys(find_axis_mistakes(varied, confs)))
+    return list(broken), list(uncomposable)
+
+
+def _is_search(overrides: Sequence[Override], config_dir: str | None) -> bool:
+    try:
+        return is_search([str(override.input_line) for override in overrides], config_dir)
+    except UNCOMPOSABLE:
+        return True  # it does not compose either way, and the check of the points says why
+
+
+def _read_axis(override: Override, files: ConfigFiles) -> Axis:
+    if override.is_interval_sweep():
+        return read_axis_ends(override)
+    if not isinstance(override.value(), Glob):
+        return read_axis(override)
+    return Axis(override.key_or_group, tuple(f"{override.key_or_group}={name}" for name in values_of(override, files)))

@@ -1,0 +1,165 @@
+"""What one worker process does: run the jobs that it is sent, one after another, until there are no more.
+
+`python -m dpo_runner.sweep.executor FD` is started by `workers.py`, which sets its threads and its GPU beforehand.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.errors import DpoRunnerError, RunBusy, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.io.exits import report
+from dpo_runner.io.masking import mask_text
+from dpo_runner.io.streams import put_error
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_status
+from dpo_runner.sweep.directory import DONE
+from dpo_runner.training.memory.device import OutOfMemory, is_out_of_memory
+
+if TYPE_CHECKING:
+    from dpo_runner.sweep.base_pool import BasePool
+
+
+def perform(
+    conf: RunConf, overrides: Sequence[str], log: Path | None = None, bases: "BasePool | None" = None
+) -> dict[str, Any]:
+    """Run one job, and see to it that its status.json tells how it ended, whatever it did.
+
+    Args:
+        conf: the job; `run_dir` is set.
+        overrides: what it was composed from.
+        log: the file that holds what it prints, told in its status.
+        bases: keeps the base model from one job to the next.
+
+    Returns:
+        `state`, and where it did not finish `error`, and perhaps `out_of_memory` or `signal`.
+    """
+    from dpo_runner.train import run
+
+    assert conf.run_dir is not None
+    path = Path(conf.run_dir)
+    place = {} if log is None else {"log": str(log)}
+    before = read_status(path)
+    try:
+        run(conf, overrides, callbacks=_build_callbacks(conf, path), bases=bases)
+    except RunPruned as error:
+        return {"state": "pruned", "error": str(error)}
+    except (RunInterrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, RunInterrupted) else error.args[0] if error.args else 2
+        name = signal.Signals(number).name
+        update_status(path, state="interrupted", error=name, **place)
+        return {"state": "interrupted", "error": name, "signal": number}
+    except RunBusy as error:  # its directory, status.json too, is another process's
+        return {"state": "failed", "error": str(error)}
+    except BaseException as error:  # SystemExit too: the job may call what it likes
+        told = str(error).strip() if isinstance(error, DpoRunnerError) else describe_failure(error)
+        if (status := read_status(path)) is not None and status != before and status["state"] == "failed":
+            told = str(status["error"])  # the run has recorded it in its own words
+        if isinstance(error, DpoRunnerError):
+            report(error)  # run.log has the traceback where there is any
+        else:
+            put_error(mask_text(traceback.format_exc()))
+        update_status(path, state="failed", error=told, **place)
+        of_memory = is_out_of_memory(error)
+        return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}
+    return {"state": "finished"}
+
+
+def _build_callbacks(conf: RunConf, path: Path) -> Sequence[Any]:
+    if conf.sweep.search.pruner is None:
+        return ()
+    from dpo_runner.sweep.search.pruning import Pruning  # Optuna, which only a search needs to have
+
+    return (Pruning(path, conf.sweep.search),)
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is the only argument."""
+    faulthandler.enable()
+    connection = Connection(int(sys.argv[1]))
+    signal.signal(signal.SIGTERM, _interrupt)
+    jobs: queue.Queue[tuple[RunConf, Sequence[str]] | None] = queue.Queue()
+    threading.Thread(target=_receive, args=(connection, jobs), name="receive", daemon=True).start()
+    try:
+        import torch
+
+        from dpo_runner import train as _run  # what takes long to import is imported once, before the first job
+        from dpo_runner.sweep.base_pool import BasePool
+
+        del _run
+        gc.freeze()  # what was imported stays; no collection goes through it again, not the one after each job either
+        bases = BasePool()
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        connection.send({"state": "ready"})
+        while (job := jobs.get()) is not None:
+            conf, overrides = job
+            assert conf.run_dir is not None
+            log = Path(conf.run_dir) / "job.log"
+            with _output_to(log):
+                outcome = perform(conf, overrides, log, bases)
+                _clean_up(bases)
+            connection.send(outcome)
+            if outcome["state"] not in DONE:
+                return  # what went wrong may have left its marks on this process; a new one takes over
+    except KeyboardInterrupt:
+        return
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def _receive(connection: Connection, jobs: "queue.Queue[tuple[RunConf, Sequence[str]] | None]") -> None:
+    """Hand jobs to the main thread; where the sweep itself is gone, end this process as Ctrl-C would."""
+    try:
+        while (job := connection.recv()) is not None:
+            jobs.put(job)
+        jobs.put(None)
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send all that this process prints, libraries in C included, to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for stream, number, handle in zip((sys.stdout, sys.stderr), (1, 2), saved, strict=True):
+            with contextlib.suppress(OSError):  # its disk may be full
+                stream.flush()
+            os.dup2(handle, number)
+            os.close(handle)
+
+
+def _clean_up(bases: "BasePool") -> None:
+    """Leave nothing of a job to the next one but the bare base model; nor the process in which W&B serves it."""
+    import torch
+
+    from dpo_runner.records.wandb_run import stop_service
+
+    stop_service()
+    bases.put_back()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

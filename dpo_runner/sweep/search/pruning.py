@@ -1,0 +1,51 @@
+"""Stopping a run that a search's pruner gives up: asked after each evaluation, in the process of the run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dpo_runner.config.sections.sweep import SearchConf
+from dpo_runner.errors import RunPruned
+from dpo_runner.sweep.search.study import open_trial
+
+
+class Pruning(TrainerCallback):  # type: ignore[misc]
+    """Reports the objective of each evaluation to the study, and ends the run where its pruner says so.
+
+    The run's schedules know nothing of it, so a run that is not stopped is the one that it would be without.
+
+    Args:
+        run_dir: the job's directory, in the sweep's one.
+        search: whose pruner and objective are meant.
+
+    Raises:
+        RunError: the search's study has no running trial of this job.
+    """
+
+    def __init__(self, run_dir: Path, search: SearchConf) -> None:
+        self._trial = open_trial(run_dir.parent, search, run_dir.name)
+        self._reported = set(self._trial.storage.get_trial(self._trial._trial_id).intermediate_values)
+        self._objective = search.objective
+        self._training = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Judge an evaluation. Metrics of TRL's own reach `on_log` alone, not `on_evaluate`.
+
+        Raises:
+            RunPruned: the run is given up.
+        """
+        step = state.global_step
+        if not self._training or self._objective not in logs or not state.is_world_process_zero:
+            return
+        if step not in self._reported:  # a run that goes on from a checkpoint comes by here again
+            self._trial.report(logs[self._objective], step)
+            self._reported.add(step)
+        if step < state.max_steps and self._trial.should_prune():
+            raise RunPruned(step, state.max_steps)

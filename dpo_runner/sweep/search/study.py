@@ -1,0 +1,133 @@
+"""The Optuna study in a sweep's directory: an SQLite file that the search and its running jobs share."""
+
+import hashlib
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+
+from dpo_runner.config.rules.sweep import read_direction
+from dpo_runner.config.sections.sweep import SearchConf
+from dpo_runner.errors import ConfigError, RunError
+
+STUDY_FILE = "study.db"
+CONFIGURATION = "configuration"
+"""In a study's definition: the digest of what is the same in all points."""
+_NAME = "dpo_runner"
+_HEARTBEAT_SECONDS = 30
+_GRACE_SECONDS = 180
+_LOCK_SECONDS = 120  # jobs and the search write to one file in turn
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def open_study(sweep_dir: Path, search: SearchConf, definition: dict[str, Any]) -> optuna.Study:
+    """Open a sweep's study, or begin it.
+
+    Args:
+        sweep_dir: an existing folder.
+        search: how it is searched.
+        definition: what must not change from one start of the search to the next.
+
+    Raises:
+        ConfigError: the study there is of another search.
+    """
+    study = optuna.create_study(
+        study_name=_NAME,
+        storage=_open_storage(sweep_dir),
+        direction=read_direction(search),
+        pruner=_build_pruner(search),
+        load_if_exists=True,
+    )
+    found = study.user_attrs.get("definition")
+    if found is None:
+        study.set_user_attr("definition", definition)
+    elif found != definition:
+        keys = sorted({**definition, **found}, key=CONFIGURATION.__eq__)  # axes say more than the digest, which is last
+        differing = next(key for key in keys if found.get(key) != definition.get(key))
+        if differing == CONFIGURATION:
+            raise ConfigError(
+                f"`sweep.dir={sweep_dir}`: the search there has other settings besides what is searched; use the same, "
+                "or another sweep.dir"
+            )
+        raise ConfigError(
+            f"`{differing}`: the search in {sweep_dir} has {found.get(differing, 'no such axis')} and this one "
+            f"{definition.get(differing, 'no such axis')}; use the same, or another sweep.dir"
+        )
+    return study
+
+
+def open_trial(sweep_dir: Path, search: SearchConf, job: str) -> optuna.Trial:
+    """Return the running trial of a job, to be reported to.
+
+    Raises:
+        RunError: there is none.
+    """
+    study = optuna.load_study(study_name=_NAME, storage=_open_storage(sweep_dir), pruner=_build_pruner(search))
+    running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    number = next((trial._trial_id for trial in running if trial.user_attrs.get("job") == job), None)
+    if number is None:
+        raise RunError(f"{sweep_dir / STUDY_FILE}: no trial is running for {job}")
+    return optuna.Trial(study, number)
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    """Return a new trial, or one that was put into the queue."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # `heartbeat` below sees to it
+        return study.ask()
+
+
+def build_sampler(search: SearchConf, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler for one trial, seeded by its number: a search that goes on does not begin again."""
+    digest = hashlib.sha256(f"{search.seed}/{number}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    if search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup_trials)
+
+
+@contextmanager
+def heartbeat(study: optuna.Study, running: Callable[[], Sequence[int]]) -> Iterator[None]:
+    """Let the study know, for as long as this lasts, that the trials of these ids are alive."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        while not stopped.is_set():
+            for trial_id in running():
+                study._storage.record_heartbeat(trial_id)
+            stopped.wait(_HEARTBEAT_SECONDS)
+
+    thread = threading.Thread(target=beat, name="study-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _build_pruner(search: SearchConf) -> optuna.pruners.BasePruner:
+    if search.pruner == "median":
+        return optuna.pruners.MedianPruner(search.startup_trials, n_warmup_steps=search.warmup_steps)
+    if search.pruner == "successive_halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=search.warmup_steps or "auto")
+    return optuna.pruners.NopPruner()
+
+
+def _open_storage(sweep_dir: Path) -> optuna.storages.RDBStorage:
+    path = re.sub(r"[%?{}]", lambda match: quote(match[0]), str(sweep_dir.resolve() / STUDY_FILE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat
+        return optuna.storages.RDBStorage(
+            f"sqlite:///{path}",
+            engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}},
+            heartbeat_interval=_HEARTBEAT_SECONDS,
+            grace_period=_GRACE_SECONDS,
+        )

@@ -1,0 +1,174 @@
+"""A search: the study asks for points, the points become jobs, and what becomes of the jobs is told to the study."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from dpo_runner.config.compose import compose_point
+from dpo_runner.config.keys import ignored_keys
+from dpo_runner.config.rules.sweep import read_direction
+from dpo_runner.config.sections.sweep import SweepConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.sweep.directory import DONE, name_points, prepare, read_job
+from dpo_runner.sweep.points import Point, digest_config
+from dpo_runner.sweep.search.space import Space
+from dpo_runner.sweep.search.study import CONFIGURATION, ask, build_sampler, heartbeat, open_study
+
+# What a trial is told besides its parameters and its value.
+_JOB, _EFFECT, _REFUSED, _RETRY_OF = "job", "effect", "refused", "retry_of"
+
+
+class Search:
+    """Takes points from a study and gives it their results.
+
+    What a trial's job has come to is read from the job's directory. So nothing is lost with this process: a trial
+    that was running runs on, with its parameters and from its checkpoint, and one that failed is tried again.
+
+    Args:
+        path: the sweep's directory, which nobody else works in.
+        space: what is searched.
+        sweep: the sweep's settings.
+        config_dir: the user's folder of config groups.
+
+    Raises:
+        ConfigError: the study in `path` is of another search.
+    """
+
+    def __init__(self, path: Path, space: Space, sweep: SweepConf, config_dir: str | None) -> None:
+        self._path, self._space, self._sweep, self._config_dir = path, space, sweep, config_dir
+        first = compose_point(space.corners()[0], config_dir)
+        definition = {
+            **space.describe(),
+            "sweep.search.objective": sweep.search.objective,
+            "sweep.search.direction": str(read_direction(sweep.search)),
+            CONFIGURATION: digest_config(first),
+        }
+        prepare(path, [], [], sweep.threads_per_worker)  # first: what has files and no sweep.json is no sweep
+        self.study = open_study(path, sweep.search, definition)
+        self._waiting: dict[str, list[optuna.Trial]] = {}
+        self._failed: set[str] = set()
+        self._resumed: deque[optuna.Trial] = deque()
+        self._names: dict[str, str] = {}
+        self._recover()
+
+    def _recover(self) -> None:
+        trials = self.study.get_trials(deepcopy=False)
+        tried_again = {trial.user_attrs.get(_RETRY_OF) for trial in trials}
+        for trial in trials:
+            if _JOB in trial.user_attrs:
+                self._names[trial.user_attrs[_EFFECT]] = trial.user_attrs[_JOB]
+            if trial.state == TrialState.RUNNING:
+                self._resumed.append(optuna.Trial(self.study, trial._trial_id))
+            elif (
+                trial.state == TrialState.FAIL and trial.number not in tried_again and _REFUSED not in trial.user_attrs
+            ):
+                self.study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
+
+    def _count_new(self) -> int:
+        """Return how many trials are still to be asked for; one that tries another again does not count."""
+        trials = self.study.get_trials(deepcopy=False)
+        return self._sweep.search.trials - sum(_RETRY_OF not in trial.user_attrs for trial in trials)
+
+    def left(self) -> int:
+        """Return how many trials are still to be run, those that are running included."""
+        begun = [trial for trial in self.study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return max(self._count_new(), 0) + len(begun)
+
+    def take(self, count: int) -> list[tuple[str, Point]]:
+        """Return up to `count` jobs to run now; fewer where the study has no more trials to come.
+
+        A point whose result is known, or that is running, takes no job.
+        """
+        jobs: list[tuple[str, Point]] = []
+        while len(jobs) < count and (trial := self._next_trial()) is not None:
+            point = self._build_point(trial)
+            if point is None:
+                continue
+            name = self._name(point, trial)
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(trial)
+            if name in self._failed or read_job(self._path / name).state in DONE:
+                self.settle(name)
+            elif len(waiting) == 1:
+                jobs.append((name, point))
+        return jobs
+
+    def settle(self, name: str) -> None:
+        """Tell the study what has become of a job; one that was interrupted stays a running trial."""
+        job = read_job(self._path / name)
+        objective = self._sweep.search.objective
+        if job.state not in (*DONE, "failed"):
+            return
+        for trial in self._waiting.pop(name):
+            if job.state == "finished" and job.metrics and objective in job.metrics:
+                self.study.tell(trial, float(job.metrics[objective]))
+            elif job.state == "pruned":
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif job.state == "finished":
+                self._refuse(trial, f"{name}: its summary has no {objective}")
+            else:
+                self._failed.add(name)
+                self.study.tell(trial, state=TrialState.FAIL)
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Keep the heartbeat of running trials in the study."""
+        with heartbeat(self.study, lambda: [trial._trial_id for group in [*self._waiting.values()] for trial in group]):
+            yield
+
+    def refused(self) -> list[str]:
+        """Return why points, in the order of the trials, could not be run at all."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [
+            f"trial {trial.number}: {trial.user_attrs[_REFUSED]}" for trial in trials if _REFUSED in trial.user_attrs
+        ]
+
+    def list_jobs(self) -> list[str]:
+        """Return the directories of all jobs of the study, by their indices."""
+        names = {trial.user_attrs[_JOB] for trial in self.study.get_trials(deepcopy=False) if _JOB in trial.user_attrs}
+        return sorted(names, key=lambda name: int(name.partition("-")[0]))
+
+    def find_best(self) -> tuple[str, float] | None:
+        """Return the job that has the best value, and that; None where none has finished."""
+        if not any(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False)):
+            return None
+        best = self.study.best_trial
+        assert best.value is not None
+        return best.user_attrs[_JOB], best.value
+
+    def _next_trial(self) -> optuna.Trial | None:
+        if self._resumed:
+            return self._resumed.popleft()
+        enqueued = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return ask(self.study) if enqueued or self._count_new() > 0 else None
+
+    def _build_point(self, trial: optuna.Trial) -> Point | None:
+        """Compose a trial's point; one that breaks a rule is told as failed, for good."""
+        self.study.sampler = build_sampler(self._sweep.search, trial.number)
+        overrides, varied = self._space.suggest(trial)
+        try:
+            conf = compose_point(overrides, self._config_dir)
+        except ConfigError as error:
+            self._refuse(trial, f"{' '.join(varied)}: {error.mistakes[0]}")
+            return None
+        return Point(overrides, varied, conf, digest_config(conf))
+
+    def _refuse(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr(_REFUSED, reason)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _name(self, point: Point, trial: optuna.Trial) -> str:
+        """Give a point its directory, which is that of another where both compute the same."""
+        effect = digest_config(point.conf, ignored_keys(point.conf))
+        name = self._names.get(effect)
+        if name is None:
+            name = self._names[effect] = name_points([point], self._path)[0]
+            prepare(self._path, [name], [point], self._sweep.threads_per_worker)
+        if _JOB not in trial.user_attrs:
+            trial.set_user_attr(_EFFECT, effect)
+            trial.set_user_attr(_JOB, name)
+        return name

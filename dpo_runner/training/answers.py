@@ -1,0 +1,111 @@
+"""Greedy answers and evaluation, before and after training."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.preferences import PreferenceData, SamplePrompt
+from dpo_runner.model.tokenizer import find_stop_ids
+from dpo_runner.training.memory.device import ANSWERING, watch_memory
+from dpo_runner.training.trainer import RunTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|num_tokens)$")
+"""Entries of an evaluation that tell of the machine, not of the model."""
+
+
+def measure_model(
+    trainer: RunTrainer, tokenizer: Any, data: PreferenceData, conf: RunConf
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate the policy as it stands and let it answer the sample prompts."""
+    metrics: dict[str, Any] = {}
+    if data.eval is not None:
+        metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
+    batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
+    length = conf.samples.max_new_tokens
+    with watch_memory(ANSWERING):
+        answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
+    return {**metrics, **summarize_answers(answers)}, answers
+
+
+def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
+    """Evaluate, or return the evaluation that the trainer made of these very weights after its last step."""
+    events = (event for event in reversed(trainer.state.log_history) if "eval_loss" in event)
+    newest = next(events, None)
+    if newest is not None and newest["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return dict(newest)
+    return dict(trainer.evaluate())
+
+
+def generate_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[SamplePrompt],
+    max_new_tokens: int,
+    batch_size: int,
+    stop_id: int | None = None,
+) -> list[dict[str, Any]]:
+    """Answer each prompt greedily.
+
+    Returns:
+        For each prompt its `text`, its length in `tokens` (the end-of-turn token included), and whether it is
+        `complete`, that is, ended by the model and not by `max_new_tokens`.
+    """
+    stop_ids = find_stop_ids(model, tokenizer, stop_id)
+    answers: list[dict[str, Any]] = []
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            ids = [prompt.ids for prompt in prompts[start : start + batch_size]]
+            width = max(map(len, ids))
+            pad = tokenizer.pad_token_id
+            input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    use_cache=True,
+                    eos_token_id=stop_ids,
+                    pad_token_id=pad,
+                    # greedy means greedy, whatever sampling settings the model was published with
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                )
+            for row in output[:, width:].tolist():
+                end = next((i for i, token in enumerate(row) if token in stop_ids), None)
+                kept = row if end is None else row[: end + 1]
+                text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+                answers.append({"text": text, "tokens": len(kept), "complete": end is not None})
+    finally:
+        model.train(training)
+    return answers
+
+
+def summarize_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return `response_tokens`, the mean length, and `responses_at_cap`, how many hit the length limit."""
+    if not answers:
+        return {}
+    return {
+        "response_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 2),
+        "responses_at_cap": sum(not answer["complete"] for answer in answers),
+    }
+
+
+def pair_answers(
+    prompts: list[SamplePrompt], before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return one record for each prompt, with the answers to it before and after training."""
+    return [
+        {"prompt": prompt.messages, "before": untuned, "after": tuned}
+        for prompt, untuned, tuned in zip(prompts, before, after, strict=True)
+    ]

@@ -1,0 +1,63 @@
+"""The trainer's log events, handed to everything that keeps or shows them."""
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dpo_runner.errors import RunError
+from dpo_runner.io.console import RunConsole
+from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_metrics
+from dpo_runner.records.tracking import Tracker
+from dpo_runner.training.callbacks.drift import DriftWarnings
+
+
+class RunEvents(TrainerCallback):  # type: ignore[misc]
+    """Writes each log event to metrics.jsonl and W&B and shows it; stops a run whose evaluation is no number.
+
+    Args:
+        directory: where metrics.jsonl is.
+        tracker: W&B.
+        console: the terminal.
+        show_progress: whether steps are shown as they pass.
+    """
+
+    def __init__(self, directory: RunDirectory, tracker: Tracker, console: RunConsole, show_progress: bool) -> None:
+        self._directory, self._tracker, self._console = directory, tracker, console
+        self._show_progress = show_progress
+        self._drift: DriftWarnings | None = None
+        self.silent = False
+        """Set while events are not to be written or shown."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._drift = DriftWarnings(args.beta)
+        for event in read_metrics(self._directory.path):  # of the training so far, where it is continued
+            if "loss" in event:
+                self._drift.note(event)  # what there is to say was said then
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._directory.note_step(state.global_step)
+        self._console.show_step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        # Trainer's closing averages count from the last start, not from the first; summary.json has the totals.
+        if self.silent or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        event = {"step": state.global_step, **logs}
+        self._directory.append_metrics(event)
+        self._tracker.log(event)
+        if "loss" in logs:
+            self._console.show_step(state.global_step, logs)
+            for warning in self._drift.note(logs) if self._drift is not None else ():
+                self._console.warn(warning)
+        if "eval_loss" in logs and not math.isfinite(float(logs["eval_loss"])):
+            raise RunError(
+                f"eval_loss is {logs['eval_loss']} at step {state.global_step}; nothing after the last checkpoint is "
+                f"kept. Try a smaller training.learning_rate (now {args.learning_rate:g}) or training.max_grad_norm"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._console.stop_training()

@@ -1,0 +1,122 @@
+"""Check that training moves the weights that it should."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpo_runner.errors import RunError
+
+Fingerprint = tuple[float, float]
+
+_WHOLE_MODULE = ".modules_to_save.default."
+_AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
+_MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
+
+
+def _find_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return by the names of lora_A and lora_B, in the model's order, the layers that they belong to."""
+    return {
+        f"{path}.{part}.default.weight": module
+        for path, module in model.named_modules()
+        for part in ("lora_A", "lora_B")
+        if isinstance(getattr(module, part, None), torch.nn.ModuleDict)  # other methods have bare parameters there
+        and "default" in getattr(module, part)
+    }
+
+
+class MovementCheck(TrainerCallback):  # type: ignore[misc]
+    """Verify that training moves weights, in the first steps with a learning rate above 0.
+
+    Each lora_B must have moved after the first such step and each lora_A after the second: B starts at 0, so A's
+    gradient is 0 in the first. Layers that no token reached (idle experts) are exempt. Of everything that is trained,
+    and of whole modules beside an adapter (`modules_to_save`), at least one weight must have moved after the second:
+    in other methods and in full fine-tuning a single tensor may rightly stay, as what no token uses does.
+
+    Args:
+        may_skip: whether the trainer may leave a step out, as the loss scaler of fp16 may too.
+    """
+
+    def __init__(self, may_skip: bool = False) -> None:
+        self._may_skip = may_skip
+        self._steps = 0
+        self._skipped = 0
+        self._highest_rate = 0.0
+        self._start: dict[str, Fingerprint] = {}
+        self._last: dict[str, Fingerprint] = {}
+        self._reached: set[str] = set()
+        self._hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        self._start = self._last = _take_fingerprints(model)
+        for name, layer in _find_lora(model).items():
+            self._hooks.append(layer.register_forward_pre_hook(self._note(name)))
+
+    def _note(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled() and inputs and inputs[0].numel():
+                self._reached.add(name)
+
+        return hook
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: torch.nn.Module, optimizer: Any, **kwargs: Any
+    ) -> None:
+        rate = optimizer.param_groups[0]["lr"]
+        if not self._start or rate == 0:
+            return
+        now = _take_fingerprints(model)
+        if (args.fp16 or self._may_skip) and now == self._last and self._skipped < _MOST_SKIPPED_STEPS:
+            self._skipped += 1
+            return
+        self._steps, self._last = self._steps + 1, now
+        self._highest_rate = max(self._highest_rate, rate)
+        if self._steps <= 2:
+            part = ".lora_B." if self._steps == 1 else ".lora_A."
+            stuck = [name for name in now if part in name and name in self._reached and not self._moved(name)]
+            self._refuse(args, stuck, f"{len(stuck)} adapter weights have")
+        if self._steps < 2:
+            return
+        trained, whole = list(now), [name for name in now if _WHOLE_MODULE in name]
+        still = [group for group in (whole, trained) if group and not any(map(self._moved, group))]
+        if not still:
+            self._start.clear()
+            for handle in self._hooks:
+                handle.remove()
+        weights = dict(model.named_parameters())
+        for group in still:
+            # In warm-up a step may be too small for any of them, as for a method's factors that begin at 1.
+            highest = self._highest_rate
+            if highest >= args.learning_rate or any(_can_move(weights[name], highest) for name in group):
+                what = "weights in modules_to_save" if group is whole else "trainable weights"
+                self._refuse(args, group, f"all {len(group)} {what} have")
+
+    def _moved(self, name: str) -> bool:
+        return self._last[name] != self._start[name]
+
+    def _refuse(self, args: Any, stuck: list[str], which: str) -> None:
+        if stuck:
+            raise RunError(
+                f"step-0 check: {which} not moved in {self._steps} step(s) with a learning rate above 0, the first is "
+                f"{stuck[0]}; likely gradients do not reach them, or training.learning_rate={args.learning_rate:g} is "
+                "too small to change them. checks.step0=false skips this check"
+            )
+
+
+def _take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
+    """Return the fingerprint of each weight that is trained, by name."""
+    return {name: _fingerprint(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _fingerprint(weight: torch.Tensor) -> Fingerprint:
+    """Sums in fp64: they change if any value does, for all practical purposes, and cost no copy of the weights."""
+    total = squares = 0.0
+    for part in weight.detach().reshape(-1).split(_AT_ONCE):
+        values = part.double()
+        total, squares = total + values.sum().item(), squares + values.square().sum().item()
+    return total, squares
+
+
+def _can_move(weight: torch.Tensor, rate: float) -> bool:
+    """Whether an update as large as the learning rate, as Adam's are, changes any value."""
+    return bool((weight.detach() - rate != weight.detach()).any())

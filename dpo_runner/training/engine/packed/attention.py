@@ -1,0 +1,89 @@
+"""Attention over packed pairs: each token sees what it sees in its own row, and nothing else.
+
+With q, k, v of a pair laid out as `chosen ++ tail` and p the length of the common prefix, the chosen row attends
+causally to itself, and the tail to `k[:p] ++ k[tail]`, causally too. No mask of T × T is made.
+On CPUs `cpu_attention.py` does that, on GPUs in 16 bits `varlen_attention.py`; elsewhere it is done here, row by row.
+
+transformers asks its `AttentionInterface` for the function of `attn_implementation`. The one registered here for
+`sdpa` is transformers' own for whoever does not pass `pairs`, so generation and plain forwards are what they were.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from dpo_runner.training.engine.packed.cpu_attention import PairAttention
+from dpo_runner.training.engine.packed.packing import PairLengths, Pairs
+from dpo_runner.training.engine.packed.varlen_attention import attend_varlen, takes_varlen
+
+IMPLEMENTATION = "sdpa"
+"""The value of `attn_implementation` whose function knows packed pairs."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pairs: Pairs | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' `sdpa` does, or within `pairs` where they are given.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, head size].
+        key: [1, key-value heads, T, head size].
+        value: as `key`.
+        attention_mask: not used with `pairs`.
+        pairs: the layout of the T tokens.
+        scaling: of the scores; 1/sqrt(head size) where None.
+
+    Returns:
+        [1, T, heads, head size], and None in the place of attention weights.
+    """
+    if pairs is None:
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+    scale = query.size(3) ** -0.5 if scaling is None else scaling
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # as torch's own attention does
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if takes_varlen(query, key, value):
+        return attend_varlen(query, key, value, pairs, scale), None
+    if kind != "cpu":
+        return attend_pairs(query, key, value, pairs, scale), None
+    outputs: torch.Tensor = PairAttention.apply(query[0], key[0], value[0], pairs, scale)  # type: ignore[no-untyped-call]
+    return outputs.unsqueeze(0), None
+
+
+def attend_pairs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: list[PairLengths], scale: float
+) -> torch.Tensor:
+    """Attend within pairs by torch's attention, row by row; shapes as for `attend`."""
+    repeats = query.size(1) // key.size(1)
+    sizes = [size for pair in pairs for size in (pair.chosen, pair.tail)]
+    # One split and one concatenation each way; slices would each add a tensor of zeros in the backward pass.
+    parts = [tensor.split(sizes, dim=2) for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))]
+    outputs = []
+    for index, pair in enumerate(pairs):
+        (q, q_tail), (k, k_tail), (v, v_tail) = (part[2 * index : 2 * index + 2] for part in parts)
+        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+        if pair.tail:
+            k, v = (torch.cat([shared[:, :, : pair.prefix], own], dim=2) for shared, own in ((k, k_tail), (v, v_tail)))
+            visible = torch.ones(pair.tail, k.size(2), dtype=torch.bool, device=k.device).tril(pair.prefix)
+            outputs.append(scaled_dot_product_attention(q_tail, k, v, attn_mask=visible, scale=scale))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="sdpa"` of this process's models understand `pairs`."""
+    AttentionInterface.register(IMPLEMENTATION, attend)

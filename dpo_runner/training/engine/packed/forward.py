@@ -1,0 +1,179 @@
+"""Policy and reference score each pair's common prefix once, without padding, and no token that has no label.
+
+TRL hands the model 2B padded rows and gets log-probabilities of shape [2B, L-1] back, in which its losses and metrics
+look up what they need. The forward put in here returns the same, from one packed row (`packing.py`), through segment
+attention (`attention.py`), with the vocabulary scored at completion tokens alone (`head.py`). A token's output
+depends on its own row only, so everything is what TRL computes up to the rounding of sums; gradients of the prefix
+add up from both answers, as they do in TRL's two copies.
+
+With ρ = prompt length / completion length, (2ρ+2)/(ρ+2) times fewer tokens pass through the model
+(arXiv 2410.20305).
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_runner.training.engine.packed.attention import IMPLEMENTATION, register_attention
+from dpo_runner.training.engine.packed.head import frozen_head
+from dpo_runner.training.engine.packed.packing import Packing, pack_pairs
+
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Kinds of layers in which a token sees the others through `AttentionInterface` alone."""
+
+_COMPARED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt_neox"}
+"""Model types that tests have compared; about others the self-check has the last word."""
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "dropout", "activation_dropout", "hidden_dropout")
+"""Keys of configs that models may read without an `nn.Dropout` of their own."""
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a model without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
+    """Whether the policy's output head is trained."""
+    return any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
+
+
+def explain_refusal(
+    model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapters: Iterable[PeftConfig] = ()
+) -> str | None:
+    """Say why a model's scoring forward cannot be replaced exactly, or return None where nothing speaks against it.
+
+    Args:
+        model: as the trainer holds it; without weights, on the meta device, it serves too.
+        longest: tokens of the longest row.
+        dropout: whether dropout is left on.
+        adapters: that `model` does not have yet.
+    """
+    to_come = list(adapters)
+    adapters = [*to_come, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        return "prompt learning puts tokens of its own before each row"
+    # Their dropout need not be a module, and no forward shows it beforehand: a new adapter adds 0 either way.
+    others = [adapter for adapter in adapters if adapter.peft_type != PeftType.LORA and _drops_out(adapter)]
+    if others:
+        return f"the {others[0].peft_type.value} adapter has dropout, which training.disable_dropout need not reach"
+    model = base_of(model)
+    config = model.config.get_text_config()
+    if config is not model.config:
+        return "the model takes more than text"
+    if (implementation := model.config._attn_implementation) != IMPLEMENTATION:
+        return f"model.attn_implementation is {implementation}, not {IMPLEMENTATION}"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} does not attend through transformers' AttentionInterface"
+    kinds = getattr(config, "layer_types", None) or ()
+    if other := set(kinds) - _LAYER_TYPES:
+        return f"the model has layers of the kind {', '.join(sorted(other))}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < longest and (not kinds or "sliding_attention" in kinds):
+        return f"the model's sliding window of {window} tokens is shorter than the longest row, {longest}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model caps its attention scores"
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
+        return "TRL adds the loss of the experts' router, which counts each row's tokens"
+    drawn = dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
+    if drawn or getattr(config, "layerdrop", None):  # which is no nn.Dropout
+        return "dropout is on, and would be drawn once for both rows of a pair"
+    return None
+
+
+def _drops_out(adapter: PeftConfig) -> bool:
+    return any("dropout" in key and value for key, value in adapter.to_dict().items())
+
+
+def _has_dropout(model: PreTrainedModel) -> bool:
+    return _names_dropout(model) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def _names_dropout(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, key, 0) for key in _DROPOUTS)
+
+
+def is_certain(model: PreTrainedModel) -> bool:
+    """Whether a model that `explain_refusal` lets pass passes the self-check too, as far as anyone can know before."""
+    return model.config.model_type in _COMPARED and not _names_dropout(model)
+
+
+def share_prefixes(model: PreTrainedModel | PeftModel, trains_head: bool) -> Callable[[], None]:
+    """Replace the scoring forward that TRL has given to `model`; every other forward of it stays what it is.
+
+    Args:
+        model: after `trl.trainer.utils.add_fused_lm_head` of its base.
+        trains_head: of the policy; it and the reference then share TRL's kernel for the head, lest they differ by
+            rounding before training.
+
+    Returns:
+        What takes it back.
+    """
+    register_attention()
+    base = base_of(model)
+    trl_forward = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return trl_forward(*args, **kwargs)
+        return _score(self, trl_forward, trains_head, *args, **kwargs)
+
+    def take_back() -> None:
+        base.forward = trl_forward
+
+    base.forward = types.MethodType(forward, base)
+    return take_back
+
+
+def _score(
+    model: PreTrainedModel,
+    trl_forward: Callable[..., FusedCausalLMOutput],
+    trains_head: bool,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> FusedCausalLMOutput:
+    """Return what TRL's forward returns for a padded batch; see `pack_pairs`, whose work may be done already."""
+    if packing is None:
+        packing = pack_pairs(input_ids, attention_mask, labels)
+
+    def keep_sources(module: nn.Module, args: Any, output: BaseModelOutput) -> BaseModelOutput:
+        assert output.last_hidden_state is not None
+        output.last_hidden_state = output.last_hidden_state[:, packing.source.to(output.last_hidden_state.device)]
+        return output
+
+    hook = model.base_model.register_forward_hook(keep_sources)
+    try:
+        with nullcontext() if trains_head else frozen_head():
+            outputs = trl_forward(
+                input_ids=packing.input_ids,
+                position_ids=packing.position_ids,
+                # transformers takes a mask of four dimensions as it is; nobody reads this one
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+                pairs=packing.pairs,
+                shift_labels=packing.targets.unsqueeze(0),
+                fused_lm_head=True,
+                **kwargs,
+            )
+    finally:
+        hook.remove()
+    for name in _PER_TOKEN:
+        if (values := getattr(outputs, name)) is not None:
+            setattr(outputs, name, values.new_zeros(packing.mask.shape).masked_scatter(packing.mask, values))
+    outputs.label_mask = packing.mask
+    return outputs

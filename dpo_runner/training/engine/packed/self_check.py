@@ -1,0 +1,152 @@
+"""The packed forward against the padded one, on a few tokens of the run's own data, before anything relies on it.
+
+Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
+to a token's log-probability when its row, a short one, begins differently, which is what a wrong mask or position
+amounts to.
+
+Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training,
+unless the model is of a kind that tests have compared.
+
+Runs of a sweep that share a base model, the rows compared, and the kind of adapter share the comparison too.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from torch import nn
+from trl import DPOTrainer
+
+from dpo_runner.training.engine.packed.forward import base_of, is_certain, share_prefixes
+from dpo_runner.training.engine.packed.packing import count_tokens
+
+_SHORT, _LONG = 16, 128
+"""Tokens of each prompt and each answer, in two checks: attention goes by blocks, and has several in long rows only."""
+
+_LOOKED_AT = 16
+"""Rows of which the largest is taken for the long check."""
+
+_SHARE = 0.25
+"""Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
+
+_SIZES = ("r", "lora_alpha")
+"""Of an adapter's config; how large it is and what it is multiplied by is no matter of who sees whom."""
+
+_agreed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""What each base model that is still there, in the weights that it has, was compared with and passed."""
+
+
+def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") -> str | None:
+    """Say how packed and padded log-probabilities differ by more than rounding, or return None.
+
+    Args:
+        trainer: with TRL's own forward.
+        trains_head: see `share_prefixes`.
+        settings: whatever else decides about the forwards. A model that agrees is not compared again under the same.
+    """
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    longest = sys.maxsize if trainer.args.max_length is None else trainer.args.max_length
+    room = (longest - 1) // 2  # a row that the collator cuts would have other answers under another prompt
+    if not room:
+        return f"training.max_length={longest} leaves nothing to compare"
+    some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
+    few = [_cut(row, min(_SHORT, room)) for row in some[:2]]
+    large = [_cut(max(some, key=count_tokens), min(_LONG, room))]
+    base = base_of(trainer.model)
+    case = repr((few, large, _describe_adapters(trainer.model), _describe_forward(trainer), trains_head, settings))
+    if trainer.ref_model is None and case in _agreed.get(base, ()):
+        return None
+    if not is_certain(base) and _draws_dropout(trainer, few):
+        return "the model draws dropout where training.disable_dropout does not reach, once for both rows of a pair"
+    for model in models:
+        padded, moved = _score_twice(trainer, model, few)
+        effect = _distance(moved, padded)
+        for rows, expected in ((few, padded), (large, _score(trainer, model, large))):
+            take_back = share_prefixes(model, trains_head)
+            try:
+                packed = _score(trainer, model, rows)
+            except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
+                return f"the model does not take packed rows ({type(refusal).__name__}: {refusal})"
+            finally:
+                take_back()
+            error = _distance(packed, expected)
+            if not error <= _SHARE * effect:
+                return f"packed rows change a token's log-probability by {error:.2g}, another prompt by {effect:.2g}"
+    _agreed.setdefault(base, set()).add(case)
+    return None
+
+
+def _distance(some: torch.Tensor, others: torch.Tensor) -> float:
+    return (some - others).square().mean().sqrt().item()
+
+
+def _describe_forward(trainer: DPOTrainer) -> tuple[Any, ...]:
+    args = trainer.args
+    return (
+        args.bf16,
+        args.fp16,
+        args.disable_dropout,
+        args.gradient_checkpointing,
+        args.max_length,
+        args.truncation_mode,
+    )
+
+
+def _describe_adapters(model: Any) -> dict[str, Any]:
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    return {
+        name: {key: value for key, value in sorted(config.to_dict().items()) if key not in _SIZES}
+        for name, config in configs.items()
+    }
+
+
+def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether training draws random numbers that change a token's log-probability; the run's own stay undrawn."""
+    kind = trainer.accelerator.device.type
+    devices = sorted({p.device.index for p in trainer.model.parameters() if p.device.type == kind != "cpu"})
+
+    def read_states() -> list[torch.Tensor]:
+        others = [torch.get_device_module(kind).get_rng_state(device) for device in devices]
+        return [torch.get_rng_state(), *others]
+
+    with torch.random.fork_rng(devices, device_type=kind):
+        before = read_states()
+        first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
+        # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
+        return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
+
+
+def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
+    prompt, chosen, rejected = (list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return {
+        "prompt_ids": prompt[-tokens:] or chosen[:1],
+        "chosen_ids": chosen[:tokens],
+        "rejected_ids": rejected[: tokens // 2],
+    }
+
+
+def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `_score` does of rows, and of the same answers to their prompts reversed, all from one batch."""
+    elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
+    sizes = [sum(len(row[key]) for row in rows) for key in ("chosen_ids", "rejected_ids") for _ in range(2)]
+    parts = _score(trainer, model, [*rows, *elsewhere]).split(sizes)
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+
+def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:
+    """Return log p of all completion tokens, [N], fp32; `training` has gradients too, without which dropout is off."""
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    scored = inputs.pop("completion_mask").bool()
+    labels = inputs["input_ids"].masked_fill(~scored, -100)
+    was_training = model.training
+    model.train(training)
+    try:
+        with torch.set_grad_enabled(training), trainer.accelerator.autocast():
+            log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    finally:
+        model.train(was_training)
+    completions: torch.Tensor = log_probs.detach()[scored[:, 1:]].float()
+    return completions

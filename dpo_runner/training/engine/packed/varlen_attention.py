@@ -1,0 +1,92 @@
+"""Attention over packed pairs in one call of a kernel for rows of many lengths, on a GPU, in 16 bits.
+
+Every row that attends is a segment: a pair's chosen row, then what of the rejected row is its tail. Queries lie in
+memory segment by segment already. Keys are gathered once: of a chosen row its own, of a tail `k[:p] ++ k[tail]`. The
+kernel's causal mask ends with the last query at the last key, so query i of q sees the first k - q + i + 1 of k keys:
+in a chosen row (q = k) itself and those before, in a tail (k = p + q) the prefix too. Nothing is padded, no mask is
+made, and heads that share keys share them here too. Where the prefix is gathered twice its gradient is the sum of two.
+
+Left to `attend_pairs` in `attention.py`: fp32, heads that the kernel has no code for, other devices than Nvidia's from
+Ampere on, a torch whose kernel does not know shared keys.
+"""
+
+import functools
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from dpo_runner.training.engine.packed.packing import Pairs
+
+_LARGEST_HEAD = 192
+"""Beyond, the backward pass is not there on every card."""
+
+
+class Kernel(Protocol):
+    """What is used of the signature of `torch.nn.attention.varlen.varlen_attn`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor: ...
+
+
+def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel has code for these heads, in their dtype, on their device; shapes as for `attend`."""
+    size = query.size(3)
+    return (
+        query.dtype == key.dtype == value.dtype
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.size(3)
+        and size % 8 == 0
+        and size <= _LARGEST_HEAD
+        and query.device.type == "cuda"
+        and _has_kernel(query.device)
+    )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    )
+
+
+def attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pairs: Pairs,
+    scale: float,
+    kernel: Kernel | Any = varlen_attn,
+) -> torch.Tensor:
+    """Attend within pairs; shapes as for `attend`."""
+    segments = pairs.segments(query.device)
+    keys, values = (tensor[0].transpose(0, 1).index_select(0, segments.keys) for tensor in (key, value))
+    output: torch.Tensor = kernel(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        segments.cu_seq_q,
+        segments.cu_seq_k,
+        segments.max_q,
+        segments.max_k,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.size(1) != key.size(1),
+    )
+    return output.unsqueeze(0)

@@ -1,0 +1,176 @@
+"""The reference's log-probabilities as columns of the data, from the store where it has them.
+
+With `ref_chosen_logps` and `ref_rejected_logps` in its rows TRL runs no reference while it trains or evaluates. On a
+CPU each pair is scored by itself, so that its value does not depend on which others were missing: a run that finds
+all of them in the store, some, or none is the same run to the last bit.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from datasets import Dataset
+from peft import PeftModel
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from dpo_runner.errors import RunError
+from dpo_runner.training.engine.packed.head import log_probs_alone
+from dpo_runner.training.engine.packed.packing import count_tokens
+from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
+
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+_SLICE = 10_000  # rows whose token log-probabilities are held at a time
+_CHUNK = 64  # pairs that are asked for again just before they are scored, and kept together
+_TOKENS = 16_384  # in one forward on an accelerator
+_CHECKED = 3  # stored pairs that are scored again in each run
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Nats by which a token's stored log p may differ from what is computed now: rounding, with other threads."""
+
+Row = dict[str, Any]
+
+
+def add_reference_columns(
+    trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore, tell: Callable[[str], None]
+) -> Dataset:
+    """Return `dataset` with what the reference thinks of each pair.
+
+    Args:
+        trainer: has the reference, the collator, and `ld_alpha`.
+        dataset: rows of token ids.
+        store: of this reference.
+        tell: shows one line to a person.
+
+    Raises:
+        RunError: the store holds values that the reference does not give.
+    """
+    sums: list[tuple[float, float]] = []
+    unchecked = _CHECKED
+    for start in range(0, len(dataset), _SLICE):
+        rows = [dataset[index] for index in range(start, min(start + _SLICE, len(dataset)))]
+        keys = [_digest(row, trainer.data_collator) for row in rows]
+        by_key = dict(zip(keys, rows, strict=True))
+        known = store.find(list(by_key))
+        checked = random.Random().sample(sorted(known), min(unchecked, len(known)))  # not from the run's own seed
+        unchecked -= len(checked)
+        _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
+        if missing := {key: row for key, row in by_key.items() if key not in known}:
+            tell(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
+            known |= _score_missing(trainer, missing, store)
+        sums += [sum_logps(known[key], trainer.ld_alpha) for key in keys]
+    for name, values in zip(REF_COLUMNS, zip(*sums, strict=True), strict=True):
+        dataset = dataset.add_column(name, list(values))
+    return dataset
+
+
+def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
+    """Sum each answer's log p; tokens beyond the shorter one's length count `ld_alpha` (LD-DPO, arXiv 2409.06411)."""
+    shared = min(map(len, logps))
+    alpha = 1.0 if ld_alpha is None else ld_alpha
+    chosen, rejected = (
+        float(values[:shared].sum(dtype=np.float64) + alpha * values[shared:].sum(dtype=np.float64)) for values in logps
+    )
+    return chosen, rejected
+
+
+def _digest(row: Row, collator: Any) -> bytes:
+    """Identify a pair by what the model is given: both rows as `DataCollatorForPreference` cuts them."""
+    digest = xxhash.xxh3_128()
+    for answer in ("chosen_ids", "rejected_ids"):
+        prompt, completion = row["prompt_ids"], row[answer]
+        ids, scored = np.array([*prompt, *completion], np.int64), len(completion)
+        if collator.max_length is not None and len(ids) > collator.max_length:
+            if collator.truncation_mode == "keep_start":
+                ids, scored = ids[: collator.max_length], max(collator.max_length - len(prompt), 0)
+            else:
+                ids, scored = ids[-collator.max_length :], min(scored, collator.max_length)
+        digest.update(np.array([len(ids), scored], np.int64).tobytes())
+        digest.update(ids.tobytes())
+    return digest.digest()
+
+
+def _score_missing(trainer: DPOTrainer, missing: Mapping[bytes, Row], store: ReferenceStore) -> dict[bytes, PairLogps]:
+    """Score pairs and keep them. Several processes with the same pairs before them share the work among them."""
+    found: dict[bytes, PairLogps] = {}
+    keys = list(missing)
+    random.Random().shuffle(keys)
+    for start in range(0, len(keys), _CHUNK):
+        chunk = keys[start : start + _CHUNK]
+        known = store.find(chunk)
+        rest = [key for key in chunk if key not in known]
+        scored = dict(zip(rest, score_pairs(trainer, [missing[key] for key in rest]), strict=True))
+        store.add(scored)
+        found |= known | scored
+    return found
+
+
+def _verify(trainer: DPOTrainer, known: Mapping[bytes, tuple[Row, PairLogps]], store: ReferenceStore) -> None:
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
+    rows, stored = [row for row, _ in known.values()], [logps for _, logps in known.values()]
+    for row, expected, now in zip(rows, stored, score_pairs(trainer, rows), strict=True):
+        for answer, old, new in zip(("chosen", "rejected"), expected, now, strict=True):
+            if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=_TOLERANCE.get(dtype, 1e-3)):
+                raise RunError(
+                    f"{store.path}: has log-probabilities that the reference does not give: {old.sum():.3f} for a "
+                    f"{answer} answer (first tokens {row[f'{answer}_ids'][:5]}), and it is {new.sum():.3f}; "
+                    "`python -m dpo_runner.cache clear reference` starts anew"
+                )
+
+
+def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
+    """Return the reference's log p of each pair's completion tokens, in the order of `rows`."""
+    model, training = trainer.ref_model or trainer.model, trainer.model.training
+    found: list[PairLogps] = []
+    trainer.model.eval()
+    try:
+        with (  # around all batches: PEFT takes as long to turn adapters off and on as a small pair's forward does
+            log_probs_alone(),
+            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+            _reference_adapter(trainer),
+        ):
+            for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
+                inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+                scored = inputs.pop("completion_mask").bool()
+                inputs = {key: value for key, value in inputs.items() if key not in REF_COLUMNS}
+                labels = inputs["input_ids"].masked_fill(~scored, -100)
+                with torch.no_grad(), trainer.accelerator.autocast():
+                    log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+                rows_of = zip(log_probs.float().cpu(), scored[:, 1:].cpu(), strict=True)
+                values = [row[places].numpy() for row, places in rows_of]
+                found += map(PairLogps, values[: len(batch)], values[len(batch) :])
+    finally:
+        trainer.model.train(training)
+    return found
+
+
+def reference_adapter(trainer: DPOTrainer) -> str | None:
+    """Return which adapter of the trainer's model is the reference; None where it is the model without any."""
+    return "ref" if trainer.ref_model is None and "ref" in getattr(trainer.model, "peft_config", ()) else None
+
+
+def _reference_adapter(trainer: DPOTrainer) -> Any:
+    if trainer.ref_model is None and isinstance(trainer.model, PeftModel):
+        return use_adapter(trainer.model, reference_adapter(trainer))
+    return nullcontext()
+
+
+def _batches(rows: Sequence[Row], isolate: bool) -> Iterator[Sequence[Row]]:
+    """Yield pairs one by one, or as many at a time as their tokens allow."""
+    batch: list[Row] = []
+    tokens = 0
+    for row in rows:
+        size = count_tokens(row)
+        if batch and (isolate or tokens + size > _TOKENS):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += size
+    if batch:
+        yield batch

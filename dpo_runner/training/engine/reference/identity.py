@@ -1,0 +1,87 @@
+"""What reference log-probabilities depend on, as one digest: the weights themselves, not where they came from.
+
+Every tensor of the reference is hashed as it lies in memory, quantized if it is, merged if it was, resized if it was:
+whatever way it was loaded, the same digest means the same function. At 128 bits of XXH3 that takes 0.1 s a gigabyte.
+Left out is what the policy alone has: adapters other than the reference's.
+"""
+
+import json
+from importlib import metadata
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import xxhash
+from peft import PeftModel
+from torch import nn
+
+from dpo_runner.training.engine.packed.forward import base_of
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+_IDLE_KEYS = ("_name_or_path", "transformers_version", "architectures", "base_model_name_or_path", "revision")
+"""Of a model's and an adapter's config; they change no result."""
+
+_TENSORS = (torch.Tensor, nn.Parameter, bnb.nn.Params4bit, bnb.nn.Int8Params)
+"""Kinds whose bytes, with those of the other entries of a state dict, say all there is to say."""
+
+_PEFT_PREFIX, _WRAPPERS = "base_model.model.", ("base_layer", "original_module")
+"""What PEFT adds to the names of a model's own weights."""
+
+
+def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> tuple[str, dict[str, Any]]:
+    """Return a digest of a reference, and what it is made of.
+
+    Args:
+        model: holds the reference: a model of its own, or the policy's.
+        adapter: the adapter of `model` that is the reference; None where all are switched off.
+        forward: names the way log-probabilities are computed, autocast included.
+
+    Raises:
+        TypeError: there are weights of a kind whose bytes cannot be read.
+    """
+    base = base_of(model)
+    adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    weights = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        parts = name.split(".")
+        if adapters.intersection(parts) - {adapter}:
+            continue
+        name = ".".join(part for part in parts if part not in _WRAPPERS).removeprefix(_PEFT_PREFIX)
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        weights.update(bytes_of(tensor))
+    configs = [base.config.to_dict()]
+    if adapter is not None:
+        assert isinstance(model, PeftModel)
+        configs.append(model.peft_config[adapter].to_dict())
+    configs = [{key: value for key, value in config.items() if key not in _IDLE_KEYS} for config in configs]
+    device = next(base.parameters()).device
+    made_of = {
+        "weights": weights.hexdigest(),
+        "config": xxhash.xxh3_128_hexdigest(_to_json(configs)),
+        "forward": forward,
+        "attention": base.config._attn_implementation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+    return xxhash.xxh3_128_hexdigest(_to_json(made_of)), made_of
+
+
+def _describe_cpu() -> str:
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """Return a tensor's bytes as they lie in memory: a uint8 array of one dimension.
+
+    Raises:
+        TypeError: it is of a kind whose bytes cannot be read, or do not say all there is to say.
+    """
+    if type(tensor) not in _TENSORS:
+        raise TypeError(f"weights of the kind {type(tensor).__name__}")
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(
+        value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, set) else str(other)
+    ).encode()

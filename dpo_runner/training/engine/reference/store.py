@@ -1,0 +1,206 @@
+"""What a reference thinks of pairs of answers, computed once and kept on disk for every run that compares with it.
+
+One SQLite file for each reference (`identity.py` says what that is). In it one row for each pair: a digest of its two
+rows of token ids, cut as the trainer cuts them, and log p of each completion token. Sums are taken when they are asked
+for, so beta, learning rate, loss, seed, LoRA, `ld_alpha`, the order and the choice of pairs leave everything valid.
+
+All files together stay within a limit. Whoever adds rows holds a lock of the whole store, so that several processes,
+with one file or with many, do not each find the same room free.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_runner.errors import RunError
+from dpo_runner.io.files import cache_dir
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen BLOB NOT NULL, rejected BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS about (description TEXT NOT NULL);
+"""
+_AT_ONCE = 500  # keys in one query
+_PATIENCE_SECONDS = 60
+
+
+class PairLogps(NamedTuple):
+    """log p of each completion token, fp32: [chosen tokens] and [rejected tokens]."""
+
+    chosen: npt.NDArray[np.float32]
+    rejected: npt.NDArray[np.float32]
+
+
+class ReferenceStore:
+    """One reference's file, open. Several processes may have it open and write to it at once.
+
+    Args:
+        digest: the reference's.
+        description: what it is, for a person who lists the cache.
+        limit: bytes that all references together may take; the least recently used others make room, and where that
+            is not enough, pairs are not kept.
+
+    Attributes:
+        left_out: how many pairs were not kept, for want of room.
+    """
+
+    def __init__(self, digest: str, description: Mapping[str, Any], limit: int) -> None:
+        folder = store_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{digest}.sqlite"
+        self._limit, self.left_out = limit, 0
+        self._in_use = _lock_path(self.path).open("a")
+        fcntl.flock(self._in_use, fcntl.LOCK_SH)
+        with self._explained():
+            self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
+            with self._database:
+                self._database.executescript(_SCHEMA)
+                self._database.execute(
+                    "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", [json.dumps(description)]
+                )
+        self.path.touch()  # it is used now, whatever is written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+        self._in_use.close()
+        with _writing():
+            size = self.path.stat().st_size if self.path.exists() else 0
+            if size > self._limit:  # it was filled under another limit
+                _delete(self.path)
+            else:
+                make_room(self._limit - size, keep=self.path)
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, PairLogps]:
+        """Return what is known of `keys`.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        found = {}
+        with self._explained():
+            for start in range(0, len(keys), _AT_ONCE):
+                some = keys[start : start + _AT_ONCE]
+                places = ", ".join("?" * len(some))
+                rows = self._database.execute(f"SELECT key, chosen, rejected FROM pairs WHERE key IN ({places})", some)
+                for key, *logps in rows:
+                    found[key] = PairLogps(*(np.frombuffer(values, np.float32) for values in logps))
+        return found
+
+    def add(self, pairs: Mapping[bytes, PairLogps]) -> None:
+        """Keep `pairs`, or none of them for want of room; where another process has been quicker, its rows stay."""
+        rows = [(key, logps.chosen.tobytes(), logps.rejected.tobytes()) for key, logps in pairs.items()]
+        with self._explained(), _writing(), self._database:
+            self._database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
+            if not self._fits():
+                self._database.rollback()
+                self.left_out += len(rows)
+
+    def _fits(self) -> bool:
+        """Make room for the file as it would now be written, and say whether there is enough."""
+        pages, page = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        room: int = self._limit - pages * page
+        if room < 0:
+            return False
+        make_room(room, keep=self.path)
+        return sum(stat.st_size for path, stat in _stat_files() if path != self.path) <= room
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RunError(
+                f"{self.path}: {error}; `python -m dpo_runner.cache clear reference` starts anew, "
+                "engine.reference_store=false does without"
+            ) from error
+
+
+def store_dir() -> Path:
+    return cache_dir() / "reference"
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """One file of the store: its path, size in bytes, when it was last used (POSIX time), pairs, what it is."""
+
+    path: Path
+    size: int
+    used: float
+    pairs: int | None
+    description: dict[str, Any]
+
+
+def list_references() -> list[StoredReference]:
+    """Return what the store holds, the most recently used first. A damaged file has no `pairs`."""
+    listed = []
+    for path in store_dir().glob("*.sqlite"):
+        pairs, description = None, {}
+        with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            pairs = database.execute("SELECT count(*) FROM pairs").fetchone()[0]
+            description = json.loads(database.execute("SELECT description FROM about").fetchone()[0])
+        listed.append(StoredReference(path, path.stat().st_size, path.stat().st_mtime, pairs, description))
+    return sorted(listed, key=lambda reference: reference.used, reverse=True)
+
+
+def make_room(limit: int, keep: Path | None = None) -> list[Path]:
+    """Delete the least recently used references until the rest fits.
+
+    Args:
+        limit: bytes.
+        keep: is neither counted nor deleted; what a process has open is counted, and not deleted.
+
+    Returns:
+        What was deleted.
+    """
+    files = sorted(((path, stat) for path, stat in _stat_files() if path != keep), key=lambda file: file[1].st_mtime)
+    total, deleted = sum(stat.st_size for _, stat in files), []
+    for path, stat in files:
+        if total <= limit:
+            break
+        if _delete(path):
+            total -= stat.st_size
+            deleted.append(path)
+    return deleted
+
+
+def _stat_files() -> Iterator[tuple[Path, os.stat_result]]:
+    for path in store_dir().glob("*.sqlite"):
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process since
+            yield path, path.stat()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Let one process at a time decide how much room there is."""
+    with (store_dir() / "writing.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _delete(path: Path) -> bool:
+    with _lock_path(path).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_suffix(".lock")

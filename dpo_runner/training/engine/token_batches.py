@@ -1,0 +1,251 @@
+"""Micro-batches of so many tokens, whatever batches their pairs come from, within one optimizer step.
+
+TRL's step over A batches of b pairs each has the gradient of
+
+    L = 1/A Σ_i 1/b Σ_j ℓ_ij
+
+with ℓ_ij the loss of one pair, so pairs may be grouped in any way: a micro-batch of n pairs counts n / (A b) of its
+mean. Pairs of batches that differ in size, as at an epoch's end, are not mixed, for they do not count the same.
+
+TRL logs means over each of its batches, of pairs or of tokens. After the gradients are there, its `_compute_loss` is
+called once more for each batch as it was, with the collected values of its tokens in the place of a model, and logs
+what it would have logged.
+
+Kept as TRL's batches: losses that are no sums over pairs (`aot` and `aot_unpaired` sort them, `sft` averages over all
+tokens), several processes, whose micro-batches would have to be as many, and models that do not take packed rows.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_runner.config.rules.training import LOSSES_OF_WHOLE_BATCHES
+from dpo_runner.config.sections.run import EngineConf
+from dpo_runner.io.processes import count_processes
+from dpo_runner.training.engine.packed.forward import base_of
+from dpo_runner.training.engine.packed.packing import pack_pairs
+
+_ENOUGH = 1024
+"""Tokens from which on a CPU is no faster with more at a time, while its memory grows."""
+
+Batch = dict[str, torch.Tensor]
+
+for _name in ("get_batch_samples", "training_step", "_compute_loss"):
+    assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
+
+
+class Place(NamedTuple):
+    """Where a pair stands: which batch of the step, and which pair of that."""
+
+    batch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that are scored together, and what TRL has to divide their mean loss by: A b / n."""
+
+    places: list[Place]
+    divisor: float
+
+
+def explain_grouping(loss_type: str | Sequence[str]) -> str | None:
+    """Say why batches have to stay as they are under a loss, or a mix of several, or return None."""
+    kinds = LOSSES_OF_WHOLE_BATCHES.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
+    if kinds:
+        return f"training.loss_type={', '.join(sorted(kinds))} is no sum over pairs"
+    return "there are several processes" if count_processes() > 1 else None
+
+
+def settle_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool) -> int | None:
+    """Return how many tokens a micro-batch may have; None where rows are counted.
+
+    Args:
+        conf: its `max_tokens_per_micro_batch`; None chooses.
+        batch_size: `training.per_device_train_batch_size`.
+        largest: tokens of the largest pair, its prompt counted once.
+        use_cpu: whether the run trains on a CPU.
+
+    Returns:
+        The setting, or as many tokens as `batch_size` of the largest pairs have: the most that TRL's own batches can
+        have, which now every micro-batch comes near to. On a CPU no more than it needs to be fast.
+    """
+    if conf.max_tokens_per_micro_batch is not None:
+        return conf.max_tokens_per_micro_batch or None
+    plain = batch_size * largest
+    return min(plain, _ENOUGH) if use_cpu else plain
+
+
+def group_pairs(sizes: Sequence[Sequence[int]], budget: int) -> list[MicroBatch]:
+    """Group the pairs of one optimizer step (first fit, the largest first).
+
+    Args:
+        sizes: tokens of each pair of each batch.
+        budget: tokens that a micro-batch may have; a pair that has more is one by itself.
+    """
+    places = [Place(batch, row) for batch, rows in enumerate(sizes) for row in range(len(rows))]
+    places.sort(key=lambda place: sizes[place.batch][place.row], reverse=True)
+    bins: list[tuple[int, list[Place]]] = []
+    for place in places:
+        size, of = sizes[place.batch][place.row], len(sizes[place.batch])
+        for index, (used, members) in enumerate(bins):
+            if used + size <= budget and len(sizes[members[0].batch]) == of:
+                bins[index] = (used + size, [*members, place])
+                break
+        else:
+            bins.append((size, [place]))
+    return [
+        MicroBatch(sorted(members), len(sizes) * len(sizes[members[0].batch]) / len(members)) for _, members in bins
+    ]
+
+
+class TokenBatchTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer, which takes its steps in micro-batches of `max_tokens` where that is set."""
+
+    max_tokens: int | None = None
+    _total_train_tokens: float  # TRL's
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+        """Return the batches of one optimizer step, and remember them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches, self._taken = list(batches), 0
+        return batches, items
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Do TRL's step for one of its batches; in micro-batches, all work of the step is done with its last batch."""
+        micro_batches = self._regroup()
+        if micro_batches is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        self._taken += 1
+        if self._taken < len(self._batches):
+            return torch.zeros((), device=self.args.device)
+        models = [each for each in (self.model, self.ref_model) if each is not None]
+        scores = _Scores(self._batches)
+        with self._unlogged():
+            for micro_batch in micro_batches:
+                self.current_gradient_accumulation_steps = micro_batch.divisor
+                with _forward_of(models, scores.record(micro_batch.places)):
+                    super().training_step(model, select_pairs(self._batches, micro_batch.places), num_items_in_batch)
+        self.current_gradient_accumulation_steps = len(self._batches)
+        return self._log_batches(model, models, scores)
+
+    def _regroup(self) -> list[MicroBatch] | None:
+        """Return the step's micro-batches, or None where they are TRL's batches."""
+        if self.max_tokens is None:
+            return None
+        if self._taken == 0:
+            sizes = [[pair.chosen + pair.tail for pair in pack_pairs(*_rows(batch)).pairs] for batch in self._batches]
+            plain = [[Place(index, row) for row in range(len(rows))] for index, rows in enumerate(sizes)]
+            groups = group_pairs(sizes, self.max_tokens)
+            self._groups = None if sorted(group.places for group in groups) == plain else groups
+        return self._groups
+
+    @contextlib.contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """Let TRL note nothing of a micro-batch."""
+        metrics, tokens = self._metrics["train"], self._total_train_tokens
+        self._metrics["train"] = defaultdict(list)
+        try:
+            yield
+        finally:
+            self._metrics["train"], self._total_train_tokens = metrics, tokens
+
+    def _log_batches(self, model: Any, models: list[Any], scores: "_Scores") -> torch.Tensor:
+        """Let TRL note what its batches give, and return the step's loss."""
+        losses = []
+        for index, batch in enumerate(self._batches):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager(), _forward_of(models, scores.replay(index)):
+                losses.append(self.compute_loss(model, inputs).detach())
+        return torch.stack(losses).mean()
+
+
+Forward = Callable[..., Any]
+
+
+class _Scores:
+    """What each token of the step's batches was given, call by call: the policy's scores, and perhaps a reference's."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._shapes = [(batch["input_ids"].size(0), batch["input_ids"].size(1) - 1) for batch in batches]
+        self._calls: list[list[FusedCausalLMOutput]] = []
+
+    def record(self, places: Sequence[Place]) -> Callable[[Forward], Forward]:
+        """Keep what forwards give for a micro-batch."""
+        call = 0
+
+        def around(forward: Forward) -> Forward:
+            def scored(*args: Any, **kwargs: Any) -> FusedCausalLMOutput:
+                nonlocal call
+                outputs: FusedCausalLMOutput = forward(*args, **kwargs)
+                self._keep(call, places, outputs)
+                call += 1
+                return outputs
+
+            return scored
+
+        return around
+
+    def replay(self, batch: int) -> Callable[[Forward], Forward]:
+        """Give for a batch of TRL's what was kept of its pairs, in the order of the calls."""
+        calls = iter(self._calls)
+        return lambda forward: lambda *args, **kwargs: next(calls)[batch]
+
+    def _keep(self, call: int, places: Sequence[Place], outputs: FusedCausalLMOutput) -> None:
+        if call == len(self._calls):
+            self._calls.append([FusedCausalLMOutput() for _ in self._shapes])
+        for name, values in outputs.items():
+            if values.dim() != 2:
+                continue
+            for index, place in enumerate(places):
+                rows, width = self._shapes[place.batch]
+                kept = self._calls[call][place.batch]
+                if name not in kept:
+                    kept[name] = values.new_zeros(rows, width)
+                width = min(width, values.size(1))
+                for row, source in ((place.row, index), (rows // 2 + place.row, len(places) + index)):
+                    kept[name][row, :width] = values[source, :width].detach()
+
+
+@contextlib.contextmanager
+def _forward_of(models: Sequence[Any], around: Callable[[Forward], Forward]) -> Iterator[None]:
+    """Put `around` about the scoring forward of base models."""
+    bases = [base_of(model) for model in models]
+    forwards = [base.forward for base in bases]
+    for base, forward in zip(bases, forwards, strict=True):
+        base.forward = around(forward)
+    try:
+        yield
+    finally:
+        for base, forward in zip(bases, forwards, strict=True):
+            base.forward = forward
+
+
+def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return batch["input_ids"], batch["attention_mask"], labels
+
+
+def select_pairs(batches: Sequence[Batch], places: Sequence[Place]) -> Batch:
+    """Return the batch that TRL's collator would have made of these pairs, padded as wide as the widest of theirs."""
+    width = max(batches[place.batch]["input_ids"].size(1) for place in places)
+    selected: Batch = {}
+    for key, first in batches[0].items():
+        if first.dim() == 1:  # a value for each pair
+            selected[key] = torch.stack([batches[place.batch][key][place.row] for place in places])
+            continue
+        rows = []
+        for answer in (0, 1):
+            for place in places:
+                pairs = batches[place.batch][key].size(0) // 2
+                row = batches[place.batch][key][answer * pairs + place.row]
+                rows.append(torch.nn.functional.pad(row, (0, width - row.size(0))))
+        selected[key] = torch.stack(rows)
+    return selected

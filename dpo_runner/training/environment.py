@@ -1,0 +1,111 @@
+"""What a result depends on beside its configuration: versions, commit, hardware, model and data."""
+
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.io.version import __version__
+from dpo_runner.model.tokenizer import settle_vocabulary
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core", "wandb")
+
+
+def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: torch.nn.Module) -> dict[str, Any]:
+    """Return what environment.json holds.
+
+    Args:
+        conf: the run.
+        data: its tokenized rows.
+        base: the base model's folder or hub id.
+        model: the loaded policy, which knows the hub commit it came from.
+    """
+    vocabulary = settle_vocabulary(conf.model)
+    return {
+        "dpo_runner": __version__,
+        "commit": _read_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "hardware": {
+            "cpu": read_cpu_name(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "seed": conf.seed,
+        "model": {
+            "base": base,
+            "commit": getattr(model.config, "_commit_hash", None),
+            "fingerprint": _fingerprint_model(base),
+            "embedding_rows": {"sft_adapter": vocabulary.brought, "result": vocabulary.rows},  # None: as published
+        },
+        "data": {
+            split: {"rows": len(rows), "fingerprint": data.fingerprint(split)}
+            for split, rows in (("train", data.train), ("eval", data.eval))
+            if rows is not None
+        },
+    }
+
+
+def reset_peak_memory() -> None:
+    """Forget the memory peak of an earlier run of this process: on the GPU, and on Linux the resident memory's too."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # another system, or a sandbox: the peak is then the whole process's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is resident now
+
+
+def measure_peak_memory() -> float:
+    """Return the most memory held since the last `reset_peak_memory`, in GB (1e9 bytes).
+
+    On a GPU it is what this process has allocated there, else the process's resident memory, its libraries included.
+    The latter is since the process's start where the system is not Linux.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # unlike ru_maxrss, never that of the program which started this one
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _read_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, or None for an installed one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def read_cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _fingerprint_model(base: str) -> str | None:
+    """Hash a local model folder's configuration and its weight files' names and sizes; None for a hub id."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]

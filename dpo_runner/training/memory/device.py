@@ -1,0 +1,147 @@
+"""Free memory, out-of-memory errors, and one setting of the allocator. Importing this imports no torch."""
+
+import ctypes
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dpo_runner.errors import RunError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_KEEP_BYTES = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep the buffers that it frees, instead of handing them back to the kernel every time.
+
+    A training step frees and asks again for the same buffers of a few hundred megabytes (log-probabilities over
+    the vocabulary); by default glibc maps each of them anew and the kernel zeroes every page. Changes no result.
+
+    Returns:
+        Whether the allocator took the setting; False where there is no glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+
+
+LOADING, PREPARING, TRAINING = "loading the model", "preparing the training", "training"
+EVALUATION, ANSWERING = "evaluation", "answering prompts"
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "alloc_failed",
+)
+"""What libraries say; the last one is cuBLAS's and cuDNN's."""
+_DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
+_ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
+"""What oneDNN says where it gets no memory, and elsewhere too; so many bytes being free tell which it is."""
+
+_ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", re.IGNORECASE)
+_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class OutOfMemory(RunError):
+    """A part of a run has found too little memory.
+
+    Args:
+        part: such as `training`.
+        sizes: what was asked for, and what was free where, in words.
+        tokens: of a micro-batch, at most; None where rows are counted.
+        advice: what would take less.
+    """
+
+    def __init__(self, part: str, sizes: str, tokens: int | None = None, advice: str = "") -> None:
+        super().__init__(f"out of memory in {part}: {sizes}{advice and f'; {advice}'}")
+        self.part, self.sizes, self.tokens = part, sizes, tokens
+
+    def advised(self, advice: str) -> "OutOfMemory":
+        """Return the same with advice, and without what was held when it happened."""
+        return OutOfMemory(self.part, self.sizes, self.tokens, advice)
+
+
+@contextmanager
+def watch_memory(part: str, tokens: int | None = None, advice: str = "") -> Iterator[None]:
+    """Say which part of a run it was that memory ran out in; of parts within parts, the inner one.
+
+    Args:
+        part: its name.
+        tokens: of a micro-batch, at most; None where rows are counted.
+        advice: what would take less, where that is known beforehand.
+
+    Raises:
+        OutOfMemory: with the library's own error as its cause.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(part, _describe_sizes(error), tokens, advice) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or what caused it, is of memory that ran out, on a device or on the host."""
+    return _find_cause(error) is not None
+
+
+def _find_cause(error: BaseException) -> BaseException | None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (MemoryError, OutOfMemory)) or type(cause).__name__ == "OutOfMemoryError":
+            return cause
+        if isinstance(cause, (RuntimeError, OSError)) and any(word in str(cause).lower() for word in _MEMORY_WORDS):
+            return cause
+        if isinstance(cause, RuntimeError) and _ONEDNN in str(cause) and read_memory(True)[2] < _NEXT_TO_NOTHING:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _describe_sizes(error: BaseException) -> str:
+    cause = _find_cause(error)
+    of_device = any(word in str(cause).lower() for word in _DEVICE_WORDS)
+    name, _, free = read_memory(of_host=type(cause).__name__ != "OutOfMemoryError" and not of_device)
+    asked = _ASKED.search(str(cause))
+    if asked is None:
+        return f"{format_bytes(free)} were free on {name}"
+    size = float(asked[1]) * _UNITS.get(asked[2][0].lower(), 1)
+    return f"{format_bytes(size)} were asked for in one piece, with {format_bytes(free)} free on {name}"
+
+
+def format_bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def read_memory(of_host: bool) -> tuple[str, int, int]:
+    """Return a device's name, its memory in bytes, and how much of that is free.
+
+    Args:
+        of_host: the machine's own memory, within what the process may take of it (`ulimit -v`); otherwise the GPU's
+            where there is one.
+    """
+    import psutil
+    import torch
+
+    if not of_host and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return torch.cuda.get_device_name(), total, free
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    if (limit := _read_limit()) is not None:
+        total, free = min(total, limit), min(free, max(limit - psutil.Process().memory_info().vms, 0))
+    return "CPU", total, free
+
+
+def _read_limit() -> int | None:
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

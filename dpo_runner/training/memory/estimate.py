@@ -1,0 +1,278 @@
+"""The peak memory of a training run from the model's config alone: no weights, no tokenizer, no device of that size.
+
+The real model class, PEFT's layers, bitsandbytes' layers and TRL's fused head run forward and backward on fake
+tensors, which have shapes and dtypes only, while it is recorded what is alive.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+from trl import DPOConfig
+from trl.trainer import utils as trl_utils
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.splits import PairShape
+from dpo_runner.errors import ConfigError
+from dpo_runner.model.reference import stores_reference
+from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.engine.layers.lean import make_lean
+from dpo_runner.training.engine.packed.forward import explain_refusal, share_prefixes, trains_head
+from dpo_runner.training.engine.token_batches import explain_grouping, settle_budget
+from dpo_runner.training.memory.device import read_memory
+from dpo_runner.training.memory.fake_model import build_fake_models, tensors_of
+from dpo_runner.training.memory.fake_step import (
+    build_packed_inputs,
+    build_padded_inputs,
+    count_dequantized_bytes,
+    run_phase,
+    without_tile_copies,
+)
+from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
+
+_FULL_DEPTH = 8
+"""Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
+
+_COPIES = {  # values of 4 bytes that an optimizer keeps for each weight
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "paged_adamw": 2,
+    "paged_adamw_32bit": 2,
+    "ademamix": 3,
+    "paged_ademamix_32bit": 3,
+    "lion": 1,
+    "lion_32bit": 1,
+    "paged_lion": 1,
+    "paged_lion_32bit": 1,
+    "rmsprop": 1,
+    "rmsprop_bnb": 1,
+    "rmsprop_bnb_32bit": 1,
+    "adagrad": 1,
+    "sgd": 0,
+}
+_COPIES_8BIT = {  # values of one byte, with an absmax of 4 bytes for each 256
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "ademamix_8bit": 3,
+    "paged_ademamix_8bit": 3,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "rmsprop_bnb_8bit": 1,
+}
+
+
+@dataclass
+class MemoryEstimate:
+    """What a run holds when it holds most.
+
+    Attributes:
+        rows: bytes by what they are for; they add up to `total`.
+        phases: bytes that each phase holds at most, everything counted.
+        advice: the settings that would take most off.
+        length: tokens of the longest conversation that was reckoned with.
+        device: the accelerator's name, or `CPU`.
+        device_total: its memory in bytes.
+        device_free: how much of that is free, in bytes.
+    """
+
+    rows: dict[str, int]
+    phases: dict[str, int]
+    advice: str
+    length: int
+    device: str
+    device_total: int
+    device_free: int
+
+    @property
+    def total(self) -> int:
+        """Peak in bytes. The process itself, and CUDA's context, come on top (about 0.5 GB each)."""
+        return sum(self.rows.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase that holds most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what is free now."""
+        return self.total <= self.device_free
+
+
+def estimate_memory(conf: RunConf, longest: int, largest: PairShape) -> MemoryEstimate:
+    """Estimate a run's peak memory, on one device, from the model's config.
+
+    Args:
+        conf: the run.
+        longest: the longest conversation of the data in tokens, prompt included.
+        largest: the pair with the most tokens.
+
+    Returns:
+        The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
+
+    Raises:
+        ConfigError: there is no config, or the setting is one that cannot be estimated.
+    """
+    length = longest if conf.training.max_length is None else min(conf.training.max_length, longest)
+    pair = largest.cut(length)
+    args = build_dpo_config(conf, Path("checkpoints"))
+    args.precompute_ref_log_probs |= stores_reference(conf)
+    config = load_model_config(conf.model)
+    _check_estimable(conf, args)
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    if depth > _FULL_DEPTH and len(set(kinds)) < 2:
+        half, whole = (_simulate(_cut(config, n), conf, args, length, pair) for n in (_FULL_DEPTH // 2, _FULL_DEPTH))
+        held, phases = _extrapolate(half, whole, (depth - _FULL_DEPTH) / (_FULL_DEPTH - _FULL_DEPTH // 2))
+    else:
+        held, phases = _simulate(config, conf, args, length, pair)
+    peak = max(phases.values(), key=lambda rows: sum(rows.values()))
+    name, total, free = read_device(args)
+    totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
+    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), length, name, total, free)
+
+
+Rows = dict[str, int]
+
+
+def _advise(conf: RunConf, rows: Rows) -> str:
+    """Name the settings that would take most off, the largest share first."""
+    training = conf.training
+    ways: dict[str, list[str]] = {"weights": [], "optimizer": [], "reference": [], ACTIVATIONS: [], LOGITS: []}
+    if conf.quant is None:
+        ways["weights"] += ["quant=nf4"]
+    if conf.lora is None and conf.model.adapter is None:
+        ways["optimizer"] += ["lora=r16"]
+        ways["reference"] += ["engine.reference_store=true"]
+    if not training.gradient_checkpointing:
+        ways[ACTIVATIONS] += ["training.gradient_checkpointing=true"]
+    if (batch := training.per_device_train_batch_size) > 1:
+        accumulation = training.gradient_accumulation_steps * 2
+        smaller = f"training.per_device_train_batch_size={batch // 2}"
+        ways[LOGITS] += [f"{smaller} training.gradient_accumulation_steps={accumulation}"]
+    order = sorted(ways, key=lambda row: rows[row], reverse=True)
+    keys = [key for row in order for key in ways[row] if rows[row]] or ["a smaller training.max_length"]
+    return "try " + ", or ".join(keys)
+
+
+def _check_estimable(conf: RunConf, args: DPOConfig) -> None:
+    reason = None
+    if args.optim not in {*_COPIES, *_COPIES_8BIT, "adafactor"}:
+        reason = f"training.optim={args.optim.value}"
+    elif args.activation_offloading or conf.training.deepspeed or args.fsdp:
+        reason = "training.activation_offloading, deepspeed or fsdp"
+    if reason:
+        raise ConfigError(f"`{reason}`: its memory cannot be estimated")
+
+
+def _cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def _extrapolate(
+    half: tuple[Rows, dict[str, Rows]], whole: tuple[Rows, dict[str, Rows]], more: float
+) -> tuple[Rows, dict[str, Rows]]:
+    def go_on(low: Rows, high: Rows) -> Rows:
+        return {name: round(high[name] + more * (high[name] - low[name])) for name in high}
+
+    return go_on(half[0], whole[0]), {phase: go_on(half[1][phase], rows) for phase, rows in whole[1].items()}
+
+
+def _simulate(
+    config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: int, pair: PairShape
+) -> tuple[Rows, dict[str, Rows]]:
+    """Run the phases on fake tensors, with rows of `length` tokens, or with pairs like `pair` where they are packed.
+
+    Returns:
+        What is held all the time, and what each phase holds beside that at its peak.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    policy, reference, held = build_fake_models(config, conf, args, mode)
+    models = [model for model in (policy, reference) if model is not None]
+    packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
+    use_cpu = uses_cpu(args)
+    if conf.engine.lean_layers:
+        make_lean(policy, use_cpu)
+    with mode:
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        held["optimizer"] = _count_optimizer(args.optim, trained)
+        kept = [tensor for model in models for tensor in tensors_of(model)]
+        width = config.get_text_config().vocab_size
+        chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+        widths = {width, width % chunk, min(width, chunk), chunk} - {0}
+        phases = {}
+        scratch = {torch.ops.bitsandbytes.gemm_4bit.default: count_dequantized_bytes}
+        with nullcontext() if use_cpu else without_tile_copies():
+            for phase in ("training", "evaluation"):
+                tracker = MemoryTracker(kept, widths, scratch)
+                batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
+                if packed:
+                    budget = settle_tokens(conf, args, pair) if phase == "training" else None
+                    inputs = build_packed_inputs(pair, batch, budget)
+                else:
+                    inputs = build_padded_inputs(2 * batch, length)
+                with tracker:
+                    run_phase(phase, policy, reference, trained, tracker, args, inputs)
+                phases[phase] = {
+                    "gradients": tracker.alive[GRADIENTS],
+                    "activations": tracker.alive[ACTIVATIONS],
+                    "logits": tracker.alive[LOGITS],
+                    "heap gaps": count_heap_gaps(tracker.alive, packed) if use_cpu else 0,
+                }
+        gradients = sum(parameter.nbytes for parameter in trained)
+        phases["optimizer step"] = {"gradients": gradients, "activations": 0, "logits": 0, "heap gaps": 0}
+    return held, phases
+
+
+def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
+    """Put the engine's forward into policy and reference where a run would, and say whether it would."""
+    if any(explain_refusal(model, length, not args.disable_dropout) for model in models):
+        return False
+    for model in models:
+        share_prefixes(model, trains_head(models[0]))
+    return True
+
+
+def settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
+    """Return how many tokens a micro-batch will have; None where its rows are counted."""
+    batch = args.per_device_train_batch_size
+    if (
+        explain_grouping(args.loss_type)
+        or (budget := settle_budget(conf.engine, batch, sum(pair), uses_cpu(args))) is None
+    ):
+        return None
+    whole: int = batch * args.gradient_accumulation_steps * sum(pair)
+    return max(min(budget, whole), sum(pair))
+
+
+def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
+    sizes = [parameter.numel() for parameter in trained]
+    if name in _COPIES:
+        return 4 * _COPIES[name] * sum(sizes)
+    if name in _COPIES_8BIT:  # weights of less than 4096 values keep 32 bits
+        return _COPIES_8BIT[name] * sum(4 * n if n < 4096 else n + 4 * -(-n // 256) for n in sizes)
+    # Adafactor keeps row and column sums, without a first moment
+    return 4 * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trained)
+
+
+def uses_cpu(args: DPOConfig) -> bool:
+    """Return whether the CPU trains."""
+    return bool(args.use_cpu) or not torch.cuda.is_available()
+
+
+def read_device(args: DPOConfig) -> tuple[str, int, int]:
+    """Return the name of the device that trains, its memory in bytes, and how much of that is free."""
+    return read_memory(of_host=uses_cpu(args))

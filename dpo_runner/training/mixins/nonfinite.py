@@ -1,0 +1,170 @@
+"""What becomes of a step whose loss or gradient is no number: the run stops, or goes on without the step.
+
+Either way its pairs are written down, with where they come from, and each is scored by itself, so that a bad row can be
+told from weights that are past saving. What is looked at is the whole step, before the optimizer takes it.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.errors import RunError, reason_of
+from dpo_runner.io.files import write_json
+from dpo_runner.training.engine.token_batches import Batch, Place, select_pairs
+from dpo_runner.training.mixins.saving import SavingTrainer
+
+logger = logging.getLogger(__name__)
+
+# Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
+assert hasattr(SavingTrainer, "_get_grad_norm"), "transformers' Trainer._get_grad_norm is gone"
+
+_SHOWN = 3
+"""Pairs that a message names."""
+
+
+class FiniteTrainer(SavingTrainer):
+    """Looks at each step's loss and gradient.
+
+    Attributes:
+        max_skipped: how many steps may be left out before the run stops; 0 stops at the first.
+        data: where the training rows come from.
+        dumps: folder for the pairs of such steps.
+    """
+
+    max_skipped = 0
+    data: PreferenceData | None = None
+    dumps: Path | None = None
+    _skipped = _interval_steps = _interval_skipped = 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of one optimizer step, which begins here."""
+        self._loss = torch.zeros((), device=self.args.device)
+        self._noted = {name: len(values) for name, values in self._metrics["train"].items()}
+        self._interval_steps += 1
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of a batch; 0 in place of one that is no number, since Trainer adds them up for its log."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss += loss
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss)) if self.max_skipped else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = self._loss.item()
+        # In fp16 an infinite gradient is in order: the loss scaler skips the step and tries a smaller scale.
+        if math.isfinite(loss) and (self.args.fp16 or math.isfinite(float(norm))):
+            return norm
+        told = self._tell(model, loss, float(norm))
+        if self._skipped == self.max_skipped:
+            if self.max_skipped:
+                told += f"; {self._skipped} steps were skipped before, as many as checks.max_skipped_batches allows"
+            raise RunError(
+                f"{told}. Nothing after the last checkpoint is kept. Try a smaller training.learning_rate "
+                f"(now {self.args.learning_rate:g}) or training.max_grad_norm"
+            )
+        self._skipped += 1
+        self._interval_skipped += 1
+        model.zero_grad()  # the optimizer leaves weights alone that have no gradient
+        noted = {name: values[: self._noted.get(name, 0)] for name, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: values for name, values in noted.items() if values})
+        self.say(f"{told}; the step is skipped")
+        return None  # Trainer logs no norm then
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Average losses over the steps that were taken."""
+        if "loss" in logs:
+            taken = self._interval_steps - self._interval_skipped
+            if not taken:
+                del logs["loss"]
+            elif self._interval_skipped:
+                logs["loss"] *= self._interval_steps / taken
+            self._interval_steps = self._interval_skipped = 0
+            if self._skipped:
+                logs["skipped_batches"] = self._skipped
+        super().log(logs, start_time)
+
+    def progress(self) -> dict[str, Any]:
+        skipped = [self._skipped, self._interval_steps, self._interval_skipped]
+        return {**super().progress(), "skipped": skipped}
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        super().take_up(progress)
+        self._skipped, self._interval_steps, self._interval_skipped = progress["skipped"]
+
+    def _tell(self, model: Any, loss: float, norm: float) -> str:
+        """Say what was wrong, and with which of the step's pairs."""
+        step = self.state.global_step + 1
+        what = f"loss is {loss:g}" if not math.isfinite(loss) else f"grad_norm is {norm:g}"
+        told = f"{what} at step {step}"
+        try:
+            return f"{told}{self._write_down(model, step, loss, norm)}"
+        except Exception as error:  # whatever it is, it is not to hide what was wrong
+            logger.exception("the pairs of step %d cannot be looked at", step)
+            return f"{told}; its pairs cannot be looked at: {reason_of(error)}"
+
+    def _write_down(self, model: Any, step: int, loss: float, norm: float) -> str:
+        """Write the step's pairs down, and say which of them are to blame, and where they are."""
+        batches = [select_pairs(self._batches, [place]) for place in self._places()]
+        pairs = [
+            self._describe(model, batch, row) for batch, row in zip(batches, self._find_rows(batches), strict=True)
+        ]
+        wrong = [pair["source"] or f"training row {pair['row']}" for pair in pairs if not pair["finite"]]
+        told = ""
+        if len(wrong) == len(pairs):
+            told = ", with each of its pairs"
+        elif wrong:
+            told = f", with {', '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if wrong[_SHOWN:] else ''}"
+        if self.dumps is not None:
+            self.dumps.mkdir(parents=True, exist_ok=True)
+            path = self.dumps / f"step-{step}.json"
+            write_json(path, {"step": step, "loss": _to_json(loss), "grad_norm": _to_json(norm), "pairs": pairs})
+            told += f"; its pairs are in {path}"
+        return told
+
+    def _places(self) -> list[Place]:
+        return [
+            Place(index, row)
+            for index, batch in enumerate(self._batches)
+            for row in range(len(batch["input_ids"]) // 2)
+        ]
+
+    def _describe(self, model: Any, batch: Batch, row: int | None) -> dict[str, Any]:
+        chosen, rejected = _read_ids(batch)
+        with self._unlogged(), torch.no_grad(), self.compute_loss_context_manager():
+            loss = float(self.compute_loss(model, self._prepare_inputs(batch)))
+        return {
+            "row": row,
+            "source": self.data.locate("train", row) if self.data is not None and row is not None else None,
+            "loss": _to_json(loss),
+            "finite": math.isfinite(loss),
+            "chosen": self.processing_class.decode(chosen),
+            "rejected": self.processing_class.decode(rejected),
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+        }
+
+    def _find_rows(self, batches: list[Batch]) -> list[int | None]:
+        """Return which training row each batch of one pair was made of; the first of several that are alike."""
+        wanted = {str(_read_ids(batch)) for batch in batches}
+        found: dict[str, int] = {}
+        for index, row in enumerate(self.train_dataset):
+            if (ids := str(_read_ids(self.data_collator([row])))) in wanted:
+                found.setdefault(ids, index)
+        return [found.get(str(_read_ids(batch))) for batch in batches]
+
+
+def _read_ids(batch: Batch) -> tuple[list[int], list[int]]:
+    """Return the token ids of a pair's two rows."""
+    masks = batch["attention_mask"].bool()
+    chosen, rejected = (ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True))
+    return chosen, rejected
+
+
+def _to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,242 @@
+"""How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
+
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from trl import DPOTrainer
+
+from dpo_runner.errors import RunError
+from dpo_runner.io.files import write_json
+from dpo_runner.records.checkpoints import list_checkpoints, put_damaged_aside, write_sealed
+from dpo_runner.training.engine.token_batches import TokenBatchTrainer
+
+logger = logging.getLogger(__name__)
+
+# Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
+for _name in ("_save_checkpoint", "_determine_best_metric", "_maybe_log_save_evaluate", "_evaluate"):
+    assert hasattr(DPOTrainer, _name), f"transformers' Trainer.{_name} is gone"
+
+PROGRESS_FILE = "progress.json"
+"""In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
+
+
+class EvaluationCut(KeyboardInterrupt):
+    """The evaluation is not to be waited for: a signal wants the run to stop, with a checkpoint where it trains."""
+
+
+class SavingTrainer(TokenBatchTrainer):
+    """Saves under another name first; see `sealing.py`.
+
+    Attributes:
+        say: shows one line to a person.
+    """
+
+    say: Callable[[str], None] = logger.warning
+
+    _due: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch_ends = _EpochEnds()
+        self.add_callback(self._epoch_ends)  # behind all others: they ask for checkpoints
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """With `save_strategy=best` Trainer saves where this is true, and forgets whoever else wants a checkpoint."""
+        is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+        if self.args.save_strategy != SaveStrategy.BEST and not self.args.load_best_model_at_end:
+            return is_best
+        self.control.should_save |= is_best  # one between two saves could not be loaded at the end
+        self._epoch_ends.put_off(self.control)
+        return bool(self.control.should_save)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, which may draw random numbers, and train on as if it had drawn none, wherever it was made up."""
+        with _same_random_numbers():
+            return dict(super()._evaluate(*args, **kwargs))
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        model: Any,
+        trial: Any,
+        *args: Any,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Where the evaluation is cut short, save the step without it; a run that goes on from there makes it up."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, learning_rate=learning_rate)
+        except EvaluationCut:
+            self._due = {
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "learning_rate": learning_rate,
+                "epoch_end": self._epoch_ends.is_last_step,
+            }
+            self._save_checkpoint(model, trial)
+            raise
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint whole or not at all, then drop those that `save_total_limit` has no room for."""
+        folder = Path(self.args.output_dir)
+        self._check_room(folder)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
+        put_damaged_aside(folder, self.say)
+        self._check_best()
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _check_best(self) -> None:
+        """End a run at once that could not end as it has to, since its best checkpoint was damaged and put aside."""
+        best = self.state.best_model_checkpoint
+        if best is None or Path(best).is_dir():
+            return
+        if self.args.load_best_model_at_end:
+            raise RunError(f"{best}: the best checkpoint is gone or was damaged; the same command makes it again")
+        self.state.best_model_checkpoint = None  # nobody needs it, and rotation would look for it
+
+    def _check_room(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have taken it away
+        last = next(iter(list_checkpoints(folder)), None)
+        if last is None:
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            tensors = [value for value in states if isinstance(value, torch.Tensor)]
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            needed = sum(tensor.nbytes for tensor in (*trained, *tensors))
+        else:
+            needed = sum(file.stat().st_size for file in last.rglob("*"))
+        if (free := shutil.disk_usage(folder).free) < needed:
+            kept = f"; {last.name} is whole, and the same command continues from it" if last else ""
+            raise RunError(
+                f"{folder}: {free / 1e6:,.0f} MB are free on its disk, and a checkpoint takes {needed / 1e6:,.0f} MB; "
+                f"free some{kept}"
+            )
+
+    def _fill_checkpoint(self, model: Any, trial: Any, final: Path, staging: Path) -> None:
+        folder, self.args.output_dir = self.args.output_dir, str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = folder
+        (staging / final.name / TRAINING_ARGS_NAME).unlink()  # a pickle that only code can read, hub_token included
+        for file in (written := staging / final.name).iterdir():
+            file.rename(staging / file.name)
+        written.rmdir()
+        if (best := self.find_best()) is not None and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        write_json(staging / PROGRESS_FILE, self.progress())
+
+    def find_best(self) -> Path | None:
+        """Return the best checkpoint so far, by its step: its path may have been another when that was noted."""
+        step = self.state.best_global_step
+        return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold beside what Trainer puts there."""
+        return {
+            "num_tokens": self._total_train_tokens,
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+            "due": self._due,
+        }
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        """Go on from `progress`; called when a training begins, right after Trainer has set all of it to nothing."""
+        self._total_train_tokens = progress["num_tokens"]
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        self._metrics["train"].update(progress["metrics"])
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
+        self.add_callback(_TakingUp(self, _read_progress(checkpoint)))
+
+    def conclude(self, checkpoint: Path) -> None:
+        """Do what was still due behind the last step, that of `checkpoint`; no training will begin any more."""
+        progress = _read_progress(checkpoint)
+        self._tr_loss = torch.zeros((), device=self.args.device)  # as Trainer makes it when a training begins
+        self.take_up(progress)
+        self.make_up(progress)
+
+    def make_up(self, progress: dict[str, Any]) -> None:
+        """Make the evaluation that was cut short when the checkpoint was saved, and the log event of an epoch's end."""
+        due = progress.get("due")  # checkpoints of old have none
+        if due is None:
+            return
+        self._determine_best_metric(self._evaluate(None, None), None)
+        if (best := self.find_best()) is not None and best.is_dir():  # this step's may never be saved again
+            self.state.best_model_checkpoint = str(best)
+        if due["epoch_end"]:
+            self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self.control.should_save = self.control.should_evaluate = False
+            figures = (self._tr_loss, due["grad_norm"], self.model, None, self.state.epoch, None, time.time())
+            super()._maybe_log_save_evaluate(*figures, learning_rate=due["learning_rate"])
+        self.control.should_save = False  # there is a checkpoint of this step
+
+
+class _EpochEnds(TrainerCallback):  # type: ignore[misc]
+    """Puts the checkpoint of an epoch's last step off until the epoch's own log event and evaluation are made.
+
+    From one written before them Trainer would go on with the next epoch, and they would never be made.
+    """
+
+    def __init__(self) -> None:
+        self.is_last_step = self._is_due = False
+
+    def put_off(self, control: TrainerControl) -> None:
+        if self.is_last_step:
+            self._is_due |= control.should_save
+            control.should_save = False
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_last_step = control.should_training_stop or float(state.epoch).is_integer()
+        self.put_off(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.put_off(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= self._is_due
+        self.is_last_step = self._is_due = False
+
+
+class _TakingUp(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: SavingTrainer, progress: dict[str, Any]) -> None:
+        self._trainer, self._progress = trainer, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.take_up(self._progress)
+        state.compute_steps(args, state.max_steps)  # the configuration's rhythm, which may be another by now
+        self._trainer.make_up(self._progress)
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Leave all generators of random numbers as they were before."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

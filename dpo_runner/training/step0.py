@@ -1,0 +1,102 @@
+"""The step-0 check: before training the policy is the reference; after the first steps what is trained has moved.
+
+Most ways of training nothing, or training against the wrong reference, show in one of these."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from trl import DPOTrainer
+
+from dpo_runner.errors import RunError
+from dpo_runner.training.callbacks.movement import _WHOLE_MODULE, _find_lora
+from dpo_runner.training.engine.packed.packing import count_tokens
+
+_COMPARED, _LOOKED_AT = 2, 16
+"""Training rows that both models score, the shortest of the first ones: what differs shows in any."""
+
+_ANSWER = 16
+"""Tokens that both of their answers have, where there are such rows: over fewer, rounding is not averaged out."""
+
+# Largest difference per token between two forwards of the same weights. They differ at all only where
+# the order of additions does, as between a batch with an adapter that adds 0 and one without.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def completion_logps(
+    trainer: DPOTrainer, rows: Sequence[Mapping[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score training rows with the policy and with the reference, both in evaluation mode.
+
+    Args:
+        trainer: holds both, and `ref_chosen_logps` and `ref_rejected_logps` where its rows have them.
+        rows: of its data.
+
+    Returns:
+        Policy and reference log-probabilities, summed over each completion, and the number of scored tokens:
+        three tensors of shape [2 * number of rows], chosen first (DPO paper, Eq. 7's log pi(y|x)).
+    """
+    model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    stored = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
+    model.eval()
+    trainer.ld_alpha = None  # plain sums
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            policy = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+        if not stored or ld_alpha is not None:
+            stored = trainer.compute_ref_log_probs(trainer.ref_model or model, batch)
+    finally:
+        trainer.ld_alpha = ld_alpha
+        model.train(training)
+    return policy, torch.cat(list(stored)), (labels != -100).sum(dim=1)
+
+
+def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
+    """Verify that policy and reference agree before the first step.
+
+    Args:
+        trainer: before training.
+        is_initial: whether the reference is the model that training starts from; any other one may differ.
+
+    Returns:
+        The largest difference, in nats per token.
+
+    Raises:
+        RunError: they differ by more than the dtype's rounding explains.
+    """
+    first = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
+    enough = [row for row in first if min(len(row["chosen_ids"]), len(row["rejected_ids"])) >= _ANSWER]
+    policy, reference, tokens = completion_logps(trainer, sorted(enough or first, key=count_tokens)[:_COMPARED])
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
+    difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
+    if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):
+        raise RunError(
+            f"step-0 check: policy and reference differ by {difference:.4g} per token before training (tolerance "
+            f"{TOLERANCE.get(dtype):g} for {dtype}); likely the reference is not the model that training starts from, "
+            "or the forward is not deterministic. checks.step0=false skips this check"
+        )
+    return float(difference)
+
+
+def check_trainable(trainer: DPOTrainer) -> None:
+    """Verify that there is something to train, that no part of the adapter is frozen, and that all of it is fp32.
+
+    Raises:
+        RunError: naming the first weight that is frozen or not in fp32.
+    """
+    weights = dict(trainer.model.named_parameters())
+    if not any(parameter.requires_grad for parameter in weights.values()):
+        raise RunError("step-0 check: no parameter is trainable; likely the adapter was loaded frozen")
+    for name in (*_find_lora(trainer.model), *(name for name in weights if _WHOLE_MODULE in name)):
+        if not weights[name].requires_grad:
+            raise RunError(f"step-0 check: {name} is frozen; likely the adapter was loaded without is_trainable")
+    for name, parameter in weights.items():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise RunError(
+                f"step-0 check: {name} trains in {parameter.dtype}; must be torch.float32, "
+                "in less most small updates round to nothing"
+            )
