@@ -2,13 +2,13 @@
 
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.support.common import ROWS, make_adapter
 
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
@@ -16,11 +16,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]  # the configuration decides, whatever the developer's shell says
-
-ROWS = [
-    {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": f"I would rather say {n}, or so."}
-    for n in range(1, 25)
-]
 
 
 @pytest.fixture(autouse=True)
@@ -72,22 +67,6 @@ def tokenizer(tiny_model: str):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: Any) -> str:
-    """Write a LoRA adapter whose lora_B has random weights of that deviation, and return its folder."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    config = LoraConfig(lora_alpha=8, task_type="CAUSAL_LM", **settings)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
-    adapted.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
@@ -104,22 +83,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes, so that none of them is left to one core at the end."""
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-
-
-def children_seconds() -> float:
-    """Return the processor time of all ended child processes, which unlike the clock knows no other load."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def run_main(main: Callable[[list[str]], None], *arguments: str) -> int:
-    """Run a command in this process and return its exit code."""
-    try:
-        main(list(arguments))
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
-    return 0
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from programs import quick_python
 
 from dpo_runner.config.schema import SCHEMA, schema_key
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.sweep.command_line import check_command_line
+from tests.support.programs import quick_python
 
 ROOT = Path(__file__).parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md"]

@@ -103,6 +103,8 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
         return [f"`{text}`: not a KEY=VALUE override; {first_line(error)}{_QUOTES if '=' in text else ''}"], None
     key = override.key_or_group
+    if (removed := explain_removed(key)) is not None:
+        return [removed], None
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
         return [f"`{text}`: nothing can be deleted; {instead}"], None
@@ -110,8 +112,6 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
         return check_hydra_override(text, override), override
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
-    if (removed := explain_removed(key)) is not None:
-        return [removed], None
     known = key in groups or key in SCHEMA
     if override.is_add() and not override.is_force_add() and known:
         return [f"`{text}`: `{key}` exists already; drop the +"], None

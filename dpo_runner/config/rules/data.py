@@ -3,13 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from dpo_runner.config.sections.data import COLUMNS, DataConf, SourceFields
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
-
-if TYPE_CHECKING:
-    from dpo_runner.config.sections.data import DataConf, SourceFields
-    from dpo_runner.config.sections.run import RunFields
 
 
 def check_data(conf: RunFields) -> Iterator[str]:
@@ -31,8 +28,7 @@ def check_data(conf: RunFields) -> Iterator[str]:
         yield f"`data.decontaminate_ngram={data.decontaminate_ngram}`: needs data.decontaminate, the texts"
 
 
-def _check_sources(data: "DataConf") -> Iterator[str]:
-    from dpo_runner.config.sections.data import SourceFields
+def _check_sources(data: DataConf) -> Iterator[str]:
 
     if not data.sources:
         if data.path is None:
@@ -57,8 +53,7 @@ def _check_sources(data: "DataConf") -> Iterator[str]:
         yield f"`data.sources.{missing}.weight`: must be set, since {weighted[0]} has one; or give no source a weight"
 
 
-def _check_source(source: "SourceFields", key: str) -> Iterator[str]:
-    from dpo_runner.config.sections.data import COLUMNS
+def _check_source(source: SourceFields, key: str) -> Iterator[str]:
 
     if source.eval_path and source.eval_split:
         yield f"`{key}.eval_split={source.eval_split}`: contradicts {key}.eval_path={source.eval_path}; set one of them"

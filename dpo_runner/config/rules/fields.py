@@ -4,14 +4,11 @@ import dataclasses
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
 from dpo_runner.io.masking import holds_secret
-
-if TYPE_CHECKING:
-    from dpo_runner.config.sections.run import RunFields
-
 
 # (key, lowest, is the lowest allowed, highest, is the highest allowed); None: no bound
 RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [

@@ -3,13 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from dpo_runner.config.sections.model import LoraConf
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
-
-if TYPE_CHECKING:
-    from dpo_runner.config.sections.model import LoraConf
-    from dpo_runner.config.sections.run import RunFields
 
 _ZERO_INITIALIZATIONS = (True, "gaussian", "orthogonal", "eva")
 _NEED_MORE = {
@@ -71,11 +68,11 @@ def check_model_groups(conf: RunFields) -> Iterator[str]:
         yield "`training.sync_ref_model=True`: needs full fine-tuning; the reference of an adapter has no copy to move"
 
 
-def _find_unjoinable(lora: "LoraConf") -> str | None:
+def _find_unjoinable(lora: LoraConf) -> str | None:
     return next((key for key in ("modules_to_save", "target_parameters") if getattr(lora, key)), None)
 
 
-def _check_lora(lora: "LoraConf") -> Iterator[str]:
+def _check_lora(lora: LoraConf) -> Iterator[str]:
     for name, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         yield from (f"`lora.{name}.{key}={value}`: must be at least 1" for key, value in pattern.items() if value < 1)
     start = lora.init_lora_weights

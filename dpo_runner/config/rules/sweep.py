@@ -4,13 +4,9 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.sweep import SearchConf, SweepConf
-
-if TYPE_CHECKING:
-    from dpo_runner.config.sections.run import RunFields
-
 
 _EVALUATION = (
     "loss",

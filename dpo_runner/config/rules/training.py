@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dpo_runner.config.sections.run import RunFields
+from dpo_runner.config.sections.run import RunFields
 
 
 def check_training(conf: RunFields) -> Iterator[str]:

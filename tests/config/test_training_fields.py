@@ -1,0 +1,50 @@
+"""The generated table of training fields agrees with the installed TRL."""
+
+import dataclasses
+import enum
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_runner.config.compose import load_conf
+from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
+from dpo_runner.config.sections.training import TrainingConf
+from dpo_runner.errors import ConfigError
+
+
+def test_every_field_of_dpo_config_is_accepted_or_refused_with_a_reason() -> None:
+    from trl import DPOConfig
+
+    upstream = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+    ours = {field.name for field in dataclasses.fields(TrainingConf)}
+    assert ours | (set(OWNED_FIELDS) & upstream) == upstream
+    assert not ours & set(OWNED_FIELDS)
+
+
+def test_defaults_are_upstreams_or_have_a_reason() -> None:
+    from trl import DPOConfig
+
+    for field in dataclasses.fields(DPOConfig):
+        if field.name in OWNED_FIELDS or not field.init:
+            continue
+        upstream = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        upstream = upstream.value if isinstance(upstream, enum.Enum) else upstream
+        ours = getattr(TrainingConf(), field.name)
+        if field.name in OUR_DEFAULTS:
+            assert ours == OUR_DEFAULTS[field.name][0] != upstream
+        else:
+            assert ours == upstream, field.name
+
+
+def test_the_module_is_what_the_script_writes() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "make_training_fields.py"
+    subprocess.run([sys.executable, str(script), "--check"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", sorted(OWNED_FIELDS))
+def test_owned_fields_name_the_key_to_use_instead(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_conf([f"training.{name}=1"])
+    assert caught.value.mistakes == [f"`training.{name}`: is not set here; {OWNED_FIELDS[name]}"]

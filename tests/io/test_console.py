@@ -1,0 +1,103 @@
+"""Whatever becomes of the terminal: a run's result and exit code are the same, and commands end quietly."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_runner import train as run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.errors import RunError
+from dpo_runner.io.console import RunConsole, Terminal
+from dpo_runner.io.exits import report
+from dpo_runner.io.streams import put
+from dpo_runner.records.reading import read_status
+from tests.support.programs import start_python
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has gone away."""
+
+    writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("lost", ["reader", "disk"])
+def test_a_run_goes_on_where_nothing_can_be_printed(lost: str, tiny_run: list[str]) -> None:
+    stdout = subprocess.PIPE if lost == "reader" else os.open("/dev/full", os.O_WRONLY)
+    with start_python("-m", "dpo_runner", *tiny_run, "run_dir=r", stdout=stdout, stderr=subprocess.PIPE) as process:
+        if process.stdout is not None:
+            while not process.stdout.readline().startswith("step 1/"):
+                pass
+            process.stdout.close()
+        assert process.stderr is not None and process.stderr.read() == ""
+    if stdout != subprocess.PIPE:
+        os.close(stdout)
+    status = read_status(Path("r"))
+    assert process.returncode == 0 and status is not None and status["state"] == "finished"
+    log = Path("r/run.log").read_text()
+    assert log.count("nothing more is printed") + log.count("nothing is printed") == 1
+
+
+def test_nothing_more_is_tried_where_a_reader_has_gone_away_and_the_bar_goes_with_it() -> None:
+    stream = Gone()
+    console = RunConsole(Terminal(file=stream, force_terminal=True))
+    console.start_training(0, 3, 2, with_bar=True)
+    console.show_step(1, {"loss": 0.5})
+    console.stop_training()
+    console.say("more")
+    assert stream.writes == 1
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    RunConsole().show_summary({"before": {"eval_loss": 1.0}, "after": {"eval_loss": 0.5}, **SPEED})
+    answer = {"text": "Grüße", "tokens": 3, "complete": True}
+    RunConsole().show_samples([{"prompt": [{"role": "user", "content": "Wie?"}], "before": answer, "after": answer}])
+    put("überall")
+    assert b"Gr\\xfc\\xdfe" in written.getvalue() and written.getvalue().endswith(b"\\xfcberall\n")
+
+
+SPEED = {"steps": 1, "train_runtime": 1.0, "pairs_per_second": 1.0, "peak_memory_gb": 1.0}
+
+
+def test_an_error_that_nobody_can_read_has_its_exit_code_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (Gone(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert report(RunError("lost")) == 1
+
+
+def test_commands_end_quietly_where_their_reader_has_gone_away(tiny_run: list[str]) -> None:
+    run(load_conf([*tiny_run, "run_dir=r", "samples.num_prompts=0"]))
+    preview = [override for override in tiny_run if not override.startswith("samples")]
+    for command in (
+        ["dpo_runner", "--help"],
+        ["dpo_runner", "--cfg", "job"],
+        ["dpo_runner", "run_dir=r", *tiny_run, "samples.num_prompts=0"],
+        ["dpo_runner.compare", "."],
+        ["dpo_runner.compare", ".", "--best"],
+        ["dpo_runner.compare", ".", "--csv", "-"],
+        ["dpo_runner.cache", "checkpoints", "."],
+        ["dpo_runner.preview", *preview],
+        ["dpo_runner.chat", "r", "--prompt", "Hello", "--max-new-tokens", "2"],
+        ["dpo_runner.chat", "r"],
+    ):
+        lost = closed_pipe()
+        streams = {"stdin": subprocess.PIPE, "stdout": lost, "stderr": subprocess.PIPE}
+        with start_python("-m", *command, **streams) as process:
+            os.close(lost)
+            _, told = process.communicate("/quit\n", timeout=200)
+        assert (process.returncode, told) == (0, ""), command

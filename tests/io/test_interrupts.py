@@ -1,0 +1,79 @@
+"""Ctrl-C from the first import to the last: one line, exit code 130, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Sender())
+"""
+
+
+def heed() -> None:
+    """Let Ctrl-C be heard where these tests run in the background of a shell, which ignores it there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("dpo_runner.sweep.command_line", ["dpo_runner", "--help"]),
+        ("hydra", ["dpo_runner", "--cfg", "job"]),
+        ("torch", ["dpo_runner", "model=tiny_random", "dry_run=true"]),
+        ("rich.console", ["dpo_runner.compare", "."]),
+    ],
+)
+def test_ctrl_c_during_an_import_is_one_line(module: str, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PROGRAM)
+    places = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "INTERRUPTED_AT": module, "PYTHONPATH": places}
+    command = [sys.executable, "-m", *arguments]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=heed
+    )
+    assert (result.returncode, result.stderr, result.stdout) == (130, "error: interrupted\n", "")
+
+
+SWALLOWED = """
+import os, signal, sys, weakref
+sys.argv, sys.orig_argv = ["-m"], [sys.executable, "-m", "dpo_runner"]
+import dpo_runner
+from dpo_runner.io.exits import honest_exit
+
+class Thing:
+    pass
+
+def interrupt(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+
+with honest_exit("interrupted"):
+    thing = Thing()
+    watched = weakref.ref(thing, interrupt)
+    del thing
+    print("went on")
+"""
+
+
+def test_ctrl_c_is_not_lost_in_a_callback() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, preexec_fn=heed
+    )
+    assert (result.returncode, result.stderr, result.stdout) == (130, "error: interrupted\n", "")
+
+
+def test_a_program_that_imports_this_one_keeps_its_own_ways() -> None:
+    code = "import signal, sys, dpo_runner\n"
+    code += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    code += "assert sys.unraisablehook is sys.__unraisablehook__"
+    subprocess.run([sys.executable, "-c", code], check=True, preexec_fn=heed)

@@ -1,0 +1,51 @@
+"""The scripts do what their first lines say."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.programs import run_python
+from tests.support.scripts import SCRIPTS, load_script
+
+
+def test_train_sft_adapter_makes_an_adapter_that_a_run_starts_from(tiny_model, tiny_run, pairs, tmp_path: Path) -> None:
+    from dpo_runner import train as run
+    from dpo_runner.config.compose import load_conf
+
+    command = [str(SCRIPTS / "train_sft_adapter.py"), "--model", tiny_model, "--data", pairs]
+    sizes = ["--max-steps", "2", "--per-device-train-batch-size", "2", "--output-dir", "sft"]
+    result = run_python(*command, *sizes)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "sft" / "adapter_config.json").read_text())["r"] == 8
+    summary = run(load_conf([*tiny_run, "model.adapter=sft", "run_dir=r"]))
+    assert summary is not None and summary["steps"] == 4
+    assert json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_concise_questions_are_seeded_and_split_by_subject() -> None:
+    script = load_script("make_concise_data")
+    splits = script.build_questions(random.Random(0))
+    assert splits == script.build_questions(random.Random(0))
+    assert not set(splits["train"]) & set(splits["eval"])
+    bundled = [json.loads(line) for line in (script.OUTPUT_DIR / "train.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in bundled} <= set(splits["train"])
+
+
+def test_concise_pairs_prefer_the_shortest_complete_answer(tokenizer) -> None:
+    script = load_script("make_concise_data")
+    brief = [script.Answer("Clocks tell people the time of day.", 9, True), script.Answer("Clocks", 3, True)]
+    long_text = "Clocks are old. " * 10 + "And they"
+    plain = [script.Answer(long_text, 60, False), script.Answer("Clocks show time to people, always.", 10, True)]
+    args = type("Args", (), {"min_ratio": 1.5, "max_rejected_tokens": 40})
+    pair = script.build_pair("What are clocks for?", brief, plain, tokenizer, args)
+    assert pair["chosen"] == "Clocks tell people the time of day."
+    assert pair["rejected"].endswith("old.") and len(tokenizer(pair["rejected"])["input_ids"]) <= 40
+    assert script.build_pair("What are clocks for?", brief, plain[1:], tokenizer, args) is None
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_every_script_explains_itself(script: str) -> None:
+    result = run_python(str(SCRIPTS / script), "--help")
+    assert result.returncode == 0 and f"python scripts/{script}" in result.stdout

@@ -1,0 +1,44 @@
+"""Shared by tests; from test_export."""
+
+import json
+import subprocess
+import sys
+
+from dpo_runner.chat import Chat
+
+PLAIN_PROGRAM = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+if len(sys.argv) > 2:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[2])
+messages = [{"role": "user", "content": "What is 7 plus 7?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+assert "dpo_runner" not in sys.modules and ("peft" in sys.modules) == (len(sys.argv) > 2)
+print(json.dumps(output[0].tolist()))
+"""
+
+
+def answer_plainly(*folders: str) -> list[int]:
+    """Ask a model, with an adapter on it or not, in a process that knows nothing of dpo_runner; return all tokens."""
+    command = [sys.executable, "-c", PLAIN_PROGRAM, *folders]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    tokens: list[int] = json.loads(result.stdout)
+    return tokens
+
+
+def answer_in_chat(chat: Chat) -> list[int]:
+    """Ask the same as PLAIN_PROGRAM, in a new conversation; return all tokens."""
+    generated: list[list[int]] = []
+    generate = chat.model.generate
+    chat.model.generate = lambda **arguments: generated.append(generate(**arguments)[0].tolist())
+    try:
+        chat.reset()
+        chat.ask("What is 7 plus 7?", lambda piece: None)
+    finally:
+        chat.model.generate = generate
+    return generated[0]

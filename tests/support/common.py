@@ -1,0 +1,43 @@
+"""Shared by tests; from conftest."""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROWS = [
+    {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": f"I would rather say {n}, or so."}
+    for n in range(1, 25)
+]
+
+
+def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: Any) -> str:
+    """Write a LoRA adapter whose lora_B has random weights of that deviation, and return its folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+def children_seconds() -> float:
+    """Return the processor time of all ended child processes, which unlike the clock knows no other load."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_main(main: Callable[[list[str]], None], *arguments: str) -> int:
+    """Run a command in this process and return its exit code."""
+    try:
+        main(list(arguments))
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, int)
+        return stopped.code
+    return 0

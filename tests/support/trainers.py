@@ -1,0 +1,50 @@
+"""Shared by tests; from test_model."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    set_seed,
+)
+
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import load_preferences
+from dpo_runner.model.policy import load_policy
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.training.build import build_dpo_config, build_trainer
+
+
+def build(overrides: list[str], tmp_path: Path):
+    """Build tokenizer, data, policy and trainer as a run does; the reference is run unless `overrides` store it."""
+    conf = load_conf(["engine.reference_store=false", *overrides])
+    tokenizer = load_tokenizer(conf.model)
+    data = load_preferences(conf, tokenizer)
+    set_seed(conf.seed)
+    policy = load_policy(conf)
+    return build_trainer(conf, build_dpo_config(conf, tmp_path / "ckpt"), policy, data, tokenizer, [])
+
+
+def first_rows(trainer) -> list[dict]:
+    return [trainer.train_dataset[index] for index in range(4)]
+
+
+def logps_of(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
+    """Score completions the long way: one row at a time, from the logits. Chosen first, then rejected."""
+    scores = []
+    with torch.no_grad():
+        for column in ("chosen_ids", "rejected_ids"):
+            for row in rows:
+                ids = torch.tensor([row["prompt_ids"] + row[column]])
+                logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+                start = len(row["prompt_ids"]) - 1
+                scores.append(logps[torch.arange(start, ids.shape[1] - 1), ids[0, start + 1 :]].sum())
+    return torch.stack(scores)
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    trainer.model.train()
+    trainer.model.zero_grad()
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(2)]))
+    with trainer.compute_loss_context_manager():
+        trainer.compute_loss(trainer.model, batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -1,0 +1,373 @@
+"""What the reference thinks of a pair is computed once, found whenever it is the same, and never when it is not."""
+
+import re
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from dpo_runner.errors import RunError
+from dpo_runner.training.engine.reference.columns import REF_COLUMNS, score_pairs
+from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references, make_room, store_dir
+from tests.support.engines import PACKED, STORED, is_packed, train
+from tests.support.programs import start_python
+from tests.support.starts import STARTS, name_paths
+from tests.support.trainers import build, logps_of
+
+FP32 = ("training.bf16=false",)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs each call has scored with the reference."""
+    from dpo_runner.training.engine.reference import columns as reference
+
+    counts: list[int] = []
+
+    def count(trainer: Any, rows: Any) -> Any:
+        counts.append(len(rows))
+        return score_pairs(trainer, rows)
+
+    monkeypatch.setattr(reference, "score_pairs", count)
+    return counts
+
+
+def reference_of(trainer: Any) -> torch.Tensor:
+    """[2, rows]: what stands in the training rows."""
+    return torch.tensor([trainer.train_dataset[name] for name in REF_COLUMNS])
+
+
+def by_hand(trainer: Any) -> torch.Tensor:
+    """[2, rows]: the same, each row scored alone from the logits of the model without its adapter."""
+    with trainer.model.disable_adapter():
+        return logps_of(trainer.model, list(trainer.train_dataset)).view(2, -1)
+
+
+def test_it_holds_what_the_reference_gives(tiny_run: list[str], tmp_path: Path) -> None:
+    trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert trainer.precompute_ref_logps
+    torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_a_second_run_is_the_first_one_to_the_last_bit_wherever_its_reference_came_from(
+    tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    build([*tiny_run, *FP32, *STORED, "data.max_train_samples=5"], tmp_path)  # some are there already
+    some, *_ = train([*tiny_run, *STORED], tmp_path, steps=4)
+    scored.clear()
+    all_there, weights, _ = train([*tiny_run, *STORED], tmp_path, steps=4)
+    assert max(scored) <= 3, "only the sample that is checked"
+    for path in store_dir().glob("*.sqlite"):
+        path.unlink()
+    _, others, trainer = train([*tiny_run, *STORED], tmp_path, steps=4)
+    assert max(scored) > 3
+    assert torch.equal(weights, others)
+    for one, other in zip(some, all_there, strict=True):
+        assert {k: v for k, v in one.items() if "runtime" not in k and "per_second" not in k} == {
+            k: v for k, v in other.items() if "runtime" not in k and "per_second" not in k
+        }
+    assert is_packed(trainer)
+
+
+def test_training_with_it_is_training_without(tiny_run: list[str], tmp_path: Path) -> None:
+    live, weights, _ = train([*tiny_run, *PACKED], tmp_path)
+    stored, others, _ = train([*tiny_run, *STORED], tmp_path)
+    for expected, found in zip(live, stored, strict=True):
+        for key in expected.keys() - {"train_runtime"}:
+            # before the first step every pair is a tie, which rounding decides
+            if (
+                "runtime" not in key
+                and "per_second" not in key
+                and not (key.endswith("accuracies") and expected["step"] == 1)
+            ):
+                assert abs(found[key] - expected[key]) <= 1e-5 * max(1, abs(expected[key])), (key, expected["step"])
+    assert (others - weights).norm() <= 1e-5 * weights.norm()
+
+
+def test_adapters_are_turned_off_once_for_many_pairs(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT goes through all modules each time, which takes as long as a small pair's forward."""
+    trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    turned_off = []
+    turn_off = PeftModel.disable_adapter
+    monkeypatch.setattr(PeftModel, "disable_adapter", lambda self: turned_off.append(1) or turn_off(self))
+    assert len(score_pairs(trainer, list(trainer.train_dataset))) == len(trainer.train_dataset) > 1 == len(turned_off)
+
+
+MISSES = [  # what changes the reference, or the rows that it is given
+    ["training.max_length=40", "data.on_overlong=trl"],
+    ["training.max_length=40", "data.on_overlong=trl", "training.truncation_mode=keep_end"],
+    ["model.dtype=bfloat16"],
+    ["quant=nf4"],
+    ["model.attn_implementation=eager"],
+    ["engine.shared_prefix=false"],
+    ["lora=none"],  # trains the head, which is then scored by another kernel
+]
+
+HITS = [
+    ["training.beta=0.5"],
+    ["training.learning_rate=1e-3"],
+    ["training.loss_type=ipo"],
+    ["seed=5"],
+    ["lora.r=4"],
+    ["lora.target_modules=[q_proj]"],
+    ["data.max_train_samples=7"],
+    ["training.per_device_train_batch_size=1"],
+    ["training.ld_alpha=0.5"],
+    ["training.gradient_checkpointing=true"],
+    ["data.eval_fraction=0.4"],
+    ["seed=5", "data.eval_fraction=0.3", "data.max_train_samples=9"],
+]
+
+
+@pytest.mark.parametrize("changes", MISSES, ids="+".join)
+def test_another_reference_is_another_one(
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    """Of these TRL's own cache returns the first run's values for the second one's cut rows."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
+    assert sum(scored) >= len(trainer.train_dataset)
+    fresh = score_pairs(trainer, list(trainer.train_dataset))
+    expected = torch.tensor([[float(values.sum(dtype=np.float64)) for values in pair] for pair in fresh]).T
+    assert torch.equal(reference_of(trainer), expected)
+
+
+@pytest.mark.parametrize("changes", HITS, ids="+".join)
+def test_what_leaves_the_reference_alone_finds_it(
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
+    assert max(scored) <= 3, "only the sample that is checked"
+    if "training.ld_alpha=0.5" not in changes:
+        torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path, scored: list[int]) -> None:
+    before = build([*tiny_run, *FP32, *STORED], tmp_path)
+    lines = Path(pairs).read_text().splitlines(keepends=True)
+    Path(pairs).write_text("".join(lines[::-1]))
+    scored.clear()
+    after = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert list(after.train_dataset["prompt_ids"]) != list(before.train_dataset["prompt_ids"])
+    assert max(scored) <= 3, "only the sample that is checked"
+    torch.testing.assert_close(reference_of(after), by_hand(after), atol=1e-4, rtol=0)
+
+
+def test_other_precision_of_fp32_products_is_another_reference(
+    tiny_run: list[str], tmp_path: Path, scored: list[int]
+) -> None:
+    """As `training.tf32` sets it on a GPU."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    scored.clear()
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    finally:
+        products.fp32_precision = before
+    assert sum(scored) >= len(trainer.train_dataset)
+
+
+def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path) -> None:
+    """TRL's own cache returns None's values for 0.0, whose right ones are others."""
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    for alpha in (0.0, 0.5):
+        trainer = build([*tiny_run, *FP32, *STORED, f"training.ld_alpha={alpha}"], tmp_path)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        stored = torch.stack([batch.pop(name) for name in REF_COLUMNS])
+        live = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+        torch.testing.assert_close(stored, live, atol=1e-4, rtol=0)
+
+
+def test_values_that_the_reference_does_not_give_are_refused(tiny_run: list[str], tmp_path: Path) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    (path,) = store_dir().glob("*.sqlite")
+    with sqlite3.connect(path) as database:
+        rows = database.execute("SELECT key, chosen FROM pairs").fetchall()
+        for key, chosen in rows:
+            wrong = (np.frombuffer(chosen, np.float32) + 0.01).tobytes()
+            database.execute("UPDATE pairs SET chosen = ? WHERE key = ?", [wrong, key])
+    with pytest.raises(RunError, match=r"does not give.*dpo_runner.cache clear reference"):
+        build([*tiny_run, *FP32, *STORED], tmp_path)
+
+
+def test_a_damaged_file_is_named(tiny_run: list[str], tmp_path: Path) -> None:
+    build([*tiny_run, *FP32, *STORED], tmp_path)
+    (path,) = store_dir().glob("*.sqlite")
+    path.write_bytes(b"SQLite format 3\0" + b"\x17" * 5000)
+    with pytest.raises(RunError, match=f"{path.name}.*clear reference"):
+        build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert list_references()[0].pairs is None
+
+
+def test_processes_share_the_work_and_the_file(tmp_path: Path) -> None:
+    program = """
+        import sys, random
+        import numpy as np
+        from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
+        with ReferenceStore("shared", {}, 10**9) as store:
+            for start in range(0, 400, 20):
+                keys = [bytes([k // 256, k % 256]) for k in range(start, start + 20)]
+                known = store.find(keys)
+                rows = {k: PairLogps(*[np.full(3, int.from_bytes(k), np.float32)] * 2) for k in keys}
+                store.add({k: logps for k, logps in rows.items() if k not in known})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    with ReferenceStore("shared", {}, 10**9) as store:
+        keys = [bytes([k // 256, k % 256]) for k in range(400)]
+        found = store.find([*keys, b"not there"])
+        assert set(found) == set(keys)
+        assert all(found[key].chosen.tolist() == [int.from_bytes(key)] * 3 for key in keys)
+
+
+def test_runs_at_once_fill_one_store_and_each_is_the_run_alone(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    betas = (0.1, 0.2, 0.3)
+
+    def start(beta: float, folder: str) -> Any:
+        quick = ["training.max_steps=2", "training.eval_strategy=no", "samples.num_prompts=0", f"training.beta={beta}"]
+        command = ["-m", "dpo_runner", *tiny_run, *quick, f"run_dir={folder}"]
+        return start_python(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def read(folder: str) -> bytes:
+        return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    running = [start(beta, f"at_once_{beta}") for beta in betas]
+    for run in running:
+        assert run.wait() == 0, run.communicate()[0]
+    (found,) = list_references()
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "other"))
+    alone = start(betas[1], "alone")
+    assert alone.wait() == 0, alone.communicate()[0]
+    assert list_references()[0].pairs == found.pairs
+    assert read("alone") == read(f"at_once_{betas[1]}") != read(f"at_once_{betas[0]}")
+
+
+def put(digest: str, limit: int = 10**9, pairs: int = 20) -> int:
+    """Fill a reference's file with 16 kB for each pair, and return how many had no room."""
+    with ReferenceStore(digest, {"model": digest}, limit) as store:
+        for k in range(pairs):
+            store.add({bytes([k]): PairLogps(*[np.full(2000, k, np.float32)] * 2)})
+        assert store.path.stat().st_size <= limit
+        kept = store.find([bytes([k]) for k in range(pairs)])
+        assert all((logps.chosen == key[0]).all() for key, logps in kept.items())
+        assert len(kept) == pairs - store.left_out
+        return store.left_out
+
+
+def size_of_all() -> int:
+    return sum(found.size for found in list_references())
+
+
+def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
+    for digest in ("a", "b", "c"):
+        put(digest)
+    size = list_references()[0].size
+    with ReferenceStore("a", {}, 10**9):  # the oldest, in use again
+        assert [path.stem for path in make_room(int(1.5 * size))] == ["b", "c"]
+    assert [(found.path.stem, found.pairs, found.description) for found in list_references()] == [
+        ("a", 20, {"model": "a"})
+    ]
+
+
+def test_the_file_in_use_stays_within_the_limit_too() -> None:
+    put("old")
+    size = size_of_all()
+    assert put("new", limit=size) == 0, "the other one has made room"
+    assert [found.path.stem for found in list_references()] == ["new"] and size_of_all() == size
+    assert put("more", limit=size, pairs=30) == 10
+    assert size_of_all() <= size
+    with ReferenceStore("more", {}, size // 2) as store:
+        assert len(store.find([bytes([k]) for k in range(30)])) == 20
+    assert not list_references(), "filled under another limit"
+
+
+def test_what_is_in_use_leaves_less_room_and_is_not_deleted() -> None:
+    put("used")
+    size = size_of_all()
+    with ReferenceStore("used", {}, 10**9):
+        left_out = put("new", limit=int(1.5 * size))
+        assert 8 <= left_out <= 12 and size < size_of_all() <= 1.5 * size
+
+
+def test_several_processes_keep_the_limit_together(tmp_path: Path) -> None:
+    limit = 200_000
+    program = """
+        import sys
+        import numpy as np
+        from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references
+        name, limit = sys.argv[1], int(sys.argv[2])
+        with ReferenceStore(name, {}, limit) as store:
+            for k in range(60):
+                store.add({bytes([k, len(name)]): PairLogps(*[np.zeros(500, np.float32)] * 2)})
+                assert sum(found.size for found in list_references()) <= limit + 2 * 12288  # made empty
+            assert store.left_out
+    """
+    names = ("one", "one", "other")
+    processes = [start_python("-c", textwrap.dedent(program), name, str(limit)) for name in names]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert 0 < size_of_all() <= limit  # who ends last may have deleted what the others, gone by then, had kept
+
+
+def test_a_run_says_how_many_pairs_it_does_not_keep(
+    tiny_run: list[str], tmp_path: Path, scored: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        scored.clear()
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer = build([*tiny_run, *FP32, *STORED, "engine.reference_store_gb=12e-6"], tmp_path)
+        assert sum(scored) >= len(trainer.train_dataset)
+        (told,) = [text for text in caplog.messages if "reference_store_gb" in text]
+        assert re.match(r"engine\.reference_store_gb=1\.2e-05: the store is full; 24 pairs were scored and not", told)
+        assert not list_references()
+    torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_whatever_the_reference_is_the_store_has_what_it_gives(
+    start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
+) -> None:
+    named = name_paths(start, SFT=sft_adapter, MODEL=tiny_model)
+    live = build([*tiny_run, *FP32, *named], tmp_path)
+    stored = build([*tiny_run, *FP32, *named, *STORED], tmp_path)
+    rows = [live.train_dataset[index] for index in range(len(live.train_dataset))]
+    batch = live.data_collator(rows)
+    if "ref_chosen_logps" in batch:  # TRL's own, computed before
+        expected = torch.stack([batch.pop(name) for name in REF_COLUMNS])
+    else:
+        expected = torch.stack(live.compute_ref_log_probs(live.ref_model or live.model, batch))
+    torch.testing.assert_close(reference_of(stored), expected, atol=2e-4, rtol=0)
+    assert stored.ref_model is None
+
+
+def test_weights_that_cannot_be_told_apart_are_not_stored(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dpo_runner.training.engine.reference import identity
+
+    monkeypatch.setattr(identity, "_TENSORS", ())
+    with caplog.at_level("INFO"):
+        trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
+    assert not trainer.precompute_ref_logps and not list(store_dir().glob("*.sqlite"))
+    assert any("the reference runs along" in record.message for record in caplog.records)

@@ -1,0 +1,199 @@
+"""The memory estimate: exact where it can be, and in the right order where it is simulated."""
+
+import io
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MistralConfig
+
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.splits import PairShape
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.console import RunConsole
+from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.train import run as run_conf
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.memory import estimate
+from dpo_runner.training.memory.estimate import MemoryEstimate, estimate_memory
+from dpo_runner.training.memory.fake_model import build_fake_models
+from tests.support.families import make_family
+from tests.support.programs import run_python
+from tests.support.scripts import load_script
+from tests.support.starts import STARTS, name_paths
+from tests.support.trainers import build
+
+TINY = ["model=tiny_random", "training=smoke"]
+TINY_WEIGHTS = 2 * 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+LORA_16 = 16 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+
+
+def run(*overrides: str, longest: int = 64) -> MemoryEstimate:
+    return estimate_memory(load_conf([*TINY, *overrides]), longest, PairShape(0, longest, longest))
+
+
+def test_weights_adapters_and_optimizer_are_exact() -> None:
+    rows = run().rows
+    assert rows["weights"] == pytest.approx(4 * TINY_WEIGHTS, abs=256)  # rotary frequencies beside them
+    assert rows["adapters"] == 4 * LORA_16
+    assert rows["optimizer"] == 2 * 4 * LORA_16
+    assert rows["reference"] == rows["quantization state"] == 0
+
+
+def test_full_fine_tuning_counts_the_reference() -> None:
+    rows = run("lora=none", "engine.reference_store=false").rows
+    assert rows["reference"] == rows["weights"]
+    assert rows["optimizer"] == 2 * 4 * TINY_WEIGHTS
+    stored = run("lora=none")
+    precomputed = run("lora=none", "engine.reference_store=false", "training.precompute_ref_log_probs=true")
+    assert stored.rows["reference"] == precomputed.rows["reference"] == 0
+
+
+def test_packed_pairs_take_what_they_have_in_tokens() -> None:
+    def activations(*overrides: str, **shape: int) -> int:
+        conf = load_conf([*TINY, *overrides])
+        return estimate_memory(conf, 200, PairShape(**shape)).phases["training"]
+
+    shared = activations(prompt=180, chosen=20, rejected=20)  # as short a pair is one block of attention
+    assert shared < 0.85 * activations(prompt=0, chosen=200, rejected=200)
+    assert shared < 0.7 * activations("engine.shared_prefix=false", prompt=180, chosen=20, rejected=20)
+
+
+def test_more_rows_and_longer_rows_take_more() -> None:
+    few, many = (run(f"training.per_device_train_batch_size={n}").phases["training"] for n in (1, 4))
+    short, long = (run(longest=n).phases["training"] for n in (32, 128))
+    assert few < many and short < long
+    assert run(longest=10**6).length == 512  # training.max_length
+    assert run("training.max_length=null", longest=600).length == 600
+
+
+def test_checkpointing_takes_less() -> None:
+    plain, checkpointed = (
+        run(f"training.gradient_checkpointing={value}", "training.per_device_eval_batch_size=1", longest=256)
+        for value in ("false", "true")
+    )
+    assert checkpointed.total < plain.total
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantized_weights_are_packed(quant: str) -> None:
+    rows = run(f"quant={quant}").rows
+    assert rows["weights"] < 4 * TINY_WEIGHTS
+    assert rows["quantization state"] > 0
+
+
+def test_a_7b_folder_needs_no_weights_and_little_time(tmp_path: Path) -> None:
+    config = MistralConfig(dtype="bfloat16")
+    config.save_pretrained(tmp_path / "mistral")
+    start = time.monotonic()
+    conf = load_conf([f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.max_length=256"])
+    rows = estimate_memory(conf, 256, PairShape(0, 256, 256)).rows
+    assert time.monotonic() - start < 20
+    parameters = 7_241_732_096
+    assert 0.5 * parameters < rows["weights"] + rows["quantization state"] < 0.6 * parameters
+
+
+def test_extrapolation_over_layers_equals_the_full_simulation(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = make_family("llama", tokenizer, tmp_path / "deep", num_hidden_layers=12)
+    overrides = [f"model.model_name_or_path={deep}"]
+    extrapolated = run(*overrides)
+    monkeypatch.setattr(estimate, "_FULL_DEPTH", 12)
+    full = run(*overrides)
+    for name in ("weights", "adapters", "optimizer"):
+        assert extrapolated.rows[name] == full.rows[name]
+    assert extrapolated.total == pytest.approx(full.total, rel=0.02)
+
+
+def test_what_cannot_be_estimated_is_refused() -> None:
+    with pytest.raises(ConfigError, match="optim"):
+        run("training.optim=adamw_anyprecision")
+
+
+def test_the_advice_names_what_takes_most() -> None:
+    assert "quant=nf4" in run().advice and "gradient_checkpointing" in run().advice
+    full = run("lora=none", "engine.reference_store=false").advice
+    assert "lora=r16" in full and "engine.reference_store=true" in full
+    spared = run("quant=nf4", "training.gradient_checkpointing=true", "training.per_device_train_batch_size=1").advice
+    assert spared == "try a smaller training.max_length"
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_the_fake_models_are_those_of_the_run(
+    start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
+) -> None:
+    named = name_paths(start, SFT=sft_adapter, MODEL=tiny_model)
+    named.append("engine.reference_store=false")
+    conf = load_conf([*tiny_run, *named])
+    trainer = build([*tiny_run, *named], tmp_path)
+    args = build_dpo_config(conf, tmp_path)
+    policy, reference, held = build_fake_models(load_model_config(conf.model), conf, args, FakeTensorMode())
+
+    def describe(model: Any) -> dict[str, Any]:
+        shapes = {}
+        for name, parameter in model.named_parameters():
+            quantized = getattr(parameter, "quant_state", None) is not None or parameter.dtype == torch.int8
+            shapes[name] = (parameter.numel(), parameter.dtype if quantized else None, parameter.requires_grad)
+        return shapes
+
+    assert describe(policy) == describe(trainer.model)
+    assert (reference is None) == (trainer.ref_model is None)
+    if reference is not None:
+        assert {name: row[:2] for name, row in describe(reference).items()} == {
+            name: row[:2] for name, row in describe(trainer.ref_model).items()
+        }
+    real = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert held["adapters"] >= real or conf.lora is None
+
+
+def test_a_dry_run_needs_the_models_config_and_its_tokenizer_only(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "mistral"
+    MistralConfig(dtype="bfloat16").save_pretrained(folder)
+    command = ["dry_run=true", "model=mistral", f"model.model_name_or_path={folder}", "quant=nf4"]
+    refused = run_python("-m", "dpo_runner", *command)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (line,) = refused.stderr.splitlines()
+    assert line.endswith("/mistral`: has no tokenizer that transformers can read; save the model's tokenizer there")
+    tokenizer.save_pretrained(folder)
+    result = run_python("-m", "dpo_runner", *command)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"at the peak \((training|evaluation)\) *│ *\d+\.\d\d", result.stdout)
+    assert "free on CPU" in result.stdout or "free on NVIDIA" in result.stdout
+    refused = run_python("-m", "dpo_runner", *command[1:])
+    assert refused.returncode == 2 and "cannot be loaded" in refused.stderr
+
+
+def test_a_dry_run_warns_of_what_does_not_fit(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def show(free: int) -> str:
+        monkeypatch.setattr(estimate, "read_device", lambda args: ("a card", 10**9, free))
+        text = io.StringIO()
+        assert (
+            run_conf(load_conf([*tiny_run, "dry_run=true"]), console=RunConsole(Console(file=text, width=200))) is None
+        )
+        return text.getvalue()
+
+    assert "warning" not in show(10**9)
+    assert re.search(r"warning: about 0\.\d GB are needed, 0\.0 GB are free on a card .* try ", show(1000))
+
+
+def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
+    text = io.StringIO()
+    conf = load_conf([*tiny_run, "dry_run=true", "training.optim=adamw_anyprecision"])
+    run_conf(conf, console=RunConsole(Console(file=text, width=200)))
+    assert "is not known: `training.optim=adamw_anyprecision`" in text.getvalue()
+
+
+@pytest.mark.real_model
+def test_the_estimate_is_near_what_the_default_model_takes() -> None:
+    overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
+    bench_memory = load_script("bench_memory")
+    measured = bench_memory.run_child(overrides)
+    conf = load_conf([*bench_memory.COMMON, *overrides, "data.path=rows.jsonl"])
+    pair = PairShape(*(measured[part] for part in PairShape._fields))
+    assert estimate_memory(conf, measured["longest"], pair).total == pytest.approx(measured["measured"], rel=0.15)

@@ -1,0 +1,190 @@
+"""The trainer's traps: adapters that move, dropout that means what it says, rows that are not templated twice."""
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_runner.config.compose import load_conf
+from dpo_runner.data.preferences import ID_COLUMNS, load_preferences
+from dpo_runner.errors import ConfigError
+from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.plan import build_plan, count_steps
+from dpo_runner.training.step0 import completion_logps
+from dpo_runner.training.trainer import RunTrainer
+from tests.support.common import ROWS
+from tests.support.trainers import build, first_rows, gradients
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_adapters_train_in_fp32(quant: str, tiny_run, tmp_path) -> None:
+    """Trap 4: TRL casts a QLoRA adapter to bf16."""
+    trainer = build([*tiny_run, f"quant={quant}"], tmp_path)
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+
+
+def test_small_updates_move_a_qlora_adapter(tiny_run, tmp_path) -> None:
+    """Trap 4, by its effect: in bf16 some 2 % of lora_A change at this learning rate, in fp32 nearly all."""
+    overrides = [*tiny_run, "quant=nf4", "training.learning_rate=5e-6", "training.lr_scheduler_type=constant"]
+    trainer = build(
+        [*overrides, "training.warmup_steps=0", "training.max_steps=20", "data.eval_fraction=0.1"], tmp_path
+    )
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_A" in name}
+    trainer.train()
+    parameters = dict(trainer.model.named_parameters())
+    moved = sum((parameters[name] != value).sum().item() for name, value in start.items())
+    assert moved / sum(value.numel() for value in start.values()) > 0.99
+
+
+def test_a_loaded_qlora_adapter_is_not_rounded(tiny_run, sft_adapter, tmp_path) -> None:
+    """TRL rounds the policy's copy to bf16 and not the reference's, so that they would differ from the start."""
+    from safetensors.torch import load_file
+
+    trainer = build([*tiny_run, "quant=nf4", f"model.adapter={sft_adapter}"], tmp_path)
+    saved = load_file(Path(sft_adapter) / "adapter_model.safetensors")
+    parameters = dict(trainer.model.named_parameters())
+    for name, value in saved.items():
+        for adapter in ("default", "ref"):
+            loaded = parameters[name.replace(".weight", f".{adapter}.weight")]
+            assert torch.equal(loaded, value)
+
+
+def set_dropout(trainer) -> list[float]:
+    layers = [module for name, module in trainer.model.named_modules() if name.endswith("lora_dropout.default")]
+    return [getattr(layer, "p", 0.0) for layer in layers]
+
+
+def test_lora_dropout_is_what_the_config_says(tiny_run, tmp_path) -> None:
+    """Trap 10: TRL's default zeroes it."""
+    trainer = build([*tiny_run, "lora.lora_dropout=0.3"], tmp_path)
+    assert set_dropout(trainer) and set(set_dropout(trainer)) == {0.3}
+    torch.manual_seed(0)
+    first = gradients(trainer)
+    second = gradients(trainer)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_disable_dropout_still_works(tiny_run, tmp_path) -> None:
+    trainer = build([*tiny_run, "training.disable_dropout=true"], tmp_path)
+    assert set(set_dropout(trainer)) <= {0.0}
+
+
+def test_the_reference_has_no_dropout(tiny_run, sft_adapter, tmp_path) -> None:
+    """TRL runs the reference in training mode, where an SFT adapter's dropout would make it noise."""
+    trainer = build([*tiny_run, f"model.adapter={sft_adapter}"], tmp_path)
+    for name, module in trainer.model.named_modules():
+        if name.endswith("lora_dropout"):
+            module["default"], module["ref"] = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)
+    quiet = completion_logps(trainer, first_rows(trainer))[1]
+    trainer.model.train()
+    batch = trainer._prepare_inputs(trainer.data_collator(first_rows(trainer)))
+    noisy = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    assert torch.equal(noisy, quiet)
+    assert trainer.model.training  # the policy's own forward keeps its dropout
+    assert any(
+        module.training for name, module in trainer.model.named_modules() if name.endswith("lora_dropout.default")
+    )
+
+
+def test_rows_reach_the_trainer_as_they_were_tokenized(tiny_run, tmp_path, tokenizer) -> None:
+    from dpo_runner.data.templates.chat_template import apply_chat_template
+
+    trainer = build(tiny_run, tmp_path)
+    expected = [apply_chat_template(row, tokenizer) for row in ROWS]
+    assert all(row in expected for row in trainer.train_dataset)
+
+
+def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_run, tmp_path) -> None:
+    """Trap 2: TRL files them without max_length, truncation_mode, ld_alpha and the attention implementation."""
+
+    def reference(*overrides: str) -> list[float]:
+        trainer = build([*tiny_run, "training.precompute_ref_log_probs=true", *overrides], tmp_path)
+        return list(trainer.train_dataset["ref_rejected_logps"])
+
+    assert reference("training.ld_alpha=0.0") != reference()
+    conf = load_conf(tiny_run)
+    rows = load_preferences(conf, load_tokenizer(conf.model)).train
+
+    def fingerprint(*overrides: str, reference: str = "") -> str:
+        args = build_dpo_config(load_conf([*tiny_run, "data.on_overlong=trl", *overrides]), tmp_path)
+        trainer = types.SimpleNamespace(attention="sdpa", _reference=reference)
+        return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
+
+    changes = [
+        "training.max_length=6",
+        "training.truncation_mode=keep_end",
+        "training.ld_alpha=0.0",
+        "training.bf16=false",
+    ]
+    assert len({fingerprint(), *map(fingerprint, changes)}) == 1 + len(changes)
+    assert fingerprint() == fingerprint("training.beta=0.7", "training.learning_rate=1e-3")
+    assert fingerprint() != fingerprint(reference="another adapter")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["training.max_steps=-1"], ["training.max_steps=-1", "training.num_train_epochs=2.5"],
+     ["training.max_steps=-1", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=3"],
+     ["training.max_steps=-1", "training.dataloader_drop_last=true", "training.per_device_train_batch_size=5"]],
+)  # fmt: skip
+def test_the_planned_steps_are_the_trainers(overrides: list[str], tiny_run, tmp_path) -> None:
+    overrides = [*tiny_run, *overrides, "training.eval_strategy=no", "training.save_strategy=no"]
+    trainer = build(overrides, tmp_path)
+    trainer.train()
+    assert trainer.state.max_steps == count_steps(load_conf(overrides), len(trainer.train_dataset))
+
+
+def test_what_upstream_refuses_is_one_line(tmp_path) -> None:
+    conf = load_conf(["training.optim=adafactor", "training.eval_strategy=steps"])
+    conf.training.lr_scheduler_type = "no_such"
+    with pytest.raises(ConfigError, match="`training`:"):
+        build_dpo_config(conf, tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "apo_zero", "[sigmoid,sft]"])
+def test_losses_train(loss: str, tiny_run, tmp_path) -> None:
+    trainer = build([*tiny_run, f"training.loss_type={loss}"], tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, tokenizer, tmp_path) -> None:
+    """Where TRL's own templating is sound, ours gives the same."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    from dpo_runner.data.templates.chat_template import apply_chat_template
+
+    rows = [
+        {
+            "prompt": [
+                *([{"role": "system", "content": "Be brief."}] if number % 2 else []),
+                {"role": "user", "content": f"{row['prompt']} 🙂"},
+            ],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for number, row in enumerate(ROWS[:6])
+    ]
+    args = DPOConfig(output_dir=str(tmp_path), max_length=None, bf16=False, report_to="none")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    for row, made in zip(rows, trainer.train_dataset, strict=True):
+        assert apply_chat_template(row, tokenizer) == {name: made[name] for name in ID_COLUMNS}
+
+
+def test_one_process_takes_one_gpu(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    conf = load_conf([*tiny_run, "training.bf16=false", "training.per_device_train_batch_size=2"])
+    args = build_dpo_config(conf, tmp_path)
+    assert args.n_gpu == 1 and args.train_batch_size == 2 and not args.use_cpu
+    data = load_preferences(conf, load_tokenizer(conf.model))
+    plan = build_plan(conf, data, tmp_path, "", "", "", None)
+    assert plan["device"].startswith("the first of 4 GPUs; CUDA_VISIBLE_DEVICES")
+    conf = load_conf([*tiny_run, "training.use_cpu=true"])
+    assert "device" not in build_plan(conf, data, tmp_path, "", "", "", None)
