@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.records.find import RUN_FILES

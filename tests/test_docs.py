@@ -162,7 +162,7 @@ def test_the_error_examples_are_what_is_printed() -> None:
 
 
 def test_the_python_examples_run(tmp_path: Path, environment: dict[str, str]) -> None:
-    from dpo_runner import train as run
+    from dpo_runner import run
     from dpo_runner.config.compose import load_conf
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """What each configuration key affects, and the keys that were removed. Imports no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ NO_OPS = (
 )
 
 
-def find_no_op(key: str, confs: list[RunFields]) -> str | None:
+def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
     """Return why an axis over `key` changes nothing in any of `confs`, or None where it may."""
     if key.partition(".")[0] in OUTSIDE:
         return "does not change what is computed, so its values would run the same thing again"

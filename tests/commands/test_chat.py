@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.chat import Chat, main
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError

@@ -167,7 +167,7 @@ def test_the_command_is_quick_and_imports_neither_torch_nor_plotly(sweep: Path) 
 
 
 def test_real_runs_are_compared_and_the_best_one_answers(tiny_run: list[str], tmp_path: Path, capsys) -> None:
-    from dpo_runner import train as run
+    from dpo_runner import run
     from dpo_runner.chat import main as chat
     from dpo_runner.config.compose import load_conf
 

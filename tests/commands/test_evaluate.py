@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.evaluate import evaluation as command

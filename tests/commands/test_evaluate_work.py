@@ -7,7 +7,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.evaluate.evaluation import evaluate
 from dpo_runner.records.reading import read_summary

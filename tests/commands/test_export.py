@@ -16,8 +16,7 @@ from peft.tuners.lora import Linear, LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_runner import __version__
-from dpo_runner import train as run
+from dpo_runner import __version__, run
 from dpo_runner.chat import Chat
 from dpo_runner.config.compose import load_conf
 from dpo_runner.export.__main__ import main

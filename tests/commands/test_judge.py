@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.run import JudgeConf
 from dpo_runner.errors import ConfigError, RunError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.chat import Chat
 from dpo_runner.config.compose import load_conf
 from dpo_runner.export.__main__ import main as export

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 
 

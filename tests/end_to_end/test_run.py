@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.chat import Chat
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.io.console import RunConsole, Terminal

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.export.__main__ import main as export
 from dpo_runner.model.card.card import write_card

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dpo_runner import chat
-from dpo_runner import train as run
+from dpo_runner import chat, run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.data import SourceFields
 from dpo_runner.data.rows.decoding import decode_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.chat import main as chat
 from dpo_runner.compare.__main__ import main as compare
 from dpo_runner.config.compose import load_conf

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunBusy, RunInterrupted
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunPruned
 from dpo_runner.records.directory import RunDirectory

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from tests.support.common import ROWS
 from tests.support.programs import start_python

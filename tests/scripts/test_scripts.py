@@ -11,7 +11,7 @@ from tests.support.scripts import SCRIPTS, load_script
 
 
 def test_train_sft_adapter_makes_an_adapter_that_a_run_starts_from(tiny_model, tiny_run, pairs, tmp_path: Path) -> None:
-    from dpo_runner import train as run
+    from dpo_runner import run
     from dpo_runner.config.compose import load_conf
 
     command = [str(SCRIPTS / "train_sft_adapter.py"), "--model", tiny_model, "--data", pairs]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData, load_preferences

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.records.reading import read_metrics

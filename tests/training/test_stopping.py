@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunInterrupted
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step

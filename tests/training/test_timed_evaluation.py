@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import TrainerCallback
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.console import RunConsole

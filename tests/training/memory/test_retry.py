@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from dpo_runner import train as run
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.records.directory import update_status
