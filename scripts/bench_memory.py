@@ -1,4 +1,4 @@
-"""Measure a few training runs' peak memory and compare it with what `dpo_runner.training.memory.estimate` says beforehand.
+"""Measure a few training runs' peak memory and compare it with its estimate (`dpo_runner.training.memory.estimate`).
 
     python scripts/bench_memory.py --only nf4
 
@@ -17,6 +17,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_runner.model.blueprint import Blueprint
+
+if TYPE_CHECKING:
+    from dpo_runner.training.memory.estimate import MemoryEstimate
 
 SETTINGS = {
     "LoRA r=16, batch 4, 512 tokens": ["training.max_length=512"],
@@ -66,18 +72,16 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
     from dpo_runner.config.compose import load_conf
     from dpo_runner.data.preferences import load_preferences
     from dpo_runner.model.policy import load_policy
-    from dpo_runner.model.tokenizer import load_tokenizer
     from dpo_runner.training.build import build_dpo_config, build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         conf = load_conf([*COMMON, *overrides, f"data.path={_write_rows(Path(folder))}"])
-        args = build_dpo_config(conf, Path(folder) / "checkpoints")
-        tokenizer = load_tokenizer(conf.model)
-        data = load_preferences(conf, tokenizer)
+        args, blueprint = build_dpo_config(conf, Path(folder) / "checkpoints"), Blueprint.of_run(conf)
+        data = load_preferences(conf, blueprint.tokenizer)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
         before = _read_status("VmRSS")
-        policy = load_policy(conf)
+        policy = load_policy(blueprint)
         for tensor in policy.model.parameters():
             tensor.detach().max()  # reads every page of a weight that is only mapped so far
         gc.collect()
@@ -86,9 +90,21 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
         loaded = _read_status("VmRSS") - before
         if load_only:
             return {"loaded": loaded, "longest": 0}
-        build_trainer(conf, args, policy, data, tokenizer, []).train()
-        measured = _read_status("VmHWM") - before
-        return {"loaded": loaded, "measured": measured, "longest": data.longest(), **data.largest()._asdict()}
+        build_trainer(conf, args, blueprint, policy, data).train()
+        measured, shape = _read_status("VmHWM") - before, data.shape()
+        return {"loaded": loaded, "measured": measured, "longest": shape.longest, **shape.largest._asdict()}
+
+
+def estimate(overrides: list[str], shape: dict[str, int]) -> "MemoryEstimate":
+    """Estimate a run whose rows are of the shape that `measure` returns."""
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.data.splits import DataShape, PairShape
+    from dpo_runner.training.build import build_dpo_config
+    from dpo_runner.training.memory.estimate import estimate_memory
+
+    conf = load_conf([*COMMON, *overrides])
+    rows = DataShape(shape["longest"], PairShape(*(shape[part] for part in PairShape._fields)))
+    return estimate_memory(conf, build_dpo_config(conf, Path("checkpoints")), Blueprint.of_run(conf), rows)
 
 
 def _write_rows(folder: Path) -> Path:
@@ -125,17 +141,11 @@ def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
 
 def compare(settings: dict[str, list[str]], only: str) -> list[str]:
     """Measure and estimate each of `settings` whose name contains `only`, and return the rows of a table."""
-    from dpo_runner.config.compose import load_conf
-    from dpo_runner.data.splits import PairShape
-    from dpo_runner.training.memory.estimate import estimate_memory
-
     rows = []
     for name, overrides in settings.items():
         if only in name:
             measured = run_child(overrides)
-            conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
-            pair = PairShape(*(measured[part] for part in PairShape._fields))
-            estimated = estimate_memory(conf, measured["longest"], pair).total
+            estimated = estimate([*overrides, "data.path=rows.jsonl"], measured).total
             ratio = estimated / measured["measured"]
             rows.append(f"| {name} | {estimated / 1e9:.2f} | {measured['measured'] / 1e9:.2f} | {ratio:.2f} |")
             print(rows[-1], flush=True)
@@ -144,15 +154,11 @@ def compare(settings: dict[str, list[str]], only: str) -> list[str]:
 
 def compare_weights() -> list[str]:
     """Measure and estimate the loaded model under each quantization, and return the rows of a table."""
-    from dpo_runner.config.compose import load_conf
-    from dpo_runner.data.splits import PairShape
-    from dpo_runner.training.memory.estimate import estimate_memory
-
     rows = []
     for name, overrides in QUANTS.items():
-        conf = load_conf([*COMMON, *overrides, "data.path=rows.jsonl"])
-        estimate = estimate_memory(conf, 64, PairShape(0, 64, 64))
-        held = estimate.rows["weights"] + estimate.rows["quantization state"]
+        shape = {"longest": 64, "prompt": 0, "chosen": 64, "rejected": 64}
+        parts = estimate([*overrides, "data.path=rows.jsonl"], shape).rows
+        held = parts["weights"] + parts["quantization state"]
         loaded = run_child(overrides, load_only=True)["loaded"]
         rows.append(f"| {name} | {held / 1e6:.0f} | {loaded / 1e6:.0f} |")
         print(rows[-1], flush=True)

@@ -16,9 +16,9 @@ from trl import SFTConfig, SFTTrainer
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import load_preferences
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.files.locations import resolve_model_path
 from dpo_runner.model.files.packaged import DEFAULT_MODEL
-from dpo_runner.model.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             f"training.max_length={args.max_length}",
         ]
     )
-    tokenizer = load_tokenizer(conf.model)
+    tokenizer = Blueprint(conf.model).tokenizer
     dataset = load_preferences(conf, tokenizer).train.map(
         lambda row: {
             "input_ids": row["prompt_ids"] + row["chosen_ids"],

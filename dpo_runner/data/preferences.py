@@ -19,7 +19,7 @@ from dpo_runner.data.prepare.cache import Prepared, prepare
 from dpo_runner.data.prepare.recipe import Recipe
 from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
-from dpo_runner.data.splits import Mask, PairShape, Split, hold_out
+from dpo_runner.data.splits import DataShape, Mask, Split, hold_out
 from dpo_runner.data.templates.chat_template import ChatTemplate
 from dpo_runner.errors import DataError
 
@@ -74,13 +74,12 @@ class PreferenceData:
         """Return a digest of a split's token ids, in order."""
         return self._splits[split].fingerprint()
 
-    def longest(self) -> int:
-        """Return the tokens of the longest conversation, prompt and the longer answer, over all splits."""
-        return max(split.longest() for split in self._splits.values())
-
-    def largest(self) -> PairShape:
-        """Return the shape of the pair with the most tokens, over all splits."""
-        return max((split.largest() for split in self._splits.values()), key=sum)
+    def shape(self) -> DataShape:
+        """Return how large the rows are, over all splits."""
+        splits = self._splits.values()
+        return DataShape(
+            longest=max(split.longest() for split in splits), largest=max((s.largest() for s in splits), key=sum)
+        )
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """Yield source, split, file, line (or row), reason and detail of each row that was left out."""

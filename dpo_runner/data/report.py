@@ -173,6 +173,14 @@ class DataReport:
         """Return it as plain containers."""
         return dataclasses.asdict(self)
 
+    def histograms(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Return the histograms of tokens, as counts and edges, by `<split>/<part>`."""
+        return {
+            f"{split}/{part}": (lengths.counts, lengths.edges)
+            for split, pairs in self.splits.items()
+            for part, lengths in pairs.lengths.items()
+        }
+
     def lines(self) -> dict[str, str]:
         """Return it in short, as label and text, for the plan."""
         lines = {f"  {source.name} ({source.split})": str(source) for source in self.sources}

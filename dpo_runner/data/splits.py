@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,24 @@ class PairShape(NamedTuple):
         """Return what is left of it where a row may have `length` tokens and keeps its start."""
         room = max(length - self.prompt, 0)
         return PairShape(min(self.prompt, length), min(self.chosen, room), min(self.rejected, room))
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """How large a run's rows are.
+
+    Attributes:
+        longest: tokens of the longest conversation, its prompt and the longer answer.
+        largest: the pair with the most tokens.
+    """
+
+    longest: int
+    largest: PairShape
+
+    def cut(self, length: int | None) -> "DataShape":
+        """Return what is left where a row may have `length` tokens and keeps its start."""
+        longest = self.longest if length is None else min(self.longest, length)
+        return DataShape(longest, self.largest.cut(longest))
 
 
 class Split:

@@ -88,11 +88,11 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
 def _prepare(run_dir: Path, conf: RunConf, foreign: bool, console: Console) -> "tuple[Task, PreTrainedTokenizerBase]":
     """Load tokenizer and data, and name the evaluation after what it depends on."""
     from dpo_runner.data.preferences import load_preferences
-    from dpo_runner.model.tokenizer import describe_chat_template, load_tokenizer
+    from dpo_runner.model.blueprint import Blueprint
 
-    tokenizer = load_tokenizer(conf.model)
-    origin = describe_chat_template(conf.model, tokenizer)
-    data = load_preferences(conf, tokenizer, origin, RunConsole(console).show_preparing)
+    blueprint = Blueprint.of_run(conf)
+    tokenizer = blueprint.tokenizer
+    data = load_preferences(conf, tokenizer, blueprint.template_origin, RunConsole(console).show_preparing)
     if data.eval is None and not foreign:
         raise ConfigError(
             "`data`: the run held out no evaluation pairs, and its training pairs would flatter it; name other data "

@@ -38,11 +38,12 @@ class Task:
 
     def describe(self) -> dict[str, Any]:
         """Return what an evaluation depends on, for evaluation.json."""
-        from dpo_runner.model.reference import describe_reference
+        from dpo_runner.model.blueprint import Blueprint
 
         autocast, moves = name_autocast(self.conf), self.conf.training.sync_ref_model
         return {
-            "reference": describe_reference(self.conf) + (", as it was before training moved it" if moves else ""),
+            "reference": Blueprint.of_run(self.conf).reference.described
+            + (", as it was before training moved it" if moves else ""),
             "autocast": autocast,
             "data": [str(source.path) for source in resolve_sources(self.conf.data).values()],
             "split": self.split if self.split == "eval" else "all",
@@ -71,22 +72,24 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     import torch
 
     from dpo_runner.model.base import load_base_model
-    from dpo_runner.model.reference import is_initial, load_reference, settle_dtype, trains_all
+    from dpo_runner.model.blueprint import Blueprint
+    from dpo_runner.model.policy import load_reference
     from dpo_runner.model.result import INITIAL, load_tuned_model
     from dpo_runner.training.memory.device import keep_freed_memory
     from dpo_runner.training.precision import choose_autocast
 
     keep_freed_memory()
     policy: Any = load_tuned_model(run_dir)[0]
-    folder, own = load_reference(conf)
+    blueprint = Blueprint.of_run(conf)
+    reference, own = blueprint.reference, load_reference(blueprint)
     adapter = None
-    if folder:
+    if reference.is_within and reference.folder is not None:
         adapter = "reference"
-        policy.load_adapter(folder, adapter)
+        policy.load_adapter(reference.folder, adapter)
         policy.eval()
-    elif is_initial(conf) and trains_all(conf):
-        own = load_base_model(settle_dtype(conf), conf.quant)[0].eval()
-    elif is_initial(conf) and INITIAL in policy.peft_config:
+    elif reference.is_initial and blueprint.trains_all:
+        own = load_base_model(blueprint)[0].eval()
+    elif reference.is_initial and INITIAL in policy.peft_config:
         adapter = INITIAL
     if torch.cuda.is_available() and not conf.training.use_cpu and conf.quant is None:
         policy, own = policy.to("cuda"), own and own.to("cuda")

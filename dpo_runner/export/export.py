@@ -60,9 +60,9 @@ def export_run(
         ConfigError: there is no finished run, `out` is taken, or a model that the run names is missing.
         RunError: the merged model's logits are not the adapter's, or writing failed. Nothing was written.
     """
+    from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.card.card import PLOTS, write_card
     from dpo_runner.model.card.facts import read_facts
-    from dpo_runner.model.reference import describe_reference
     from dpo_runner.records.reading import check_finished, read_run_conf
 
     check_finished(run_dir)
@@ -75,7 +75,7 @@ def export_run(
     if tuned.name == "adapter":
         refuse_pickled_adapter(tuned)
     conf = read_run_conf(run_dir)
-    facts = read_facts(run_dir, conf, describe_reference(conf), read_summary(run_dir))
+    facts = read_facts(run_dir, conf, Blueprint.of_run(conf).reference.described, read_summary(run_dir))
     if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
         conf = replace(conf, model=replace(conf.model, revision=commit))
     lineage = trace_origins(conf, run_dir, tuned, facts.environment)
@@ -126,18 +126,20 @@ def _build_model(
 
     from dpo_runner.data.templates.chat_template import ChatTemplate
     from dpo_runner.model.base import load_base_model
-    from dpo_runner.model.files.locations import resolve_model_path
+    from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.tokenizer import find_stop_ids
 
     full, trust = tuned.name == "model", conf.model.trust_remote_code
     source = ModelConf(model_name_or_path=str(tuned), trust_remote_code=trust) if full else conf.model
     # In the dtype of training: an SFT adapter merged in another one would make another base.
-    model: Any = load_base_model(source, None)[0]
+    blueprint = Blueprint(source)
+    model: Any = load_base_model(blueprint)[0]
     if getattr(model.config, "quantization_config", None) is not None:
         key = f"`model.model_name_or_path={source.model_name_or_path}`"
         raise ConfigError(f"{key}: is itself quantized, so nothing can be merged into it; use --adapter-only")
-    path = resolve_model_path(source)
-    saved = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=trust).get_text_config()
+    saved = AutoConfig.from_pretrained(
+        blueprint.base, revision=source.revision, trust_remote_code=trust
+    ).get_text_config()
     dtype = dtype or str(saved.dtype or model.dtype).removeprefix("torch.")
     usual, loaded = model.dtype, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     model.float()

@@ -6,8 +6,9 @@ import os
 import re
 import time
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +17,6 @@ from rich.table import Table
 
 from dpo_runner.io.masking import mask_text
 from dpo_runner.io.streams import TROUBLE, show_every_character, silence
-
-if TYPE_CHECKING:
-    from dpo_runner.training.memory.estimate import MemoryEstimate
 
 logger = logging.getLogger(__name__)
 
@@ -113,23 +111,17 @@ class RunConsole:
             table.add_row(f"[bold]{escape(key)}[/]", escape(visible(mask_text(value))))
         self.console.print(table)
 
-    def show_memory(self, estimate: "MemoryEstimate") -> None:
-        """Show what a run will hold at its peak beside what the device has free, and warn where that is too little."""
-        title = f"estimated peak memory, with {estimate.length:,} tokens to the longest row"
+    def show_sizes(self, title: str, sizes: Mapping[str, int], totals: Mapping[str, int]) -> None:
+        """Show a table of sizes in bytes, as gigabytes; sizes of 0 are left out."""
         table = Table("", title=title, title_justify="left")
         table.add_column("GB", justify="right")
-        for label, size in estimate.rows.items():
+        for label, size in sizes.items():
             if size:
                 table.add_row(label, f"{size / 1e9:.2f}")
         table.add_section()
-        table.add_row(f"at the peak ({estimate.phase})", f"{estimate.total / 1e9:.2f}")
-        table.add_row(f"free on {escape(visible(estimate.device))}", f"{estimate.device_free / 1e9:.2f}")
+        for label, size in totals.items():
+            table.add_row(escape(visible(label)), f"{size / 1e9:.2f}")
         self.console.print(table)
-        if not estimate.fits:
-            self.warn(
-                f"about {estimate.total / 1e9:.1f} GB are needed, {estimate.device_free / 1e9:.1f} GB are free on "
-                f"{estimate.device} ({estimate.device_total / 1e9:.1f} GB in all); {estimate.advice}"
-            )
 
     def show_preparing(self, source: str, rows: int) -> None:
         """Report that `rows` more rows of a source have been tokenized, every few seconds where there are many."""

@@ -17,7 +17,7 @@ from dpo_runner.config.adapter_config import read_adapter_base
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.errors import ConfigError, reason_of, suggest
-from dpo_runner.model.files.locations import is_adapter, resolve_adapter_path, resolve_model_path
+from dpo_runner.model.files.locations import is_adapter
 from dpo_runner.model.files.packaged import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
 from dpo_runner.model.files.pickles import refuse_pickled_adapter
 
@@ -170,7 +170,14 @@ def _check_shape(folder: Path, name: str, path: str, module: torch.nn.Module, pa
         )
 
 
-def find_other_bases(conf: ModelConf) -> list[str]:
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """Return the config of an adapter's folder, as one that can be trained."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
+
+
+def find_other_bases(conf: ModelConf, path: str, adapter: Path | None) -> list[str]:
     """Return a warning for each adapter that was made on another base than the one it is put on.
 
     Names are compared as given, as folders, as hub ids in the hub's cache, and by their last part, so that the same
@@ -180,10 +187,8 @@ def find_other_bases(conf: ModelConf) -> list[str]:
         ConfigError: an adapter or the model is not there.
     """
     origin = {DEFAULT_MODEL_ORIGIN} if conf.model_name_or_path == DEFAULT_MODEL else set()
-    base = {
-        spelling for name in (conf.model_name_or_path, resolve_model_path(conf), *origin) for spelling in _spell(name)
-    }
-    adapters = {} if conf.adapter is None else {"model.adapter": (conf.adapter, resolve_adapter_path(conf))}
+    base = {spelling for name in (conf.model_name_or_path, path, *origin) for spelling in _spell(name)}
+    adapters = {} if adapter is None else {"model.adapter": (conf.adapter, str(adapter))}
     if conf.reference not in ("initial", "base") and is_adapter(conf.reference):
         adapters["model.reference"] = (conf.reference, conf.reference)
     warnings = []

@@ -1,4 +1,4 @@
-"""From a configuration to the policy, and to what its reference is.
+"""From a blueprint to the policy, and to its reference where that is a model of its own.
 
 Unless `model.reference` says otherwise, the reference is the model that training starts from: the base where a new
 adapter goes on it (its B is 0), the SFT model where an SFT adapter is continued, stacked upon or merged, a frozen
@@ -9,37 +9,34 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dpo_runner.config.run_conf import RunConf
-from dpo_runner.errors import ConfigError
-from dpo_runner.model.adapters import build_peft_config, changes_base, check_adapter, check_targets
 from dpo_runner.model.base import load_base_model
-from dpo_runner.model.files.locations import explain_missing, refuse_hub_adapter, resolve_adapter_path
-from dpo_runner.model.quantization import check_quantized, settle_quantization
-from dpo_runner.model.reference import is_initial, load_reference, settle_dtype, stores_reference, trains_all
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.files.locations import explain_missing
 from dpo_runner.model.stacking import copy_adapter, stack_adapter
-from dpo_runner.model.tokenizer import settle_vocabulary
-from dpo_runner.model.vocabulary import build_meta_model, load_model_config, train_new_rows
-from dpo_runner.sweep.base_pool import BasePool
+from dpo_runner.model.vocabulary import train_new_rows
 
 logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+"""Shows one line to a person."""
+
+LoadBase = Callable[[Blueprint, Say], tuple[PreTrainedModel, str]]
+"""Loads a base model; returns it, and the folder or hub id of its unquantized weights."""
 
 
 @dataclass
 class Policy:
-    """The model to train and what it is compared with.
+    """The model to train, and its reference where that is a model of its own.
 
     Attributes:
         model: the base model, or a `PeftModel` whose adapter `default` is trained.
         peft_config: the new adapter for `DPOTrainer` to put on `model`, or None.
         ref_model: the reference where it is a model of its own; with adapters it is usually inside `model`.
         base: what the adapter will have to be loaded on.
-        reference_adapter: folder of an adapter on the same base that is the reference, `""` for none at all (the
-            bare base), None where TRL's choice is right: the initial model.
         result: the adapters that make up the result, each with its weight.
         rows: how many rows the embeddings of `base` are resized to beneath the result, None where they are not.
         saves_embeddings: whether the result must hold the embeddings that an SFT adapter has put into the base.
@@ -49,74 +46,51 @@ class Policy:
     peft_config: PeftConfig | None
     ref_model: PreTrainedModel | None
     base: str
-    reference_adapter: str | None = None
     result: dict[str, float] = field(default_factory=lambda: {"default": 1.0})
     rows: int | None = None
     saves_embeddings: bool = False
 
 
-def check_model(conf: RunConf) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """Check model, quantization and adapters against the model's config, before any weight is loaded.
+def load_fresh(blueprint: Blueprint, say: Say) -> tuple[PreTrainedModel, str]:
+    """Load the base model of a run that shares it with no other."""
+    return load_base_model(blueprint)
+
+
+def load_reference(blueprint: Blueprint) -> PreTrainedModel | None:
+    """Load the reference where it is a model of its own, in evaluation mode and frozen.
 
     Returns:
-        The model's config, and the model without weights, on the meta device.
+        The model; None where the reference is the initial model, or inside the policy's own.
 
     Raises:
-        ConfigError: something does not fit.
+        ConfigError: it cannot be loaded.
     """
-    name = conf.model.model_name_or_path
-    refuse_hub_adapter(conf.model)
-    config = load_model_config(conf.model)
-    own = getattr(config, "quantization_config", None)
-    quantization_config = settle_quantization(conf.quant, own, name)
-    if own is not None and conf.lora is None and conf.model.adapter is None:
-        raise ConfigError("`lora=null`: the checkpoint is quantized, and quantized weights need an adapter to train")
-    peft_config = build_peft_config(conf.lora)
-    if (quantization_config is not None or own is not None) and changes_base(peft_config):
-        raise ConfigError(
-            f"`lora.init_lora_weights={conf.lora and conf.lora.init_lora_weights}`: takes its share out of the base "
-            "weights, which a quantized base cannot give exactly; use quant=none, or lora.init_lora_weights=true"
-        )
-    meta = build_meta_model(config, conf.model)
-    if conf.model.adapter is not None:
-        check_adapter(Path(resolve_adapter_path(conf.model)), meta, name, conf.model.use_safetensors)
-    if conf.lora is not None:
-        check_targets(conf.lora, meta, name)
-    new_ids = settle_vocabulary(conf.model).new_ids
-    if new_ids and conf.model.adapter is not None and conf.model.adapter_mode != "merge":
-        raise ConfigError(
-            f"`model.added_tokens`: {len(new_ids)} of them are new to the tokenizer of {conf.model.adapter}, whose "
-            "embeddings are its own; use model.adapter_mode=merge"
-        )
-    train_new_rows(peft_config, meta, new_ids)
-    check_quantized(meta, quantization_config, name)
-    return config, meta
+    if blueprint.reference_model is None:
+        return None
+    rows = blueprint.vocabulary.rows or 0
+    return load_base_model(blueprint.reference_model, rows)[0].eval().requires_grad_(False)
 
 
-def load_policy(conf: RunConf, bases: BasePool | None = None, tell: Callable[[str], None] = logger.info) -> Policy:
+def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say = logger.info) -> Policy:
     """Load base, quantization and SFT adapter into the policy that training starts from.
 
     Args:
-        conf: the run.
-        bases: keeps the base model between runs; None where there is but one.
-        tell: shows one line to a person.
+        blueprint: of the run.
+        load_base: loads the base model; the workers of a sweep keep it between their runs.
+        say: shows one line to a person.
 
     Raises:
         ConfigError: a model or adapter cannot be loaded.
     """
-    mode = conf.model.adapter_mode if conf.model.adapter is not None else None
-    if bases is None:
-        base, path = load_base_model(settle_dtype(conf), conf.quant)
-    else:
-        base, path = bases.load(conf, tell)
-    policy = Policy(base, build_peft_config(conf.lora), None, path)
-    vocabulary = settle_vocabulary(conf.model)
+    mode, reference, vocabulary = blueprint.adapter_mode, blueprint.reference, blueprint.vocabulary
+    base, path = load_base(blueprint, say)
+    policy = Policy(base, blueprint.build_peft(), None, path)
     train_new_rows(policy.peft_config, base, vocabulary.new_ids)
     policy.rows = vocabulary.rows if mode != "merge" or vocabulary.new_ids else None  # a merged base has them already
     policy.saves_embeddings = vocabulary.replaces_base and mode in ("continue", "stack")
     if mode in ("continue", "stack"):
-        folder = resolve_adapter_path(conf.model)
-        with explain_missing(str(conf.model.adapter), "model.adapter"):
+        folder = str(blueprint.adapter)
+        with explain_missing(str(blueprint.conf.adapter), "model.adapter"):
             if mode == "continue":
                 # Without is_trainable the adapter is frozen and the loss would never move.
                 policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -126,16 +100,15 @@ def load_policy(conf: RunConf, bases: BasePool | None = None, tell: Callable[[st
                 policy.peft_config = None
                 policy.result = {"sft": 1.0, "default": 1.0}
                 policy.saves_embeddings |= policy.model.absorbed
-    elif changes_base(policy.peft_config):
+    elif blueprint.changes_base:
         # TRL gets both adapters: without any, the base is not the one that training starts from.
         policy.model = get_peft_model(base, policy.peft_config)
         policy.model.peft_config["default"].init_lora_weights = True  # its copy must not take from the base again
         policy.peft_config = None
         policy.result = {"default": 1.0, "ref": -1.0}  # what it has become on top of the base as published
-    policy.reference_adapter, policy.ref_model = load_reference(conf)
+    policy.ref_model = load_reference(blueprint)
     if policy.ref_model is not None and "ref" in policy.result:
         copy_adapter(policy.model, "default", "ref")  # TRL does so only where that is its reference
-    kept_nowhere = not conf.training.precompute_ref_log_probs and not stores_reference(conf)
-    if is_initial(conf) and trains_all(conf) and kept_nowhere:
+    if reference.is_initial and blueprint.trains_all and not reference.is_scored_before:
         policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
     return policy

@@ -76,6 +76,27 @@ def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndB
     return None
 
 
+def check_quantized_training(own: Any, asked: Any, has_adapter: bool, start: Any) -> None:
+    """Check that a quantized base can be trained on.
+
+    Args:
+        own: the checkpoint's own `quantization_config`, or None.
+        asked: what weights are quantized with while they are loaded, or None.
+        has_adapter: whether an adapter is trained.
+        start: the initialization of a new adapter that begins with a share of the base's weights, or None.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if own is not None and not has_adapter:
+        raise ConfigError("`lora=null`: the checkpoint is quantized, and quantized weights need an adapter to train")
+    if (own is not None or asked is not None) and start is not None:
+        raise ConfigError(
+            f"`lora.init_lora_weights={start}`: takes its share out of the base weights, which a quantized base cannot "
+            "give exactly; use quant=none, or lora.init_lora_weights=true"
+        )
+
+
 def linear4bit_modules(model: torch.nn.Module) -> Iterator[Any]:
     """Yield bitsandbytes' 4-bit layers."""
     from bitsandbytes.nn import Linear4bit

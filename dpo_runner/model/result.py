@@ -11,10 +11,10 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import write_folder
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.card.card import write_card
 from dpo_runner.model.card.facts import read_facts
 from dpo_runner.model.policy import Policy
-from dpo_runner.model.reference import describe_reference
 from dpo_runner.model.stacking import combined_adapter
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_run_conf
@@ -36,29 +36,29 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     from peft import PeftModel
 
     from dpo_runner.model.base import load_base_model
-    from dpo_runner.model.files.locations import explain_missing, resolve_adapter_path
+    from dpo_runner.model.files.locations import explain_missing
     from dpo_runner.model.files.pickles import refuse_pickled_adapter
     from dpo_runner.model.stacking import load_lora_alone
-    from dpo_runner.model.tokenizer import load_tokenizer
 
     run = read_run_conf(run_dir)
     conf = run.model
     if (run_dir / "model").is_dir():
         conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
-        return load_base_model(conf, None)[0].eval(), load_tokenizer(conf)
+        blueprint = Blueprint(conf)
+        return load_base_model(blueprint)[0].eval(), blueprint.tokenizer
     refuse_pickled_adapter(run_dir / "adapter")
-    base, _ = load_base_model(conf, run.quant)
+    blueprint = Blueprint(conf, run.quant)
+    base, _ = load_base_model(blueprint)
     model = PeftModel.from_pretrained(base, run_dir / "adapter")
-    if conf.adapter is not None and conf.adapter_mode in ("continue", "stack"):
-        folder = resolve_adapter_path(conf)
+    if blueprint.adapter is not None and conf.adapter_mode in ("continue", "stack"):
         if conf.use_safetensors:
-            refuse_pickled_adapter(Path(folder), f"model.adapter={conf.adapter}")
+            refuse_pickled_adapter(blueprint.adapter, f"model.adapter={conf.adapter}")
         with explain_missing(str(conf.adapter), "model.adapter"):
             if conf.adapter_mode == "continue":
-                model.load_adapter(folder, INITIAL)
+                model.load_adapter(str(blueprint.adapter), INITIAL)
             else:  # the result has put its embeddings into the base
-                load_lora_alone(model, folder, INITIAL)
-    return model.eval(), load_tokenizer(conf)
+                load_lora_alone(model, str(blueprint.adapter), INITIAL)
+    return model.eval(), blueprint.tokenizer
 
 
 @contextmanager
@@ -90,25 +90,25 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def save_weights(
+def save_result(
     directory: RunDirectory,
     model: "PreTrainedModel | PeftModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    conf: RunConf,
     policy: Policy,
+    blueprint: Blueprint,
+    conf: RunConf,
     summary: dict[str, Any],
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Path:
     """Write adapter/ as safetensors (full fine-tuning: model/) with its model card, whole or not at all.
 
     Args:
         directory: the run's, where metrics, data report and environment lie already.
         model: the trained policy.
-        tokenizer: saved beside it.
-        conf: the run.
         policy: which adapters make up the result.
+        blueprint: its tokenizer is saved beside the weights.
+        conf: the run.
         summary: what summary.json is going to hold.
-        tell: shows one line to a person.
+        say: shows one line to a person.
 
     Returns:
         The folder, loadable with plain transformers and peft.
@@ -116,7 +116,7 @@ def save_weights(
     is_adapter = isinstance(model, PeftModel)
     folder = directory.adapter if is_adapter else directory.path / "model"
 
-    facts = read_facts(directory.path, conf, describe_reference(conf), summary)
+    facts = read_facts(directory.path, conf, blueprint.reference.described, summary)
 
     def fill(staging: Path) -> None:
         if is_adapter:
@@ -130,8 +130,8 @@ def save_weights(
                 (staging / name).rmdir()
         else:
             model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        write_card(staging, facts, folder.name, tell=tell)
+        blueprint.tokenizer.save_pretrained(staging)
+        write_card(staging, facts, folder.name, tell=say)
 
     write_folder(folder, fill)
     return folder

@@ -141,10 +141,8 @@ def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
 
     Args:
         model: the trainer's.
-        folder: of the adapter; `""`: none, so that the bare base is the reference; None: leave TRL's choice.
+        folder: of the adapter; None takes the bare base.
     """
-    if folder is None:
-        return
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
     if isinstance(model, StackedPeftModel):

@@ -1,4 +1,4 @@
-"""The tokenizer, what it asks of the embeddings, and the chat template that counts: whose of three it is."""
+"""Tokenizers: the base's, an adapter's, the names of their chat templates, and the tokens that end an answer."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,8 @@ from transformers import AutoTokenizer
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.data.templates.rendering import resolve_chat_template
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.files.locations import explain_missing, resolve_adapter_path, resolve_model_path
-from dpo_runner.model.vocabulary import (
-    Vocabulary,
-    add_tokens,
-    build_meta_model,
-    count_rows,
-    load_model_config,
-    read_brought_rows,
-    settle_pad_token,
-)
+from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.vocabulary import add_tokens, choose_pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,80 +24,81 @@ def find_stop_ids(
     return sorted({tokenizer.eos_token_id, stop_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
 
-def load_tokenizer(conf: ModelConf) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer: the SFT adapter's, where it brings one, with the chat template that it was tuned with.
+def load_base_tokenizer(conf: ModelConf, base: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of the model beneath all adapters.
 
     Raises:
-        ConfigError: there is no such model, the adapter's tokenizer has tokens that no embeddings are there for, or
-            `model.pad_token` is no token.
+        ConfigError: there is none.
     """
-    return _load_with_added(conf)[0]
+    with explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
+        return AutoTokenizer.from_pretrained(base, revision=conf.revision, trust_remote_code=conf.trust_remote_code)
 
 
-def settle_vocabulary(conf: ModelConf) -> Vocabulary:
-    """Find out which embeddings the run's tokens need, from the adapter's file and the tokenizer.
+def load_adapter_tokenizer(conf: ModelConf, adapter: Path | None) -> "PreTrainedTokenizerBase | None":
+    """Load the tokenizer that the SFT adapter brings, if it brings one."""
+    if not has_tokenizer(adapter):
+        return None
+    with explain_missing(str(conf.adapter), "model.adapter"):
+        # Without the setting, transformers would ask at the terminal whether to run an adapter's own code.
+        return AutoTokenizer.from_pretrained(adapter, trust_remote_code=conf.trust_remote_code)
+
+
+def has_tokenizer(adapter: Path | None) -> bool:
+    """Whether an adapter's folder holds a tokenizer."""
+    return adapter is not None and (adapter / "tokenizer_config.json").exists()
+
+
+def check_room(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, room: int) -> None:
+    """Refuse an adapter's tokenizer that has more tokens than there are embeddings for.
+
+    Args:
+        tokenizer: the SFT adapter's.
+        conf: the `model` group.
+        room: rows of the embeddings, the base's or those that the adapter brings.
 
     Raises:
-        ConfigError: as `load_tokenizer`; or the adapter's file has embeddings for a part of its tokens only.
+        ConfigError: it has.
     """
-    if conf.adapter is None and not conf.added_tokens:
-        return Vocabulary()
-    meta = build_meta_model(load_model_config(conf), conf)
-    vocabulary, has = Vocabulary(), count_rows(meta)
-    if conf.adapter is not None:
-        vocabulary.brought, vocabulary.replaces_base = read_brought_rows(Path(resolve_adapter_path(conf)), meta)
-    vocabulary.rows = vocabulary.brought
-    if conf.added_tokens:
-        tokenizer, vocabulary.new_ids = _load_with_added(conf)
-        if len(tokenizer) > (vocabulary.rows or has):
-            vocabulary.rows = len(tokenizer)
-    return vocabulary
+    if len(tokenizer) > room:
+        raise ConfigError(
+            f"`model.adapter={conf.adapter}`: its tokenizer has {len(tokenizer)} tokens, {conf.model_name_or_path} has "
+            f"room for {room}, and the adapter brings no embeddings for the rest; save it with "
+            "save_embedding_layers=True, or merge it into a model with resized embeddings first"
+        )
 
 
-def _load_with_added(conf: ModelConf) -> "tuple[PreTrainedTokenizerBase, list[int]]":
-    adapter = _find_adapter_tokenizer(conf)
-    if adapter is None:
-        tokenizer = _load_base_tokenizer(conf)
-    else:
-        with explain_missing(str(conf.adapter), "model.adapter"):
-            # Without the setting, transformers would ask at the terminal whether to run an adapter's own code.
-            tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=conf.trust_remote_code)
-        _check_vocabulary(tokenizer, conf)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = _load_base_tokenizer(conf).chat_template
-    if conf.chat_template is not None:
-        tokenizer.chat_template = resolve_chat_template(conf.chat_template)
-    _check_template_names(tokenizer, conf)
-    new_ids = add_tokens(tokenizer, conf.added_tokens)
-    settle_pad_token(tokenizer, conf.pad_token)
-    return tokenizer, new_ids
+def describe_template(conf: ModelConf, template: Any, from_adapter: bool, of_base: Any) -> str:
+    """Say in a few words which chat template applies.
 
-
-def describe_chat_template(conf: ModelConf, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Say in a few words whose chat template `load_tokenizer` has settled on."""
-    if tokenizer.chat_template is None:
+    Args:
+        conf: the `model` group.
+        template: that of the tokenizer.
+        from_adapter: whether the SFT adapter brought the tokenizer.
+        of_base: the template of the base's tokenizer.
+    """
+    if template is None:
         return "none"
     if conf.chat_template is not None:
         return f"model.chat_template={conf.chat_template}"
-    if _find_adapter_tokenizer(conf) is None:
+    if not from_adapter:
         return "the tokenizer's own"
-    if tokenizer.chat_template == _load_base_tokenizer(conf).chat_template:
+    if template == of_base:
         return "the model's own"
     return f"the SFT adapter's ({conf.adapter}); {conf.model_name_or_path} has another one"
 
 
-def _load_base_tokenizer(conf: ModelConf) -> "PreTrainedTokenizerBase":
-    with explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
-        return AutoTokenizer.from_pretrained(
-            resolve_model_path(conf), revision=conf.revision, trust_remote_code=conf.trust_remote_code
-        )
+def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf) -> list[int]:
+    """Give a tokenizer the chat template, the added tokens and the pad token of the `model` group.
 
-
-def _find_adapter_tokenizer(conf: ModelConf) -> str | None:
-    if conf.adapter is None:
-        return None
-    folder = resolve_adapter_path(conf)
-    return folder if (Path(folder) / "tokenizer_config.json").exists() else None
+    Returns:
+        The ids of added tokens that were no tokens before.
+    """
+    if conf.chat_template is not None:
+        tokenizer.chat_template = resolve_chat_template(conf.chat_template)
+    _check_template_names(tokenizer, conf)
+    new_ids = add_tokens(tokenizer, conf.added_tokens)
+    choose_pad_token(tokenizer, conf.pad_token)
+    return new_ids
 
 
 def _check_template_names(tokenizer: Any, conf: ModelConf) -> None:
@@ -116,17 +109,3 @@ def _check_template_names(tokenizer: Any, conf: ModelConf) -> None:
                 f"`model.model_name_or_path={conf.model_name_or_path}`: its tokenizer calls a chat template "
                 f"{name[:100]!r}, which is no name for a file; set model.chat_template"
             )
-
-
-def _check_vocabulary(tokenizer: Any, conf: ModelConf) -> None:
-    """Refuse a tokenizer whose ids reach beyond the embeddings, the base model's or those the adapter brings."""
-    config = load_model_config(conf)
-    room = config.get_text_config().vocab_size
-    if len(tokenizer) > room:
-        room = read_brought_rows(Path(resolve_adapter_path(conf)), build_meta_model(config, conf))[0] or room
-    if len(tokenizer) > room:
-        raise ConfigError(
-            f"`model.adapter={conf.adapter}`: its tokenizer has {len(tokenizer)} tokens, {conf.model_name_or_path} has "
-            f"room for {room}, and the adapter brings no embeddings for the rest; save it with "
-            "save_embedding_layers=True, or merge it into a model with resized embeddings first"
-        )

@@ -15,7 +15,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Pretraine
 
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.files.locations import explain_missing, resolve_model_path
+from dpo_runner.model.files.locations import explain_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ class Vocabulary:
     replaces_base: bool = False
 
 
-def settle_pad_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None) -> None:
+def choose_pad_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None) -> None:
     """Give the tokenizer its pad token: `wanted`, its own, one that is made for it and free, else EOS.
 
     Raises:
@@ -101,13 +101,16 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str]) -> list[
     return [tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(wanted) if token not in known]
 
 
-def load_model_config(conf: ModelConf) -> PretrainedConfig:
+def load_model_config(conf: ModelConf, base: str) -> PretrainedConfig:
     """Load the config of the model beneath all adapters.
+
+    Args:
+        conf: the `model` group.
+        base: folder or hub id of that model.
 
     Raises:
         ConfigError: there is none.
     """
-    base = resolve_model_path(conf)
     revision = conf.revision if base == conf.model_name_or_path else None
     with explain_missing(base, "model.model_name_or_path"):
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=conf.trust_remote_code)

@@ -48,12 +48,12 @@ def _preview(args: argparse.Namespace) -> None:
     with quiet_imports():
         from dpo_runner.data.preferences import load_preferences
         from dpo_runner.io.logs import route_library_logs
-        from dpo_runner.model.tokenizer import describe_chat_template, load_tokenizer
+        from dpo_runner.model.blueprint import Blueprint
 
     console = Terminal()
     with route_library_logs(None):
-        tokenizer = load_tokenizer(conf.model)
-        origin = describe_chat_template(conf.model, tokenizer)
+        blueprint = Blueprint.of_run(conf)
+        tokenizer, origin = blueprint.tokenizer, blueprint.template_origin
         data = load_preferences(conf, tokenizer, origin, RunConsole(console).show_preparing)
         _check_overwriting(targets, data.report)
         rows = pick_rows(data, tokenizer, args.rows)

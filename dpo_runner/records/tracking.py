@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunPruned
@@ -13,9 +13,6 @@ from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.wandb_files import find_folder, keep_data_in, list_commands, mark_sent
 from dpo_runner.records.wandb_run import explain, has_lost_service, messages, open_run, stop_service
-
-if TYPE_CHECKING:
-    from dpo_runner.data.report import DataReport
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +51,20 @@ class Tracker:
         }
         self._attempt(lambda: self._run.log({**named, "train/global_step": step}))
 
-    def log_data_report(self, report: "DataReport") -> None:
-        """Log the account of the data: whole into the configuration, lengths as histograms."""
+    def log_data_report(self, report: dict[str, Any], lengths: Mapping[str, Any]) -> None:
+        """Log the account of the data.
+
+        Args:
+            report: goes into the configuration.
+            lengths: histograms of tokens as (counts, edges), by `<split>/<part>`.
+        """
 
         def log_report() -> None:
             import wandb
 
-            self._run.config.update({"data_report": mask_secrets(report.to_dict())}, allow_val_change=True)
+            self._run.config.update({"data_report": mask_secrets(report)}, allow_val_change=True)
             self._run.log(
-                {
-                    f"data/{split}/{part}_tokens": wandb.Histogram(np_histogram=(lengths.counts, lengths.edges))
-                    for split, pairs in report.splits.items()
-                    for part, lengths in pairs.lengths.items()
-                }
+                {f"data/{name}_tokens": wandb.Histogram(np_histogram=histogram) for name, histogram in lengths.items()}
             )
 
         self._attempt(log_report)

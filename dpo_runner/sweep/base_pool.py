@@ -6,7 +6,6 @@ import random
 import types
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,13 +17,9 @@ import xxhash
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_runner.config.run_conf import RunConf
-from dpo_runner.config.sections.model import ModelConf, QuantConf
 from dpo_runner.model.base import load_base_model
-from dpo_runner.model.files.locations import resolve_model_path
-from dpo_runner.model.reference import settle_dtype, trains_all
-from dpo_runner.model.tokenizer import settle_vocabulary
-from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.policy import Say
 from dpo_runner.training.engine.reference.identity import bytes_of
 
 _CONSTANT = (
@@ -128,35 +123,34 @@ class _Kept:
 class BasePool:
     """Keeps the base model of the last run for the next one.
 
-    It belongs to whoever executes several runs, one after another. What a run was given is taken from it by the next
-    `load`, `put_back` or `clear`: its model is then the bare base again.
+    For a process that executes several runs, one after another. The next `load`, `put_back` or `clear` takes the base
+    from the run that has it: that run's model is then the bare base again.
     """
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
-    def load(self, conf: RunConf, tell: Callable[[str], None]) -> tuple[PreTrainedModel, str]:
-        """Return what `load_base_model` returns for a run, kept from the run before where it is the same.
+    def load(self, blueprint: Blueprint, say: Say) -> tuple[PreTrainedModel, str]:
+        """Return what `load_base_model` returns, kept from the run before where it is the same.
 
         Args:
-            conf: the run.
-            tell: shows one line to a person.
+            blueprint: of the run.
+            say: shows one line to a person.
 
         Raises:
             ConfigError: it cannot be loaded.
         """
-        model, quant = settle_dtype(conf), conf.quant
-        reason = explain_refusal(conf)
-        identity = None if reason else _identify(model, quant)
+        reason = why_not_kept(blueprint)
+        identity = None if reason else _identify(blueprint)
         if self._kept is not None and self._kept.identity == identity:
             self.put_back()
             if (change := self._kept.snapshot.find_change()) is None:
-                tell("the base model is kept from the run before")
+                say("the base model is kept from the run before")
                 return self._kept.model, self._kept.path
-            tell(f"engine.keep_base_model: the base model is loaded anew; {change}")
+            say(f"engine.keep_base_model: the base model is loaded anew; {change}")
         self.clear()
         before = _random_state()
-        base, path = load_base_model(model, quant)
+        base, path = load_base_model(blueprint)
         if reason is None and identity is None:
             reason = "it is not known which commit of the hub's repository it is"
         if reason is None and before != _random_state():
@@ -167,8 +161,8 @@ class BasePool:
                 self._kept = _Kept(identity, base, path, Snapshot(base))
             except TypeError as error:
                 reason = f"it has {error}"
-        if reason is not None and conf.engine.keep_base_model:
-            tell(f"engine.keep_base_model: the base model is not kept for the next run; {reason}")
+        if reason is not None:
+            say(f"engine.keep_base_model: the base model is not kept for the next run; {reason}")
         return base, path
 
     def put_back(self) -> None:
@@ -185,38 +179,35 @@ class BasePool:
                 torch.cuda.empty_cache()
 
 
-def explain_refusal(conf: RunConf) -> str | None:
-    """Say why the base of a run cannot be another one's, or return None where it may."""
-    if not conf.engine.keep_base_model:
-        return "engine.keep_base_model=false"
-    if trains_all(conf):
+def why_not_kept(blueprint: Blueprint) -> str | None:
+    """Return why the base of a run cannot serve another run; None where it can."""
+    lora, vocabulary = blueprint.lora, blueprint.vocabulary
+    if blueprint.trains_all:
         return "its own weights are trained"
-    if conf.model.adapter is not None and conf.model.adapter_mode == "merge":
+    if blueprint.adapter_mode == "merge":
         return "an adapter is merged into it"
-    if conf.lora is not None and conf.lora.modules_to_save:
+    if lora is not None and lora.modules_to_save:
         return "modules of it are trained (lora.modules_to_save)"
-    if conf.lora is not None and conf.lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        return f"lora.init_lora_weights={conf.lora.init_lora_weights} begins from its weights"
-    vocabulary = settle_vocabulary(conf.model)
+    if lora is not None and lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        return f"lora.init_lora_weights={lora.init_lora_weights} begins from its weights"
     if vocabulary.rows is not None or vocabulary.new_ids or vocabulary.replaces_base:
         return "its embeddings are resized or replaced"
-    if conf.model.device_map is not None:
+    if blueprint.conf.device_map is not None:
         return "model.device_map spreads it"
     return None
 
 
-def _identify(conf: ModelConf, quant: QuantConf | None) -> str | None:
-    """Return all that decides about what is loaded, files by size and time; None where that cannot be told."""
-    path = resolve_model_path(conf)
-    folder = Path(path)
-    version: Any = getattr(load_model_config(conf), "_commit_hash", None)
+def _identify(blueprint: Blueprint) -> str | None:
+    """Return everything that decides what is loaded, files by size and time; None where that is not known."""
+    folder = Path(blueprint.base)
+    version: Any = getattr(blueprint.config, "_commit_hash", None)
     if folder.is_dir():
         files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
         version = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if version is None:
         return None
-    settings = {key: value for key, value in asdict(conf).items() if key not in _ON_TOP}
-    return repr((path, version, settings, None if quant is None else asdict(quant)))
+    settings = {key: value for key, value in asdict(blueprint.conf).items() if key not in _ON_TOP}
+    return repr((blueprint.base, version, settings, None if blueprint.quant is None else asdict(blueprint.quant)))
 
 
 def _random_state() -> str:

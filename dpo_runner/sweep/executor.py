@@ -52,7 +52,10 @@ def perform(
     place = {} if log is None else {"log": str(log)}
     before = read_status(path)
     try:
-        run(conf, overrides, callbacks=_build_callbacks(conf, path), bases=bases)
+        if bases is None or not conf.engine.keep_base_model:
+            run(conf, overrides, callbacks=_build_callbacks(conf, path))
+        else:
+            run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=bases.load)
     except RunPruned as error:
         return {"state": "pruned", "error": str(error)}
     except (RunInterrupted, KeyboardInterrupt) as error:

@@ -1,6 +1,7 @@
 """Greedy answers and evaluation, before and after training."""
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +20,24 @@ _NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|n
 """Entries of an evaluation that tell of the machine, not of the model."""
 
 
-def measure_model(
-    trainer: RunTrainer, tokenizer: Any, data: PreferenceData, conf: RunConf
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Measurement:
+    """What a model does: its evaluation and its answers to the sample prompts."""
+
+    metrics: dict[str, Any]
+    answers: list[dict[str, Any]]
+
+
+def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> Measurement:
     """Evaluate the policy as it stands and let it answer the sample prompts."""
     metrics: dict[str, Any] = {}
     if data.eval is not None:
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
-    length = conf.samples.max_new_tokens
+    length, tokenizer = conf.samples.max_new_tokens, trainer.processing_class
     with watch_memory(ANSWERING):
         answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
-    return {**metrics, **summarize_answers(answers)}, answers
+    return Measurement({**metrics, **summarize_answers(answers)}, answers)
 
 
 def _evaluate(trainer: RunTrainer) -> dict[str, Any]:

@@ -13,24 +13,23 @@ from typing import Any
 
 import torch
 
-from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.io.version import __version__
-from dpo_runner.model.tokenizer import settle_vocabulary
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.policy import Policy
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "hydra-core", "wandb")
 
 
-def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: torch.nn.Module) -> dict[str, Any]:
+def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, policy: Policy) -> dict[str, Any]:
     """Return what environment.json holds.
 
     Args:
-        conf: the run.
+        seed: the run's.
         data: its tokenized rows.
-        base: the base model's folder or hub id.
-        model: the loaded policy, which knows the hub commit it came from.
+        blueprint: of its model.
+        policy: loaded, it knows the hub commit that it came from.
     """
-    vocabulary = settle_vocabulary(conf.model)
     return {
         "dpo_runner": __version__,
         "commit": _read_commit(),
@@ -43,12 +42,13 @@ def collect_environment(conf: RunConf, data: PreferenceData, base: str, model: t
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "seed": conf.seed,
+        "seed": seed,
         "model": {
-            "base": base,
-            "commit": getattr(model.config, "_commit_hash", None),
-            "fingerprint": _fingerprint_model(base),
-            "embedding_rows": {"sft_adapter": vocabulary.brought, "result": vocabulary.rows},  # None: as published
+            "base": policy.base,
+            "commit": getattr(policy.model.config, "_commit_hash", None),
+            "fingerprint": _fingerprint_model(policy.base),
+            # None: as published
+            "embedding_rows": {"sft_adapter": blueprint.vocabulary.brought, "result": blueprint.vocabulary.rows},
         },
         "data": {
             split: {"rows": len(rows), "fingerprint": data.fingerprint(split)}

@@ -1,25 +1,200 @@
-"""What is kept of a run while it goes on, and true however it ends: status.json, run.log, and W&B's record."""
+"""The session: a run while it goes on, and the one writer of its directory, its W&B run and its screen."""
 
 import logging
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.io.console import RunConsole
 from dpo_runner.io.logs import route_library_logs
+from dpo_runner.model.files.pickles import refuse_pickled_code
+from dpo_runner.records.checkpoints import open_last_checkpoint, read_step
 from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.reading import read_status, read_summary
+from dpo_runner.records.resume import check_continuable, check_free, check_same_inputs, check_unused, read_logged
 from dpo_runner.records.tracking import Tracker, track
+from dpo_runner.training.callbacks.events import RunEvents
+from dpo_runner.training.callbacks.movement import MovementCheck
 from dpo_runner.training.callbacks.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]
+
+
+class Session:
+    """A run while it goes on.
+
+    Attributes:
+        console: the screen.
+        summary: what summary.json holds, once the run has finished.
+        weights: the folder of the result, once it is written.
+        out_of_memory: a record for each attempt that memory ended.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        conf: RunConf,
+        tracker: Tracker,
+        console: RunConsole,
+        stopping: Stopping,
+        callbacks: Sequence[TrainerCallback],
+        out_of_memory: list[Record],
+    ) -> None:
+        self.directory, self.console, self.tracker = directory, console, tracker
+        self.summary: dict[str, Any] | None = None
+        self.weights: Path | None = None
+        self.out_of_memory = out_of_memory
+        self._conf, self._stopping, self._further = conf, stopping, callbacks
+        self._events = self._build_events()
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        self.console.say(text)
+
+    def warn(self, text: str) -> None:
+        """Show one line as a warning."""
+        self.console.warn(text)
+
+    def begin_attempt(self) -> None:
+        """Begin the training anew, after an attempt that memory has ended."""
+        self._stopping.end_training()
+        self._events = self._build_events()
+
+    def _build_events(self) -> RunEvents:
+        show = not self._conf.training.disable_tqdm
+        return RunEvents(self.directory, self.tracker, self.console, show_progress=show)
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """The trainer's callbacks, the run's own before the caller's."""
+        checks = self._conf.checks
+        movement = [MovementCheck(checks.on_nonfinite == "skip_batch")] if checks.step0 else []
+        return [self._events, *movement, *self._further, self._stopping]
+
+    def open_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint, which training continues from.
+
+        Raises:
+            ConfigError: it holds a pickle that could run code.
+        """
+        training = self._conf.training
+        checkpoint = open_last_checkpoint(
+            self.directory.checkpoints,
+            self.warn,
+            needs_best=training.load_best_model_at_end,
+            examine_all=training.save_total_limit is not None,
+        )
+        if checkpoint is not None:
+            refuse_pickled_code(checkpoint)
+        return checkpoint
+
+    def record_inputs(self, environment: dict[str, Any], data: PreferenceData, checkpoint: Path | None) -> None:
+        """Keep what the run is made of; refuse to continue a checkpoint on anything else.
+
+        Raises:
+            ConfigError: the run began with another model or other data.
+        """
+        if checkpoint is not None:
+            check_same_inputs(self.directory.path, environment, self.warn)
+        self.directory.write_environment(environment)
+        self.directory.write_data_report(data.report.to_dict(), data.dropped())
+        self.tracker.log_data_report(data.report.to_dict(), data.report.histograms())
+
+    def rewind_metrics(self, checkpoint: Path | None) -> None:
+        """Drop the log events that training from a checkpoint, or from the start, will log again.
+
+        Raises:
+            ConfigError: the run cannot be continued, because its checkpoints lack the reference.
+        """
+        if checkpoint is not None and self._conf.training.sync_ref_model:
+            raise ConfigError(
+                "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
+            )
+        step, logged = (read_step(checkpoint), read_logged(checkpoint)) if checkpoint else (-1, set())
+        self.directory.keep_metrics_until(step, logged)
+
+    @contextmanager
+    def muted(self, is_muted: bool) -> Iterator[None]:
+        """Write and show no log event inside this block, if `is_muted`."""
+        self._events.silent = is_muted
+        yield
+        self._events.silent = False
+
+    def note_out_of_memory(self, records: list[Record]) -> None:
+        """Record which settings were made smaller because memory ran out."""
+        self.out_of_memory = records
+        self.directory.note(out_of_memory=records)
+        self.tracker.log_out_of_memory(records)
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Keep the answers before and after training."""
+        self.directory.write_samples(samples)
+        self.tracker.log_samples(samples)
+
+    def show_next_steps(self) -> None:
+        """Show where the results are, and the commands that use them."""
+        assert self.weights is not None
+        self.console.show_next_steps(self.directory.path, self.weights, self.tracker.commands())
+
+    def conclude(self, summary: dict[str, Any], weights: Path, samples: list[dict[str, Any]]) -> None:
+        """Keep and show the run's results."""
+        self.summary, self.weights = summary, weights
+        self.directory.write_summary(summary)
+        self.tracker.log_summary(summary, self._conf.sweep.search.objective)
+        self.console.show_samples(samples[: self._conf.samples.show])
+        self.console.show_summary(summary)
+
 
 @contextmanager
-def recorded(
+def open_session(
+    path: Path,
+    conf: RunConf,
+    overrides: Sequence[str],
+    console: RunConsole,
+    callbacks: Sequence[TrainerCallback],
+) -> Iterator[Session | None]:
+    """Claim a run directory, and keep status.json, run.log and W&B correct however the run ends.
+
+    Args:
+        path: the run's directory.
+        conf: the run, as composed.
+        overrides: what it was composed from.
+        console: the screen.
+        callbacks: of the trainer, beside the run's own.
+
+    Yields:
+        The session; None where another process has finished the run in the meantime.
+
+    Raises:
+        RunBusy: another process is running there.
+        RunError, RunInterrupted, RunPruned: what the block raises, with every record of it written.
+    """
+    stopping = Stopping()
+    with RunDirectory(path).claim() as directory:
+        if _is_finished(path, conf, console):
+            yield None
+            return
+        records = _read_out_of_memory(path, conf)
+        details = {"out_of_memory": records} if records else {}
+        with _recorded(directory, conf, overrides, console, stopping, details) as tracker:
+            session = Session(directory, conf, tracker, console, stopping, callbacks, records)
+            yield session
+        assert session.summary is not None
+        directory.write_status("finished", adapter=session.summary["weights"])  # W&B is closed by now
+
+
+@contextmanager
+def _recorded(
     directory: RunDirectory,
     conf: RunConf,
     overrides: Sequence[str],
@@ -27,7 +202,7 @@ def recorded(
     stopping: Stopping,
     details: dict[str, Any],
 ) -> Iterator[Tracker]:
-    """Keep status.json (`details` from the first), run.log and W&B true to what happens inside, however it ends."""
+    """Keep status.json, with `details` from the first, run.log and W&B correct however the block ends."""
     with ExitStack() as stack:
         stack.enter_context(route_library_logs(directory.log))
         console.note_trouble()
@@ -50,7 +225,7 @@ def recorded(
             console.stop_training()
             console.say(str(error))
             directory.write_last_status("pruned", step=error.step, steps=error.steps)
-            directory.drop_checkpoints()  # nobody continues it
+            directory.drop_checkpoints()  # a pruned run is not continued
             raise
         except (Exception, SystemExit) as error:
             console.stop_training()
@@ -60,3 +235,35 @@ def recorded(
             if isinstance(error, DpoRunnerError):
                 raise
             raise RunError(f"{told}; the traceback is in {directory.log}") from error
+
+
+def read_finished(path: Path, conf: RunConf, console: RunConsole) -> dict[str, Any] | None:
+    """Check that a run may write to its directory; return the summary of one that has finished there.
+
+    Raises:
+        RunBusy: another process is running there.
+        ConfigError: the directory holds something else, or a run that cannot be continued.
+    """
+    if (status := read_status(path)) is not None:
+        check_free(path, status)
+    return read_summary(path) if _is_finished(path, conf, console) else None
+
+
+def _is_finished(path: Path, conf: RunConf, console: RunConsole) -> bool:
+    """Check that a directory may be written to, and say so where its run has nothing left to do."""
+    status = read_status(path)
+    if status is None:
+        check_unused(path)
+        return False
+    check_continuable(path, status, conf)
+    if status["state"] != "finished":
+        return False
+    console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
+    return True
+
+
+def _read_out_of_memory(path: Path, conf: RunConf) -> list[Record]:
+    """Return the records of an interrupted run that went on in smaller batches."""
+    if conf.checks.on_out_of_memory != "smaller_batch":
+        return []
+    return list((read_status(path) or {}).get("out_of_memory", []))

@@ -3,15 +3,18 @@
 Most ways of training nothing, or training against the wrong reference, show in one of these."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from trl import DPOTrainer
 
 from dpo_runner.errors import RunError
-from dpo_runner.training.callbacks.movement import _WHOLE_MODULE, _find_lora
+from dpo_runner.model.reference import Reference
+from dpo_runner.training.callbacks.movement import WHOLE_MODULE, find_lora
+from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.packing import count_tokens
+from dpo_runner.training.memory.device import PREPARING, watch_memory
 
 _COMPARED, _LOOKED_AT = 2, 16
 """Training rows that both models score, the shortest of the first ones: what differs shows in any."""
@@ -24,7 +27,7 @@ _ANSWER = 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def completion_logps(
+def score_both(
     trainer: DPOTrainer, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score training rows with the policy and with the reference, both in evaluation mode.
@@ -40,19 +43,30 @@ def completion_logps(
     model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     stored = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
+    inputs = label_completions(batch)
     model.eval()
     trainer.ld_alpha = None  # plain sums
     try:
         with torch.no_grad(), trainer.accelerator.autocast():
-            policy = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+            policy = completion_logps(model, inputs).sum(dim=1)
         if not stored or ld_alpha is not None:
             stored = trainer.compute_ref_log_probs(trainer.ref_model or model, batch)
     finally:
         trainer.ld_alpha = ld_alpha
         model.train(training)
-    return policy, torch.cat(list(stored)), (labels != -100).sum(dim=1)
+    return policy, torch.cat(list(stored)), (inputs["labels"] != -100).sum(dim=1)
+
+
+def check_start(trainer: DPOTrainer, reference: Reference, say: Callable[[str], None]) -> None:
+    """Verify before the first step that the weights can be trained, and that the policy is its reference.
+
+    Raises:
+        RunError: something is frozen, not in fp32, or policy and reference differ.
+    """
+    check_trainable(trainer)
+    with watch_memory(PREPARING):
+        difference = check_reference(trainer, reference.is_initial)
+    say(f"step-0 check: the reference, {reference.described}, differs by {difference:.2g} per token")
 
 
 def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
@@ -70,7 +84,7 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     """
     first = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
     enough = [row for row in first if min(len(row["chosen_ids"]), len(row["rejected_ids"])) >= _ANSWER]
-    policy, reference, tokens = completion_logps(trainer, sorted(enough or first, key=count_tokens)[:_COMPARED])
+    policy, reference, tokens = score_both(trainer, sorted(enough or first, key=count_tokens)[:_COMPARED])
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
     difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
     if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):
@@ -91,7 +105,7 @@ def check_trainable(trainer: DPOTrainer) -> None:
     weights = dict(trainer.model.named_parameters())
     if not any(parameter.requires_grad for parameter in weights.values()):
         raise RunError("step-0 check: no parameter is trainable; likely the adapter was loaded frozen")
-    for name in (*_find_lora(trainer.model), *(name for name in weights if _WHOLE_MODULE in name)):
+    for name in (*find_lora(trainer.model), *(name for name in weights if WHOLE_MODULE in name)):
         if not weights[name].requires_grad:
             raise RunError(f"step-0 check: {name} is frozen; likely the adapter was loaded without is_trainable")
     for name, parameter in weights.items():

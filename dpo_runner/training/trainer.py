@@ -1,63 +1,39 @@
 """`RunTrainer`: TRL's trainer on token ids, with the runner's mixins."""
 
+import hashlib
 import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from peft import PeftModel
-from trl import DPOTrainer
+from peft import PeftModel, initialize_lora_eva_weights
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from trl import DPOConfig, DPOTrainer
 
-from dpo_runner.data.preferences import ID_COLUMNS
-from dpo_runner.errors import RunError
-from dpo_runner.io.logs import quiet_imports
-from dpo_runner.model.stacking import complete_reference, put_reference
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
+from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.io.processes import count_processes
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.policy import Policy, Say
+from dpo_runner.model.reference import silence_dropout
+from dpo_runner.model.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.model.vocabulary import open_head
 from dpo_runner.records.checkpoints import explain_damage, read_step
 from dpo_runner.records.resume import read_epoch
-from dpo_runner.training.memory.device import EVALUATION, TRAINING, watch_memory
-from dpo_runner.training.mixins.nonfinite import FiniteTrainer
+from dpo_runner.training.engine.install import install_engine
+from dpo_runner.training.engine.token_batches import TokenBatches
+from dpo_runner.training.mixins.evaluation import TimedEvaluation
+from dpo_runner.training.mixins.nonfinite import FiniteSteps
+from dpo_runner.training.mixins.saving import SealedCheckpoints
 
-with quiet_imports():
-    from transformers import TrainerState
-    from trl import DPOConfig
-
-
-class WatchingTrainer(FiniteTrainer):
-    """Knows how long its last evaluation has taken, and whether it was in one when memory ran out."""
-
-    _evaluated: tuple[float, int] | None = None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with watch_memory(TRAINING, self.max_tokens):
-            return super().train(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        began = time.monotonic()
-        with watch_memory(EVALUATION):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
-        self._evaluated = time.monotonic() - began, output.num_samples
-        return output
-
-    def correct_times(self, logs: dict[str, float]) -> None:
-        """Put what was measured here in the place of the runtime and speeds of the evaluation that is being logged."""
-        if self._evaluated is None or not any(key.endswith("_runtime") for key in logs):
-            return
-        seconds, rows = self._evaluated
-        self._evaluated = None
-        batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
-        for key in logs:
-            if key.endswith("_runtime"):
-                logs[key] = round(seconds, 4)
-            elif key.endswith("_samples_per_second"):
-                logs[key] = round(rows / seconds, 3)
-            elif key.endswith("_steps_per_second"):
-                logs[key] = round(batches / seconds, 3)
-
+_EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
 
 # Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
 for _name in (
@@ -70,38 +46,111 @@ for _name in (
     assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
 
 
-class RunTrainer(WatchingTrainer):
-    """TRL's trainer on rows that are tokenized already (`apply_chat_template` is stricter than TRL's templating)."""
+class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer on rows that are tokenized already, with the engine in it.
+
+    `apply_chat_template` is stricter than TRL's templating, so TRL tokenizes nothing.
+
+    Args:
+        policy: the model to train, and its reference.
+        blueprint: of the model.
+        data: the rows.
+        conf: the run.
+        args: TRL's settings.
+        callbacks: of the trainer.
+        say: shows one line to a person.
+
+    Raises:
+        ConfigError: TRL or peft refuses the combination of model and settings.
+    """
 
     def __init__(
         self,
-        model: Any,
-        loaded: dict[str, torch.Tensor],
-        reference_adapter: str | None = None,
-        reference: str = "",
-        stores_reference: bool = False,
-        **kwargs: Any,
+        policy: Policy,
+        blueprint: Blueprint,
+        data: PreferenceData,
+        conf: RunConf,
+        args: DPOConfig,
+        callbacks: Sequence[TrainerCallback],
+        say: Say,
     ) -> None:
-        self._stores_reference = stores_reference
-        self._loaded = loaded
-        self.attention = model.config._attn_implementation
-        self._evaluates_part = False
-        self._reference_adapter, self._reference = reference_adapter, reference
-        super().__init__(model=model, **kwargs)
-        self._settle_reference()
-
-    def _settle_reference(self) -> None:
+        self._reference, self._identity = blueprint.reference, _identify_reference(blueprint)
+        self._loaded = _copy_trained(policy.model)
+        self._is_reference_set = False
+        self.attention = policy.model.config._attn_implementation
+        with _trl_errors():
+            super().__init__(
+                model=policy.model,
+                ref_model=policy.ref_model,
+                args=args,
+                train_dataset=data.train,
+                eval_dataset=data.eval_by_source if len(data.eval_by_source) > 1 else data.eval,
+                processing_class=blueprint.tokenizer,
+                peft_config=policy.peft_config,
+                callbacks=list(callbacks),
+                data=data,
+                dumps=Path(args.output_dir).with_name("nonfinite"),
+                max_skipped=conf.checks.max_skipped_batches if conf.checks.on_nonfinite == "skip_batch" else 0,
+                say=say,
+            )
+            self._set_reference()
+        self.remove_callback(PrinterCallback)
         if isinstance(self.model, PeftModel):
-            open_head(self.model)
-        if isinstance(self.model, PeftModel) and self.ref_model is None:
+            if conf.lora is not None and conf.lora.init_lora_weights == "eva":
+                self._initialize_eva()
+            self._cast_adapter_to_fp32()
+        silence_dropout(self.model)
+        self._install_engine(conf, blueprint)
+
+    def _set_reference(self) -> None:
+        if not isinstance(self.model, PeftModel):
+            return
+        open_head(self.model)
+        if self.ref_model is None:
             complete_reference(self.model, self._loaded)
-            put_reference(self.model, self._reference_adapter)
-            self._reference_adapter = None
+            if self._reference.is_within and not self._is_reference_set:
+                put_reference(self.model, self._reference.folder)
+            self._is_reference_set = True
+
+    def _initialize_eva(self) -> None:
+        """Set lora_A from the activations of the first training rows (EVA, arXiv 2410.07170); B stays 0.
+
+        Raises:
+            ConfigError: PEFT cannot, as where there are too few tokens for the rank.
+        """
+        rows = self.train_dataset.select(range(min(len(self.train_dataset), _EVA_ROWS)))
+        loader = DataLoader(rows, self.args.per_device_train_batch_size, collate_fn=self.data_collator)
+        batches = [
+            {**{key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}, "use_cache": False}
+            for batch in loader
+        ]
+        try:
+            initialize_lora_eva_weights(self.model, batches, show_progress_bar=False)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"`lora.init_lora_weights=eva`: {reason_of(error)}") from None
+
+    def _cast_adapter_to_fp32(self) -> None:
+        """Train the adapter in fp32: TRL makes a QLoRA adapter bf16, in which most small updates round to nothing.
+
+        TRL has rounded the adapter's weights as loaded, though not the reference's copy of them.
+        """
+        loaded = self._loaded or read_initial_weights(self.model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = loaded.get(name, parameter.data).to(parameter.device, torch.float32)
+
+    def _install_engine(self, conf: RunConf, blueprint: Blueprint) -> None:
+        shape = self.data.shape().cut(self.args.max_length)
+        engine = install_engine(self, conf.engine, blueprint, shape, self.say)
+        self.max_tokens = engine.max_tokens
+        if engine.has_reference_columns:
+            self.train_dataset, self.eval_dataset = engine.train_dataset, engine.eval_dataset
+            self.precompute_ref_logps, self.ref_model = True, None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if self._stores_reference:
+        if self._reference.is_stored:
             return dataset  # the engine adds what its store has
-        self._settle_reference()  # TRL calls this from its constructor
+        self._set_reference()  # TRL calls this from its constructor
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
@@ -116,34 +165,45 @@ class RunTrainer(WatchingTrainer):
             args.bf16,
             args.fp16,
             self.attention,
-            self._reference,
+            self._identity,
         )
         prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
         return prepared
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate; where there are several sources, each by itself, and all together weighted by their pairs."""
-        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
-            return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
-        self._evaluates_part = True
-        try:
-            parts = {name: super(RunTrainer, self).evaluate(name, ignore_keys) for name in self.eval_dataset}
-        finally:
-            self._evaluates_part = False
-        metrics = merge_evaluations(parts, {name: len(rows) for name, rows in self.eval_dataset.items()})
-        self.log(metrics)
-        return metrics
+    def train_to_end(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Train to the end, from a checkpoint where there is one.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.correct_times(logs)
-        if not self._evaluates_part:
-            super().log(logs, start_time)
-            return
-        # TRL adds its averages to the event's metrics here; the event itself is told once, for all parts together.
-        logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
-        self._metrics["eval"].clear()
+        Returns:
+            Steps, seconds, pairs a second, and which weights the model now holds.
+
+        Raises:
+            RunError: the best checkpoint, with which the run was to end, is gone.
+        """
+        start = time.monotonic()
+        epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
+        if checkpoint is not None and read_step(checkpoint) >= count_steps(self.args, len(self.train_dataset)):
+            # It was stopped after its last step; Trainer would train one more.
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self._load_from_checkpoint(str(checkpoint))
+            self.finish_pending(checkpoint)
+            if self.args.load_best_model_at_end and self.find_best() is not None:
+                self._load_best_model()
+        else:
+            if checkpoint is not None:
+                self.restore_at_start(checkpoint)
+            # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        runtime = time.monotonic() - start
+        pairs = (self.state.epoch - epochs_before) * len(self.train_dataset)
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and self.state.best_global_step and not best:  # transformers says nothing
+            raise RunError(f"{self.find_best()}: the best checkpoint is gone; the same command makes it again")
+        return {
+            "steps": self.state.global_step,
+            "train_runtime": round(runtime, 3),
+            "pairs_per_second": round(pairs / runtime, 4),
+            "weights": f"best by {self.args.metric_for_best_model}: {Path(best).name}" if best else "last",
+        }
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; where it is not what was saved, transformers would go on with the last weights."""
@@ -158,55 +218,42 @@ class RunTrainer(WatchingTrainer):
         """Write none beside checkpoints: the run writes one card, for its result."""
 
 
-def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) -> dict[str, float]:
-    """Join the evaluations of several sources into one event.
+def count_steps(training: Any, rows: int) -> int:
+    """Return the number of optimizer steps over `rows` training rows, as transformers' Trainer counts them.
 
     Args:
-        parts: by source, metrics under names that begin with `eval_`.
-        rows: by source, how many pairs were evaluated.
-
-    Returns:
-        Each source's metrics as `eval_<source>_…`, and under their own names the averages weighted by pairs; times
-        are sums.
+        training: the section `training`, or TRL's settings made of it.
+        rows: of the training split.
     """
-    total = sum(rows.values())
-    merged: dict[str, float] = {}
-    for key in next(iter(parts.values())):
-        values = {name: metrics[key] for name, metrics in parts.items()}
-        if key.endswith("_runtime"):
-            merged[key] = sum(values.values())
-        elif not key.endswith("_per_second"):
-            merged[key] = sum(value * rows[name] for name, value in values.items()) / total
-    for name, metrics in parts.items():
-        merged |= {f"eval_{name}_{key[len('eval_') :]}": metrics[key] for key in metrics if key.startswith("eval_")}
-    return merged
+    if training.max_steps > 0:
+        return int(training.max_steps)
+    per_batch = training.per_device_train_batch_size * count_processes()
+    batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
+    steps: int = math.ceil(training.num_train_epochs * per_epoch)
+    return steps
 
 
-def _train_steps(trainer: RunTrainer, steps: int, checkpoint: Path | None) -> dict[str, Any]:
-    """Train to the end and return steps, time, speed, and which weights the model now holds."""
-    start = time.monotonic()
-    epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
-    if checkpoint is not None and read_step(checkpoint) >= steps:
-        # It was stopped after its last step; Trainer would train one more.
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.conclude(checkpoint)
-        if trainer.args.load_best_model_at_end and trainer.find_best() is not None:
-            trainer._load_best_model()
-    else:
-        if checkpoint is not None:
-            trainer.restore_progress(checkpoint)
-        # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    runtime = time.monotonic() - start
-    state = trainer.state
-    pairs = (state.epoch - epochs_before) * len(trainer.train_dataset)
-    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and state.best_global_step and not best:  # transformers says nothing
-        raise RunError(f"{trainer.find_best()}: the best checkpoint is gone; the same command makes it again")
-    return {
-        "steps": state.global_step,
-        "train_runtime": round(runtime, 3),
-        "pairs_per_second": round(pairs / runtime, 4),
-        "weights": f"best by {trainer.args.metric_for_best_model}: {Path(best).name}" if best else "last",
-    }
+@contextmanager
+def _trl_errors() -> Iterator[None]:
+    """Turn what TRL and peft refuse, anywhere in a constructor of theirs, into one line."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        # with its cause, so that run.log has a traceback where it was no refusal
+        raise ConfigError(f"`training`, `lora` or `model`: {reason_of(error)}") from error
+
+
+def _copy_trained(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of an adapter's weights where they are not those of a new one."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _identify_reference(blueprint: Blueprint) -> str:
+    """Tell references apart by more than their path; TRL hashes only what it has loaded itself."""
+    reference = blueprint.reference
+    folder = reference.folder if reference.is_within else None
+    files = sorted(Path(folder).glob("adapter_*")) if folder is not None else []
+    return " ".join([reference.described, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)])

@@ -12,6 +12,7 @@ from dpo_runner import run
 from dpo_runner.chat import Chat, main
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_policy
 from dpo_runner.model.result import untuned
 from tests.support.programs import run_python
@@ -53,7 +54,7 @@ def test_untuned_is_the_sft_model_where_the_run_began_with_one(mode, tiny_run, s
     chat = Chat(tmp_path / "r", max_new_tokens=4)
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        expected = load_policy(load_conf(overrides)).model.eval()(ids).logits
+        expected = load_policy(Blueprint.of_run(load_conf(overrides))).model.eval()(ids).logits
         tuned = chat.model(ids).logits
         with untuned(chat.model):
             reference = chat.model(ids).logits

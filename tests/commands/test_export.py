@@ -21,7 +21,7 @@ from dpo_runner.chat import Chat
 from dpo_runner.config.compose import load_conf
 from dpo_runner.export.__main__ import main
 from dpo_runner.export.export import ROUNDING_TOLERANCE
-from dpo_runner.model.result import save_weights
+from dpo_runner.model.result import save_result
 from tests.support.answers import answer_in_chat, answer_plainly
 from tests.support.programs import run_python
 
@@ -141,9 +141,9 @@ def test_an_adapter_made_of_several_is_exported_as_one_on_the_plain_base(
     def save(directory: Any, model: Any, *rest: Any) -> Path:
         with torch.no_grad():
             trained.append(model.eval()(ids).logits)
-        return save_weights(directory, model, *rest)
+        return save_result(directory, model, *rest)
 
-    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", save)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_result", save)
     named = [text.replace("SFT", sft_adapter) for text in start]
     run_dir = finished("training.bf16=false", "lora.r=4", "training.max_steps=2", *named)
     main([str(run_dir), "--out", "merged"])

@@ -237,11 +237,11 @@ def test_a_run_stopped_after_its_last_step_trains_no_more(tiny_run, tmp_path, mo
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    save = sys.modules["dpo_runner.train"].save_weights
-    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", stop)
+    save = sys.modules["dpo_runner.train"].save_result
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_result", stop)
     with pytest.raises(RunInterrupted):
         run(load_conf([*tiny_run, "run_dir=cut"]))
-    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_weights", save)
+    monkeypatch.setattr(sys.modules["dpo_runner.train"], "save_result", save)
     run(load_conf([*tiny_run, "run_dir=cut"]))
     one, other = read_json(tmp_path / "whole" / "summary.json"), read_json(tmp_path / "cut" / "summary.json")
     assert (one["before"], one["after"], one["steps"]) == (other["before"], other["after"], other["steps"])

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.adapters import build_peft_config, check_adapter, find_other_bases
-from dpo_runner.model.policy import check_model
+from dpo_runner.model.adapters import build_peft_config, check_adapter
+from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.stacking import combined_adapter
-from dpo_runner.model.vocabulary import build_meta_model, load_model_config
 from dpo_runner.train import run
-from dpo_runner.training.step0 import check_reference, completion_logps
+from dpo_runner.training.step0 import check_reference, score_both
 from tests.support.adapters import EXACT, MODES, close, load_by_hand
 from tests.support.common import make_adapter
 from tests.support.trainers import build, first_rows, logps_of
@@ -54,7 +53,7 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
         expected = logps_of(load_by_hand(str(tmp_path / "merged"), quant), rows)
     else:
         expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model, quant), sft_adapter).eval(), rows)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(reference, expected, quant) and close(policy, expected, quant)
     assert not close(expected, logps_of(load_by_hand(tiny_model, quant), rows), quant)  # the test can tell them apart
     assert check_reference(trainer) < 1e-2
@@ -63,7 +62,7 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
     trainer.train()
     trainer.evaluate()
     trainer.model.generate(input_ids=torch.tensor([rows[0]["prompt_ids"]]), max_new_tokens=2)
-    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
+    policy_after, reference_after, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference) and not torch.equal(policy_after, policy)
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
@@ -75,10 +74,10 @@ def test_the_reference_can_be_the_bare_base(mode, tiny_run, tiny_model, sft_adap
     overrides = [*tiny_run, *EXACT, *MODES[mode], f"model.adapter={sft_adapter}", "model.reference=base"]
     trainer = build(overrides, tmp_path)
     expected = logps_of(load_by_hand(tiny_model), first_rows(trainer))
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
     assert check_reference(trainer, is_initial=False) > 1e-3
     trainer.train()
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
     assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if ".sft." in name)
 
 
@@ -95,7 +94,7 @@ def test_the_reference_can_be_another_adapter(
     rows = first_rows(trainer)
     expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model), other_adapter).eval(), rows)
     trainer.train()
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
     if precompute == "true":
         kept = [row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows]
         assert close(torch.tensor(kept), expected)
@@ -108,10 +107,10 @@ def test_the_reference_can_be_another_model(lora, tiny_run, tiny_model, sft_adap
     trainer = build([*tiny_run, *EXACT, f"lora={lora}", f"model.reference={tmp_path / 'other'}"], tmp_path)
     rows = first_rows(trainer)
     expected = logps_of(other.eval(), rows)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(reference, expected) and close(policy, logps_of(load_by_hand(tiny_model), rows))
     trainer.train()
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
 
 
 def test_full_fine_tuning_with_a_precomputed_reference_keeps_no_copy(tiny_run, tiny_model, tmp_path) -> None:
@@ -132,17 +131,17 @@ def test_initializations_begin_at_the_base_and_end_on_it(start, tiny_run, tiny_m
     trainer = build(overrides, tmp_path)
     rows = first_rows(trainer)
     expected = logps_of(load_by_hand(tiny_model), rows)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(reference, expected) and close(policy, expected)
     with trainer.model.disable_adapter():
         assert close(logps_of(trainer.model.eval(), rows), expected) == (not start.startswith(("pissa", "olora")))
     trainer.model.train()
     trainer.train()
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
 
     run(load_conf([*overrides, "run_dir=r"]))  # what is saved stands on the base as published
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
-    assert close(logps_of(served, rows), completion_logps(trainer, first_rows(trainer))[0])
+    assert close(logps_of(served, rows), score_both(trainer, first_rows(trainer))[0])
     assert not close(logps_of(served, rows), expected)
 
 
@@ -163,7 +162,7 @@ def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model,
     overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft_adapter}", "training.learning_rate=1e-3"]
     trainer = build(overrides, tmp_path)
     trainer.train()
-    policy = completion_logps(trainer, first_rows(trainer))[0]
+    policy = score_both(trainer, first_rows(trainer))[0]
     run(load_conf([*overrides, "run_dir=r"]))
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
     assert served.peft_config["default"].r == 20
@@ -171,7 +170,7 @@ def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model,
     with combined_adapter(trainer.model, {"sft": 1.0, "default": 1.0}) as name:
         assert name in trainer.model.peft_config
     assert set(trainer.model.peft_config) == {"sft", "default", "ref"}
-    assert torch.equal(completion_logps(trainer, first_rows(trainer))[0], policy)
+    assert torch.equal(score_both(trainer, first_rows(trainer))[0], policy)
 
 
 METHODS = {
@@ -245,7 +244,7 @@ def test_fields_of_lora_run_and_reach_peft(extra: list[str], tiny_run, tmp_path)
 )
 def test_what_cannot_be_is_refused_before_weights_are_loaded(overrides, match, tiny_run) -> None:
     with pytest.raises(ConfigError, match=match):
-        check_model(load_conf([*tiny_run, *overrides]))
+        draw_blueprint(load_conf([*tiny_run, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -321,10 +320,10 @@ def test_a_pickled_adapter_needs_permission(tiny_run, sft_adapter, tmp_path) -> 
     (folder / "adapter_model.safetensors").unlink()
     conf = load_conf([*tiny_run, f"model.adapter={folder}"])
     with pytest.raises(ConfigError, match=r"only a pickle.*model\.use_safetensors=false"):
-        check_model(conf)
-    check_model(load_conf([*tiny_run, f"model.adapter={folder}", "model.use_safetensors=false"]))
+        draw_blueprint(conf)
+    draw_blueprint(load_conf([*tiny_run, f"model.adapter={folder}", "model.use_safetensors=false"]))
     (folder / "adapter_model.bin").unlink()
-    meta = build_meta_model(load_model_config(conf.model), conf.model)
+    meta = Blueprint(conf.model).meta
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors$"):
         check_adapter(folder, meta, "x", True)
 
@@ -336,7 +335,7 @@ def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_m
     assert (conf.model.model_name_or_path, conf.model.adapter, conf.lora) == (tiny_model, sft_adapter, None)
     trainer = build([*overrides, f"model.model_name_or_path={sft_adapter}", *EXACT], tmp_path)
     expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model), sft_adapter).eval(), first_rows(trainer))
-    assert close(completion_logps(trainer, first_rows(trainer))[1], expected)
+    assert close(score_both(trainer, first_rows(trainer))[1], expected)
     with pytest.raises(ConfigError, match=r"is an adapter, and model\.adapter names another one"):
         load_conf([*overrides, f"model.model_name_or_path={sft_adapter}", f"model.adapter={sft_adapter}"])
 
@@ -407,7 +406,7 @@ def test_one_base_under_two_names_is_no_other(model, named, same, sft_adapter, t
     (tmp_path / "linked").symlink_to(tmp_path / "here/Model")
     conf = load_conf([f"model.model_name_or_path={HUB if model == 'hub' else model}"]).model
     conf.adapter = name_base(sft_adapter, tmp_path / "adapter", named)
-    assert (find_other_bases(conf) == []) == same
+    assert (Blueprint(conf).find_other_bases() == []) == same
 
 
 def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model, tmp_path) -> None:
@@ -418,7 +417,7 @@ def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model
     trainer.train()
     run(load_conf([*overrides, "training.learning_rate=1e-3", "run_dir=r"]))
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
-    assert close(logps_of(served, first_rows(trainer)), completion_logps(trainer, first_rows(trainer))[0])
+    assert close(logps_of(served, first_rows(trainer)), score_both(trainer, first_rows(trainer))[0])
     weights = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
 

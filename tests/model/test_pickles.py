@@ -20,10 +20,9 @@ from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluate import evaluation as evaluate
 from dpo_runner.export import export
+from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.files.pickles import refuse_pickled_code
-from dpo_runner.model.policy import check_model, load_policy
-from dpo_runner.model.tokenizer import load_tokenizer
-from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.model.policy import load_policy
 from dpo_runner.records.checkpoints import MANIFEST, explain_damage, list_checkpoints, seal
 from dpo_runner.records.directory import update_status
 from tests.support.common import ROWS, run_main
@@ -212,11 +211,11 @@ def test_permission_for_pickled_weights_is_for_weights_alone(
     }
     for overrides in cases.values():
         with pytest.raises(ConfigError, match="a pickle that asks for more than weights, which could run code"):
-            load_policy(load_conf([*tiny_run, *overrides, "model.use_safetensors=false"]))
+            load_policy(Blueprint.of_run(load_conf([*tiny_run, *overrides, "model.use_safetensors=false"])))
         with pytest.raises(ConfigError, match=r"a pickle, which may run code; model\.use_safetensors=false"):
             conf = load_conf([*tiny_run, *overrides])
-            check_model(conf)
-            load_policy(conf)
+            draw_blueprint(conf)
+            load_policy(Blueprint.of_run(conf))
     assert not mark.exists()
 
 
@@ -234,10 +233,10 @@ def test_code_that_a_model_brings_is_run_for_who_trusts_it_alone(
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": mapped}))
     overrides = [*tiny_run, f"model.model_name_or_path={folder}"]
     with pytest.raises(ConfigError, match="contains custom code which must be executed") as refused:
-        check_model(load_conf(overrides))
+        draw_blueprint(load_conf(overrides))
     assert len(refused.value.mistakes) == 1 and "\n" not in refused.value.mistakes[0]
     assert not mark.exists()
-    assert load_model_config(load_conf([*overrides, "model.trust_remote_code=true"]).model).vocab_size
+    assert Blueprint(load_conf([*overrides, "model.trust_remote_code=true"]).model).config.vocab_size
     assert mark.exists()
 
 
@@ -256,7 +255,7 @@ def test_nobody_is_asked_whether_to_run_an_adapters_code(
     mapped = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Evil", "auto_map": mapped}))
     with pytest.raises(ConfigError, match=r"`model\.adapter=.*custom code"):
-        load_tokenizer(load_conf([*tiny_run, f"model.adapter={folder}"]).model)
+        assert Blueprint(load_conf([*tiny_run, f"model.adapter={folder}"]).model).tokenizer
     assert not mark.exists()
 
 
@@ -275,7 +274,7 @@ def test_an_adapters_settings_import_no_module(
     }
     (folder / "adapter_config.json").write_text(json.dumps(config | hostile))
     with pytest.raises(ConfigError, match=r"`model\.adapter=.*megatron_core"):
-        load_policy(load_conf([*tiny_run, f"model.adapter={folder}"]))
+        load_policy(Blueprint.of_run(load_conf([*tiny_run, f"model.adapter={folder}"])))
     assert not mark.exists()
 
 
@@ -325,5 +324,5 @@ def test_a_template_whose_name_is_a_path_is_refused_when_it_is_loaded(
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": given}))
     overrides = [*tiny_run, f"model.model_name_or_path={folder}"]
     with pytest.raises(ConfigError, match=r"calls a chat template .* no name for a file"):
-        load_tokenizer(load_conf(overrides).model)
-    assert load_tokenizer(load_conf([*overrides, "model.chat_template=chatml"]).model).chat_template
+        assert Blueprint(load_conf(overrides).model).tokenizer
+    assert Blueprint(load_conf([*overrides, "model.chat_template=chatml"]).model).tokenizer.chat_template

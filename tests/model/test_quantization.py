@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.policy import check_model, load_policy
+from dpo_runner.model.blueprint import Blueprint, draw_blueprint
+from dpo_runner.model.policy import load_policy
 from dpo_runner.model.quantization import (
     build_quantization_config,
     count_quantized,
     describe_quantization,
     settle_quantization,
 )
-from dpo_runner.model.vocabulary import build_meta_model, load_model_config
-from dpo_runner.training.step0 import completion_logps
+from dpo_runner.training.step0 import score_both
 from tests.support.families import make_family
 from tests.support.trainers import build, first_rows
 
@@ -53,23 +53,23 @@ def test_a_quantized_checkpoint_counts_as_it_is(quantized_checkpoint, tiny_run, 
     for extra in ([], same):
         trainer = build([*overrides, *extra], tmp_path)
         assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
-        policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+        policy, reference, _ = score_both(trainer, first_rows(trainer))
         assert torch.equal(policy, reference)
     trainer.train()
-    config = load_model_config(load_conf(overrides).model)
+    config = Blueprint(load_conf(overrides).model).config
     assert describe_quantization(None, config.quantization_config) == "the checkpoint's own (nf4)"
     for wrong in (["quant=nf4"], ["quant=fp4"], ["quant=int8"]):
         with pytest.raises(ConfigError, match=r"is quantized already, with .*; use quant=none"):
-            check_model(load_conf([*overrides, *wrong]))
+            draw_blueprint(load_conf([*overrides, *wrong]))
     with pytest.raises(ConfigError, match="quantized weights need an adapter"):
-        check_model(load_conf([*overrides, "lora=none"]))
+        draw_blueprint(load_conf([*overrides, "lora=none"]))
 
 
 def test_a_quantized_checkpoint_is_never_merged_into(quantized_checkpoint, sft_adapter, tiny_run) -> None:
     """Trap 6."""
     overrides = [f"model.model_name_or_path={quantized_checkpoint}", f"model.adapter={sft_adapter}"]
     with pytest.raises(ConfigError, match="merging into it would round"):
-        load_policy(load_conf([*tiny_run, *overrides, "model.adapter_mode=merge"]))
+        load_policy(Blueprint.of_run(load_conf([*tiny_run, *overrides, "model.adapter_mode=merge"])))
 
 
 def test_another_method_than_the_checkpoints_is_a_contradiction() -> None:
@@ -86,15 +86,15 @@ def test_a_checkpoint_of_another_method_is_left_to_transformers(tiny_model, tiny
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     conf = load_conf([*tiny_run, f"model.model_name_or_path={folder}"])
-    assert describe_quantization(None, check_model(conf)[0].quantization_config) == "the checkpoint's own (gptq)"
+    assert describe_quantization(None, draw_blueprint(conf).config.quantization_config) == "the checkpoint's own (gptq)"
     with pytest.raises((ConfigError, ImportError), match=r"(?i)optimum|gptq"):
-        load_policy(conf)
+        load_policy(Blueprint.of_run(conf))
 
 
 def test_what_is_left_out_on_purpose_is_not_held_against_a_model(tokenizer, tiny_run, tmp_path) -> None:
     folder = make_family("llama", tokenizer, tmp_path / "llama")
     overrides = [*tiny_run, f"model.model_name_or_path={folder}", "quant=nf4"]
-    check_model(load_conf([*overrides, "quant.llm_int8_skip_modules=[lm_head,down_proj]"]))
+    draw_blueprint(load_conf([*overrides, "quant.llm_int8_skip_modules=[lm_head,down_proj]"]))
 
 
 def test_the_count_is_that_of_the_loaded_model(tokenizer, tmp_path) -> None:
@@ -104,12 +104,12 @@ def test_the_count_is_that_of_the_loaded_model(tokenizer, tmp_path) -> None:
     packed = sum(
         module.weight.quant_state.shape.numel() for module in loaded.modules() if hasattr(module, "quant_state")
     )
-    meta = build_meta_model(load_model_config(conf.model), conf.model)
+    meta = Blueprint(conf.model).meta
     inner = sum(
         p.numel() for name, p in meta.named_parameters() if p.ndim > 1 and "embed" not in name and "head" not in name
     )
     with pytest.raises(ConfigError, match=rf"only {100 * packed / inner:.0f} % of"):
-        check_model(conf)
+        draw_blueprint(conf)
     assert count_quantized(meta, [])[0] == 0.0  # nothing is replaced in a model that no quantizer has seen
 
 
@@ -121,13 +121,13 @@ def test_a_pickled_model_needs_permission(tiny_model, tiny_run, tmp_path) -> Non
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     overrides = [*tiny_run, f"model.model_name_or_path={folder}"]
     with pytest.raises(ConfigError, match=r"model\.use_safetensors=false"):
-        load_policy(load_conf(overrides))
-    policy = load_policy(load_conf([*overrides, "model.use_safetensors=false"]))
+        load_policy(Blueprint.of_run(load_conf(overrides)))
+    policy = load_policy(Blueprint.of_run(load_conf([*overrides, "model.use_safetensors=false"])))
     assert torch.equal(policy.model.lm_head.weight, model.lm_head.weight)
 
 
 def test_device_map_reaches_transformers(tiny_run) -> None:
-    policy = load_policy(load_conf([*tiny_run, "model.device_map=cpu"]))
+    policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=cpu"])))
     assert policy.model.device == torch.device("cpu")
-    policy = load_policy(load_conf([*tiny_run, "model.device_map=meta"]))
+    policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=meta"])))
     assert policy.model.device == torch.device("meta")  # it is accelerate's to say, ours to pass on

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.data.templates.rendering import CHAT_TEMPLATES
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.tokenizer import describe_chat_template, load_tokenizer
+from dpo_runner.model.blueprint import Blueprint
 
 MODEL = "random:tiny-llama"
 
@@ -17,7 +17,7 @@ MODEL = "random:tiny-llama"
 def adapter_with(sft_adapter: str, folder: Path, template: str | None, extra: int = 0) -> str:
     """The SFT adapter, with a tokenizer of its own beside it."""
     shutil.copytree(sft_adapter, folder)
-    tokenizer = load_tokenizer(ModelConf(MODEL))
+    tokenizer = Blueprint(ModelConf(MODEL)).tokenizer
     tokenizer.add_tokens([f"<extra{n}>" for n in range(extra)])
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -27,31 +27,31 @@ def adapter_with(sft_adapter: str, folder: Path, template: str | None, extra: in
 def test_an_adapters_own_template_wins_and_the_report_says_so(sft_adapter: str, tmp_path: Path) -> None:
     adapter = adapter_with(sft_adapter, tmp_path / "sft", CHAT_TEMPLATES["zephyr"])
     conf = ModelConf(MODEL, adapter=adapter)
-    tokenizer = load_tokenizer(conf)
+    tokenizer = Blueprint(conf).tokenizer
     assert tokenizer.chat_template == CHAT_TEMPLATES["zephyr"]
-    assert describe_chat_template(conf, tokenizer) == f"the SFT adapter's ({adapter}); {MODEL} has another one"
+    assert Blueprint(conf).template_origin == f"the SFT adapter's ({adapter}); {MODEL} has another one"
 
 
 def test_a_configured_template_wins_over_both(sft_adapter: str, tmp_path: Path) -> None:
     adapter = adapter_with(sft_adapter, tmp_path / "sft", CHAT_TEMPLATES["zephyr"])
     conf = ModelConf(MODEL, adapter=adapter, chat_template="llama3")
-    tokenizer = load_tokenizer(conf)
+    tokenizer = Blueprint(conf).tokenizer
     assert tokenizer.chat_template == CHAT_TEMPLATES["llama3"]
-    assert describe_chat_template(conf, tokenizer) == "model.chat_template=llama3"
+    assert Blueprint(conf).template_origin == "model.chat_template=llama3"
 
 
 def test_an_adapter_without_a_template_or_tokenizer_takes_the_models(sft_adapter: str, tmp_path: Path) -> None:
-    own = load_tokenizer(ModelConf(MODEL)).chat_template
+    own = Blueprint(ModelConf(MODEL)).tokenizer.chat_template
     for adapter in (sft_adapter, adapter_with(sft_adapter, tmp_path / "sft", None)):
         conf = ModelConf(MODEL, adapter=adapter)
-        assert load_tokenizer(conf).chat_template == own
-        assert describe_chat_template(conf, load_tokenizer(conf)) in ("the tokenizer's own", "the model's own")
+        assert Blueprint(conf).tokenizer.chat_template == own
+        assert Blueprint(conf).template_origin in ("the tokenizer's own", "the model's own")
 
 
 def test_an_adapter_with_more_tokens_than_the_model_has_room_for_is_refused(sft_adapter: str, tmp_path: Path) -> None:
     adapter = adapter_with(sft_adapter, tmp_path / "sft", None, extra=2)
     with pytest.raises(ConfigError, match=r"its tokenizer has 261 tokens, random:tiny-llama has room for 259"):
-        load_tokenizer(ModelConf(MODEL, adapter=adapter))
+        assert Blueprint(ModelConf(MODEL, adapter=adapter)).tokenizer
 
 
 def test_a_model_without_a_template_says_none(tiny_model: str, tmp_path: Path) -> None:
@@ -62,4 +62,4 @@ def test_a_model_without_a_template_says_none(tiny_model: str, tmp_path: Path) -
     shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*", "tokenizer*"))
     tokenizer.save_pretrained(tmp_path / "bare")
     conf = ModelConf(str(tmp_path / "bare"))
-    assert describe_chat_template(conf, load_tokenizer(conf)) == "none"
+    assert Blueprint(conf).template_origin == "none"

@@ -17,12 +17,11 @@ from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.export.export import export_run
 from dpo_runner.model.base import load_base_model
-from dpo_runner.model.policy import check_model
+from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.result import load_tuned_model, untuned
-from dpo_runner.model.tokenizer import load_tokenizer, settle_vocabulary
 from dpo_runner.model.vocabulary import describe_padding, resize_embeddings
 from dpo_runner.train import run
-from dpo_runner.training.step0 import check_reference, completion_logps
+from dpo_runner.training.step0 import check_reference, score_both
 from tests.support.adapters import EXACT, MODES, close, load_by_hand
 from tests.support.families import make_family
 from tests.support.trainers import build, first_rows, logps_of
@@ -72,24 +71,24 @@ def test_a_tokenizer_without_a_pad_token_gets_a_free_one(extra, eos, template, e
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.chat_template = None, eos, template
     tokenizer.save_pretrained(tmp_path / "bare")
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").pad_token is None
-    assert load_tokenizer(ModelConf(str(tmp_path / "bare"))).pad_token == expected
+    assert Blueprint(ModelConf(str(tmp_path / "bare"))).tokenizer.pad_token == expected
 
 
 def test_a_configured_pad_token_must_be_a_token() -> None:
-    assert load_tokenizer(ModelConf(MODEL, pad_token="<|im_end|>")).pad_token == "<|im_end|>"
-    assert load_tokenizer(ModelConf(MODEL, pad_token="<pad>", added_tokens=["<pad>"])).pad_token == "<pad>"
+    assert Blueprint(ModelConf(MODEL, pad_token="<|im_end|>")).tokenizer.pad_token == "<|im_end|>"
+    assert Blueprint(ModelConf(MODEL, pad_token="<pad>", added_tokens=["<pad>"])).tokenizer.pad_token == "<pad>"
     with pytest.raises(ConfigError, match=r"`model\.pad_token=<\|endoftxt\|>`: no token.*mean `<\|endoftext\|>`"):
-        load_tokenizer(ModelConf(MODEL, pad_token="<|endoftxt|>"))
+        assert Blueprint(ModelConf(MODEL, pad_token="<|endoftxt|>")).tokenizer
 
 
 def test_the_plan_says_what_else_the_pad_token_is() -> None:
     def padding(token: str | None, stop_id: int | None = None) -> str:
-        return describe_padding(load_tokenizer(ModelConf(MODEL, pad_token=token)), stop_id)
+        return describe_padding(Blueprint(ModelConf(MODEL, pad_token=token)).tokenizer, stop_id)
 
     assert padding(None) == "<|endoftext|>"
     assert padding("<|im_end|>").startswith("<|im_end|>, which also ends answers: padding is masked by position")
     assert "also begins texts" in padding("<|im_start|>")
-    assert "also ends answers" in padding(None, load_tokenizer(ModelConf(MODEL)).pad_token_id)
+    assert "also ends answers" in padding(None, Blueprint(ModelConf(MODEL)).tokenizer.pad_token_id)
     assert "also stands in the chat template" in padding("m")
 
 
@@ -102,7 +101,7 @@ def test_losses_and_scores_do_not_depend_on_the_pad_token(lora, tiny_run, tmp_pa
         trainer = build(overrides, tmp_path / pad)
         assert trainer.processing_class.pad_token == pad
         assert len({len(row["chosen_ids"]) for row in first_rows(trainer)} | {0}) > 1
-        scores = completion_logps(trainer, first_rows(trainer))[:2]
+        scores = score_both(trainer, first_rows(trainer))[:2]
         summary = run(load_conf(overrides))
         name = "adapter/adapter_model" if lora == "r16" else "model/model"
         weights = load_file(tmp_path / f"r{len(seen)}" / f"{name}.safetensors")
@@ -120,7 +119,7 @@ def test_the_end_of_turn_token_is_trained_though_it_is_the_pad_token(extra, tiny
     """`nn.Embedding` gives the row `padding_idx`, the model's pad_token_id, no gradient at all."""
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    end = load_tokenizer(ModelConf(MODEL)).eos_token_id
+    end = Blueprint(ModelConf(MODEL)).tokenizer.eos_token_id
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": end}))
     overrides = [*on(str(tmp_path / "model"), tiny_run), *EXACT, *FAST, *extra, "model.pad_token='<|im_end|>'"]
     trainer = build([*overrides, "training.weight_decay=0"], tmp_path)
@@ -147,13 +146,13 @@ def test_added_tokens_are_trained_and_saved_with_the_adapter(
     resize_embeddings(base, 261)
     old = load_by_hand(name).get_input_embeddings().weight
     assert torch.allclose(base.get_input_embeddings().weight[259:], old.mean(0), atol=1e-7)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(policy, reference) and close(reference, logps_of(base, rows), quant)
     assert check_reference(trainer) == 0
     trained = {n.split("trainable_tokens_delta")[0] for n, p in trainer.model.named_parameters() if "delta" in n}
     assert len(trained) == (1 if tied else 2)
     trainer.train()
-    after, kept, _ = completion_logps(trainer, first_rows(trainer))
+    after, kept, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(kept, reference) and not torch.equal(after, policy)
 
     run(load_conf([*overrides, "run_dir=r"]))
@@ -212,7 +211,7 @@ def test_spare_rows_are_used_and_nothing_is_resized(tokenizer, tiny_run, added, 
     roomy.resize_token_embeddings(320)
     roomy.save_pretrained(model)
     overrides = [*on(model, tiny_run), *EXACT, *FAST, *added]
-    vocabulary = settle_vocabulary(load_conf(overrides).model)
+    vocabulary = Blueprint(load_conf(overrides).model).vocabulary
     assert (vocabulary.rows, vocabulary.new_ids) == (None, [259, 260])
     run(load_conf([*overrides, "run_dir=r"]))
     weights = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
@@ -223,8 +222,8 @@ def test_spare_rows_are_used_and_nothing_is_resized(tokenizer, tiny_run, added, 
 
 def test_a_token_that_is_there_already_adds_nothing(tiny_run) -> None:
     conf = load_conf([*tiny_run, 'model.added_tokens=["<|im_end|>"]'])
-    assert settle_vocabulary(conf.model).rows is None and settle_vocabulary(conf.model).new_ids == []
-    assert len(load_tokenizer(conf.model)) == 259
+    assert Blueprint(conf.model).vocabulary.rows is None and Blueprint(conf.model).vocabulary.new_ids == []
+    assert len(Blueprint(conf.model).tokenizer) == 259
 
 
 @pytest.mark.parametrize(
@@ -244,12 +243,12 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(
 ) -> None:
     extra = [each.replace("ADAPTER", sft_adapter) for each in extra]
     with pytest.raises(ConfigError, match=match):
-        check_model(load_conf([*tiny_run, *added, *extra]))
+        draw_blueprint(load_conf([*tiny_run, *added, *extra]))
 
 
 def test_tied_embeddings_are_not_parted(added, tiny_run, tied_model) -> None:
     with pytest.raises(ConfigError, match="would part from the embeddings"):
-        check_model(load_conf([*on(tied_model, tiny_run), *added, "lora.modules_to_save=[lm_head]"]))
+        draw_blueprint(load_conf([*on(tied_model, tiny_run), *added, "lora.modules_to_save=[lm_head]"]))
 
 
 def test_a_head_with_a_bias_is_refused(added, tiny_run, tokenizer, tmp_path) -> None:
@@ -259,7 +258,7 @@ def test_a_head_with_a_bias_is_refused(added, tiny_run, tokenizer, tmp_path) -> 
     PhiForCausalLM(PhiConfig(**config, num_attention_heads=4, pad_token_id=0)).save_pretrained(tmp_path / "phi")
     tokenizer.save_pretrained(tmp_path / "phi")
     with pytest.raises(ConfigError, match="output head has a bias"):
-        check_model(load_conf([*on(str(tmp_path / "phi"), tiny_run), *added]))
+        draw_blueprint(load_conf([*on(str(tmp_path / "phi"), tiny_run), *added]))
 
 
 def test_another_models_embeddings_are_resized_to_be_the_reference(added, tiny_run, tiny_model, tmp_path) -> None:
@@ -268,7 +267,7 @@ def test_another_models_embeddings_are_resized_to_be_the_reference(added, tiny_r
     other.save_pretrained(tmp_path / "other")
     trainer = build([*tiny_run, *EXACT, *added, f"model.reference={tmp_path / 'other'}"], tmp_path)
     resize_embeddings(other, 261)
-    assert close(completion_logps(trainer, first_rows(trainer))[1], logps_of(other, first_rows(trainer)))
+    assert close(score_both(trainer, first_rows(trainer))[1], logps_of(other, first_rows(trainer)))
 
 
 # ---- SFT adapters on resized embeddings
@@ -342,11 +341,11 @@ def test_the_reference_of_an_adapter_on_resized_embeddings_is_the_sft_model(
         plain = load_by_hand(base, quant)
         plain.resize_token_embeddings(261)
         expected = logps_of(PeftModel.from_pretrained(plain, folder).eval(), rows)
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(reference, expected, quant) and close(policy, expected, quant)
     assert check_reference(trainer) < 1e-2
     trainer.train()
-    after, kept, _ = completion_logps(trainer, first_rows(trainer))
+    after, kept, _ = score_both(trainer, first_rows(trainer))
     assert torch.equal(kept, reference) and not torch.equal(after, policy)
 
     run(load_conf([*overrides, "run_dir=r"]))
@@ -379,7 +378,7 @@ def test_tokens_can_be_added_to_a_merged_adapter(added, tiny_run, tiny_model, tm
     folder, _ = make_sft(tiny_model, tmp_path / "sft", "whole")
     extra = ["model.added_tokens=['<|user|>','<tool>']", *MODES["merge"], f"model.adapter={folder}"]
     conf = load_conf([*tiny_run, *EXACT, *FAST, *extra, "run_dir=r"])
-    vocabulary = settle_vocabulary(conf.model)
+    vocabulary = Blueprint(conf.model).vocabulary
     assert (vocabulary.brought, vocabulary.rows, vocabulary.new_ids) == (261, 262, [261])
     run(conf)
     with safe_open(tmp_path / "r" / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -395,7 +394,7 @@ def test_an_adapter_with_half_of_its_new_rows_is_refused(tiny_run, tiny_model, t
     config["trainable_token_indices"]["lm_head"] = [260]
     file.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"its file lacks those of lm_head; save it with save_embedding_layers=True"):
-        settle_vocabulary(ModelConf(MODEL, adapter=folder))
+        assert Blueprint(ModelConf(MODEL, adapter=folder)).vocabulary
 
 
 def test_a_reference_adapter_must_not_change_the_policys_embeddings(tiny_run, tiny_model, tmp_path) -> None:
@@ -404,7 +403,7 @@ def test_a_reference_adapter_must_not_change_the_policys_embeddings(tiny_run, ti
     from dpo_runner.model.policy import load_policy
 
     with pytest.raises(ConfigError, match="brings embeddings of its own"):
-        load_policy(conf)
+        load_policy(Blueprint.of_run(conf))
 
 
 def test_the_base_of_such_an_adapter_is_resized_alike_each_time(tiny_run, tiny_model, tmp_path) -> None:
@@ -426,5 +425,5 @@ def test_weights_named_as_their_adapter_reach_the_reference(tiny_run, tiny_model
     model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
     trainer = build([*tiny_run, *EXACT, *MODES["continue"], f"model.adapter={tmp_path / 'sft'}"], tmp_path)
     expected = logps_of(model.eval(), first_rows(trainer))
-    policy, reference, _ = completion_logps(trainer, first_rows(trainer))
+    policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(policy, expected) and close(reference, expected)

@@ -9,19 +9,19 @@ from transformers import (
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import load_preferences
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_policy
-from dpo_runner.model.tokenizer import load_tokenizer
 from dpo_runner.training.build import build_dpo_config, build_trainer
 
 
 def build(overrides: list[str], tmp_path: Path):
     """Build tokenizer, data, policy and trainer as a run does; the reference is run unless `overrides` store it."""
     conf = load_conf(["engine.reference_store=false", *overrides])
-    tokenizer = load_tokenizer(conf.model)
-    data = load_preferences(conf, tokenizer)
+    blueprint = Blueprint.of_run(conf)
+    data = load_preferences(conf, blueprint.tokenizer)
     set_seed(conf.seed)
-    policy = load_policy(conf)
-    return build_trainer(conf, build_dpo_config(conf, tmp_path / "ckpt"), policy, data, tokenizer, [])
+    policy = load_policy(blueprint)
+    return build_trainer(conf, build_dpo_config(conf, tmp_path / "ckpt"), blueprint, policy, data)
 
 
 def first_rows(trainer) -> list[dict]:

@@ -14,10 +14,10 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData, load_preferences
 from dpo_runner.errors import RunPruned
 from dpo_runner.model.base import load_base_model
-from dpo_runner.model.policy import load_policy
-from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.policy import load_fresh, load_policy
 from dpo_runner.sweep import base_pool as module
-from dpo_runner.sweep.base_pool import BasePool, Snapshot, explain_refusal
+from dpo_runner.sweep.base_pool import BasePool, Snapshot, why_not_kept
 from dpo_runner.training.answers import generate_answers
 from dpo_runner.training.build import build_dpo_config, build_trainer
 from dpo_runner.training.callbacks.movement import MovementCheck
@@ -68,7 +68,10 @@ class Runner:
         self.count += 1
         folder = Path(f"run-{self.count}")
         self._capsys.readouterr()
-        run(load_conf([*self.overrides, *changes, f"run_dir={folder}"]), bases=bases)
+        run(
+            load_conf([*self.overrides, *changes, f"run_dir={folder}"]),
+            load_base=bases.load if bases is not None else load_fresh,
+        )
         self.said = self._capsys.readouterr().out
         self.kept.append(KEPT in self.said)
         return read_result(folder)
@@ -144,7 +147,7 @@ def test_a_run_after_one_that_was_pruned_is_the_run_alone(runner: Runner) -> Non
 
     alone, bases = runner([]), BasePool()
     with pytest.raises(RunPruned):
-        run(load_conf([*runner.overrides, *OTHERS[2], "run_dir=pruned"]), callbacks=[Prune()], bases=bases)
+        run(load_conf([*runner.overrides, *OTHERS[2], "run_dir=pruned"]), callbacks=[Prune()], load_base=bases.load)
     assert runner([], bases) == alone
     assert runner.kept[-1]
 
@@ -165,14 +168,13 @@ def count_live() -> dict[str, int]:
 @pytest.mark.parametrize("runs", [15, pytest.param(50, marks=pytest.mark.slow)])
 def test_many_runs_leave_nothing(runs: int, tiny_run: list[str]) -> None:
     conf = load_conf([*tiny_run, "training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"])
-    tokenizer = load_tokenizer(conf.model)
-    data = load_preferences(conf, tokenizer)
+    data = load_preferences(conf, Blueprint(conf.model).tokenizer)
     bases, said, live = BasePool(), [], []
     for number in range(runs):
         for key, value in (("training.gradient_checkpointing", bool(number % 2)), ("lora.r", 1 + number % 3)):
             group, _, name = key.partition(".")
             setattr(getattr(conf, group), name, value)
-        train_once(conf, tokenizer, data, bases, said)
+        train_once(conf, data, bases, said)
         bases.put_back()
         if number in (1, runs - 1):  # by the second run, all that is made on first use is there
             live.append(count_live())
@@ -182,15 +184,14 @@ def test_many_runs_leave_nothing(runs: int, tiny_run: list[str]) -> None:
     assert said == [KEPT] * (runs - 1)
 
 
-def train_once(conf: RunConf, tokenizer: Any, data: PreferenceData, bases: BasePool, said: list[str]) -> None:
-    policy = load_policy(conf, bases, said.append)
-    trainer = build_trainer(
-        conf, build_dpo_config(conf, Path("checkpoints")), policy, data, tokenizer, [MovementCheck()]
-    )
+def train_once(conf: RunConf, data: PreferenceData, bases: BasePool, said: list[str]) -> None:
+    blueprint = Blueprint.of_run(conf)
+    policy, args = load_policy(blueprint, bases.load, said.append), build_dpo_config(conf, Path("checkpoints"))
+    trainer = build_trainer(conf, args, blueprint, policy, data, [MovementCheck()])
     for work in (check_reference, lambda trainer: trainer.train()):
         work(trainer)
         trainer.evaluate()
-        generate_answers(trainer.model, tokenizer, data.prompts, 2, 4, data.stop_id)
+        generate_answers(trainer.model, blueprint.tokenizer, data.prompts, 2, 4, data.stop_id)
 
 
 def leave_hook(base: Any) -> None:
@@ -326,7 +327,6 @@ def test_weights_that_are_drawn_belong_to_their_seed(runner: Runner, tokenizer: 
         (["lora.init_lora_weights=eva"], "lora.init_lora_weights=eva begins from its weights"),
         (["model.added_tokens=[new_token]"], "its embeddings are resized or replaced"),
         (["model.device_map=cpu"], "model.device_map spreads it"),
-        (["engine.keep_base_model=false"], "engine.keep_base_model=false"),
         (["lora.init_lora_weights=gaussian", "model.adapter=SFT", "model.adapter_mode=stack"], None),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
@@ -335,12 +335,13 @@ def test_what_may_change_the_base_is_given_one_of_its_own(
     changes: list[str], reason: str | None, tiny_run: list[str], sft_adapter: str
 ) -> None:
     conf = load_conf([*tiny_run, *(change.replace("SFT", sft_adapter) for change in changes)])
-    assert explain_refusal(conf) == reason
+    blueprint = Blueprint.of_run(conf)
+    assert why_not_kept(blueprint) == reason
     if reason is not None:
         bases, said = BasePool(), []
-        assert bases.load(conf, said.append)[0] is not bases.load(conf, said.append)[0]
+        assert bases.load(blueprint, said.append)[0] is not bases.load(blueprint, said.append)[0]
         told = f"engine.keep_base_model: the base model is not kept for the next run; {reason}"
-        assert said == ([] if "keep_base_model" in changes[0] else [told, told])
+        assert said == [told, told]
 
 
 def test_a_model_of_unknown_parts_is_not_kept(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,8 +355,9 @@ def test_a_model_of_unknown_parts_is_not_kept(tiny_run: list[str], monkeypatch: 
 
     monkeypatch.setattr(module, "load_base_model", load)
     bases, said = BasePool(), []
-    first, _ = bases.load(load_conf(tiny_run), said.append)
-    assert bases.load(load_conf(tiny_run), said.append)[0] is not first
+    blueprint = Blueprint.of_run(load_conf(tiny_run))
+    first, _ = bases.load(blueprint, said.append)
+    assert bases.load(blueprint, said.append)[0] is not first
     assert "not kept for the next run; it has a test_base_pool" in said[0] and "Opaque" in said[0]
 
 

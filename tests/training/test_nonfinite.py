@@ -14,7 +14,7 @@ from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.records.reading import read_metrics
-from dpo_runner.training.engine.token_batches import TokenBatchTrainer
+from dpo_runner.training.engine.token_batches import TokenBatches
 
 WAYS = ["engine.max_tokens_per_micro_batch=null", "engine.max_tokens_per_micro_batch=0", "engine.shared_prefix=false"]
 
@@ -24,7 +24,7 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make the losses of batches with a certain token sequence NaN."""
 
     def spoil(ids: list[int] | None, steps: tuple[int, ...] = ()) -> None:
-        compute = TokenBatchTrainer.compute_loss
+        compute = TokenBatches.compute_loss
 
         def spoiled(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = compute(self, model, inputs, *args, **kwargs)
@@ -36,7 +36,7 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 return loss * float("nan")
             return loss
 
-        monkeypatch.setattr(TokenBatchTrainer, "compute_loss", spoiled)
+        monkeypatch.setattr(TokenBatches, "compute_loss", spoiled)
 
     return spoil
 

@@ -5,6 +5,7 @@ import torch
 
 from dpo_runner.errors import RunError
 from dpo_runner.training import step0
+from dpo_runner.training.callbacks import movement
 from dpo_runner.training.callbacks.movement import MovementCheck, _fingerprint
 from dpo_runner.training.step0 import check_reference, check_trainable
 from tests.support.trainers import build
@@ -37,12 +38,12 @@ def test_a_wrong_reference_is_found(tiny_run, sft_adapter, tmp_path) -> None:
 def test_the_shortest_rows_whose_answers_average_rounding_out_are_compared(
     answers: list[tuple[int, int]], compared: list[int], tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, seen, score = build(tiny_run, tmp_path), [], step0.completion_logps
+    trainer, seen, score = build(tiny_run, tmp_path), [], step0.score_both
     rows = [
         {"prompt_ids": [7], "chosen_ids": [8] * a, "rejected_ids": [9] * b, "row": i}
         for i, (a, b) in enumerate(answers)
     ]
-    monkeypatch.setattr(step0, "completion_logps", lambda _, rows: seen.extend(rows) or score(trainer, rows))
+    monkeypatch.setattr(step0, "score_both", lambda _, rows: seen.extend(rows) or score(trainer, rows))
     trainer.train_dataset = rows
     check_reference(trainer)
     assert [row["row"] for row in seen] == compared
@@ -181,7 +182,7 @@ def test_16_bits_are_found_whatever_is_trained(kind: str, tiny_run, tmp_path) ->
 def test_a_large_weight_is_fingerprinted_in_parts(monkeypatch) -> None:
     weight = torch.randn(7, 11)
     whole = _fingerprint(weight)
-    monkeypatch.setattr(step0, "_AT_ONCE", 10)
+    monkeypatch.setattr(movement, "_AT_ONCE", 10)
     assert _fingerprint(weight) == pytest.approx(whole, rel=1e-12)
     weight[6, 10] += 1e-5
     assert _fingerprint(weight) != pytest.approx(whole, rel=1e-12)

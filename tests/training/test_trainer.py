@@ -1,6 +1,7 @@
 """The trainer's traps: adapters that move, dropout that means what it says, rows that are not templated twice."""
 
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import ID_COLUMNS, load_preferences
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.build import build_dpo_config
-from dpo_runner.training.plan import build_plan, count_steps
-from dpo_runner.training.step0 import completion_logps
-from dpo_runner.training.trainer import RunTrainer
+from dpo_runner.training.memory.settle import Settled
+from dpo_runner.training.plan import build_plan
+from dpo_runner.training.step0 import score_both
+from dpo_runner.training.trainer import RunTrainer, count_steps
 from tests.support.common import ROWS
 from tests.support.trainers import build, first_rows, gradients
 
@@ -78,7 +80,7 @@ def test_the_reference_has_no_dropout(tiny_run, sft_adapter, tmp_path) -> None:
     for name, module in trainer.model.named_modules():
         if name.endswith("lora_dropout"):
             module["default"], module["ref"] = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)
-    quiet = completion_logps(trainer, first_rows(trainer))[1]
+    quiet = score_both(trainer, first_rows(trainer))[1]
     trainer.model.train()
     batch = trainer._prepare_inputs(trainer.data_collator(first_rows(trainer)))
     noisy = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
@@ -106,11 +108,11 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
 
     assert reference("training.ld_alpha=0.0") != reference()
     conf = load_conf(tiny_run)
-    rows = load_preferences(conf, load_tokenizer(conf.model)).train
+    rows = load_preferences(conf, Blueprint(conf.model).tokenizer).train
 
     def fingerprint(*overrides: str, reference: str = "") -> str:
         args = build_dpo_config(load_conf([*tiny_run, "data.on_overlong=trl", *overrides]), tmp_path)
-        trainer = types.SimpleNamespace(attention="sdpa", _reference=reference)
+        trainer = types.SimpleNamespace(attention="sdpa", _identity=reference)
         return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
 
     changes = [
@@ -134,7 +136,7 @@ def test_the_planned_steps_are_the_trainers(overrides: list[str], tiny_run, tmp_
     overrides = [*tiny_run, *overrides, "training.eval_strategy=no", "training.save_strategy=no"]
     trainer = build(overrides, tmp_path)
     trainer.train()
-    assert trainer.state.max_steps == count_steps(load_conf(overrides), len(trainer.train_dataset))
+    assert trainer.state.max_steps == count_steps(load_conf(overrides).training, len(trainer.train_dataset))
 
 
 def test_what_upstream_refuses_is_one_line(tmp_path) -> None:
@@ -183,8 +185,10 @@ def test_one_process_takes_one_gpu(tiny_run: list[str], tmp_path: Path, monkeypa
     conf = load_conf([*tiny_run, "training.bf16=false", "training.per_device_train_batch_size=2"])
     args = build_dpo_config(conf, tmp_path)
     assert args.n_gpu == 1 and args.train_batch_size == 2 and not args.use_cpu
-    data = load_preferences(conf, load_tokenizer(conf.model))
-    plan = build_plan(conf, data, tmp_path, "", "", "", None)
+    blueprint = Blueprint.of_run(conf)
+    data = load_preferences(conf, blueprint.tokenizer)
+    settled = Settled(conf, conf, args, data.shape())
+    plan = build_plan(settled, blueprint, data, tmp_path)
     assert plan["device"].startswith("the first of 4 GPUs; CUDA_VISIBLE_DEVICES")
     conf = load_conf([*tiny_run, "training.use_cpu=true"])
-    assert "device" not in build_plan(conf, data, tmp_path, "", "", "", None)
+    assert "device" not in build_plan(replace(settled, asked=conf), blueprint, data, tmp_path)

@@ -9,12 +9,12 @@ from dpo_runner.errors import RunError
 
 Fingerprint = tuple[float, float]
 
-_WHOLE_MODULE = ".modules_to_save.default."
+WHOLE_MODULE = ".modules_to_save.default."
 _AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
 _MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
 
 
-def _find_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def find_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return by the names of lora_A and lora_B, in the model's order, the layers that they belong to."""
     return {
         f"{path}.{part}.default.weight": module
@@ -49,7 +49,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
         self._start = self._last = _take_fingerprints(model)
-        for name, layer in _find_lora(model).items():
+        for name, layer in find_lora(model).items():
             self._hooks.append(layer.register_forward_pre_hook(self._note(name)))
 
     def _note(self, name: str) -> Any:
@@ -77,7 +77,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
             self._refuse(args, stuck, f"{len(stuck)} adapter weights have")
         if self._steps < 2:
             return
-        trained, whole = list(now), [name for name in now if _WHOLE_MODULE in name]
+        trained, whole = list(now), [name for name in now if WHOLE_MODULE in name]
         still = [group for group in (whole, trained) if group and not any(map(self._moved, group))]
         if not still:
             self._start.clear()

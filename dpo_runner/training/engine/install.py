@@ -1,16 +1,16 @@
 """Puts the engine into a trainer, part by part, and says which part stays out and why."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.run import EngineConf
-from dpo_runner.model.adapters import build_peft_config
-from dpo_runner.model.reference import stores_reference
+from dpo_runner.data.splits import DataShape
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION
 from dpo_runner.training.engine.packed.forward import explain_refusal, is_certain, share_prefixes, trains_head
@@ -18,75 +18,88 @@ from dpo_runner.training.engine.packed.self_check import find_difference
 from dpo_runner.training.engine.reference.columns import add_reference_columns, reference_adapter
 from dpo_runner.training.engine.reference.identity import identify_reference
 from dpo_runner.training.engine.reference.store import ReferenceStore
-from dpo_runner.training.engine.token_batches import TokenBatchTrainer, explain_grouping, settle_budget
+from dpo_runner.training.engine.token_batches import TokenBatches, explain_grouping, settle_budget
 from dpo_runner.training.memory.device import keep_freed_memory
 
 _VERSION = 3
 """Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
 
 
+@dataclass
+class Engine:
+    """What the engine has found out for a trainer.
+
+    Attributes:
+        max_tokens: of a micro-batch; None where rows are counted.
+        has_reference_columns: whether the rows have the reference's log-probabilities, so that it need not run.
+        train_dataset: the trainer's rows.
+        eval_dataset: likewise; by source where there are several.
+    """
+
+    max_tokens: int | None
+    has_reference_columns: bool
+    train_dataset: Any
+    eval_dataset: Any
+
+
 def install_engine(
-    trainer: TokenBatchTrainer,
-    conf: EngineConf,
-    stores_reference: bool,
-    longest: int,
-    largest: int,
-    description: Mapping[str, Any],
-    tell: Callable[[str], None],
-) -> None:
-    """Make a trainer that has been built, and not trained yet, faster.
+    trainer: TokenBatches, conf: EngineConf, blueprint: Blueprint, shape: DataShape, say: Callable[[str], None]
+) -> Engine:
+    """Put the engine into a trainer that has not trained yet.
 
     Args:
-        trainer: TRL's, with its reference settled.
+        trainer: TRL's, with its reference in place.
         conf: what to put in.
-        stores_reference: whether the reference is one that the store can hold.
-        longest: tokens of the longest row.
-        largest: tokens of the largest pair, its prompt counted once.
-        description: of the reference, for whoever lists the store.
-        tell: shows one line to a person.
+        blueprint: of the model.
+        shape: of the rows, as the trainer cuts them.
+        say: shows one line to a person.
     """
     use_cpu = trainer.accelerator.device.type == "cpu"
     if conf.lean_layers:
         make_lean(trainer.model, use_cpu)
-    reason = _share_prefixes(trainer, conf, longest) if conf.shared_prefix else "engine.shared_prefix=false"
+    reason = _share_prefixes(trainer, conf, shape.longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None
     keep_freed_memory()  # not before the self-check: its blocks have other sizes, and would leave gaps in the heap
     if conf.shared_prefix and reason is not None:
-        tell(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
+        say(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
+    engine = Engine(None, False, trainer.train_dataset, trainer.eval_dataset)
     if shares and not explain_grouping(trainer.loss_types):
-        trainer.max_tokens = settle_budget(conf, trainer.args.per_device_train_batch_size, largest, use_cpu)
-    if stores_reference:
-        _store_reference(trainer, conf, shares, description, tell)
+        batch = trainer.args.per_device_train_batch_size
+        engine.max_tokens = settle_budget(conf, batch, sum(shape.largest), use_cpu)
+    if blueprint.reference.is_stored:
+        described = {"model": blueprint.name, "reference": blueprint.reference.described}
+        _add_stored_reference(trainer, engine, conf, shares, described, say)
+    return engine
 
 
-def describe_engine(conf: RunConf, model: PreTrainedModel, longest: int) -> str:
+def describe_engine(conf: RunConf, blueprint: Blueprint, longest: int) -> str:
     """Say for the plan which parts of the engine a run will have, and why not the others.
 
     Args:
         conf: the run.
-        model: the base model, which needs no weights.
+        blueprint: of its model.
         longest: tokens of the longest row.
     """
-    stored = "reference from the store" if stores_reference(conf) else "reference run along"
-    reason = explain_padding(conf, model, longest)
+    stored = "reference from the store" if blueprint.reference.is_stored else "reference run along"
+    reason = explain_padding(conf, blueprint, longest)
     if reason:
         return f"TRL's forward ({reason}), {stored}"
-    shared = "shared prefixes" if is_certain(model) else "shared prefixes if both forwards agree"
+    shared = "shared prefixes" if is_certain(blueprint.meta) else "shared prefixes if both forwards agree"
     if conf.engine.max_tokens_per_micro_batch == 0:
         return f"{shared}, {stored}"
     reason = explain_grouping(conf.training.loss_type)
     return f"{shared}, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
 
 
-def explain_padding(conf: RunConf, model: PreTrainedModel, longest: int) -> str | None:
+def explain_padding(conf: RunConf, blueprint: Blueprint, longest: int) -> str | None:
     """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
     if not conf.engine.shared_prefix:
         return "engine.shared_prefix=false"
     chosen = conf.model.attn_implementation
     if chosen not in (None, IMPLEMENTATION):
         return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
-    adapter = build_peft_config(conf.lora)
-    return explain_refusal(model, longest, not conf.training.disable_dropout, filter(None, [adapter]))
+    adapters = filter(None, [blueprint.build_peft()])
+    return explain_refusal(blueprint.meta, longest, not conf.training.disable_dropout, adapters)
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
@@ -103,10 +116,15 @@ def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str 
     return None
 
 
-def _store_reference(
-    trainer: DPOTrainer, conf: EngineConf, shares: bool, description: Mapping[str, Any], tell: Callable[[str], None]
+def _add_stored_reference(
+    trainer: DPOTrainer,
+    engine: Engine,
+    conf: EngineConf,
+    shares: bool,
+    description: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> None:
-    """Give all rows what the reference thinks of them, and let go of a reference that is a model of its own."""
+    """Give the engine's rows the reference's log-probabilities, from the store where it has them."""
     adapter = reference_adapter(trainer)
     # On a CPU a head that is trained is scored by another kernel, with other rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
@@ -117,23 +135,22 @@ def _store_reference(
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
     except TypeError as error:
-        tell(f"engine.reference_store: the reference runs along; it has {error}, which cannot be told apart")
+        say(f"engine.reference_store: the reference runs along; it has {error}, which cannot be told apart")
         return
     limit = int(conf.reference_store_gb * 1e9)
     with ReferenceStore(digest, {**description, **made_of}, limit) as store:
 
         def add(dataset: Any) -> Any:
-            return add_reference_columns(trainer, dataset, store, tell)
+            return add_reference_columns(trainer, dataset, store, say)
 
-        trainer.train_dataset = add(trainer.train_dataset)
-        if isinstance(trainer.eval_dataset, dict):
-            trainer.eval_dataset = {name: add(rows) for name, rows in trainer.eval_dataset.items()}
-        elif trainer.eval_dataset is not None:
-            trainer.eval_dataset = add(trainer.eval_dataset)
+        engine.train_dataset = add(engine.train_dataset)
+        if isinstance(engine.eval_dataset, dict):
+            engine.eval_dataset = {name: add(rows) for name, rows in engine.eval_dataset.items()}
+        elif engine.eval_dataset is not None:
+            engine.eval_dataset = add(engine.eval_dataset)
     if store.left_out:
-        tell(
+        say(
             f"engine.reference_store_gb={conf.reference_store_gb:g}: the store is full; {store.left_out:,} pairs were "
             "scored and not kept; a higher limit makes room, or `python -m dpo_runner.cache clear reference`"
         )
-    trainer.precompute_ref_logps = True
-    trainer.ref_model = None
+    engine.has_reference_columns = True

@@ -105,8 +105,8 @@ def group_pairs(sizes: Sequence[Sequence[int]], budget: int) -> list[MicroBatch]
     ]
 
 
-class TokenBatchTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer, which takes its steps in micro-batches of `max_tokens` where that is set."""
+class TokenBatches(DPOTrainer):  # type: ignore[misc]
+    """Trainer mixin: takes its steps in micro-batches of `max_tokens` where that is set."""
 
     max_tokens: int | None = None
     _total_train_tokens: float  # TRL's

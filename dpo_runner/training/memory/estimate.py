@@ -8,7 +8,6 @@ import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from trl import DPOConfig
 from trl.trainer import utils as trl_utils
 
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.data.splits import PairShape
+from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.reference import stores_reference
-from dpo_runner.model.vocabulary import load_model_config
-from dpo_runner.training.build import build_dpo_config
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.forward import explain_refusal, share_prefixes, trains_head
 from dpo_runner.training.engine.token_batches import explain_grouping, settle_budget
@@ -102,18 +99,37 @@ class MemoryEstimate:
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
+    def title(self) -> str:
+        """The heading of its table."""
+        return f"estimated peak memory, with {self.length:,} tokens to the longest row"
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The peak beside what is free, in bytes."""
+        return {f"at the peak ({self.phase})": self.total, f"free on {self.device}": self.device_free}
+
+    @property
+    def shortage(self) -> str:
+        """What is lacking, and which settings take less."""
+        return (
+            f"about {self.total / 1e9:.1f} GB are needed, {self.device_free / 1e9:.1f} GB are free on "
+            f"{self.device} ({self.device_total / 1e9:.1f} GB in all); {self.advice}"
+        )
+
+    @property
     def fits(self) -> bool:
         """Whether the peak is within what is free now."""
         return self.total <= self.device_free
 
 
-def estimate_memory(conf: RunConf, longest: int, largest: PairShape) -> MemoryEstimate:
+def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> MemoryEstimate:
     """Estimate a run's peak memory, on one device, from the model's config.
 
     Args:
         conf: the run.
-        longest: the longest conversation of the data in tokens, prompt included.
-        largest: the pair with the most tokens.
+        args: of its trainer.
+        blueprint: of its model.
+        shape: of its rows.
 
     Returns:
         The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
@@ -121,23 +137,22 @@ def estimate_memory(conf: RunConf, longest: int, largest: PairShape) -> MemoryEs
     Raises:
         ConfigError: there is no config, or the setting is one that cannot be estimated.
     """
-    length = longest if conf.training.max_length is None else min(conf.training.max_length, longest)
-    pair = largest.cut(length)
-    args = build_dpo_config(conf, Path("checkpoints"))
-    args.precompute_ref_log_probs |= stores_reference(conf)
-    config = load_model_config(conf.model)
+    shape, args = shape.cut(conf.training.max_length), copy.copy(args)
+    args.precompute_ref_log_probs |= blueprint.reference.is_stored
+    config = blueprint.config
     _check_estimable(conf, args)
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     if depth > _FULL_DEPTH and len(set(kinds)) < 2:
-        half, whole = (_simulate(_cut(config, n), conf, args, length, pair) for n in (_FULL_DEPTH // 2, _FULL_DEPTH))
+        cuts = (blueprint.with_config(_cut(config, layers)) for layers in (_FULL_DEPTH // 2, _FULL_DEPTH))
+        half, whole = (_simulate(cut, conf, args, shape) for cut in cuts)
         held, phases = _extrapolate(half, whole, (depth - _FULL_DEPTH) / (_FULL_DEPTH - _FULL_DEPTH // 2))
     else:
-        held, phases = _simulate(config, conf, args, length, pair)
+        held, phases = _simulate(blueprint, conf, args, shape)
     peak = max(phases.values(), key=lambda rows: sum(rows.values()))
     name, total, free = read_device(args)
     totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
-    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), length, name, total, free)
+    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), shape.longest, name, total, free)
 
 
 Rows = dict[str, int]
@@ -191,18 +206,16 @@ def _extrapolate(
     return go_on(half[0], whole[0]), {phase: go_on(half[1][phase], rows) for phase, rows in whole[1].items()}
 
 
-def _simulate(
-    config: PretrainedConfig, conf: RunConf, args: DPOConfig, length: int, pair: PairShape
-) -> tuple[Rows, dict[str, Rows]]:
-    """Run the phases on fake tensors, with rows of `length` tokens, or with pairs like `pair` where they are packed.
+def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataShape) -> tuple[Rows, dict[str, Rows]]:
+    """Run the phases on fake tensors, with the longest rows, or with the largest pairs where they are packed.
 
     Returns:
         What is held all the time, and what each phase holds beside that at its peak.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    policy, reference, held = build_fake_models(config, conf, args, mode)
+    policy, reference, held = build_fake_models(blueprint, args, mode)
     models = [model for model in (policy, reference) if model is not None]
-    packed = conf.engine.shared_prefix and _share_prefixes(models, length, args)
+    packed = conf.engine.shared_prefix and _share_prefixes(models, shape.longest, args)
     use_cpu = uses_cpu(args)
     if conf.engine.lean_layers:
         make_lean(policy, use_cpu)
@@ -210,7 +223,7 @@ def _simulate(
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         held["optimizer"] = _count_optimizer(args.optim, trained)
         kept = [tensor for model in models for tensor in tensors_of(model)]
-        width = config.get_text_config().vocab_size
+        width = blueprint.config.get_text_config().vocab_size
         chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         widths = {width, width % chunk, min(width, chunk), chunk} - {0}
         phases = {}
@@ -220,10 +233,10 @@ def _simulate(
                 tracker = MemoryTracker(kept, widths, scratch)
                 batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
                 if packed:
-                    budget = settle_tokens(conf, args, pair) if phase == "training" else None
-                    inputs = build_packed_inputs(pair, batch, budget)
+                    budget = count_tokens_at_once(conf, args, shape.largest) if phase == "training" else None
+                    inputs = build_packed_inputs(shape.largest, batch, budget)
                 else:
-                    inputs = build_padded_inputs(2 * batch, length)
+                    inputs = build_padded_inputs(2 * batch, shape.longest)
                 with tracker:
                     run_phase(phase, policy, reference, trained, tracker, args, inputs)
                 phases[phase] = {
@@ -246,7 +259,7 @@ def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
     return True
 
 
-def settle_tokens(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
+def count_tokens_at_once(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
     """Return how many tokens a micro-batch will have; None where its rows are counted."""
     batch = args.per_device_train_batch_size
     if (

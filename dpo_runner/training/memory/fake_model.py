@@ -2,30 +2,25 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.initialization import no_init_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from dpo_runner.config.run_conf import RunConf
-from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.adapters import build_peft_config, changes_base
-from dpo_runner.model.files.locations import explain_missing, is_adapter, resolve_adapter_path
-from dpo_runner.model.quantization import build_quantization_config, close_4bit_trap
-from dpo_runner.model.reference import holds_reference, is_initial, trains_all
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.quantization import close_4bit_trap
 from dpo_runner.model.stacking import SFT
-from dpo_runner.model.vocabulary import load_model_config
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """What DPOTrainer has the head compute for the policy."""
@@ -37,13 +32,12 @@ _BLOCK, _NESTED_BLOCK = 64, 256  # weights to one absmax, and absmax to one absm
 
 
 def build_fake_models(
-    config: PretrainedConfig, conf: RunConf, args: DPOConfig, mode: FakeTensorMode
+    blueprint: Blueprint, args: DPOConfig, mode: FakeTensorMode
 ) -> tuple[nn.Module, nn.Module | None, dict[str, int]]:
     """Build the policy, the reference where it is a model of its own, and count what they hold.
 
     Args:
-        config: the model's.
-        conf: the run.
+        blueprint: of the run.
         args: TRL's settings for it.
         mode: the fake tensors'; not active yet, since bitsandbytes' layers cannot be made in it.
 
@@ -53,21 +47,19 @@ def build_fake_models(
     Raises:
         ConfigError: the checkpoint is quantized by another method than bitsandbytes', or a layer is not covered.
     """
-    full = trains_all(conf)
-    dtype = _find_dtype(config, conf, full)
-    quantization = _find_quantization(config, conf)
-    policy, base = _build_on_meta(config, conf.model, dtype, quantization, lambda model: _put_adapters(model, conf))
+    quantization = _find_quantization(blueprint)
+    policy, base = _build_on_meta(blueprint, quantization, lambda model: _put_adapters(model, blueprint))
     model: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     add_fused_lm_head(model, outputs=OUTPUTS)
     with mode:
         frozen = _make_fake(policy, base)
-        state = _fill_quantized(policy, quantization, dtype) if quantization is not None else []
+        state = _fill_quantized(policy, quantization, blueprint.dtype) if quantization is not None else []
     held = {
         "weights": count_bytes([*frozen, *(layer.weight for layer in _quantized_layers(policy))]),
         "quantization state": count_bytes(state),
     }
     held["adapters"] = count_bytes(tensors_of(policy)) - held["weights"]
-    reference, held["reference"] = _build_reference(config, conf, full, args.precompute_ref_log_probs, mode)
+    reference, held["reference"] = _build_reference(blueprint, args.precompute_ref_log_probs, mode)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(CHECKPOINT_KWARGS)
         if policy is not model:
@@ -75,57 +67,36 @@ def build_fake_models(
     return policy, reference, held
 
 
-def _build_reference(
-    config: PretrainedConfig, conf: RunConf, full: bool, precomputed: bool, mode: FakeTensorMode
-) -> tuple[nn.Module | None, int]:
-    """Return the reference where it is a model of its own, as `dpo_runner.model.policy` has it, and the bytes it holds."""
-    name = conf.model.reference
-    quantization = None
-    if is_initial(conf):
-        if not full or precomputed:
-            return None, 0  # inside the policy, or gone before training
-    elif (name == "base" or is_adapter(name)) and holds_reference(conf):
+def _build_reference(blueprint: Blueprint, precomputed: bool, mode: FakeTensorMode) -> tuple[nn.Module | None, int]:
+    """Return the reference where it is a model of its own while the policy trains, and the bytes that it holds."""
+    copied = blueprint.reference.is_initial and blueprint.trains_all and not precomputed
+    other = blueprint if copied else blueprint.reference_model
+    if other is None:
         return None, 0
-    else:
-        if name != "base" and not is_adapter(name):
-            config = load_model_config(replace(conf.model, model_name_or_path=name, revision=None, gguf_file=None))
-        quantization = _find_quantization(config, conf)
-    dtype = _find_dtype(config, conf, full)
-    reference, base = _build_on_meta(config, conf.model, dtype, quantization, lambda model: model)
+    if other.name == blueprint.name:  # it has as many layers as the policy has here
+        other = other.with_config(blueprint.config)
+    quantization = _find_quantization(other)
+    reference, base = _build_on_meta(other, quantization, lambda model: model)
     add_fused_lm_head(reference.eval().requires_grad_(False))
     with mode:
         _make_fake(reference, base)
-        state = _fill_quantized(reference, quantization, dtype) if quantization is not None else []
+        state = _fill_quantized(reference, quantization, other.dtype) if quantization is not None else []
     return reference, count_bytes([*tensors_of(reference), *state])
 
 
-def _find_dtype(config: PretrainedConfig, conf: RunConf, full: bool) -> torch.dtype:
-    if conf.model.dtype != "auto":
-        dtype = getattr(torch, conf.model.dtype)
-    else:
-        dtype = torch.float32 if full else config.get_text_config().dtype or config.dtype or torch.float32
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def _build_on_meta(
-    config: PretrainedConfig,
-    conf: ModelConf,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
-    finish: Callable[[nn.Module], nn.Module],
+    blueprint: Blueprint, quantization: BitsAndBytesConfig | None, finish: Callable[[nn.Module], nn.Module]
 ) -> tuple[Any, set[int]]:
     """Return the model, finished by `finish`, and the ids of the tensors that it had before."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(blueprint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    name = conf.model_name_or_path
-    with torch.device("meta"), no_init_weights(), explain_missing(name, "model.model_name_or_path"):
+    with torch.device("meta"), no_init_weights(), explain_missing(blueprint.name, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=dtype,
-            attn_implementation=conf.attn_implementation,
-            trust_remote_code=conf.trust_remote_code,
+            dtype=blueprint.dtype,
+            attn_implementation=blueprint.conf.attn_implementation,
+            trust_remote_code=blueprint.conf.trust_remote_code,
         )
         model.tie_weights()
         if quantization is not None:
@@ -183,13 +154,14 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _find_quantization(config: PretrainedConfig, conf: RunConf) -> BitsAndBytesConfig | None:
-    own = getattr(config, "quantization_config", None)
+def _find_quantization(blueprint: Blueprint) -> BitsAndBytesConfig | None:
+    """Return what the base's layers are quantized with, by the run or by the checkpoint."""
+    own = blueprint.own_quantization
     if own is None:
-        return build_quantization_config(conf.quant)
+        return blueprint.quantization
     own = own if isinstance(own, dict) else own.to_dict()
     if str(own.get("quant_method", "")).split(".")[-1].lower() not in ("bitsandbytes", "bitsandbytes_4bit"):
-        key = f"model.model_name_or_path={conf.model.model_name_or_path}"
+        key = f"model.model_name_or_path={blueprint.name}"
         raise ConfigError(f"`{key}`: the memory of such a quantization cannot be estimated")
     return BitsAndBytesConfig.from_dict(own)
 
@@ -230,29 +202,15 @@ def _fill_8bit(layer: Any) -> list[torch.Tensor]:
     return [layer.state.SCB]
 
 
-def _put_adapters(model: nn.Module, conf: RunConf) -> nn.Module:
-    """Put on what `dpo_runner.model.policy` and TRL put on: the trained adapter, and the reference where it is one too."""
-    config = build_peft_config(conf.lora)
-    mode = conf.model.adapter_mode if conf.model.adapter is not None else None
-    if config is None and mode != "continue":
+def _put_adapters(model: nn.Module, blueprint: Blueprint) -> nn.Module:
+    """Put the adapters on that the trainer's model has, the trained one in fp32."""
+    configs = blueprint.adapter_configs()
+    if not configs:
         return model.requires_grad_(True)
-    sft = _read_adapter(resolve_adapter_path(conf.model)) if mode in ("continue", "stack") else None
-    taken_from_base = changes_base(config)
-    if mode == "continue":
-        policy, reference = get_peft_model(model, sft), sft
-    else:
-        if isinstance(config, LoraConfig):
-            config.init_lora_weights = True  # other ways to begin end in the same shapes
-        policy, reference = get_peft_model(model, config), config if mode == "stack" or taken_from_base else None
-        if mode == "stack":
-            policy.add_adapter(SFT, sft)
-    if is_adapter(conf.model.reference) and holds_reference(conf):
-        reference = _read_adapter(conf.model.reference)
-    elif not is_initial(conf) and not taken_from_base:
-        reference = None
-    if reference is not None:
-        policy.add_adapter("ref", reference)
-    policy.base_model.set_adapter([SFT, "default"] if mode == "stack" else "default")
+    policy = get_peft_model(model, configs.pop("default"))
+    for name, config in configs.items():
+        policy.add_adapter(name, config)
+    policy.base_model.set_adapter([SFT, "default"] if SFT in configs else "default")
     for name, parameter in policy.named_parameters():
         if f".{SFT}." in name or ".ref." in name:
             parameter.requires_grad_(False)
@@ -260,9 +218,3 @@ def _put_adapters(model: nn.Module, conf: RunConf) -> nn.Module:
             parameter.data = parameter.data.float()
     assert isinstance(policy, nn.Module)
     return policy
-
-
-def _read_adapter(folder: str) -> PeftConfig:
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    return config

@@ -14,6 +14,7 @@ from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing
 
 from dpo_runner.data.splits import PairShape
+from dpo_runner.training.engine.logps import completion_logps
 from dpo_runner.training.engine.packed.packing import Packing, PairLengths, Pairs
 from dpo_runner.training.memory.fake_model import CHECKPOINT_KWARGS
 from dpo_runner.training.memory.tracker import GRADIENTS, MemoryTracker
@@ -36,9 +37,7 @@ def run_phase(
     def score(model: nn.Module) -> torch.Tensor:
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast("cpu", dtype=dtype) if args.bf16 or args.fp16 else nullcontext():
-            log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-        assert isinstance(log_probs, torch.Tensor)
-        return log_probs.float()
+            return completion_logps(model, inputs).float()
 
     def note_gradient(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:

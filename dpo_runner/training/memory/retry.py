@@ -1,21 +1,19 @@
-"""Whether a run fits into memory, and what becomes of it where it does not: advice, or the same run in smaller batches.
+"""Attempts in smaller batches where memory runs out, and advice where none is left.
 
 A run that goes on with smaller batches takes as many pairs to an optimizer step as before, so it is the run that had
-such batches from the start. Where micro-batches are of so many tokens, that is all that is smaller; where rows are
-counted, there are fewer of them, and as many more batches to a step.
+such batches from the start. Where micro-batches are limited by tokens, that limit is halved; where rows are counted,
+there are fewer of them, and as many more batches to a step.
 """
 
-import dataclasses
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.io.console import RunConsole
-from dpo_runner.io.logs import route_library_logs
 from dpo_runner.training.memory.device import (
     ANSWERING,
     EVALUATION,
@@ -26,80 +24,78 @@ from dpo_runner.training.memory.device import (
 )
 
 if TYPE_CHECKING:
-    from dpo_runner.data.splits import PairShape
+    from dpo_runner.model.blueprint import Blueprint
+    from dpo_runner.training.memory.settle import Settled
+    from dpo_runner.training.session import Session
 
 logger = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]
-Records = list[dict[str, Any]]
-Result = TypeVar("Result")
 
 _TOKENS, _BATCH = "engine.max_tokens_per_micro_batch", "training.per_device_train_batch_size"
 _ACCUMULATION, _EVAL_BATCH = "training.gradient_accumulation_steps", "training.per_device_eval_batch_size"
 
 
-def show_memory(conf: RunConf, longest: int, largest: "PairShape", console: RunConsole) -> None:
-    """Say whether a run will fit into memory."""
-    from dpo_runner.training.memory.estimate import estimate_memory
+class Attempt:
+    """One attempt at a run: a context manager that keeps an `OutOfMemory` to itself.
 
-    try:
-        with route_library_logs(None):
-            estimate = estimate_memory(conf, longest, largest)
-    except ConfigError as error:
-        console.warn(f"the memory that this run takes is not known: {error}")
-    else:
-        console.show_memory(estimate)
+    Attributes:
+        settled: the run, with the settings of this attempt.
+        failure: what memory ran out in.
+    """
+
+    def __init__(self, settled: "Settled") -> None:
+        self.settled = settled
+        self.failure: OutOfMemory | None = None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, OutOfMemory):
+            return False
+        logger.error("memory ran out\n%s", "".join(traceback.format_exception(error)))
+        self.failure = error
+        return True
 
 
-def run_within_memory(
-    conf: RunConf,
-    attempt: Callable[[Settings, Records], Result],
-    records: Records,
-    note: Callable[[Records], None],
-    longest: int,
-    largest: "PairShape",
-    console: RunConsole,
-) -> Result:
-    """Let a run be tried, and where memory runs out tried again in smaller batches, if `conf.checks` says so.
+def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> Iterator[Attempt]:
+    """Yield attempts at a run, each in smaller batches than the one before, if `conf.checks` allows more than one.
 
     Args:
-        conf: the run, as it is tried first.
-        attempt: does it, with these settings changed, after what these records tell.
-        records: of an earlier process that was interrupted after it had made batches smaller.
-        note: is given all records, each time that there is one more.
-        longest: tokens of the longest conversation.
-        largest: the pair with the most tokens.
-        console: where it is told.
-
-    Returns:
-        What `attempt` returns.
+        settled: the run, as it is tried first.
+        blueprint: of its model.
+        session: has the records of an earlier process that had made batches smaller, and gets new ones.
 
     Raises:
         OutOfMemory: no batch can be smaller, or none is to be; with sizes, and with settings that take less.
     """
+    records = session.out_of_memory
     settings = {key: value for record in records for key, value in record["settings"].items()}
     if records:
-        console.warn(f"memory ran out before; this run goes on with {_join(settings)}")
-        note(records)
+        session.warn(f"memory ran out before; this run goes on with {_join(settings)}")
+        session.note_out_of_memory(records)
+    largest = sum(settled.shape.cut(settled.asked.training.max_length).largest)
     while True:
-        try:
-            return attempt(settings, records)
-        except OutOfMemory as error:
-            logger.error("memory ran out\n%s", traceback.format_exc())
-            failure = error
-        console.stop_training()
-        _let_go(failure)
-        now = with_settings(conf, settings)
-        smaller = find_smaller(now, failure.part, failure.tokens, sum(largest))
-        if not smaller or conf.checks.on_out_of_memory == "stop":
-            advice = f"try {', or '.join(list_ways(now, failure.part, smaller))}"
+        now = settled.with_settings(settings)
+        session.begin_attempt()
+        yield (attempt := Attempt(now))
+        if (failure := attempt.failure) is None:
+            return
+        session.console.stop_training()
+        _release(failure)
+        smaller = find_smaller(now.conf, failure.part, failure.tokens, largest)
+        if not smaller or now.conf.checks.on_out_of_memory == "stop":
+            advice = f"try {', or '.join(list_ways(now.conf, failure.part, smaller))}"
             if smaller:
                 advice += "; checks.on_out_of_memory=smaller_batch tries smaller batches by itself"
-            raise failure.advised(f"{_describe_estimate(now, longest, largest)}{advice}")
+            raise failure.advised(f"{_describe_estimate(now, blueprint)}{advice}")
         settings |= smaller
         records = [*records, {"part": failure.part, "sizes": failure.sizes, "settings": smaller}]
-        console.warn(f"{failure}; going on with {_join(smaller)}")
-        note(records)
+        session.warn(f"{failure}; going on with {_join(smaller)}")
+        session.note_out_of_memory(records)
 
 
 def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> dict[str, int]:
@@ -155,20 +151,11 @@ def _list_other_ways(conf: RunConf, part: str | None) -> Iterator[str]:
         yield f"training.max_length={max(conf.training.max_length // 2, 2)} (longer pairs are then left out)"
 
 
-def with_settings(conf: RunConf, settings: Settings) -> RunConf:
-    """Return a run with some of its settings, by their dotted keys, changed."""
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        changed = dataclasses.replace(getattr(conf, section), **{name: value})
-        conf = dataclasses.replace(conf, **{section: changed})
-    return conf
-
-
 def _join(settings: Settings) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _let_go(error: BaseException | None) -> None:
+def _release(error: BaseException | None) -> None:
     """Free what the functions that have failed held: the model, above all."""
     import torch
 
@@ -180,11 +167,9 @@ def _let_go(error: BaseException | None) -> None:
         torch.cuda.empty_cache()
 
 
-def _describe_estimate(conf: RunConf, longest: int, largest: "PairShape") -> str:
-    from dpo_runner.training.memory.estimate import estimate_memory
-
+def _describe_estimate(settled: "Settled", blueprint: "Blueprint") -> str:
     try:
-        estimate = estimate_memory(conf, longest, largest)
+        estimate = settled.estimate(blueprint)
     except ConfigError:
         return ""
     except Exception as error:

@@ -1,46 +1,98 @@
-"""Gradient checkpointing where a run would not fit into memory without it, and nowhere else.
+"""Decide what a configuration leaves open, before a weight is loaded.
 
-It computes every layer twice, a third more work, for the same gradients. `training.gradient_checkpointing=true` has it
-always; otherwise the memory estimate decides, and `engine.auto_gradient_checkpointing=false` leaves it off. Where the
-memory cannot be estimated it stays as it is set.
+Gradient checkpointing computes every layer twice, a third more work, for the same gradients. A run gets it where
+`training.gradient_checkpointing=true` asks for it, and where the memory estimate says that the run would not fit
+without it, unless `engine.auto_gradient_checkpointing=false`. Where memory cannot be estimated it stays as it is set.
 """
 
-import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.data.splits import PairShape
+from dpo_runner.data.splits import DataShape
 from dpo_runner.errors import ConfigError
+from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.engine.install import explain_padding
 from dpo_runner.training.engine.packed.forward import is_certain
-from dpo_runner.training.memory.estimate import estimate_memory, read_device, settle_tokens
+from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
 
 _BYTES_PER_WEIGHT = 20
 """The weight, its gradient, Adam's two moments and the reference's copy, in fp32."""
 
+Settings = Mapping[str, Any]
+"""Values by dotted key."""
 
-def explain_checkpointing(
-    conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape
-) -> str | None:
-    """Say how much memory asks for gradient checkpointing that is not set, or return None where none does.
+
+@dataclass(frozen=True)
+class Settled:
+    """A run's configuration as asked and as executed. It can be pickled.
+
+    Attributes:
+        asked: the configuration as composed.
+        conf: the configuration as executed.
+        args: TRL's settings, made of `conf`.
+        shape: of the run's rows.
+        notes: why `conf` differs from `asked`, by the plan's label.
+    """
+
+    asked: RunConf
+    conf: RunConf
+    args: DPOConfig
+    shape: DataShape
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def with_settings(self, settings: Settings) -> "Settled":
+        """Return the same run with other values, such as smaller batches."""
+        if not settings:
+            return self
+        conf = with_settings(self.conf, settings)
+        args = build_dpo_config(conf, Path(self.args.output_dir))
+        return replace(self, asked=with_settings(self.asked, settings), conf=conf, args=args)
+
+    def estimate(self, blueprint: Blueprint) -> MemoryEstimate:
+        """Estimate the run's peak memory.
+
+        Raises:
+            ConfigError: it cannot be estimated.
+        """
+        return estimate_memory(self.conf, self.args, blueprint, self.shape)
+
+
+def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: Path) -> Settled:
+    """Decide what a configuration leaves open.
 
     Args:
         conf: the run.
-        args: of its trainer.
-        model: the base model; it needs no weights.
-        longest: tokens of the longest conversation.
-        largest: the pair with the most tokens.
+        blueprint: of its model.
+        shape: of its rows.
+        checkpoints: the folder that checkpoints go to.
+
+    Raises:
+        ConfigError: TRL or transformers refuses the settings.
     """
+    args = build_dpo_config(conf, checkpoints)
+    if (lack := _find_lack_of_memory(conf, args, blueprint, shape)) is None:
+        return Settled(conf, conf, args, shape)
+    executed = with_settings(conf, {"training.gradient_checkpointing": True})
+    notes = {"checkpointing": f"of gradients, switched on: {lack}"}
+    return Settled(conf, executed, build_dpo_config(executed, checkpoints), shape, notes)
+
+
+def _find_lack_of_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> str | None:
+    """Return how much memory asks for gradient checkpointing that is not set; None where none does."""
     if conf.training.gradient_checkpointing or not conf.engine.auto_gradient_checkpointing:
         return None
-    bound = bound_memory(conf, args, model, longest, largest)
-    if not model.supports_gradient_checkpointing or 2 * bound < read_device(args)[2]:
+    bound = bound_memory(conf, args, blueprint, shape)
+    if not blueprint.meta.supports_gradient_checkpointing or 2 * bound < read_device(args)[2]:
         return None
     try:
-        estimate = estimate_memory(conf, longest, largest)
+        estimate = estimate_memory(conf, args, blueprint, shape)
     except ConfigError:
         return None
     if estimate.fits:
@@ -48,22 +100,25 @@ def explain_checkpointing(
     return f"{estimate.total / 1e9:.1f} GB without it, {estimate.device_free / 1e9:.1f} GB free on {estimate.device}"
 
 
-def switch_on(conf: RunConf) -> RunConf:
-    """Return the run with `training.gradient_checkpointing=true`."""
-    return dataclasses.replace(conf, training=dataclasses.replace(conf.training, gradient_checkpointing=True))
+def with_settings(conf: RunConf, settings: Settings) -> RunConf:
+    """Return a run with some of its settings, by their dotted keys, changed."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        changed = replace(getattr(conf, section), **{name: value})
+        conf = replace(conf, **{section: changed})
+    return conf
 
 
-def bound_memory(conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest: int, largest: PairShape) -> float:
-    """Return bytes that a run stays below, found without the seconds that the estimate takes; inf where none are known.
+def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> float:
+    """Return bytes that a run stays below, without the seconds that the estimate takes; inf where that is not known.
 
     Args:
         conf: the run.
         args: of its trainer.
-        model: the base model; it needs no weights.
-        longest: tokens of the longest conversation.
-        largest: the pair with the most tokens.
+        blueprint: of its model.
+        shape: of its rows.
     """
-    length = longest if args.max_length is None else min(longest, args.max_length)
+    cut, model = shape.cut(args.max_length), blueprint.meta
     text = model.config.get_text_config()
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     sizes = [size for key in keys if isinstance(size := getattr(text, key, None), int)]
@@ -73,10 +128,10 @@ def bound_memory(conf: RunConf, args: DPOConfig, model: PreTrainedModel, longest
     # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others
     per_layer = (60 * hidden + 8 * inner + 2 * 1024 * heads) * (1 if args.bf16 or args.fp16 else 2)
     training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    if explain_padding(conf, model, longest) is None and is_certain(model):
-        pair = largest.cut(length)
-        tokens, scored = settle_tokens(conf, args, pair) or training * sum(pair), evaluation * sum(pair)
+    if explain_padding(conf, blueprint, shape.longest) is None and is_certain(model):
+        pair = sum(cut.largest)
+        tokens, scored = count_tokens_at_once(conf, args, cut.largest) or training * pair, evaluation * pair
     else:
-        tokens, scored = 2 * max(training, evaluation) * length, 0
+        tokens, scored = 2 * max(training, evaluation) * cut.longest, 0
     of_tokens = max(tokens * (layers * per_layer + 8 * vocabulary), scored * (2 * per_layer + 8 * vocabulary))
     return float(_BYTES_PER_WEIGHT * model.num_parameters() + of_tokens)

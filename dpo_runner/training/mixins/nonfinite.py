@@ -1,7 +1,7 @@
-"""What becomes of a step whose loss or gradient is no number: the run stops, or goes on without the step.
+"""Trainer mixin: a step whose loss or gradient is not finite ends the run, or is skipped.
 
-Either way its pairs are written down, with where they come from, and each is scored by itself, so that a bad row can be
-told from weights that are past saving. What is looked at is the whole step, before the optimizer takes it.
+Either way its pairs are written down, with where they come from, and each is scored by itself, to tell a bad row from
+diverged weights. The whole step is checked, before the optimizer takes it.
 """
 
 import logging
@@ -10,35 +10,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl import DPOTrainer
 
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import RunError, reason_of
 from dpo_runner.io.files import write_json
 from dpo_runner.training.engine.token_batches import Batch, Place, select_pairs
-from dpo_runner.training.mixins.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 # Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
-assert hasattr(SavingTrainer, "_get_grad_norm"), "transformers' Trainer._get_grad_norm is gone"
+assert hasattr(DPOTrainer, "_get_grad_norm"), "transformers' Trainer._get_grad_norm is gone"
 
 _SHOWN = 3
 """Pairs that a message names."""
 
 
-class FiniteTrainer(SavingTrainer):
+class FiniteSteps(DPOTrainer):  # type: ignore[misc]
     """Looks at each step's loss and gradient.
 
-    Attributes:
-        max_skipped: how many steps may be left out before the run stops; 0 stops at the first.
+    Args:
         data: where the training rows come from.
         dumps: folder for the pairs of such steps.
+        max_skipped: how many steps may be left out before the run stops; 0 stops at the first.
+        kwargs: of the mixins after this one and of `DPOTrainer`.
     """
 
-    max_skipped = 0
-    data: PreferenceData | None = None
-    dumps: Path | None = None
     _skipped = _interval_steps = _interval_skipped = 0
+
+    def __init__(self, *, data: PreferenceData, dumps: Path, max_skipped: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.data, self.dumps, self.max_skipped = data, dumps, max_skipped
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of one optimizer step, which begins here."""
@@ -59,7 +61,7 @@ class FiniteTrainer(SavingTrainer):
         # In fp16 an infinite gradient is in order: the loss scaler skips the step and tries a smaller scale.
         if math.isfinite(loss) and (self.args.fp16 or math.isfinite(float(norm))):
             return norm
-        told = self._tell(model, loss, float(norm))
+        told = self._report(model, loss, float(norm))
         if self._skipped == self.max_skipped:
             if self.max_skipped:
                 told += f"; {self._skipped} steps were skipped before, as many as checks.max_skipped_batches allows"
@@ -93,11 +95,11 @@ class FiniteTrainer(SavingTrainer):
         skipped = [self._skipped, self._interval_steps, self._interval_skipped]
         return {**super().progress(), "skipped": skipped}
 
-    def take_up(self, progress: dict[str, Any]) -> None:
-        super().take_up(progress)
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
         self._skipped, self._interval_steps, self._interval_skipped = progress["skipped"]
 
-    def _tell(self, model: Any, loss: float, norm: float) -> str:
+    def _report(self, model: Any, loss: float, norm: float) -> str:
         """Say what was wrong, and with which of the step's pairs."""
         step = self.state.global_step + 1
         what = f"loss is {loss:g}" if not math.isfinite(loss) else f"grad_norm is {norm:g}"
@@ -120,12 +122,10 @@ class FiniteTrainer(SavingTrainer):
             told = ", with each of its pairs"
         elif wrong:
             told = f", with {', '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if wrong[_SHOWN:] else ''}"
-        if self.dumps is not None:
-            self.dumps.mkdir(parents=True, exist_ok=True)
-            path = self.dumps / f"step-{step}.json"
-            write_json(path, {"step": step, "loss": _to_json(loss), "grad_norm": _to_json(norm), "pairs": pairs})
-            told += f"; its pairs are in {path}"
-        return told
+        self.dumps.mkdir(parents=True, exist_ok=True)
+        path = self.dumps / f"step-{step}.json"
+        write_json(path, {"step": step, "loss": _to_json(loss), "grad_norm": _to_json(norm), "pairs": pairs})
+        return f"{told}; its pairs are in {path}"
 
     def _places(self) -> list[Place]:
         return [
@@ -140,7 +140,7 @@ class FiniteTrainer(SavingTrainer):
             loss = float(self.compute_loss(model, self._prepare_inputs(batch)))
         return {
             "row": row,
-            "source": self.data.locate("train", row) if self.data is not None and row is not None else None,
+            "source": self.data.locate("train", row) if row is not None else None,
             "loss": _to_json(loss),
             "finite": math.isfinite(loss),
             "chosen": self.processing_class.decode(chosen),

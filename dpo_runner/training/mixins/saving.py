@@ -1,4 +1,4 @@
-"""How the trainer saves: checkpoints that are whole or do not count, with all that its logs will need again."""
+"""Trainer mixin: checkpoints that are whole or do not count, and the progress that a resumed run needs."""
 
 import json
 import logging
@@ -21,7 +21,6 @@ from trl import DPOTrainer
 from dpo_runner.errors import RunError
 from dpo_runner.io.files import write_json
 from dpo_runner.records.checkpoints import list_checkpoints, put_damaged_aside, write_sealed
-from dpo_runner.training.engine.token_batches import TokenBatchTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +36,20 @@ class EvaluationCut(KeyboardInterrupt):
     """The evaluation is not to be waited for: a signal wants the run to stop, with a checkpoint where it trains."""
 
 
-class SavingTrainer(TokenBatchTrainer):
-    """Saves under another name first; see `sealing.py`.
+class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
+    """Writes each checkpoint under another name first; see `records.checkpoints`.
 
-    Attributes:
+    Args:
         say: shows one line to a person.
+        kwargs: of `DPOTrainer`.
     """
 
-    say: Callable[[str], None] = logger.warning
+    _cut_evaluation: dict[str, Any] | None = None
+    _total_train_tokens: float  # TRL's
 
-    _due: dict[str, Any] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, say: Callable[[str], None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.say = say
         self._epoch_ends = _EpochEnds()
         self.add_callback(self._epoch_ends)  # behind all others: they ask for checkpoints
 
@@ -59,7 +59,7 @@ class SavingTrainer(TokenBatchTrainer):
         if self.args.save_strategy != SaveStrategy.BEST and not self.args.load_best_model_at_end:
             return is_best
         self.control.should_save |= is_best  # one between two saves could not be loaded at the end
-        self._epoch_ends.put_off(self.control)
+        self._epoch_ends.defer(self.control)
         return bool(self.control.should_save)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -80,7 +80,7 @@ class SavingTrainer(TokenBatchTrainer):
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, learning_rate=learning_rate)
         except EvaluationCut:
-            self._due = {
+            self._cut_evaluation = {
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "learning_rate": learning_rate,
                 "epoch_end": self._epoch_ends.is_last_step,
@@ -152,31 +152,31 @@ class SavingTrainer(TokenBatchTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
-            "due": self._due,
+            "due": self._cut_evaluation,
         }
 
-    def take_up(self, progress: dict[str, Any]) -> None:
-        """Go on from `progress`; called when a training begins, right after Trainer has set all of it to nothing."""
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Set what `progress` holds; called when a training begins, right after Trainer has reset all of it."""
         self._total_train_tokens = progress["num_tokens"]
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
         self._metrics["train"].update(progress["metrics"])
 
-    def restore_progress(self, checkpoint: Path) -> None:
+    def restore_at_start(self, checkpoint: Path) -> None:
         """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
-        self.add_callback(_TakingUp(self, _read_progress(checkpoint)))
+        self.add_callback(_Restore(self, _read_progress(checkpoint)))
 
-    def conclude(self, checkpoint: Path) -> None:
-        """Do what was still due behind the last step, that of `checkpoint`; no training will begin any more."""
+    def finish_pending(self, checkpoint: Path) -> None:
+        """Do what was left to do after the last step, that of `checkpoint`; no training follows."""
         progress = _read_progress(checkpoint)
         self._tr_loss = torch.zeros((), device=self.args.device)  # as Trainer makes it when a training begins
-        self.take_up(progress)
-        self.make_up(progress)
+        self.restore(progress)
+        self.run_cut_evaluation(progress)
 
-    def make_up(self, progress: dict[str, Any]) -> None:
-        """Make the evaluation that was cut short when the checkpoint was saved, and the log event of an epoch's end."""
-        due = progress.get("due")  # checkpoints of old have none
+    def run_cut_evaluation(self, progress: dict[str, Any]) -> None:
+        """Run the evaluation that a signal cut short when the checkpoint was saved, and log the end of its epoch."""
+        due = progress.get("due")  # older checkpoints have none
         if due is None:
             return
         self._determine_best_metric(self._evaluate(None, None), None)
@@ -199,31 +199,31 @@ class _EpochEnds(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.is_last_step = self._is_due = False
 
-    def put_off(self, control: TrainerControl) -> None:
+    def defer(self, control: TrainerControl) -> None:
         if self.is_last_step:
             self._is_due |= control.should_save
             control.should_save = False
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.is_last_step = control.should_training_stop or float(state.epoch).is_integer()
-        self.put_off(control)
+        self.defer(control)
 
     def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self.put_off(control)
+        self.defer(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= self._is_due
         self.is_last_step = self._is_due = False
 
 
-class _TakingUp(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: SavingTrainer, progress: dict[str, Any]) -> None:
+class _Restore(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: SealedCheckpoints, progress: dict[str, Any]) -> None:
         self._trainer, self._progress = trainer, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.take_up(self._progress)
+        self._trainer.restore(self._progress)
         state.compute_steps(args, state.max_steps)  # the configuration's rhythm, which may be another by now
-        self._trainer.make_up(self._progress)
+        self._trainer.run_cut_evaluation(self._progress)
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:

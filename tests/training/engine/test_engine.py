@@ -11,7 +11,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.model.policy import check_model
+from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.engine.packed import forward as shared_prefix
 from dpo_runner.training.engine.packed.forward import is_certain
@@ -171,11 +171,11 @@ PLANS = [
 @pytest.mark.parametrize("overrides, told", PLANS)
 def test_the_plan_says_what_is_on_and_why_the_rest_is_not(overrides: list[str], told: str, tiny_run: list[str]) -> None:
     conf = load_conf([*tiny_run, *overrides])
-    assert describe_engine(conf, check_model(conf)[1], 100).startswith(told)
+    assert describe_engine(conf, draw_blueprint(conf), 100).startswith(told)
 
 
 def test_the_plan_knows_windows_that_are_too_short(tiny_run: list[str], tokenizer: Any, tmp_path: Path) -> None:
     conf = load_conf([*tiny_run, f"model.model_name_or_path={make_family('mistral', tokenizer, tmp_path / 'm')}"])
-    model = check_model(conf)[1]
+    model = draw_blueprint(conf)
     assert describe_engine(conf, model, 64).startswith("shared prefixes")
     assert "sliding window of 64 tokens is shorter than the longest row, 65" in describe_engine(conf, model, 65)

@@ -8,8 +8,8 @@ import torch
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import load_preferences
-from dpo_runner.model.policy import check_model, load_policy
-from dpo_runner.model.tokenizer import load_tokenizer
+from dpo_runner.model.blueprint import Blueprint, draw_blueprint
+from dpo_runner.model.policy import load_policy
 from dpo_runner.sweep.base_pool import BasePool
 from dpo_runner.training.build import build_dpo_config, build_trainer
 from dpo_runner.training.engine.install import describe_engine
@@ -54,7 +54,7 @@ def test_a_model_that_only_its_forward_tells_of_is_refused_and_the_plan_does_not
 ) -> None:
     overrides = [*name_family("nemotron", tiny_run, tokenizer, tmp_path), *PACKED]
     conf = load_conf(overrides)
-    assert describe_engine(conf, check_model(conf)[1], 96).startswith(
+    assert describe_engine(conf, draw_blueprint(conf), 96).startswith(
         "shared prefixes if both forwards agree, micro-batches by tokens, "
     )
     assert not is_packed(build(overrides, tmp_path))
@@ -68,7 +68,7 @@ def test_the_plan_knows_dropout_that_is_no_module(
         overrides = name_family(family, tiny_run, tokenizer, tmp_path, **changes)
         conf = load_conf([*overrides, f"training.disable_dropout={disable}"])
         told = {"false": "TRL's forward (dropout is on, ", "true": "shared prefixes if both forwards agree, "}[disable]
-        assert describe_engine(conf, check_model(conf)[1], 96).startswith(told)
+        assert describe_engine(conf, draw_blueprint(conf), 96).startswith(told)
 
 
 def test_rows_that_have_the_references_figures_already_are_checked_too(tiny_run: list[str], tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_runs_with_one_base_model_share_the_comparison(
 
     def count(pool: BasePool, *overrides: str) -> int:
         conf = load_conf([*tiny_run, *PACKED, *overrides])
-        tokenizer = load_tokenizer(conf.model)
-        data = load_preferences(conf, tokenizer)
-        policy = load_policy(conf, pool)
+        blueprint = Blueprint.of_run(conf)
+        data = load_preferences(conf, blueprint.tokenizer)
+        policy = load_policy(blueprint, pool.load)
         scored.clear()
-        trainer = build_trainer(conf, build_dpo_config(conf, tmp_path), policy, data, tokenizer, [])
+        trainer = build_trainer(conf, build_dpo_config(conf, tmp_path), blueprint, policy, data)
         assert is_packed(trainer)
         return len(scored)
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.run import EngineConf
-from dpo_runner.model.policy import check_model
+from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.engine.token_batches import group_pairs, settle_budget
 from tests.support.engines import PACKED, PLAIN, STORED, assert_same, train
@@ -57,7 +57,7 @@ def test_losses_that_are_no_sums_keep_trls_batches(loss: str, tiny_run: list[str
     overrides = [*tiny_run, f"training.loss_type={loss}", "engine.max_tokens_per_micro_batch=1"]
     assert build([*overrides, *PACKED], tmp_path).max_tokens is None
     conf = load_conf(overrides)
-    assert "micro-batches by rows (training.loss_type=" in describe_engine(conf, check_model(conf)[1], 100)
+    assert "micro-batches by rows (training.loss_type=" in describe_engine(conf, draw_blueprint(conf), 100)
 
 
 def test_zero_keeps_trls_batches(tiny_run: list[str], tmp_path: Path) -> None:

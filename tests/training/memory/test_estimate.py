@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MistralConfig
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.data.splits import PairShape
+from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.console import RunConsole
-from dpo_runner.model.vocabulary import load_model_config
+from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.train import run as run_conf
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.memory import estimate
@@ -33,8 +33,14 @@ TINY_WEIGHTS = 2 * 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 
 LORA_16 = 16 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 
 
+def estimate_of(overrides: list[str], longest: int, pair: PairShape | None = None) -> MemoryEstimate:
+    conf = load_conf(overrides)
+    shape = DataShape(longest, pair or PairShape(0, longest, longest))
+    return estimate_memory(conf, build_dpo_config(conf, Path("checkpoints")), Blueprint.of_run(conf), shape)
+
+
 def run(*overrides: str, longest: int = 64) -> MemoryEstimate:
-    return estimate_memory(load_conf([*TINY, *overrides]), longest, PairShape(0, longest, longest))
+    return estimate_of([*TINY, *overrides], longest)
 
 
 def test_weights_adapters_and_optimizer_are_exact() -> None:
@@ -56,8 +62,7 @@ def test_full_fine_tuning_counts_the_reference() -> None:
 
 def test_packed_pairs_take_what_they_have_in_tokens() -> None:
     def activations(*overrides: str, **shape: int) -> int:
-        conf = load_conf([*TINY, *overrides])
-        return estimate_memory(conf, 200, PairShape(**shape)).phases["training"]
+        return estimate_of([*TINY, *overrides], 200, PairShape(**shape)).phases["training"]
 
     shared = activations(prompt=180, chosen=20, rejected=20)  # as short a pair is one block of attention
     assert shared < 0.85 * activations(prompt=0, chosen=200, rejected=200)
@@ -91,8 +96,8 @@ def test_a_7b_folder_needs_no_weights_and_little_time(tmp_path: Path) -> None:
     config = MistralConfig(dtype="bfloat16")
     config.save_pretrained(tmp_path / "mistral")
     start = time.monotonic()
-    conf = load_conf([f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.max_length=256"])
-    rows = estimate_memory(conf, 256, PairShape(0, 256, 256)).rows
+    overrides = [f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.max_length=256"]
+    rows = estimate_of(overrides, 256).rows
     assert time.monotonic() - start < 20
     parameters = 7_241_732_096
     assert 0.5 * parameters < rows["weights"] + rows["quantization state"] < 0.6 * parameters
@@ -133,7 +138,7 @@ def test_the_fake_models_are_those_of_the_run(
     conf = load_conf([*tiny_run, *named])
     trainer = build([*tiny_run, *named], tmp_path)
     args = build_dpo_config(conf, tmp_path)
-    policy, reference, held = build_fake_models(load_model_config(conf.model), conf, args, FakeTensorMode())
+    policy, reference, held = build_fake_models(Blueprint.of_run(conf), args, FakeTensorMode())
 
     def describe(model: Any) -> dict[str, Any]:
         shapes = {}
@@ -194,6 +199,5 @@ def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
     bench_memory = load_script("bench_memory")
     measured = bench_memory.run_child(overrides)
-    conf = load_conf([*bench_memory.COMMON, *overrides, "data.path=rows.jsonl"])
-    pair = PairShape(*(measured[part] for part in PairShape._fields))
-    assert estimate_memory(conf, measured["longest"], pair).total == pytest.approx(measured["measured"], rel=0.15)
+    estimate = bench_memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
+    assert estimate.total == pytest.approx(measured["measured"], rel=0.15)

@@ -31,7 +31,8 @@ from dpo_runner.training.memory.device import (
     read_memory,
     watch_memory,
 )
-from dpo_runner.training.memory.retry import find_smaller, list_ways, with_settings
+from dpo_runner.training.memory.retry import find_smaller, list_ways
+from dpo_runner.training.memory.settle import with_settings
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.programs import run_python
 
@@ -88,7 +89,7 @@ def largest_pair(overrides: list[str]) -> int:
     from dpo_runner.model.files.packaged import load_random_model_path
 
     data = load_preferences(load_conf(overrides), AutoTokenizer.from_pretrained(load_random_model_path()))
-    return sum(data.largest())
+    return sum(data.shape().largest)
 
 
 @pytest.mark.parametrize("way", [BY_TOKENS, pytest.param(PADDED, marks=pytest.mark.slow)], ids=["tokens", "padded"])

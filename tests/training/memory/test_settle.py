@@ -9,15 +9,15 @@ from rich.console import Console
 from transformers import LlamaConfig, MistralConfig, TrainerCallback
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.data.splits import PairShape
+from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.io.console import RunConsole
-from dpo_runner.model.policy import check_model
+from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.train import run
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.memory import estimate
 from dpo_runner.training.memory import settle as checkpointing
 from dpo_runner.training.memory.estimate import estimate_memory
-from dpo_runner.training.memory.settle import bound_memory, explain_checkpointing
+from dpo_runner.training.memory.settle import bound_memory, settle
 from tests.support.trainers import build
 
 
@@ -27,9 +27,14 @@ def have_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def explain(overrides: list[str]) -> str | None:
+    """Settle a run; return why checkpointing was switched on."""
     conf = load_conf(overrides)
-    args = build_dpo_config(conf, Path("checkpoints"))
-    return explain_checkpointing(conf, args, check_model(conf)[1], 60, PairShape(20, 40, 40))
+    settled = settle(conf, draw_blueprint(conf), DataShape(60, PairShape(20, 40, 40)), Path("checkpoints"))
+    assert settled.asked is conf
+    switched = settled.conf.training.gradient_checkpointing and not conf.training.gradient_checkpointing
+    assert settled.args.gradient_checkpointing == settled.conf.training.gradient_checkpointing
+    assert switched == bool(settled.notes)
+    return settled.notes.get("checkpointing")
 
 
 def test_memory_decides(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +82,8 @@ def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> No
     config.save_pretrained(tmp_path / kind)
     conf = load_conf([f"model.model_name_or_path={tmp_path / kind}", "training.bf16=true", *overrides])
     args = build_dpo_config(conf, Path("checkpoints"))
-    pair = PairShape(0, 900, 900)
-    assert bound_memory(conf, args, check_model(conf)[1], 900, pair) > estimate_memory(conf, 900, pair).total
+    given = conf, args, draw_blueprint(conf), DataShape(900, PairShape(0, 900, 900))
+    assert bound_memory(*given) > estimate_memory(*given).total
 
 
 def test_packed_rows_of_which_few_are_taken_at_once_need_no_estimate(
@@ -90,11 +95,11 @@ def test_packed_rows_of_which_few_are_taken_at_once_need_no_estimate(
     monkeypatch.setattr(checkpointing, "estimate_memory", lambda *_: taken.append(1) or estimate_memory(*_))
     for shared, padded in (("true", False), ("false", True)):
         conf = load_conf([*tiny_run, *few, f"engine.shared_prefix={shared}"])
-        args, model = build_dpo_config(conf, Path("checkpoints")), check_model(conf)[1]
-        rows = (2048, PairShape(1000, 1000, 1000))
-        bounds[padded] = bound_memory(conf, args, model, *rows)
+        args, blueprint = build_dpo_config(conf, Path("checkpoints")), draw_blueprint(conf)
+        shape = DataShape(2048, PairShape(1000, 1000, 1000))
+        bounds[padded] = bound_memory(conf, args, blueprint, shape)
         have_free(monkeypatch, int(2.1 * bounds[False]))
-        explain_checkpointing(conf, args, model, *rows)
+        settle(conf, blueprint, shape, Path("checkpoints"))
         assert len(taken) == padded
     assert bounds[True] > 2 * bounds[False]
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 from trl import DPOTrainer
 
+from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.forward import base_of, is_certain, share_prefixes
 from dpo_runner.training.engine.packed.packing import count_tokens
 
@@ -138,15 +139,13 @@ def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]
 
 def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:
     """Return log p of all completion tokens, [N], fp32; `training` has gradients too, without which dropout is off."""
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    scored = inputs.pop("completion_mask").bool()
-    labels = inputs["input_ids"].masked_fill(~scored, -100)
+    inputs = label_completions(trainer._prepare_inputs(trainer.data_collator(rows)))
     was_training = model.training
     model.train(training)
     try:
         with torch.set_grad_enabled(training), trainer.accelerator.autocast():
-            log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+            log_probs = completion_logps(model, inputs)
     finally:
         model.train(was_training)
-    completions: torch.Tensor = log_probs.detach()[scored[:, 1:]].float()
+    completions: torch.Tensor = log_probs.detach()[inputs["labels"][:, 1:] != -100].float()
     return completions

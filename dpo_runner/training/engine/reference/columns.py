@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_runner.errors import RunError
+from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.head import log_probs_alone
 from dpo_runner.training.engine.packed.packing import count_tokens
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
@@ -136,12 +137,11 @@ def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
             _reference_adapter(trainer),
         ):
             for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
-                inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-                scored = inputs.pop("completion_mask").bool()
+                inputs = label_completions(trainer._prepare_inputs(trainer.data_collator(batch)))
+                scored = inputs["labels"] != -100
                 inputs = {key: value for key, value in inputs.items() if key not in REF_COLUMNS}
-                labels = inputs["input_ids"].masked_fill(~scored, -100)
                 with torch.no_grad(), trainer.accelerator.autocast():
-                    log_probs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+                    log_probs = completion_logps(model, inputs)
                 rows_of = zip(log_probs.float().cpu(), scored[:, 1:].cpu(), strict=True)
                 values = [row[places].numpy() for row, places in rows_of]
                 found += map(PairLogps, values[: len(batch)], values[len(batch) :])

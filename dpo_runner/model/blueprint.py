@@ -1,0 +1,304 @@
+"""The blueprint of a run's model: every fact that is known before a weight is loaded, derived once."""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from dpo_runner.config.sections.model import LoraConf, ModelConf, QuantConf
+from dpo_runner.config.sections.run import RunFields
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.processes import count_processes
+from dpo_runner.model.adapters import (
+    build_peft_config,
+    changes_base,
+    check_adapter,
+    check_targets,
+    find_other_bases,
+    read_adapter_config,
+)
+from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
+from dpo_runner.model.quantization import check_quantized, check_quantized_training, settle_quantization
+from dpo_runner.model.reference import Kind, Reference, describe_reference
+from dpo_runner.model.stacking import SFT
+from dpo_runner.model.tokenizer import (
+    check_room,
+    describe_template,
+    finish_tokenizer,
+    has_tokenizer,
+    load_adapter_tokenizer,
+    load_base_tokenizer,
+)
+from dpo_runner.model.vocabulary import (
+    Vocabulary,
+    build_meta_model,
+    count_rows,
+    load_model_config,
+    read_brought_rows,
+    train_new_rows,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model of a configuration, as its configs, tokenizers and file headers tell it.
+
+    Each fact is derived when it is first asked for, and kept.
+
+    Attributes:
+        conf: the `model` group; its dtype is the one that weights are loaded in.
+        quant: the `quant` group.
+        lora: the `lora` group.
+        stores_reference: whether the engine keeps the reference's log-probabilities.
+        precomputes_reference: whether TRL computes them before training.
+    """
+
+    conf: ModelConf
+    quant: QuantConf | None = None
+    lora: LoraConf | None = None
+    stores_reference: bool = False
+    precomputes_reference: bool = False
+
+    @classmethod
+    def of_run(cls, conf: RunFields) -> "Blueprint":
+        """Return the unchecked blueprint of a run."""
+        stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
+        blueprint = cls(conf.model, conf.quant, conf.lora, stores, conf.training.precompute_ref_log_probs)
+        if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small updates of the weights are lost
+            return replace(blueprint, conf=replace(conf.model, dtype="float32"))
+        return blueprint
+
+    # ---- Where it is
+
+    @property
+    def name(self) -> str:
+        """The model as the configuration names it."""
+        return self.conf.model_name_or_path
+
+    @cached_property
+    def base(self) -> str:
+        """Folder or hub id of the weights beneath all adapters."""
+        return resolve_model_path(self.conf)
+
+    @cached_property
+    def adapter(self) -> Path | None:
+        """Folder of the SFT adapter."""
+        return None if self.conf.adapter is None else Path(resolve_adapter_path(self.conf))
+
+    @property
+    def adapter_mode(self) -> str | None:
+        """What is done with the SFT adapter: `continue`, `stack` or `merge`; None without one."""
+        return None if self.conf.adapter is None else self.conf.adapter_mode
+
+    # ---- Its shape
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The base's config."""
+        return load_model_config(self.conf, self.base)
+
+    @property
+    def own_quantization(self) -> Any:
+        """What the checkpoint's config says of its quantization, where it is quantized already."""
+        return getattr(self.config, "quantization_config", None)
+
+    @cached_property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """What quantizes the weights while they are loaded; None where the checkpoint's own config does."""
+        return settle_quantization(self.quant, self.own_quantization, self.name)
+
+    @cached_property
+    def meta(self) -> PreTrainedModel:
+        """The base on the meta device, without weights; after `check`, with bitsandbytes' layers in it."""
+        return build_meta_model(self.config, self.conf)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that weights are loaded in."""
+        dtype = self.conf.dtype
+        if dtype == "auto":
+            return self.config.get_text_config().dtype or self.config.dtype or torch.float32
+        found = getattr(torch, dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def with_config(self, config: PretrainedConfig) -> "Blueprint":
+        """Return the same blueprint over another config of the base, such as one with fewer layers."""
+        other = copy.copy(self)
+        vars(other).pop("meta", None)
+        vars(other)["config"] = config
+        return other
+
+    # ---- Its tokens
+
+    @cached_property
+    def _base_template(self) -> Any:
+        return load_base_tokenizer(self.conf, self.base).chat_template
+
+    @cached_property
+    def _tokenizer(self) -> "tuple[PreTrainedTokenizerBase, list[int]]":
+        if (tokenizer := load_adapter_tokenizer(self.conf, self.adapter)) is None:
+            tokenizer = load_base_tokenizer(self.conf, self.base)
+        else:
+            room = self.config.get_text_config().vocab_size
+            if len(tokenizer) > room and self.adapter is not None:
+                room = read_brought_rows(self.adapter, self.meta)[0] or room
+            check_room(tokenizer, self.conf, room)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = self._base_template
+        return tokenizer, finish_tokenizer(tokenizer, self.conf)
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer: the SFT adapter's where it brings one, with the chat template that it was tuned with.
+
+        Raises:
+            ConfigError: there is no such model, the adapter's tokenizer has tokens without embeddings, or
+                `model.pad_token` is no token.
+        """
+        return self._tokenizer[0]
+
+    @cached_property
+    def template_origin(self) -> str:
+        """Which chat template applies, in a few words."""
+        of_base = self._base_template if has_tokenizer(self.adapter) else None
+        return describe_template(self.conf, self.tokenizer.chat_template, has_tokenizer(self.adapter), of_base)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The embeddings that the tokens need, from the adapter's file and the tokenizer.
+
+        Raises:
+            ConfigError: as `tokenizer`; or the adapter's file has embeddings for a part of its tokens only.
+        """
+        if self.adapter is None and not self.conf.added_tokens:
+            return Vocabulary()
+        vocabulary = Vocabulary()
+        if self.adapter is not None:
+            vocabulary.brought, vocabulary.replaces_base = read_brought_rows(self.adapter, self.meta)
+        vocabulary.rows = vocabulary.brought
+        if self.conf.added_tokens:
+            tokenizer, vocabulary.new_ids = self._tokenizer
+            if len(tokenizer) > (vocabulary.rows or count_rows(self.meta)):
+                vocabulary.rows = len(tokenizer)
+        return vocabulary
+
+    # ---- What is trained, and what it is compared with
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the model's own weights are trained, instead of an adapter."""
+        return self.lora is None and self.adapter_mode != "continue"
+
+    @cached_property
+    def _peft(self) -> PeftConfig | None:
+        return build_peft_config(self.lora)
+
+    def build_peft(self) -> PeftConfig | None:
+        """Return a new adapter's config, which PEFT and TRL may change; None where there is no new adapter."""
+        return copy.deepcopy(self._peft)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the new adapter begins with a share of the base's weights; see `adapters.changes_base`."""
+        return changes_base(self._peft)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The model that the policy is compared with."""
+        conf, name = self.conf, self.conf.reference
+        # A policy whose own weights are not the base's, or that has no adapter, cannot become another model.
+        holds = not (self.trains_all or self.adapter_mode == "merge" or self.changes_base)
+        before = self.stores_reference or self.precomputes_reference
+        described = describe_reference(conf, self.lora, self.changes_base, before)
+        kind, folder, loaded = Kind.INITIAL, None, None
+        other = replace(conf, adapter=None, adapter_mode="continue", adapter_revision=None, added_tokens=[])
+        if name == "base" and conf.adapter is not None:
+            kind, loaded = Kind.BASE, other
+        elif name not in ("initial", "base") and is_adapter(name):
+            kind, loaded = Kind.ADAPTER, replace(other, adapter=name, adapter_mode="merge")
+            folder = resolve_adapter_path(loaded)
+        elif name not in ("initial", "base"):
+            kind, holds = Kind.MODEL, False
+            loaded = replace(other, model_name_or_path=name, revision=None, gguf_file=None)
+        return Reference(kind, described, self.stores_reference, before, folder, None if holds else loaded)
+
+    @cached_property
+    def reference_model(self) -> "Blueprint | None":
+        """The blueprint of the reference, where it is loaded as a model of its own."""
+        loaded = self.reference.loaded
+        return None if loaded is None else Blueprint(loaded, self.quant)
+
+    def adapter_configs(self) -> dict[str, PeftConfig]:
+        """Return the adapters of the trainer's model by name: `default` is trained, `sft` and `ref` are frozen.
+
+        TRL copies `default` to `ref` where it is handed a model that has it already.
+        """
+        new, reference = self.build_peft(), self.reference
+        if isinstance(new, LoraConfig):
+            new.init_lora_weights = True  # other ways to begin end in the same shapes
+        sft = read_adapter_config(self.adapter) if self.adapter and self.conf.adapter_mode != "merge" else None
+        trained = sft if self.adapter_mode == "continue" else new
+        if trained is None:
+            return {}
+        configs = {"default": trained, **({SFT: sft} if sft is not None and self.adapter_mode == "stack" else {})}
+        if reference.kind is Kind.ADAPTER and reference.is_within:
+            configs["ref"] = read_adapter_config(Path(str(reference.folder)))
+        elif self.changes_base or (reference.kind is Kind.INITIAL and sft is not None):
+            configs["ref"] = trained
+        return configs
+
+    def find_other_bases(self) -> list[str]:
+        """Return a warning for each adapter that was made on another base than the one it is put on."""
+        return find_other_bases(self.conf, self.base, self.adapter)
+
+    # ---- Whether it fits together
+
+    def check(self) -> None:
+        """Check model, quantization, adapters and reference against one another.
+
+        Raises:
+            ConfigError: something does not fit.
+        """
+        refuse_hub_adapter(self.conf)
+        has_adapter = self.lora is not None or self.conf.adapter is not None
+        start = self.lora.init_lora_weights if self.lora is not None and self.changes_base else None
+        check_quantized_training(self.own_quantization, self.quantization, has_adapter, start)
+        if self.adapter is not None:
+            check_adapter(self.adapter, self.meta, self.name, self.conf.use_safetensors)
+        if self.lora is not None:
+            check_targets(self.lora, self.meta, self.name)
+        new_ids = self.vocabulary.new_ids
+        if new_ids and self.adapter_mode not in (None, "merge"):
+            raise ConfigError(
+                f"`model.added_tokens`: {len(new_ids)} of them are new to the tokenizer of {self.conf.adapter}, whose "
+                "embeddings are its own; use model.adapter_mode=merge"
+            )
+        train_new_rows(self.build_peft(), self.meta, new_ids)
+        if (folder := self.reference.folder) is not None:
+            check_adapter(Path(folder), self.meta, self.name, True)
+            if self.reference.is_within and read_brought_rows(Path(folder), self.meta)[1]:
+                raise ConfigError(
+                    f"`model.reference={self.conf.reference}`: brings embeddings of its own, which would be the "
+                    "policy's too; merge it into its base, and name that model"
+                )
+        check_quantized(self.meta, self.quantization, self.name)
+
+
+def draw_blueprint(conf: RunFields) -> Blueprint:
+    """Return a run's blueprint, checked; no weight is loaded.
+
+    Raises:
+        ConfigError: the model, its adapters, its quantization or its tokenizer do not fit.
+    """
+    blueprint = Blueprint.of_run(conf)
+    blueprint.check()
+    return blueprint

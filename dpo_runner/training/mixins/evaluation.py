@@ -1,0 +1,91 @@
+"""Trainer mixin: timed evaluation, of several sources one by one, and the phase that runs out of memory."""
+
+import math
+import time
+from typing import Any
+
+from trl import DPOTrainer
+
+from dpo_runner.training.memory.device import EVALUATION, TRAINING, watch_memory
+
+
+class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
+    """Times evaluations with a monotonic clock, evaluates sources one by one, and names the phase out of memory."""
+
+    _evaluated: tuple[float, int] | None = None
+    _evaluates_part = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with watch_memory(TRAINING, self.max_tokens):
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        began = time.monotonic()
+        with watch_memory(EVALUATION):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        self._evaluated = time.monotonic() - began, output.num_samples
+        return output
+
+    def _correct_times(self, logs: dict[str, float]) -> None:
+        """Put the measured runtime and speeds of the last evaluation into its log event, once."""
+        if self._evaluated is None or not any(key.endswith("_runtime") for key in logs):
+            return
+        seconds, rows = self._evaluated
+        self._evaluated = None
+        batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
+        for key in logs:
+            if key.endswith("_runtime"):
+                logs[key] = round(seconds, 4)
+            elif key.endswith("_samples_per_second"):
+                logs[key] = round(rows / seconds, 3)
+            elif key.endswith("_steps_per_second"):
+                logs[key] = round(batches / seconds, 3)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate; where there are several sources, each by itself, and all together weighted by their pairs."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+        self._evaluates_part = True
+        try:
+            parts = {name: super(TimedEvaluation, self).evaluate(name, ignore_keys) for name in self.eval_dataset}
+        finally:
+            self._evaluates_part = False
+        metrics = merge_evaluations(parts, {name: len(rows) for name, rows in self.eval_dataset.items()})
+        self.log(metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._correct_times(logs)
+        if not self._evaluates_part:
+            super().log(logs, start_time)
+            return
+        # TRL adds its averages to the event's metrics here; one event for all parts together follows.
+        logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
+        self._metrics["eval"].clear()
+
+
+def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) -> dict[str, float]:
+    """Join the evaluations of several sources into one event.
+
+    Args:
+        parts: by source, metrics under names that begin with `eval_`.
+        rows: by source, how many pairs were evaluated.
+
+    Returns:
+        Each source's metrics as `eval_<source>_…`, and under their own names the averages weighted by pairs; times
+        are sums.
+    """
+    total = sum(rows.values())
+    merged: dict[str, float] = {}
+    for key in next(iter(parts.values())):
+        values = {name: metrics[key] for name, metrics in parts.items()}
+        if key.endswith("_runtime"):
+            merged[key] = sum(values.values())
+        elif not key.endswith("_per_second"):
+            merged[key] = sum(value * rows[name] for name, value in values.items()) / total
+    for name, metrics in parts.items():
+        merged |= {f"eval_{name}_{key[len('eval_') :]}": metrics[key] for key in metrics if key.startswith("eval_")}
+    return merged
