@@ -11,7 +11,7 @@ from dpo_runner.records.checkpoints import find_last_checkpoint
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.find import find_runs
 from dpo_runner.records.reading import read_status, read_summary
-from dpo_runner.records.status import explain_death
+from dpo_runner.records.status import find_death
 
 _LEFT_BEHIND = ("checkpoint-", "damaged-checkpoint-", ".saving-")
 
@@ -77,7 +77,7 @@ def _judge(path: Path, named: bool) -> RunCheckpoints:
     if status is None or not folder.is_dir():  # no run of this program, or one without checkpoints
         return RunCheckpoints(path, "unknown")
     state = str(status["state"])
-    if state == "running" and explain_death(path, status) is not None:
+    if state == "running" and find_death(path, status) is not None:
         state = "died"
     run = RunCheckpoints(path, state)
     there = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(_LEFT_BEHIND)]

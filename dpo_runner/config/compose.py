@@ -132,10 +132,10 @@ def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | N
     except ConfigError as error:
         return None, error.mistakes, []
     except UNCOMPOSABLE as error:
-        return None, [], [explain_uncomposable(error, point)]
+        return None, [], [describe_uncomposable(error, point)]
 
 
-def explain_uncomposable(error: Exception, point: Sequence[str]) -> str:
+def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
     """Say why a point does not compose; for a launcher, or a field of a section that is null, in our own words."""
     for text in point:
         if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):

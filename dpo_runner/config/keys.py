@@ -37,7 +37,7 @@ REMOVED_OPTIONS = {"quant=other": _QUANT}
 """Options of config groups, and what to do instead."""
 
 
-def explain_removed(key: str) -> str | None:
+def find_removed(key: str) -> str | None:
     """Return the line that refuses a dotted key, or one beneath it; None where it was not removed."""
     for name, removed in REMOVED_KEYS.items():
         if key == name or key.startswith(f"{name}."):

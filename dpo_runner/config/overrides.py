@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Rang
 from hydra.errors import HydraException
 
 from dpo_runner.config.hydra_rules import check_hydra_override
-from dpo_runner.config.keys import explain_removed
+from dpo_runner.config.keys import find_removed
 from dpo_runner.config.schema import SCHEMA, find_value_mistakes
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import reason_of
@@ -103,7 +103,7 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
         return [f"`{text}`: not a KEY=VALUE override; {first_line(error)}{_QUOTES if '=' in text else ''}"], None
     key = override.key_or_group
-    if (removed := explain_removed(key)) is not None:
+    if (removed := find_removed(key)) is not None:
         return [removed], None
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_runner.config.keys import explain_removed
+from dpo_runner.config.keys import find_removed
 from dpo_runner.config.rules.training import OWNED_FIELDS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf
@@ -117,7 +117,7 @@ def _describe_type_error(message: str) -> str:
 
 
 def _describe_unknown(key: str) -> str:
-    if (removed := explain_removed(key)) is not None:
+    if (removed := find_removed(key)) is not None:
         return removed
     section, _, name = key.rpartition(".")
     if section == "training" and name in OWNED_FIELDS:

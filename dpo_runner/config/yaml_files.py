@@ -144,7 +144,7 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     except OSError as error:
         return [f"{place}: cannot be read; {error.strerror}"], []
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        line, reason = _explain(error)
+        line, reason = _locate_error(error)
         return [f"{path.name}{f':{line}' if line else ''}: not valid YAML: {reason}"], []
     if root is None:
         return [], []
@@ -160,7 +160,7 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
         # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
         values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        line, reason = _explain(error)
+        line, reason = _locate_error(error)
         return [f"{place}:{line or 1}: {reason}"], []
     defaults = values.get("defaults", [])
     if not isinstance(defaults, list):
@@ -172,7 +172,7 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     return mistakes, found
 
 
-def _explain(error: Exception) -> tuple[int | None, str]:
+def _locate_error(error: Exception) -> tuple[int | None, str]:
     """Return the line, counted from 1 and where there is one, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)
     deep = isinstance(error, RecursionError)

@@ -12,7 +12,7 @@ from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import cache_dir, write_folder_once
 from dpo_runner.model.blueprint import Blueprint
-from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.quantization import close_4bit_trap
 from dpo_runner.model.vocabulary import count_rows, free_pad_row, resize_embeddings
 
@@ -63,7 +63,7 @@ def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTra
             f"`model.model_name_or_path={base}`: holds its weights only as a pickle, which may run code; "
             "model.use_safetensors=false allows it"
         )
-    with explain_missing(base, "model.model_name_or_path"):
+    with loading_errors(base, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_pretrained(
             base,
             revision=_revision(conf, base),
@@ -108,7 +108,7 @@ def _merge_adapter(blueprint: Blueprint) -> Path:
         with torch.random.fork_rng():  # PEFT draws weights before it loads them, on the first use only
             beneath = load_weights(conf, base, None)
             resize_embeddings(beneath, blueprint.vocabulary.brought or count_rows(beneath))
-            with explain_missing(str(conf.adapter), "model.adapter"):
+            with loading_errors(str(conf.adapter), "model.adapter"):
                 model = PeftModel.from_pretrained(beneath, adapter)
             model = model.merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(

@@ -23,7 +23,7 @@ from dpo_runner.model.adapters import (
     read_adapter_config,
 )
 from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
-from dpo_runner.model.quantization import check_quantized, check_quantized_training, settle_quantization
+from dpo_runner.model.quantization import check_quantized, check_quantized_training, choose_quantization
 from dpo_runner.model.reference import Kind, Reference, describe_reference
 from dpo_runner.model.stacking import SFT
 from dpo_runner.model.tokenizer import (
@@ -113,7 +113,7 @@ class Blueprint:
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
         """What quantizes the weights while they are loaded; None where the checkpoint's own config does."""
-        return settle_quantization(self.quant, self.own_quantization, self.name)
+        return choose_quantization(self.quant, self.own_quantization, self.name)
 
     @cached_property
     def meta(self) -> PreTrainedModel:

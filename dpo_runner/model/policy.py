@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo_runner.model.base import load_base_model
 from dpo_runner.model.blueprint import Blueprint
-from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.stacking import copy_adapter, stack_adapter
 from dpo_runner.model.vocabulary import train_new_rows
 
@@ -90,7 +90,7 @@ def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say
     policy.saves_embeddings = vocabulary.replaces_base and mode in ("continue", "stack")
     if mode in ("continue", "stack"):
         folder = str(blueprint.adapter)
-        with explain_missing(str(blueprint.conf.adapter), "model.adapter"):
+        with loading_errors(str(blueprint.conf.adapter), "model.adapter"):
             if mode == "continue":
                 # Without is_trainable the adapter is frozen and the loss would never move.
                 policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True)

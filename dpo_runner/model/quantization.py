@@ -44,7 +44,7 @@ def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | No
     )
 
 
-def settle_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
+def choose_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
     """Return the quantization config to load with, where the checkpoint may be quantized already.
 
     Args:

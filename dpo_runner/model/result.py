@@ -36,7 +36,7 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     from peft import PeftModel
 
     from dpo_runner.model.base import load_base_model
-    from dpo_runner.model.files.locations import explain_missing
+    from dpo_runner.model.files.locations import loading_errors
     from dpo_runner.model.files.pickles import refuse_pickled_adapter
     from dpo_runner.model.stacking import load_lora_alone
 
@@ -53,7 +53,7 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     if blueprint.adapter is not None and conf.adapter_mode in ("continue", "stack"):
         if conf.use_safetensors:
             refuse_pickled_adapter(blueprint.adapter, f"model.adapter={conf.adapter}")
-        with explain_missing(str(conf.adapter), "model.adapter"):
+        with loading_errors(str(conf.adapter), "model.adapter"):
             if conf.adapter_mode == "continue":
                 model.load_adapter(str(blueprint.adapter), INITIAL)
             else:  # the result has put its embeddings into the base
@@ -131,7 +131,7 @@ def save_result(
         else:
             model.save_pretrained(staging)
         blueprint.tokenizer.save_pretrained(staging)
-        write_card(staging, facts, folder.name, tell=say)
+        write_card(staging, facts, folder.name, say=say)
 
     write_folder(folder, fill)
     return folder

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.data.templates.rendering import resolve_chat_template
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.vocabulary import add_tokens, choose_pad_token
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def load_base_tokenizer(conf: ModelConf, base: str) -> "PreTrainedTokenizerBase"
     Raises:
         ConfigError: there is none.
     """
-    with explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
+    with loading_errors(conf.model_name_or_path, "model.model_name_or_path"):
         return AutoTokenizer.from_pretrained(base, revision=conf.revision, trust_remote_code=conf.trust_remote_code)
 
 
@@ -38,7 +38,7 @@ def load_adapter_tokenizer(conf: ModelConf, adapter: Path | None) -> "PreTrained
     """Load the tokenizer that the SFT adapter brings, if it brings one."""
     if not has_tokenizer(adapter):
         return None
-    with explain_missing(str(conf.adapter), "model.adapter"):
+    with loading_errors(str(conf.adapter), "model.adapter"):
         # Without the setting, transformers would ask at the terminal whether to run an adapter's own code.
         return AutoTokenizer.from_pretrained(adapter, trust_remote_code=conf.trust_remote_code)
 

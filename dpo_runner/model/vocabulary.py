@@ -15,7 +15,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Pretraine
 
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.files.locations import loading_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def load_model_config(conf: ModelConf, base: str) -> PretrainedConfig:
         ConfigError: there is none.
     """
     revision = conf.revision if base == conf.model_name_or_path else None
-    with explain_missing(base, "model.model_name_or_path"):
+    with loading_errors(base, "model.model_name_or_path"):
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=conf.trust_remote_code)
 
 
@@ -121,7 +121,7 @@ def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedMod
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    with torch.device("meta"), explain_missing(conf.model_name_or_path, "model.model_name_or_path"):
+    with torch.device("meta"), loading_errors(conf.model_name_or_path, "model.model_name_or_path"):
         return AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
 
 

@@ -75,7 +75,7 @@ def seal(folder: Path) -> None:
     _flush(folder)
 
 
-def explain_damage(checkpoint: Path, whole: bool) -> str | None:
+def find_damage(checkpoint: Path, whole: bool) -> str | None:
     """Say what a checkpoint lacks of what was sealed, or return None where it lacks nothing.
 
     Args:
@@ -115,7 +115,7 @@ def find_last_checkpoint(folder: Path) -> Path | None:
     """
     unnamed = [rest for rest in folder.glob(f"{_STAGING}checkpoint-*") if _lacks_name(rest)]
     found = sorted([*list_checkpoints(folder), *unnamed], key=read_step, reverse=True)
-    return next((path for path in found if explain_damage(path, whole=False) is None), None)
+    return next((path for path in found if find_damage(path, whole=False) is None), None)
 
 
 def read_step(checkpoint: Path) -> int:
@@ -124,7 +124,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def open_last_checkpoint(
-    folder: Path, tell: Callable[[str], None], needs_best: bool = False, examine_all: bool = False
+    folder: Path, say: Callable[[str], None], needs_best: bool = False, examine_all: bool = False
 ) -> Path | None:
     """Return the newest checkpoint that is what was sealed, to the bit, or None.
 
@@ -135,40 +135,40 @@ def open_last_checkpoint(
 
     Args:
         folder: of a run that nobody else has in hand.
-        tell: shows one line to a person.
+        say: shows one line to a person.
         needs_best: the run ends with its best weights. Where these are lost, a checkpoint that was made after them is
             put aside too: from one before them they are made again.
         examine_all: read older ones too, which are going to be counted and deleted.
     """
     for rest in sorted(folder.glob(f"{_STAGING}*")):  # sorted: a new one comes before the old one that it replaces
         named = rest.with_name(rest.name.removeprefix(_STAGING))
-        if _lacks_name(rest) and explain_damage(rest, whole=True) is None:
+        if _lacks_name(rest) and find_damage(rest, whole=True) is None:
             rest.rename(named)
         else:
             shutil.rmtree(rest)
-    explain = cache(lambda path: explain_damage(path, whole=True))
+    describe_error = cache(lambda path: find_damage(path, whole=True))
     found = list_checkpoints(folder)
     last = None
     for path in found:
         if last is not None and not examine_all:
             break
-        damage = explain(path)
+        damage = describe_error(path)
         if damage is None and last is None and needs_best:
-            damage = _explain_lost_best(path, explain)
+            damage = _find_lost_best(path, describe_error)
         if damage is not None:
-            _put_aside(path, damage, tell)
+            _put_aside(path, damage, say)
         elif last is None:
             last = path
     if found and last is None:
-        tell(f"{folder} holds no other checkpoint: the run begins anew")
+        say(f"{folder} holds no other checkpoint: the run begins anew")
     return last
 
 
-def put_damaged_aside(folder: Path, tell: Callable[[str], None]) -> None:
+def put_damaged_aside(folder: Path, say: Callable[[str], None]) -> None:
     """Put checkpoints aside whose files are missing or cut off, so that none is counted, or deleted without a word."""
     for path in list_checkpoints(folder):
-        if damage := explain_damage(path, whole=False):
-            _put_aside(path, damage, tell)
+        if damage := find_damage(path, whole=False):
+            _put_aside(path, damage, say)
 
 
 def _lacks_name(rest: Path) -> bool:
@@ -177,11 +177,11 @@ def _lacks_name(rest: Path) -> bool:
     return _NAME.fullmatch(named.name) is not None and not named.exists()
 
 
-def _explain_lost_best(checkpoint: Path, explain: Callable[[Path], str | None]) -> str | None:
+def _find_lost_best(checkpoint: Path, describe_error: Callable[[Path], str | None]) -> str | None:
     """Say why a run that continues from `checkpoint` could not end with its best weights; None where it could."""
     step = _read_best(checkpoint)
     best = checkpoint.with_name(f"checkpoint-{step}")
-    if not step or best == checkpoint or (damage := explain(best)) is None:
+    if not step or best == checkpoint or (damage := describe_error(best)) is None:
         return None
     if not best.exists():
         if _gave_way(step, checkpoint):
@@ -209,11 +209,11 @@ def _read_best(checkpoint: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _put_aside(path: Path, damage: str, tell: Callable[[str], None]) -> None:
+def _put_aside(path: Path, damage: str, say: Callable[[str], None]) -> None:
     names = (f"{_DAMAGED}{path.name}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(aside)
-    tell(f"{path} is not continued from: {damage}; it is kept as {aside.name}")
+    say(f"{path} is not continued from: {damage}; it is kept as {aside.name}")
 
 
 def _digest(file: Path) -> str:

@@ -13,13 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_runner.config.keys import REMOVED_KEYS, split_removed
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError, reason_of
-from dpo_runner.records.status import explain_death
+from dpo_runner.records.status import find_death
 
 PUT_BACK = "put it back as the run wrote it, or use another run_dir"
 
 
 @contextmanager
-def explain_unreadable(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+def reading_errors(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn what goes wrong with a file inside into one line: the file, the reason, the remedy.
 
     Args:
@@ -47,7 +47,7 @@ def read_object(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it holds anything else.
     """
-    with explain_unreadable(path, remedy):
+    with reading_errors(path, remedy):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
@@ -60,7 +60,7 @@ def read_mapping(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it holds anything else.
     """
-    with explain_unreadable(path, remedy):
+    with reading_errors(path, remedy):
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no `key: value` lines")
@@ -96,10 +96,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     events = []
-    with explain_unreadable(file, PUT_BACK):
+    with reading_errors(file, PUT_BACK):
         lines = file.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
-        with explain_unreadable(Path(f"{file}:{number}"), "put it back, or delete this line, whose figures are lost"):
+        with reading_errors(Path(f"{file}:{number}"), "put it back, or delete this line, whose figures are lost"):
             event = json.loads(line)
             if not isinstance(event, dict) or not isinstance(event.get("step"), int):
                 raise ValueError("it is no log event")
@@ -127,7 +127,7 @@ def check_finished(run_dir: Path) -> None:
     if status is None:
         raise ConfigError(f"{run_dir}: holds no run (no status.json)")
     state = status["state"]
-    if state == "running" and explain_death(run_dir, status) is not None:
+    if state == "running" and find_death(run_dir, status) is not None:
         raise ConfigError(f"{run_dir}: the run has died; the command that began it continues it, with this run_dir")
     if state != "finished":
         raise ConfigError(f"{run_dir}: the run is {state}, not finished; there is no tuned model yet")
@@ -141,7 +141,7 @@ def read_run_conf(run_dir: Path) -> RunConf:
             model cannot be loaded.
     """
     path = run_dir / "config.yaml"
-    with explain_unreadable(path, PUT_BACK, OmegaConfBaseException):
+    with reading_errors(path, PUT_BACK, OmegaConfBaseException):
         written: Any = OmegaConf.load(path)
         active: dict[str, Any] = {}
         if isinstance(written, DictConfig):

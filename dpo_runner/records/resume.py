@@ -14,7 +14,7 @@ from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.checkpoints import find_last_checkpoint
 from dpo_runner.records.directory import EVENT_KINDS
 from dpo_runner.records.reading import PUT_BACK, read_mapping, read_metrics, read_object
-from dpo_runner.records.status import LOCK_FILE, explain_death
+from dpo_runner.records.status import LOCK_FILE, find_death
 
 # What may differ between a run and its continuation without changing what is trained.
 _HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
@@ -75,7 +75,7 @@ def check_free(run_dir: Path, status: dict[str, Any]) -> None:
         RunBusy: another process is running there.
     """
     own = status.get("pid") == os.getpid() and status.get("host") == platform.node()  # containers all have a process 1
-    if status["state"] == "running" and not own and explain_death(run_dir, status) is None:
+    if status["state"] == "running" and not own and find_death(run_dir, status) is None:
         raise RunBusy(
             f"`run_dir={run_dir}`: process {status.get('pid')} is running there; wait for it, or use another run_dir"
         )
@@ -124,13 +124,13 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         read_metrics(run_dir)
 
 
-def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable[[str], None]) -> None:
+def check_same_inputs(run_dir: Path, environment: dict[str, Any], say: Callable[[str], None]) -> None:
     """Refuse to continue on other data or another model than the run began with.
 
     Args:
         run_dir: where its environment.json is.
         environment: of this process; see `collect_environment`.
-        tell: shows one line to a person: other libraries and hardware are allowed, and may round differently.
+        say: shows one line to a person: other libraries and hardware are allowed, and may round differently.
 
     Raises:
         ConfigError: with one line for each difference.
@@ -148,7 +148,7 @@ def check_same_inputs(run_dir: Path, environment: dict[str, Any], tell: Callable
                 f"{run_dir} was begun with {key}={old}, and it is {new} now; put that back, or use another run_dir"
             )
         else:
-            tell(f"begun with {key}={old}, continued with {new}: the last digits of the results may differ")
+            say(f"begun with {key}={old}, continued with {new}: the last digits of the results may differ")
     if mistakes:
         raise ConfigError(mistakes)
 

@@ -15,7 +15,7 @@ from dpo_runner.config.keys import split_removed
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.figures import Curve, collect_curves, collect_results, to_number
 from dpo_runner.records.find import RUN_FILES, find_runs
-from dpo_runner.records.status import explain_death
+from dpo_runner.records.status import find_death
 
 _MOST_NODES = 20_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
@@ -149,7 +149,7 @@ def _read_run(path: Path) -> RunRecord:
 def _read_state(run: RunRecord, status: dict[str, Any], summary: dict[str, Any]) -> None:
     run.state = str(status.get("state") or ("finished" if summary and not status else "unknown"))
     run.error = str(mask_secrets(str(status.get("error") or "")))
-    if run.state == "running" and (death := explain_death(run.path, status)) is not None:
+    if run.state == "running" and (death := find_death(run.path, status)) is not None:
         steps = [to_number(status.get("step")) or 0, *(points[0][-1] for points in run.curves.values() if points[0])]
         run.state, run.error = "died", str(mask_secrets(f"{death}; step {max(steps):.0f} is the last that is known of"))
     if run.finished and not summary:

@@ -17,7 +17,7 @@ LOCK_FILE = ".lock"
 _SILENT_AFTER = 6 * HEARTBEAT_SECONDS
 
 
-def explain_death(run_dir: Path, status: dict[str, Any]) -> str | None:
+def find_death(run_dir: Path, status: dict[str, Any]) -> str | None:
     """Say how it is known that a run, `running` in its status.json, has died; None where it may well be alive.
 
     A living process holds the lock of its run, and the system takes that from a dead one at once, whatever clocks and

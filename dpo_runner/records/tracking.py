@@ -12,7 +12,7 @@ from dpo_runner.errors import RunPruned
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.wandb_files import find_folder, keep_data_in, list_commands, mark_sent
-from dpo_runner.records.wandb_run import explain, has_lost_service, messages, open_run, stop_service
+from dpo_runner.records.wandb_run import describe_error, has_lost_service, messages, open_run, stop_service
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Tracker:
                 raise
 
         if samples:
-            self._attempt(log_table, tell=False)  # `finish` does so in a moment, with what can be done about it
+            self._attempt(log_table, say=False)  # `finish` does so in a moment, with what can be done about it
 
     def log_summary(self, summary: dict[str, Any], objective: str) -> None:
         """Put the run's figures into the W&B summary, by which runs are compared.
@@ -133,7 +133,7 @@ class Tracker:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
             logger.exception("W&B failed")
-            failure = explain(error)
+            failure = describe_error(error)
             if has_lost_service(error):
                 stop_service()  # which would fail once more when this process ends, and fail its next run
         self._run = None
@@ -160,17 +160,17 @@ class Tracker:
         """Return the commands that show this run: in the terminal, and on the web where the server lacks some of it."""
         return [] if self.folder is None else list_commands(self.folder.parent, self._id)
 
-    def _attempt(self, call: Callable[[], Any], tell: bool = True) -> None:
+    def _attempt(self, call: Callable[[], Any], say: bool = True) -> None:
         if self._run is None:
             return
         try:
             call()
         except Exception as error:  # whatever it is, the training is worth more than its curves
             logger.exception("W&B failed")
-            if tell:
-                self._warn_once(explain(error))
+            if say:
+                self._warn_once(describe_error(error))
             else:
-                self._untold = explain(error)
+                self._untold = describe_error(error)
 
     def _warn_once(self, failure: str) -> None:
         """Tell of a failure, but not again at every event, as where W&B's own process has died."""

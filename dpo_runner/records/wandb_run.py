@@ -77,7 +77,7 @@ def open_run(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]
             wandb_run = _start(conf, directory, mode)
         except Exception as error:
             logger.exception("W&B did not start in mode %s", mode)
-            reasons.append(explain(error))
+            reasons.append(describe_error(error))
         else:
             if reasons:
                 warn(f"W&B did not start: {reasons[0]}; the run is recorded offline instead")
@@ -165,7 +165,7 @@ def _read_id(directory: RunDirectory) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def explain(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return why something failed, in a line that can be shown."""
     return _shorten(mask_text(reason_of(error)), _LONGEST_REASON)
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Glob, Override
 
-from dpo_runner.config.compose import UNCOMPOSABLE, explain_uncomposable, try_point
+from dpo_runner.config.compose import UNCOMPOSABLE, describe_uncomposable, try_point
 from dpo_runner.config.hydra_rules import UnsafeConfigError
 from dpo_runner.config.overrides import CheckedOverrides, check_overrides, values_of
 from dpo_runner.config.run_conf import RunConf
@@ -141,7 +141,7 @@ def _find_point_mistakes(
     except ConfigError as error:
         return error.mistakes, []
     except UNCOMPOSABLE as error:
-        return [], [explain_uncomposable(error, points[0])]
+        return [], [describe_uncomposable(error, points[0])]
     confs: list[RunConf] = []
     for point in points:
         conf, rules, reasons = try_point(point, config_dir)

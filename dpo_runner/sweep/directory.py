@@ -16,7 +16,7 @@ from dpo_runner.io.masking import mask_override
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
-from dpo_runner.records.status import explain_death, is_process_alive
+from dpo_runner.records.status import find_death, is_process_alive
 from dpo_runner.sweep.points import Point, assign_names, split_name
 
 _RECORD = "sweep.json"
@@ -162,7 +162,7 @@ def read_job(path: Path) -> JobState:
     """Return the state of one job; a directory that is not there is of a job that is pending."""
     status = read_status(path) or {"state": "pending"}
     state, error = status["state"], status.get("error")
-    if state == "running" and (death := explain_death(path, status)) is not None:
+    if state == "running" and (death := find_death(path, status)) is not None:
         state, error = "died", f"{death}; step {read_progress(path)} is the last that is known of"
     last = find_last_checkpoint(path / "checkpoints") if state not in DONE else None
     return JobState(

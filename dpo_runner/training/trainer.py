@@ -25,7 +25,7 @@ from dpo_runner.model.policy import Policy, Say
 from dpo_runner.model.reference import silence_dropout
 from dpo_runner.model.stacking import complete_reference, put_reference, read_initial_weights
 from dpo_runner.model.vocabulary import open_head
-from dpo_runner.records.checkpoints import explain_damage, read_step
+from dpo_runner.records.checkpoints import find_damage, read_step
 from dpo_runner.records.resume import read_epoch
 from dpo_runner.training.engine.install import install_engine
 from dpo_runner.training.engine.token_batches import TokenBatches
@@ -209,7 +209,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         """Load the best checkpoint; where it is not what was saved, transformers would go on with the last weights."""
         best = self.find_best()
         assert best is not None
-        if damage := explain_damage(best, whole=True):
+        if damage := find_damage(best, whole=True):
             raise RunError(f"{best}: the best checkpoint cannot be loaded; {damage}; the same command makes it again")
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()

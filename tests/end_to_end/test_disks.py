@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.records.checkpoints import explain_damage, find_last_checkpoint
+from dpo_runner.records.checkpoints import find_damage, find_last_checkpoint
 from dpo_runner.records.reading import read_metrics, read_status
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.common import ROWS
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err and "Logging error" not in err
     last = find_last_checkpoint(directory / "checkpoints")
-    assert last is not None and explain_damage(last, whole=True) is None
+    assert last is not None and find_damage(last, whole=True) is None
     assert last.name == ("checkpoint-3" if when == "before the samples" else "checkpoint-1")
     (disk / "filler").unlink()
     run(load_conf(overrides))
@@ -192,7 +192,7 @@ def test_data_model_cache_and_checkpoints_that_go_away_are_not_missed(
     run(load_conf(overrides), callbacks=[At(2, take_away)])
     check_same(tmp_path / "r", expected)
     last = find_last_checkpoint(tmp_path / "r" / "checkpoints")
-    assert last is not None and last.name == "checkpoint-3" and explain_damage(last, whole=True) is None
+    assert last is not None and last.name == "checkpoint-3" and find_damage(last, whole=True) is None
     assert run(load_conf(overrides))["steps"] == 3, "a finished run needs none of it"
 
 
@@ -202,7 +202,7 @@ def test_a_run_that_is_to_go_on_says_what_is_gone(small: list[str], pairs: str, 
     Path(pairs).unlink()
     with pytest.raises(ConfigError, match=r"^`data\.path=\S+pairs\.jsonl`: no such file"):
         run(load_conf([*small, "run_dir=r"]))
-    assert explain_damage(tmp_path / "r" / "checkpoints" / "checkpoint-1", whole=True) is None
+    assert find_damage(tmp_path / "r" / "checkpoints" / "checkpoint-1", whole=True) is None
 
 
 @pytest.mark.parametrize(

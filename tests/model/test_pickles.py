@@ -23,7 +23,7 @@ from dpo_runner.export import export
 from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.model.policy import load_policy
-from dpo_runner.records.checkpoints import MANIFEST, explain_damage, list_checkpoints, seal
+from dpo_runner.records.checkpoints import MANIFEST, find_damage, list_checkpoints, seal
 from dpo_runner.records.directory import update_status
 from tests.support.common import ROWS, run_main
 
@@ -55,7 +55,7 @@ def by_pickle(file: Path, mark: Path) -> None:
 def reseal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink()
     seal(checkpoint)
-    assert explain_damage(checkpoint, whole=True) is None
+    assert find_damage(checkpoint, whole=True) is None
 
 
 WAYS = (by_torch, by_old_torch, by_pickle)

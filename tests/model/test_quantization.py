@@ -13,9 +13,9 @@ from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.policy import load_policy
 from dpo_runner.model.quantization import (
     build_quantization_config,
+    choose_quantization,
     count_quantized,
     describe_quantization,
-    settle_quantization,
 )
 from dpo_runner.training.step0 import score_both
 from tests.support.families import make_family
@@ -75,8 +75,8 @@ def test_a_quantized_checkpoint_is_never_merged_into(quantized_checkpoint, sft_a
 def test_another_method_than_the_checkpoints_is_a_contradiction() -> None:
     own = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(ConfigError, match="with quant_method=gptq, not bitsandbytes"):
-        settle_quantization(load_conf(["quant=nf4"]).quant, own, "x")
-    assert settle_quantization(None, own, "x") is None
+        choose_quantization(load_conf(["quant=nf4"]).quant, own, "x")
+    assert choose_quantization(None, own, "x") is None
 
 
 def test_a_checkpoint_of_another_method_is_left_to_transformers(tiny_model, tiny_run, tmp_path) -> None:

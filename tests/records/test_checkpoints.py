@@ -14,7 +14,7 @@ from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
 from dpo_runner.records.checkpoints import (
     MANIFEST,
-    explain_damage,
+    find_damage,
     find_last_checkpoint,
     list_checkpoints,
     open_last_checkpoint,
@@ -90,7 +90,7 @@ def test_a_run_leaves_sealed_checkpoints_and_nothing_else(trained: Path) -> None
     assert [path.name for path in list_checkpoints(trained)] == ["checkpoint-4", "checkpoint-2"]
     assert names_in(trained) == {"checkpoint-2", "checkpoint-4"}
     for path in list_checkpoints(trained):
-        assert explain_damage(path, whole=True) is None
+        assert find_damage(path, whole=True) is None
         assert set(json.loads((path / MANIFEST).read_text())) == names_in(path) - {MANIFEST} >= set(FILES)
 
 
@@ -251,12 +251,12 @@ def test_a_disk_that_fills_up_costs_the_new_one_alone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"checkpoint-2: the checkpoint cannot be written; .*No space left on device"):
         write_sealed(tmp_path / "checkpoint-2", fail)
     assert names_in(tmp_path) == {"checkpoint-1"}
-    assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
+    assert find_damage(tmp_path / "checkpoint-1", whole=True) is None
 
 
 def test_a_file_that_was_not_sealed_does_not_matter(checkpoints: Path) -> None:
     (checkpoints / "checkpoint-4" / "notes.txt").touch()
-    assert explain_damage(checkpoints / "checkpoint-4", whole=True) is None
+    assert find_damage(checkpoints / "checkpoint-4", whole=True) is None
 
 
 def test_files_in_folders_are_sealed_too(tmp_path: Path) -> None:
@@ -264,8 +264,8 @@ def test_files_in_folders_are_sealed_too(tmp_path: Path) -> None:
     (tmp_path / "inner" / "weights").write_text("w")
     seal(tmp_path)
     (tmp_path / "inner" / "weights").write_text("v")
-    assert explain_damage(tmp_path, whole=False) is None
-    assert explain_damage(tmp_path, whole=True) == "inner/weights is not what was written"
+    assert find_damage(tmp_path, whole=False) is None
+    assert find_damage(tmp_path, whole=True) == "inner/weights is not what was written"
 
 
 def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,11 +279,11 @@ def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", refuse)
     write_sealed(tmp_path / "checkpoint-1", lambda path: fill(path, "first"))
-    assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
+    assert find_damage(tmp_path / "checkpoint-1", whole=True) is None
 
 
 def test_a_folder_that_is_sealed_again_does_not_seal_its_manifest(tmp_path: Path) -> None:
     write_sealed(tmp_path / "checkpoint-1", lambda path: fill(path, "first"))
     seal(tmp_path / "checkpoint-1")
-    assert explain_damage(tmp_path / "checkpoint-1", whole=True) is None
+    assert find_damage(tmp_path / "checkpoint-1", whole=True) is None
     assert "manifest.json" not in (tmp_path / "checkpoint-1" / "manifest.json").read_text()

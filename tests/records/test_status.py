@@ -23,7 +23,7 @@ from dpo_runner.records.directory import RunDirectory, update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.records.resume import check_free
 from dpo_runner.records.runs import read_runs
-from dpo_runner.records.status import LOCK_FILE, explain_death, is_process_alive
+from dpo_runner.records.status import LOCK_FILE, find_death, is_process_alive
 from dpo_runner.sweep.directory import read_job
 from tests.support.processes import HOLD
 
@@ -52,7 +52,7 @@ def change_status(**changes: Any) -> dict[str, Any]:
 def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "subprocess.Popen[str]") -> None:
     run_dir = Path("r")
     for heartbeat in (now(), LONG_AGO, "nonsense"):
-        assert explain_death(run_dir, change_status(heartbeat=heartbeat)) is None
+        assert find_death(run_dir, change_status(heartbeat=heartbeat)) is None
     os.kill(other.pid, signal.SIGSTOP)  # as a laptop that is closed
     assert read_job(run_dir).state == "running"
     with pytest.raises(ConfigError, match=f"process {other.pid} is running there"):
@@ -63,7 +63,7 @@ def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "s
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # a zombie, whose process id is still in use
     killed = f"its process, {other.pid}, was killed, or went down with the machine"
     for heartbeat in (now(), LONG_AGO):
-        assert explain_death(run_dir, change_status(heartbeat=heartbeat)) == killed
+        assert find_death(run_dir, change_status(heartbeat=heartbeat)) == killed
     check_free(run_dir, change_status())
 
 
@@ -88,12 +88,12 @@ def test_of_another_host_the_heartbeat_alone_counts(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "r").claim():
         pass
     gone = {"state": "running", "pid": 2**22 + 1, "host": f"not-{platform.node()}"}
-    assert explain_death(tmp_path / "r", {**gone, "heartbeat": now()}) is None
-    assert explain_death(tmp_path / "r", {**gone, "heartbeat": LONG_AGO}) == f"no sign of life since {LONG_AGO}"
+    assert find_death(tmp_path / "r", {**gone, "heartbeat": now()}) is None
+    assert find_death(tmp_path / "r", {**gone, "heartbeat": LONG_AGO}) == f"no sign of life since {LONG_AGO}"
     here = {**gone, "host": platform.node()}
-    assert "was killed" in str(explain_death(tmp_path / "r", {**here, "heartbeat": now()}))
+    assert "was killed" in str(find_death(tmp_path / "r", {**here, "heartbeat": now()}))
     older = {"state": "running", "pid": 2**22 + 1, "heartbeat": now()}  # of a version that told no host
-    assert "was killed" in str(explain_death(tmp_path / "r", older))
+    assert "was killed" in str(find_death(tmp_path / "r", older))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_of_another_host_the_heartbeat_alone_counts(tmp_path: Path) -> None:
 )
 def test_a_status_that_says_nothing_is_no_sign_of_death_and_no_error(status: dict[str, Any], tmp_path: Path) -> None:
     for host in ({}, {"host": platform.node()}, {"host": 7}):
-        told = explain_death(tmp_path, {"state": "running", **status, **host})
+        told = find_death(tmp_path, {"state": "running", **status, **host})
         assert told is None or "heartbeat" not in status
     assert not is_process_alive(-5)
 
@@ -111,7 +111,7 @@ def test_a_status_that_says_nothing_is_no_sign_of_death_and_no_error(status: dic
 def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / LOCK_FILE)
     before = time.monotonic()
-    explain_death(tmp_path, {"pid": 2**22 + 1, "host": platform.node(), "heartbeat": now()})
+    find_death(tmp_path, {"pid": 2**22 + 1, "host": platform.node(), "heartbeat": now()})
     assert time.monotonic() - before < 5
 
 
@@ -119,7 +119,7 @@ def test_who_holds_the_lock_keeps_it_though_it_asks(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "r")
     with directory.claim():
         directory.write_status("running")
-        assert explain_death(directory.path, read_status(directory.path) or {}) is None
+        assert find_death(directory.path, read_status(directory.path) or {}) is None
         code = "from pathlib import Path; from dpo_runner.records.directory import RunDirectory\n"
         code += "with RunDirectory(Path('r')).claim(): pass"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -153,4 +153,4 @@ def test_where_no_file_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: 
     with directory.claim():
         directory.write_status("running")
     status = read_status(tmp_path / "r")
-    assert status is not None and explain_death(tmp_path / "r", status) is None
+    assert status is not None and find_death(tmp_path / "r", status) is None

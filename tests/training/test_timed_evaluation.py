@@ -19,7 +19,7 @@ from dpo_runner.io.console import RunConsole
 from dpo_runner.records import directory as artifacts
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_metrics
-from dpo_runner.records.status import explain_death
+from dpo_runner.records.status import find_death
 from dpo_runner.training.trainer import RunTrainer
 
 DAY = 86_400
@@ -62,8 +62,8 @@ def test_durations_do_not_go_by_the_time_of_day(
 def test_a_heartbeat_of_another_day_is_none(days: int, tmp_path: Path) -> None:
     told = datetime.now(UTC) + timedelta(days=days)
     status = {"state": "running", "pid": os.getpid(), "heartbeat": told.isoformat(timespec="seconds")}
-    assert explain_death(tmp_path, status) == f"no sign of life since {status['heartbeat']}"
-    assert explain_death(tmp_path, status | {"heartbeat": datetime.now(UTC).isoformat()}) is None
+    assert find_death(tmp_path, status) == f"no sign of life since {status['heartbeat']}"
+    assert find_death(tmp_path, status | {"heartbeat": datetime.now(UTC).isoformat()}) is None
 
 
 def test_the_lock_holds_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,9 @@ class Renderer:
         Raises:
             RowError: the template refuses it.
         """
-        return self._render(self._settle_system(messages), True, variables)
+        return self._render(self._place_system(messages), True, variables)
 
-    def _settle_system(self, prompt: list[Message]) -> list[Message]:
+    def _place_system(self, prompt: list[Message]) -> list[Message]:
         """Add the system turn that is missing, and fold one that the template does not know."""
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
@@ -92,7 +92,7 @@ class Renderer:
                 found = self._control.search(message["content"])
                 if found:
                     raise RowError("control token in the text", f"`{column}` holds {found.group()!r}")
-        prompt = self._settle_system(pair.prompt)
+        prompt = self._place_system(pair.prompt)
         variables = dict(pair.chat_template_kwargs or {})
         if pair.tools:
             variables["tools"] = pair.tools

@@ -25,7 +25,7 @@ from dpo_runner.io.masking import mask_secrets
 from dpo_runner.model.adapters import describe_adapter
 from dpo_runner.model.card.facts import LABELS, RunFacts, build_metadata, list_citations
 from dpo_runner.model.card.plots import Plot, write_plots
-from dpo_runner.model.card.use import explain_use
+from dpo_runner.model.card.use import describe_use
 from dpo_runner.model.quantization import describe_quantization
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def write_card(
     facts: RunFacts,
     name: str,
     lineage: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = logger.warning,
+    say: Callable[[str], None] = logger.warning,
 ) -> None:
     """Write README.md and `plots/` into a folder that holds a run's weights already.
 
@@ -48,12 +48,12 @@ def write_card(
         facts: of the run.
         name: what code calls the folder: a path, or the id of the repository that it is going to be.
         lineage: what lineage.json holds, for an export; None: `folder` is the run's own.
-        tell: shows one line to a person, where the curves cannot be drawn: the card goes without.
+        say: shows one line to a person, where the curves cannot be drawn: the card goes without.
     """
     adapter_file = folder / "adapter_config.json"
     adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.exists() else None
     conf, mask = facts.conf, mask_secrets
-    plots = _draw_plots(folder / PLOTS, facts, tell)
+    plots = _draw_plots(folder / PLOTS, facts, say)
     config = yaml.safe_dump(mask(config_keys(conf)), sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", config)), 0)
     sections = {
@@ -63,7 +63,7 @@ def write_card(
             "DPOTrainer.\n",
             *_table(["", ""], _describe(facts)),
         ],
-        "## Use": explain_use(facts, name, adapter),
+        "## Use": describe_use(facts, name, adapter),
         "## Results": [
             *_describe_results(facts),
             *(f"\n![{plot.description}]({PLOTS}/{plot.file})" for plot in plots),
@@ -82,12 +82,12 @@ def write_card(
     write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
 
 
-def _draw_plots(folder: Path, facts: RunFacts, tell: Callable[[str], None]) -> list[Plot]:
+def _draw_plots(folder: Path, facts: RunFacts, say: Callable[[str], None]) -> list[Plot]:
     try:
         return write_plots(folder, facts.events)
     except Exception as error:  # whatever it is, it is not to cost the weights
         logger.exception("the curves cannot be drawn")
-        tell(f"the model card has no curves; drawing them failed: {reason_of(error)}")
+        say(f"the model card has no curves; drawing them failed: {reason_of(error)}")
         shutil.rmtree(folder, ignore_errors=True)
         return []
 

@@ -23,7 +23,7 @@ _ON_SFT = {
 }
 
 
-def explain_use(facts: RunFacts, name: str, adapter: dict[str, Any] | None) -> list[str]:
+def describe_use(facts: RunFacts, name: str, adapter: dict[str, Any] | None) -> list[str]:
     """Return code that answers a question, and what there is to know about it, as lines of Markdown.
 
     Args:

@@ -47,7 +47,7 @@ def _find_gguf(name: str, path: Path, file: str, revision: str | None) -> Path:
         return path / file
     from huggingface_hub import hf_hub_download
 
-    with explain_missing(name, "model.model_name_or_path"):
+    with loading_errors(name, "model.model_name_or_path"):
         return Path(hf_hub_download(name, file, revision=revision))
 
 
@@ -70,7 +70,7 @@ def resolve_adapter_path(conf: ModelConf) -> str:
         return str(path)
     from huggingface_hub import snapshot_download
 
-    with explain_missing(name, "model.adapter"):
+    with loading_errors(name, "model.adapter"):
         return str(snapshot_download(name, revision=conf.adapter_revision))
 
 
@@ -88,7 +88,7 @@ def refuse_hub_adapter(conf: ModelConf) -> None:
         return
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    with explain_missing(name, "model.model_name_or_path"):
+    with loading_errors(name, "model.model_name_or_path"):
         file = find_adapter_config_file(name, revision=conf.revision)
     if file is None:
         return
@@ -101,7 +101,7 @@ def refuse_hub_adapter(conf: ModelConf) -> None:
 
 
 @contextmanager
-def explain_missing(name: str, key: str) -> Iterator[None]:
+def loading_errors(name: str, key: str) -> Iterator[None]:
     """Turn a loader's long message about a missing model into one line."""
     try:
         yield

@@ -13,12 +13,12 @@ from dpo_runner.data.splits import DataShape
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION
-from dpo_runner.training.engine.packed.forward import explain_refusal, is_certain, share_prefixes, trains_head
+from dpo_runner.training.engine.packed.forward import is_certain, share_prefixes, trains_head, why_not_packable
 from dpo_runner.training.engine.packed.self_check import find_difference
 from dpo_runner.training.engine.reference.columns import add_reference_columns, reference_adapter
 from dpo_runner.training.engine.reference.identity import identify_reference
 from dpo_runner.training.engine.reference.store import ReferenceStore
-from dpo_runner.training.engine.token_batches import TokenBatches, explain_grouping, settle_budget
+from dpo_runner.training.engine.token_batches import TokenBatches, choose_budget, why_not_grouped
 from dpo_runner.training.memory.device import keep_freed_memory
 
 _VERSION = 3
@@ -63,9 +63,9 @@ def install_engine(
     if conf.shared_prefix and reason is not None:
         say(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
     engine = Engine(None, False, trainer.train_dataset, trainer.eval_dataset)
-    if shares and not explain_grouping(trainer.loss_types):
+    if shares and not why_not_grouped(trainer.loss_types):
         batch = trainer.args.per_device_train_batch_size
-        engine.max_tokens = settle_budget(conf, batch, sum(shape.largest), use_cpu)
+        engine.max_tokens = choose_budget(conf, batch, sum(shape.largest), use_cpu)
     if blueprint.reference.is_stored:
         described = {"model": blueprint.name, "reference": blueprint.reference.described}
         _add_stored_reference(trainer, engine, conf, shares, described, say)
@@ -81,17 +81,17 @@ def describe_engine(conf: RunConf, blueprint: Blueprint, longest: int) -> str:
         longest: tokens of the longest row.
     """
     stored = "reference from the store" if blueprint.reference.is_stored else "reference run along"
-    reason = explain_padding(conf, blueprint, longest)
+    reason = why_not_packed(conf, blueprint, longest)
     if reason:
         return f"TRL's forward ({reason}), {stored}"
     shared = "shared prefixes" if is_certain(blueprint.meta) else "shared prefixes if both forwards agree"
     if conf.engine.max_tokens_per_micro_batch == 0:
         return f"{shared}, {stored}"
-    reason = explain_grouping(conf.training.loss_type)
+    reason = why_not_grouped(conf.training.loss_type)
     return f"{shared}, micro-batches by {f'rows ({reason})' if reason else 'tokens'}, {stored}"
 
 
-def explain_padding(conf: RunConf, blueprint: Blueprint, longest: int) -> str | None:
+def why_not_packed(conf: RunConf, blueprint: Blueprint, longest: int) -> str | None:
     """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
     if not conf.engine.shared_prefix:
         return "engine.shared_prefix=false"
@@ -99,14 +99,14 @@ def explain_padding(conf: RunConf, blueprint: Blueprint, longest: int) -> str | 
     if chosen not in (None, IMPLEMENTATION):
         return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
     adapters = filter(None, [blueprint.build_peft()])
-    return explain_refusal(blueprint.meta, longest, not conf.training.disable_dropout, adapters)
+    return why_not_packable(blueprint.meta, longest, not conf.training.disable_dropout, adapters)
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
     """Put the packed forward into policy and reference, or say why not."""
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for model in models:
-        if reason := explain_refusal(model, longest, dropout=not trainer.args.disable_dropout):
+        if reason := why_not_packable(model, longest, dropout=not trainer.args.disable_dropout):
             return reason
     is_trained = trains_head(trainer.model)
     if reason := find_difference(trainer, is_trained, repr(conf)):

@@ -55,7 +55,7 @@ class MicroBatch:
     divisor: float
 
 
-def explain_grouping(loss_type: str | Sequence[str]) -> str | None:
+def why_not_grouped(loss_type: str | Sequence[str]) -> str | None:
     """Say why batches have to stay as they are under a loss, or a mix of several, or return None."""
     kinds = LOSSES_OF_WHOLE_BATCHES.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
     if kinds:
@@ -63,7 +63,7 @@ def explain_grouping(loss_type: str | Sequence[str]) -> str | None:
     return "there are several processes" if count_processes() > 1 else None
 
 
-def settle_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool) -> int | None:
+def choose_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool) -> int | None:
     """Return how many tokens a micro-batch may have; None where rows are counted.
 
     Args:

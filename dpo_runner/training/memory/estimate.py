@@ -21,8 +21,8 @@ from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.engine.layers.lean import make_lean
-from dpo_runner.training.engine.packed.forward import explain_refusal, share_prefixes, trains_head
-from dpo_runner.training.engine.token_batches import explain_grouping, settle_budget
+from dpo_runner.training.engine.packed.forward import share_prefixes, trains_head, why_not_packable
+from dpo_runner.training.engine.token_batches import choose_budget, why_not_grouped
 from dpo_runner.training.memory.device import read_memory
 from dpo_runner.training.memory.fake_model import build_fake_models, tensors_of
 from dpo_runner.training.memory.fake_step import (
@@ -252,7 +252,7 @@ def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataS
 
 def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
     """Put the engine's forward into policy and reference where a run would, and say whether it would."""
-    if any(explain_refusal(model, length, not args.disable_dropout) for model in models):
+    if any(why_not_packable(model, length, not args.disable_dropout) for model in models):
         return False
     for model in models:
         share_prefixes(model, trains_head(models[0]))
@@ -263,8 +263,8 @@ def count_tokens_at_once(conf: RunConf, args: DPOConfig, pair: PairShape) -> int
     """Return how many tokens a micro-batch will have; None where its rows are counted."""
     batch = args.per_device_train_batch_size
     if (
-        explain_grouping(args.loss_type)
-        or (budget := settle_budget(conf.engine, batch, sum(pair), uses_cpu(args))) is None
+        why_not_grouped(args.loss_type)
+        or (budget := choose_budget(conf.engine, batch, sum(pair), uses_cpu(args))) is None
     ):
         return None
     whole: int = batch * args.gradient_accumulation_steps * sum(pair)

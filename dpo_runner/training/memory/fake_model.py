@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
-from dpo_runner.model.files.locations import explain_missing
+from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.quantization import close_4bit_trap
 from dpo_runner.model.stacking import SFT
 
@@ -91,7 +91,7 @@ def _build_on_meta(
     config = copy.deepcopy(blueprint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), no_init_weights(), explain_missing(blueprint.name, "model.model_name_or_path"):
+    with torch.device("meta"), no_init_weights(), loading_errors(blueprint.name, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=blueprint.dtype,

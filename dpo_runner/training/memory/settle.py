@@ -18,7 +18,7 @@ from dpo_runner.data.splits import DataShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.build import build_dpo_config
-from dpo_runner.training.engine.install import explain_padding
+from dpo_runner.training.engine.install import why_not_packed
 from dpo_runner.training.engine.packed.forward import is_certain
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
 
@@ -128,7 +128,7 @@ def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: Da
     # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others
     per_layer = (60 * hidden + 8 * inner + 2 * 1024 * heads) * (1 if args.bf16 or args.fp16 else 2)
     training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    if explain_padding(conf, blueprint, shape.longest) is None and is_certain(model):
+    if why_not_packed(conf, blueprint, shape.longest) is None and is_certain(model):
         pair = sum(cut.largest)
         tokens, scored = count_tokens_at_once(conf, args, cut.largest) or training * pair, evaluation * pair
     else:

@@ -8,7 +8,7 @@ import transformers
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_runner.training.engine.packed.forward import explain_refusal
+from dpo_runner.training.engine.packed.forward import why_not_packable
 from tests.support.families import make_config
 
 
@@ -40,17 +40,17 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize("family, changes, reason", REFUSED, ids=str)
 def test_what_a_config_tells_is_refused(family: str, changes: dict[str, Any], reason: str | None) -> None:
-    refusal = explain_refusal(make_model(make_config(family, **changes)), longest=64, dropout=True)
+    refusal = why_not_packable(make_model(make_config(family, **changes)), longest=64, dropout=True)
     assert refusal == reason if reason is None else refusal is not None and refusal.startswith(reason)
 
 
 def test_disabled_dropout_is_none_and_an_adapters_counts() -> None:
     model = make_model(make_config("gpt2"))
-    assert explain_refusal(model, 64, dropout=False) is None
+    assert why_not_packable(model, 64, dropout=False) is None
     model = make_model(make_config("llama"))
     adapter = LoraConfig(lora_dropout=0.1)
-    assert "dropout is on" in str(explain_refusal(model, 64, dropout=True, adapters=[adapter]))
-    assert explain_refusal(model, 64, dropout=False, adapters=[adapter]) is None
+    assert "dropout is on" in str(why_not_packable(model, 64, dropout=True, adapters=[adapter]))
+    assert why_not_packable(model, 64, dropout=False, adapters=[adapter]) is None
 
 
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
@@ -59,27 +59,27 @@ def test_dropout_of_an_adapter_that_is_no_module_is_never_disabled(method: type,
     dropping, plain = (method(target_modules=["q_proj"], **more) for more in ({name: 0.5}, {}))
     model = make_model(make_config("llama"))
     for dropout in (True, False):
-        assert "adapter has dropout" in str(explain_refusal(model, 64, dropout, [dropping]))
-        assert explain_refusal(model, 64, dropout, [plain]) is None
+        assert "adapter has dropout" in str(why_not_packable(model, 64, dropout, [dropping]))
+        assert why_not_packable(model, 64, dropout, [plain]) is None
     model = get_peft_model(model, dropping)
-    assert "adapter has dropout" in str(explain_refusal(model, 64, dropout=False))
+    assert "adapter has dropout" in str(why_not_packable(model, 64, dropout=False))
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_other_attention_is_refused(attention: str) -> None:
     for family in ("llama", "gemma2"):  # which caps its scores, and has no other than these
         model = make_model(make_config(family), attention)
-        assert explain_refusal(model, 64, dropout=True) == f"model.attn_implementation is {attention}, not sdpa"
+        assert why_not_packable(model, 64, dropout=True) == f"model.attn_implementation is {attention}, not sdpa"
 
 
 def test_prompt_learning_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(make_config("llama", vocab_size=64))
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert explain_refusal(tuned, 64, dropout=True) == "prompt learning puts tokens of its own before each row"
+    assert why_not_packable(tuned, 64, dropout=True) == "prompt learning puts tokens of its own before each row"
 
 
 def test_models_that_take_images_are_refused() -> None:
     vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = make_config("gemma3", vocab_size=64, sliding_window=64)
     config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision)
-    assert explain_refusal(make_model(config), 64, dropout=True) == "the model takes more than text"
+    assert why_not_packable(make_model(config), 64, dropout=True) == "the model takes more than text"

@@ -10,7 +10,7 @@ from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.run import EngineConf
 from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.training.engine.install import describe_engine
-from dpo_runner.training.engine.token_batches import group_pairs, settle_budget
+from dpo_runner.training.engine.token_batches import choose_budget, group_pairs
 from tests.support.engines import PACKED, PLAIN, STORED, assert_same, train
 from tests.support.trainers import build
 
@@ -69,11 +69,11 @@ def test_zero_keeps_trls_batches(tiny_run: list[str], tmp_path: Path) -> None:
 )
 def test_the_budget_chosen(setting: int | None, use_cpu: bool, budget: int | None) -> None:
     conf = EngineConf(max_tokens_per_micro_batch=setting)
-    assert settle_budget(conf, batch_size=4, largest=1200, use_cpu=use_cpu) == budget
+    assert choose_budget(conf, batch_size=4, largest=1200, use_cpu=use_cpu) == budget
 
 
 def test_a_small_batch_is_the_budget_on_a_cpu_too() -> None:
-    assert settle_budget(EngineConf(), batch_size=2, largest=100, use_cpu=True) == 200
+    assert choose_budget(EngineConf(), batch_size=2, largest=100, use_cpu=True) == 200
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -49,7 +49,7 @@ def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
     return any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
 
 
-def explain_refusal(
+def why_not_packable(
     model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapters: Iterable[PeftConfig] = ()
 ) -> str | None:
     """Say why a model's scoring forward cannot be replaced exactly, or return None where nothing speaks against it.
@@ -106,7 +106,7 @@ def _names_dropout(model: PreTrainedModel) -> bool:
 
 
 def is_certain(model: PreTrainedModel) -> bool:
-    """Whether a model that `explain_refusal` lets pass passes the self-check too, as far as anyone can know before."""
+    """Whether a model that `why_not_packable` lets pass passes the self-check too, as far as anyone can know before."""
     return model.config.model_type in _COMPARED and not _names_dropout(model)
 
 

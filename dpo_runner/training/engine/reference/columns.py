@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def add_reference_columns(
-    trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore, tell: Callable[[str], None]
+    trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore, say: Callable[[str], None]
 ) -> Dataset:
     """Return `dataset` with what the reference thinks of each pair.
 
@@ -47,7 +47,7 @@ def add_reference_columns(
         trainer: has the reference, the collator, and `ld_alpha`.
         dataset: rows of token ids.
         store: of this reference.
-        tell: shows one line to a person.
+        say: shows one line to a person.
 
     Raises:
         RunError: the store holds values that the reference does not give.
@@ -63,7 +63,7 @@ def add_reference_columns(
         unchecked -= len(checked)
         _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
         if missing := {key: row for key, row in by_key.items() if key not in known}:
-            tell(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
+            say(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
             known |= _score_missing(trainer, missing, store)
         sums += [sum_logps(known[key], trainer.ld_alpha) for key in keys]
     for name, values in zip(REF_COLUMNS, zip(*sums, strict=True), strict=True):

@@ -61,7 +61,7 @@ class ReferenceStore:
         self._limit, self.left_out = limit, 0
         self._in_use = _lock_path(self.path).open("a")
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
-        with self._explained():
+        with self._store_errors():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
             with self._database:
                 self._database.executescript(_SCHEMA)
@@ -92,7 +92,7 @@ class ReferenceStore:
             RunError: the file is damaged.
         """
         found = {}
-        with self._explained():
+        with self._store_errors():
             for start in range(0, len(keys), _AT_ONCE):
                 some = keys[start : start + _AT_ONCE]
                 places = ", ".join("?" * len(some))
@@ -104,7 +104,7 @@ class ReferenceStore:
     def add(self, pairs: Mapping[bytes, PairLogps]) -> None:
         """Keep `pairs`, or none of them for want of room; where another process has been quicker, its rows stay."""
         rows = [(key, logps.chosen.tobytes(), logps.rejected.tobytes()) for key, logps in pairs.items()]
-        with self._explained(), _writing(), self._database:
+        with self._store_errors(), _writing(), self._database:
             self._database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
             if not self._fits():
                 self._database.rollback()
@@ -120,7 +120,7 @@ class ReferenceStore:
         return sum(stat.st_size for path, stat in _stat_files() if path != self.path) <= room
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
