@@ -1,6 +1,5 @@
 """A sweep's directory: sweep.json, its lock, the states of its jobs. Imports no torch."""
 
-import fcntl
 import json
 import os
 import time
@@ -12,6 +11,7 @@ from typing import Any
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import find_fresh_folder, write_json
+from dpo_runner.io.locks import lock
 from dpo_runner.io.masking import mask_override
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
 from dpo_runner.records.directory import update_status
@@ -91,7 +91,7 @@ def prepare(path: Path, names: Sequence[str], points: Sequence[Point], threads: 
             update_status(path / name, state="pending")
 
 
-def lock(path: Path, say: Callable[[str], None]) -> int:
+def lock_sweep(path: Path, say: Callable[[str], None]) -> int:
     """Make a sweep's directory and take it; nobody else can until this process and its workers have ended.
 
     Returns:
@@ -106,7 +106,7 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
     except OSError as error:
         raise ConfigError(f"`sweep.dir={path}`: cannot be written to; {error.strerror}") from None
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not _try_lock(handle):
+    while lock(handle, inherited=True) is False:
         owner = os.pread(handle, 32, 0).decode()
         if (owner.isdecimal() and is_process_alive(int(owner))) or time.monotonic() > deadline:
             os.close(handle)
@@ -117,14 +117,6 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 DONE = ("finished", "pruned")

@@ -9,7 +9,6 @@ with one file or with many, do not each find the same room free.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from dpo_runner.errors import RunError
 from dpo_runner.io.files import cache_dir
+from dpo_runner.io.locks import lock
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen BLOB NOT NULL, rejected BLOB NOT NULL) WITHOUT ROWID;
@@ -60,7 +60,7 @@ class ReferenceStore:
         self.path = folder / f"{digest}.sqlite"
         self._limit, self.left_out = limit, 0
         self._in_use = _lock_path(self.path).open("a")
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)
+        lock(self._in_use.fileno(), shared=True, wait=True, inherited=True)
         with self._store_errors():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
             with self._database:
@@ -187,16 +187,14 @@ def _stat_files() -> Iterator[tuple[Path, os.stat_result]]:
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
     """Let one process at a time decide how much room there is."""
-    with (store_dir() / "writing.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (store_dir() / "writing.lock").open("a") as file:
+        lock(file.fileno(), wait=True, inherited=True)
         yield
 
 
 def _delete(path: Path) -> bool:
-    with _lock_path(path).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _lock_path(path).open("a") as file:
+        if lock(file.fileno(), inherited=True) is False:
             return False
         path.unlink(missing_ok=True)
     return True
