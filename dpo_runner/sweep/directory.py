@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import find_fresh_folder, write_json
@@ -121,12 +122,6 @@ def lock_sweep(path: Path, say: Callable[[str], None]) -> int:
 
 DONE = ("finished", "pruned")
 """States of a job that is not run again."""
-KEY_METRICS = (
-    ("eval_rewards/accuracies", "accuracy"),
-    ("eval_rewards/margins", "margin"),
-    ("eval_loss", "loss"),
-)
-"""What a job is judged by, in the order in which it is shown, and how it is called there."""
 
 
 @dataclass(frozen=True)
@@ -184,4 +179,4 @@ def read_progress(path: Path) -> int:
 
 def show_metrics(metrics: dict[str, Any] | None) -> str:
     """Return the key metrics as one line; empty where there are none."""
-    return "  ".join(f"{label} {metrics[key]:.3f}" for key, label in KEY_METRICS if metrics and key in metrics)
+    return "  ".join(f"{column_of(key)} {metrics[key]:.3f}" for key in KEY_METRICS if metrics and key in metrics)

@@ -7,24 +7,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from dpo_runner.config.metrics import METRICS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf, resolve_sources
 from dpo_runner.data.rows.sources import is_hub_id
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.reading import read_metrics, read_object
 
-LABELS = {
-    "loss": "loss",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward of chosen answers",
-    "rewards/rejected": "reward of rejected answers",
-    "logps/chosen": "log-probability of chosen answers",
-    "logps/rejected": "log-probability of rejected answers",
-    "response_tokens": "tokens per sampled answer",
-    "responses_at_cap": "sampled answers cut off at their limit",
-}
-"""What a card calls a metric, without the prefixes of its name, in its order."""
+LABELS = {metric.key.removeprefix("eval_"): metric.label for metric in METRICS}
+"""Metrics without the prefixes of their names, in the order of the card."""
 _METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "reward_margin", "loss": "loss"}
 """What goes into the metadata, and as which type of metric."""
 
