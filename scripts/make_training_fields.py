@@ -23,7 +23,7 @@ from trl import DPOConfig
 
 from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
 
-MODULE = Path(__file__).parents[1] / "dpo_runner" / "training_fields.py"
+MODULE = Path(__file__).parents[1] / "dpo_runner" / "config" / "sections" / "training.py"
 
 # TRL tells these choices in its prose only.
 CHOICES_IN_PROSE = {
