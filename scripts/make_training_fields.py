@@ -1,4 +1,4 @@
-"""Write dpo_runner/training_fields.py: every field of the installed TRL's DPOConfig as a typed dataclass.
+"""Write dpo_runner/config/sections/training.py: every field of the installed TRL's DPOConfig as a typed dataclass.
 
     python scripts/make_training_fields.py            # rewrite the module
     python scripts/make_training_fields.py --check    # exit 1 if it is out of date
