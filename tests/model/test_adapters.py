@@ -238,7 +238,7 @@ def test_fields_of_lora_run_and_reach_peft(extra: list[str], tiny_run, tmp_path)
         (["lora.peft_type=LOHAA"], "no such method in PEFT; did you mean `LOHA`"),
         (["lora.peft_type=ADALORA", "lora.config.total_step=4"], "a schedule that DPOTrainer does not call"),
         (["lora.peft_type=PROMPT_TUNING", "lora.config.num_virtual_tokens=4"], "learns virtual tokens"),
-        (["lora.config.r=4"], r"`lora\.config\.r`: has a key of its own; set lora\.r=4"),
+        (["lora.config.r=4"], r"`lora\.config\.r`: has its own key; set lora\.r=4"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
@@ -457,7 +457,7 @@ def test_an_adapter_of_the_hub_in_the_models_place_is_explained(
     conf = load_conf([*tiny_run, "model.model_name_or_path=some/adapter", *extra])
     with pytest.raises(ConfigError) as caught:
         run(conf)
-    assert str(caught.value) == f"`model.model_name_or_path=some/adapter`: is an adapter, no model; use {instead}"
+    assert str(caught.value) == f"`model.model_name_or_path=some/adapter`: is an adapter, not a model; use {instead}"
     [*_, expected] = [part for part in instead.split()[:2] if part.startswith("model.")]
     load_conf([*tiny_run, expected.rstrip(",")])  # can be typed as it stands
 

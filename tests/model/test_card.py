@@ -210,7 +210,7 @@ def test_what_is_of_no_hub_is_not_in_the_metadata(facts, tmp_path) -> None:
     card = write(replace(facts, conf=conf, environment=environment), tmp_path / "y")
     assert card.data.to_dict() == plain
     assert 'from_pretrained("models/mine", dtype="float32")' in card.text
-    assert "`models/mine`, is a folder of whoever trained this" in card.text
+    assert "`models/mine`, is a folder on the training machine" in card.text
 
 
 def test_what_is_of_the_hub_is_in_the_metadata(facts, tmp_path) -> None:

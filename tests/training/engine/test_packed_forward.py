@@ -75,7 +75,7 @@ def test_other_attention_is_refused(attention: str) -> None:
 def test_prompt_learning_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(make_config("llama", vocab_size=64))
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert why_not_packable(tuned, 64, dropout=True) == "prompt learning puts tokens of its own before each row"
+    assert why_not_packable(tuned, 64, dropout=True) == "prompt learning prepends virtual tokens to each row"
 
 
 def test_models_that_take_images_are_refused() -> None:
