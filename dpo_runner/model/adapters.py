@@ -78,16 +78,19 @@ def _check_config_fields(conf: LoraConf, cls: type, fields: dict[str, Any]) -> N
 
 
 def changes_base(config: PeftConfig | None) -> bool:
-    """Return whether an initialization subtracts its share from the base weights, which then cannot be the reference.
+    """Return whether an initialization subtracts its share from the base weights.
 
-    PiSSA (arXiv 2404.02948, Eq. 3-5) and OLoRA (arXiv 2406.01775) replace W by W - s·B0·A0.
+    PiSSA (arXiv 2404.02948, Eq. 3-5) and OLoRA (arXiv 2406.01775) replace W by W - s·B0·A0. The base then cannot be
+    the reference.
     """
     initialization = config.init_lora_weights if isinstance(config, LoraConfig) else True
     return isinstance(initialization, str) and initialization.startswith(("pissa", "olora"))
 
 
 def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
-    """Check that each module that `lora` names is in the model; PEFT silently ignores a wrong name in a list.
+    """Check that each module that `lora` names is in the model.
+
+    PEFT silently ignores a wrong name in a list.
 
     Raises:
         ConfigError: a module is missing; names the first one, and the nearest names in the model.
@@ -117,7 +120,7 @@ def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
 
 
 def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensors: bool) -> None:
-    """Check that an adapter fits the model, by the names and shapes in its file, and that it is not all zero.
+    """Check by the names and shapes in its file that an adapter fits the model and is not all zero.
 
     PEFT loads an adapter for another base without its weights, with a warning at most.
 

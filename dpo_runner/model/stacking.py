@@ -1,4 +1,4 @@
-"""Several adapters in one model: a new one stacked on the SFT adapter, the reference's, and their combination."""
+"""Several adapters in one model: a new one on the SFT adapter, the reference's, a combined one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +77,9 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
 
 
 def _absorb_embeddings(model: StackedPeftModel) -> None:
-    """Move the embeddings of `sft` into the base: PEFT can neither stack nor join adapters that have embeddings.
+    """Move the embeddings of `sft` into the base.
+
+    PEFT can neither stack nor join adapters that have embeddings.
 
     Raises:
         ConfigError: `sft` has modules other than the embeddings and the head, or unties tied ones.
@@ -110,10 +112,10 @@ def load_lora_alone(model: PeftModelForCausalLM, folder: str, name: str) -> None
 
 
 def complete_reference(model: PeftModelForCausalLM, loaded: dict[str, torch.Tensor]) -> None:
-    """Copy to TRL's reference `ref` the weights that TRL does not: those whose name ends with the adapter's name.
+    """Copy to TRL's reference `ref` the weights that TRL leaves out.
 
-    These are trained rows of the embeddings, LoRA on embeddings, and most methods other than LoRA; without the copy
-    the reference has new ones, that is, the bare base.
+    Their names end with the adapter's name. These are trained rows of the embeddings, LoRA on embeddings, and most
+    methods other than LoRA; without the copy the reference has new ones, that is, the bare base.
 
     Args:
         model: the trainer's.
@@ -153,7 +155,10 @@ def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
 
 
 def read_initial_weights(model: PeftModelForCausalLM) -> dict[str, torch.Tensor]:
-    """Return by name the initial values of an adapter's copies of base weights; TRL rounds them on a quantized base."""
+    """Return by name the initial values of a new adapter's copies of base weights.
+
+    On a quantized base TRL has rounded the copies.
+    """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     began = {
         name: name.replace("trainable_tokens_delta.", "trainable_tokens_original.").replace(

@@ -102,7 +102,7 @@ def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf) -> l
 
 
 def _check_template_names(tokenizer: Any, conf: ModelConf) -> None:
-    """Refuse template names that are not file names: the template would be saved outside the result, or not saved."""
+    """Refuse template names that would save a template outside the result's folder, or not save it."""
     for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"\w[\w .-]{0,99}", name):
             raise ConfigError(

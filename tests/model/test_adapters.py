@@ -1,4 +1,4 @@
-"""Adapters of every kind: their modules exist, the reference is their start, and the result can be served."""
+"""Adapters of every kind: their modules exist, the reference is their start, the result can be served."""
 
 import json
 import shutil
@@ -329,7 +329,7 @@ def test_a_pickled_adapter_needs_permission(tiny_run, sft_adapter, tmp_path) -> 
 
 
 def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_model, sft_adapter, tmp_path) -> None:
-    """Trap 3: transformers would put its layers into the model, where they cannot be separated from the reference."""
+    """Trap 3: transformers would put its layers into the model, inseparable from the reference."""
     overrides = [o for o in tiny_run if not o.startswith("model=")]
     conf = load_conf([*overrides, f"model.model_name_or_path={sft_adapter}", *EXACT])
     assert (conf.model.model_name_or_path, conf.model.adapter, conf.lora) == (tiny_model, sft_adapter, None)

@@ -1,4 +1,4 @@
-"""Every family completes a whole run, quantized or not, or is refused before training with a clear message."""
+"""Every family completes a run, quantized or not, or is refused before training with a clear message."""
 
 import json
 from pathlib import Path

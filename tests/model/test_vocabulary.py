@@ -1,4 +1,4 @@
-"""Pad tokens without side effects, added and trained tokens, and adapters trained on resized embeddings."""
+"""Pad tokens without side effects, added and trained tokens, and adapters on resized embeddings."""
 
 import json
 import shutil
@@ -285,7 +285,7 @@ SHAPES = {
 
 
 def make_sft(base: str, folder: Path, shape: str) -> tuple[str, PeftModel]:
-    """Save an adapter with randomly perturbed instead of trained weights; return its folder and the loaded model."""
+    """Save an adapter with perturbed instead of trained weights; return its folder and the model."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tied = model.config.tie_word_embeddings
@@ -417,7 +417,7 @@ def test_the_base_of_such_an_adapter_is_resized_alike_each_time(tiny_run, tiny_m
 
 
 def test_weights_named_as_their_adapter_reach_the_reference(tiny_run, tiny_model, tmp_path) -> None:
-    """TRL copies `.default.` and leaves out `lora_embedding_A.default`: its reference would be the bare base."""
+    """TRL copies `.default.`, not `lora_embedding_A.default`: its reference would be the bare base."""
     torch.manual_seed(5)
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)

@@ -23,7 +23,7 @@ print(json.dumps(output[0].tolist()))
 
 
 def answer_plainly(*folders: str) -> list[int]:
-    """Return all tokens of an answer by a model, with or without an adapter, in a process without dpo_runner."""
+    """Return all tokens of an answer by a model and its adapter, if any, without dpo_runner's code."""
     command = [sys.executable, "-c", PLAIN_PROGRAM, *folders]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ from dpo_runner.training.build import build_dpo_config, build_trainer
 
 
 def build(overrides: list[str], tmp_path: Path):
-    """Build tokenizer, data, policy and trainer as a run does; the reference store is off unless overridden."""
+    """Build data, policy and trainer as a run does; the reference store is off unless overridden."""
     conf = load_conf(["engine.reference_store=false", *overrides])
     blueprint = Blueprint.of_run(conf)
     data = load_preferences(conf, blueprint.tokenizer)

@@ -1,4 +1,4 @@
-"""The model card of a run's result: README.md with metadata that a hub accepts, and plots of the run's curves.
+"""The model card of a run's result: README.md with metadata that a hub accepts, and plots.
 
 The card in a run's directory and that of an exported folder differ in the folder's name in code, and in how much of
 its origin is known.

@@ -64,7 +64,7 @@ def hub_base(conf: RunConf, environment: dict[str, Any]) -> str | None:
 
 
 def build_metadata(facts: RunFacts, is_adapter: bool) -> ModelCardData:
-    """Return a card's metadata, without values that the hub rejects, such as a folder's path instead of an id."""
+    """Return a card's metadata, without values that the hub rejects, such as a path instead of an id."""
     conf = facts.conf
     base = hub_base(conf, facts.environment)
     is_lora = is_adapter and (conf.lora is None or conf.lora.peft_type == "LORA")
@@ -84,7 +84,7 @@ def build_metadata(facts: RunFacts, is_adapter: bool) -> ModelCardData:
 
 
 def _hub_split(facts: RunFacts, name: str, source: SourceConf, split: str) -> str | None:
-    """Return the split of a hub dataset that a source's `train` or `eval` pairs are from; None for other data."""
+    """Return the hub dataset's split of a source's `train` or `eval` pairs; None for other data."""
     files = [
         file
         for part in facts.report["sources"]

@@ -78,7 +78,7 @@ def _train_and_eval(events: Sequence[dict[str, Any]], key: str) -> list[_Line]:
 
 
 def _shifts(events: Sequence[dict[str, Any]]) -> list[_Line]:
-    """Return evaluation log-probabilities minus their first value; training batches vary too much for that."""
+    """Return evaluation log-probabilities minus their first value; training batches differ anyway."""
     lines = []
     for label, color in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         points = _series(events, f"eval_logps/{label}")
@@ -88,7 +88,7 @@ def _shifts(events: Sequence[dict[str, Any]]) -> list[_Line]:
 
 
 def _series(events: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return (step, value) points; of two evaluations at a step only the first, the second is of the best weights."""
+    """Return (step, value) points; a second evaluation at a step is of the best weights and left out."""
     points: dict[int, float] = {}
     for event in events:
         if key in event and isfinite(event[key]):

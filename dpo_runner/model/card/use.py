@@ -98,7 +98,7 @@ def _note_base(facts: RunFacts, adapter: dict[str, Any]) -> list[str]:
 
 
 def _is_made(facts: RunFacts) -> bool:
-    """Return whether dpo_runner creates the base's folder, because transformers cannot load the base by name."""
+    """Return whether the base is created by dpo_runner, so that transformers cannot load it by name."""
     name = facts.conf.model.model_name_or_path
     return name.startswith((PYPI_PREFIX, RANDOM_PREFIX)) or name.endswith(".gguf") or bool(facts.conf.model.gguf_file)
 

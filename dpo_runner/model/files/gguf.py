@@ -65,7 +65,9 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write a model and its tokenizer to a folder in the cache; if several processes do, the first to finish wins.
+    """Write a model and its tokenizer to a folder in the cache.
+
+    If several processes do so at once, the first to finish wins.
 
     Raises:
         RunError: the cache cannot be written to.

@@ -75,7 +75,7 @@ def resolve_adapter_path(conf: ModelConf) -> str:
 
 
 def refuse_hub_adapter(conf: ModelConf) -> None:
-    """Refuse an adapter's hub id in `model.model_name_or_path`; the error gives the overrides to use instead.
+    """Refuse an adapter's hub id in `model.model_name_or_path`, with the overrides to use instead.
 
     A local folder is recognised when the configuration is built, without access to the hub. transformers would put the
     adapter's layers into the model itself, where they cannot be separated from the reference.

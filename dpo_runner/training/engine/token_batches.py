@@ -173,7 +173,7 @@ Forward = Callable[..., Any]
 
 
 class _Scores:
-    """Recorded scores of each token of the step's batches, call by call: the policy's, then any reference's."""
+    """Recorded scores of the step's tokens, call by call: the policy's, then any reference's."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._shapes = [(batch["input_ids"].size(0), batch["input_ids"].size(1) - 1) for batch in batches]
@@ -236,7 +236,7 @@ def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def select_pairs(batches: Sequence[Batch], places: Sequence[Place]) -> Batch:
-    """Return the batch that TRL's collator would build from these pairs, padded to the widest of their batches."""
+    """Return these pairs as a batch of TRL's collator, padded to the widest of their batches."""
     width = max(batches[place.batch]["input_ids"].size(1) for place in places)
     selected: Batch = {}
     for key, first in batches[0].items():

@@ -40,7 +40,7 @@ _MEMORY_WORDS = (
 """Parts of libraries' error messages; the last one is from cuBLAS and cuDNN."""
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
 _ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
-"""oneDNN's message if it gets no memory, and for other errors; fewer free bytes than this mean out of memory."""
+"""oneDNN's message for a lack of memory and other errors; with fewer free bytes it is the former."""
 
 _ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", re.IGNORECASE)
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

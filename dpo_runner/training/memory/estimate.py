@@ -1,7 +1,8 @@
-"""Estimate of a training run's peak memory from the model's config alone, without weights, tokenizer or device.
+"""Estimate of a training run's peak memory from the model's config alone.
 
-The real model class, PEFT's layers, bitsandbytes' layers and TRL's fused head run forward and backward on fake
-tensors, which have shapes and dtypes only, while a tracker records which tensors are alive.
+It needs no weights, no tokenizer, and no device of the run's size. The real model class, PEFT's layers, bitsandbytes'
+layers and TRL's fused head run forward and backward on fake tensors, which have shapes and dtypes only, while a tracker
+records which tensors are alive.
 """
 
 import copy
@@ -35,7 +36,7 @@ from dpo_runner.training.memory.fake_step import (
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
 
 _FULL_DEPTH = 8
-"""Deeper models are run with this many and half as many layers, and extrapolated linearly from the difference."""
+"""Deeper models are run with this many and half as many layers and extrapolated linearly."""
 
 _COPIES = {  # 4-byte values that an optimizer keeps per weight
     "adamw_torch": 2,

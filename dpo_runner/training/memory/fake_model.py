@@ -26,7 +26,7 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """Outputs of the fused head that DPOTrainer requests for the policy."""
 
 CHECKPOINT_KWARGS = {"use_reentrant": False, "preserve_rng_state": False}
-"""Checkpointing on fake tensors: they have no random state to preserve, and reentrance does not affect sizes."""
+"""Checkpointing on fake tensors: no random state to preserve, and reentrance does not affect sizes."""
 
 _BLOCK, _NESTED_BLOCK = 64, 256  # weights per absmax, and absmax values per nested absmax
 

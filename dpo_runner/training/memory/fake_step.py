@@ -72,7 +72,7 @@ def build_padded_inputs(rows: int, length: int) -> dict[str, Any]:
 
 
 def build_packed_inputs(pair: PairShape, pairs: int, tokens: int | None = None) -> dict[str, Any]:
-    """Return a batch packed by the engine: `pairs` equal pairs, or `tokens` tokens of them, the last one partial."""
+    """Return a packed batch: `pairs` equal pairs, or `tokens` tokens of them, the last one partial."""
     shapes = [pair] * pairs
     if tokens is not None:
         whole, rest = divmod(tokens, sum(pair))
@@ -102,7 +102,7 @@ def _score_reference(
 
 
 def count_dequantized_bytes(inputs: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> int:
-    """Return the bytes of the dequantized weights that bitsandbytes' 4-bit product allocates inside its operator."""
+    """Return the bytes of dequantized weights that bitsandbytes' 4-bit product allocates internally."""
     return math.prod(shape) * inputs.dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""Tracking of live tensors while a model runs on fake tensors, which have shapes and dtypes but no memory."""
+"""Tracking of live tensors while a model runs on fake tensors, which have shapes but no memory."""
 
 import platform
 import weakref
@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_iter
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 
 _HEAP_GAPS = {False: {ACTIVATIONS: 0.14, LOGITS: 0.7}, True: {ACTIVATIONS: 0.1}}
-"""Gaps in glibc's heap as a share of the live tensors, without and with packed pairs: a freed block's place is too
-small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks (benchmarks/memory.md),
-because the gaps depend on every small block in between."""
+"""Gaps in glibc's heap as a share of the live tensors, without and with packed pairs.
+
+A freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
+(benchmarks/memory.md), because the gaps depend on every small block in between."""
 
 
 class MemoryTracker(TorchDispatchMode):

@@ -99,7 +99,7 @@ EXACT: dict[str, dict[str, Any]] = {
 def compare_family(
     family: str, changes: dict[str, Any], tiny_run: list[str], tokenizer: Any, tmp_path: Path
 ) -> tuple[Any, Any]:
-    """Compare trainings with TRL's forward and with the engine, and return the engine's trainer and its model."""
+    """Compare trainings with TRL's forward and the engine; return the engine's trainer and model."""
     folder = make_family(family, tokenizer, tmp_path / family, **changes)
     overrides = [*tiny_run, f"model.model_name_or_path={folder}", "data.on_overlong=trl", "training.max_length=96"]
     plain, weights, _ = train([*overrides, *PLAIN], tmp_path, steps=3)

@@ -107,7 +107,10 @@ KINDS = {
 
 
 def assert_as_exact(engine: torch.Tensor, trl: list[torch.Tensor], exact: torch.Tensor) -> None:
-    """Assert that the engine is as close to fp32 as TRL at its worst width, within a tenth, and closer to TRL."""
+    """Assert that the engine is as close to fp32 as TRL at its worst width, within a tenth.
+
+    Its distance from TRL at any width must not exceed that distance.
+    """
     rounding = max(distance(width, exact) for width in trl)
     assert 0 < distance(engine, exact) <= 1.1 * rounding
     assert max(distance(engine, width) for width in trl) <= rounding

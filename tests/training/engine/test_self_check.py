@@ -28,7 +28,7 @@ def name_family(family: str, tiny_run: list[str], tokenizer: Any, folder: Path, 
 def test_dropout_that_is_no_module_is_found_and_training_is_what_it_was(
     tiny_run: list[str], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """TRL's `disable_dropout` reaches modules only; OPT calls a function, whose mask a packed pair would share."""
+    """TRL's `disable_dropout` reaches only modules; OPT calls a function, and packed pairs share a mask."""
     overrides = [*name_family("opt", tiny_run, tokenizer, tmp_path), "training.disable_dropout=true"]
     plain, weights, _ = train([*overrides, *PLAIN], tmp_path, steps=2)
     with caplog.at_level("INFO"):

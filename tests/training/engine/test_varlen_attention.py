@@ -1,4 +1,4 @@
-"""The arguments for the variable-length kernel: with a stand-in that follows its documentation, results are right.
+"""The variable-length kernel's arguments: with a stand-in as documented, results are right.
 
 The kernel itself runs on GPUs only; `scripts/bench_gpu.py` compares it there.
 """

@@ -1,4 +1,4 @@
-"""The memory estimate: exact for weights, adapters and optimizer, and in the right order for simulated parts."""
+"""The memory estimate: exact for weights, adapters and optimizer, ordered correctly if simulated."""
 
 import io
 import re

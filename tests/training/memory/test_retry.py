@@ -1,4 +1,4 @@
-"""A run out of memory names settings that take less, or ends as a run with smaller batches from the start."""
+"""A run out of memory names settings that take less, or equals one with smaller batches throughout."""
 
 import json
 import re
@@ -45,14 +45,14 @@ PADDED = ["engine.shared_prefix=false"]
 
 @pytest.fixture
 def four(tiny_run: list[str]) -> list[str]:
-    """Overrides with four pairs per micro-batch, in fp32, so that their number affects only the last digits."""
+    """Overrides with four pairs per micro-batch, in fp32, so that batching affects only the last digits."""
     small = ["samples.num_prompts=0", "data.max_eval_samples=3", "training.max_steps=3"]
     return [*tiny_run, *small, "training.per_device_train_batch_size=4", "training.bf16=false"]
 
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]]]:
-    """Make the model's forward run out of memory beyond a number of rows or tokens; return its input shapes."""
+    """Make the forward run out of memory beyond a number of rows or tokens; return its input shapes."""
     monkeypatch.setattr(self_check, "_draws_dropout", lambda *_: False)  # it has gradients, but is not training
 
     def limit(

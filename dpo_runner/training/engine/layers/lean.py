@@ -1,4 +1,4 @@
-"""Layers that save less for the backward pass and make fewer passes over memory, with the same results.
+"""Layers that save less for the backward pass and read memory less often, with the same results.
 
 **Casts.** A LoRA layer's weights are fp32; its input under autocast is 16-bit. PEFT makes an fp32 copy of the input,
 and autocast casts that copy back to 16 bits, which restores the input's values and is saved for the backward pass.
@@ -40,7 +40,7 @@ _CACHED = 2**19
 
 
 class RMSNorm(torch.autograd.Function):
-    """Root mean square normalization (arXiv 1910.07467) with a frozen weight and `LlamaRMSNorm`'s rounding."""
+    """RMS normalization (arXiv 1910.07467) with a frozen weight and `LlamaRMSNorm`'s rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -120,7 +120,7 @@ def _casts_needlessly(layer: LoraLayer) -> bool:
 
 
 def _is_copy(module: nn.Module, original: type[nn.Module]) -> bool:
-    """Return whether a module's forward has the same instructions as `original`'s and has not been replaced."""
+    """Return whether a module's forward has the instructions of `original`'s and is not replaced."""
     own, known = (getattr(each.forward, "__code__", None) for each in (type(module), original))
     return "forward" not in vars(module) and own is not None and _read(own) == _read(known)
 

@@ -33,7 +33,10 @@ class LoraProduct(torch.autograd.Function):
         lora_B: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Return [..., out] for x [..., in], W [out, in], b [out] of one dtype; A [r, in], B [out, r] of any dtype."""
+        """Return [..., out].
+
+        x [..., in], W [out, in] and b [out] have one dtype; A [r, in] and B [out, r] may have any.
+        """
         rows, down, up = x.reshape(-1, x.size(-1)), lora_A.to(x.dtype), lora_B.to(x.dtype)
         inner = torch.mm(rows, down.t()).mul_(scaling)
         output = F.linear(rows, weight, bias).addmm_(inner, up.t())

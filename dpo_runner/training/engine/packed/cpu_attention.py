@@ -23,17 +23,18 @@ _QUERIES = 128
 """Queries per block: enough for fast products, few enough to compute little beyond the diagonal."""
 
 _WHOLE = 256
-"""Largest pair, in tokens, that is one block: its masked scores cost less than additional products would."""
+"""Largest pair, in tokens, that is one block: masked scores cost less than additional products."""
 
 _KEPT = 1024
-"""Most keys for which P is saved for the backward pass; beyond, saving the memory is worth recomputing P."""
+"""Most keys for which P is saved for the backward pass; beyond, P is recomputed to save memory."""
 
 
 class _Block(NamedTuple):
-    """Queries `[first, last)` that attend causally to the prefix, `[start, start + prefix)`, and their row, from `own`.
+    """Queries `[first, last)` and the ranges of keys that they see.
 
-    The keys of their row are `[own, last)`. In a pair that is one block, the queries of the tail, the last `tail`
-    ones, do not see `hidden`, the part of the chosen row after the common prefix.
+    They attend to the prefix, `[start, start + prefix)`, and causally to their own row, `[own, last)`. In a pair that
+    is one block, the queries of the tail, the last `tail` ones, do not see `hidden`, the part of the chosen row after
+    the common prefix.
     """
 
     first: int

@@ -1,4 +1,4 @@
-"""The packed forward: it scores each pair's common prefix once, without padding, and only tokens with a label.
+"""The packed forward: each pair's common prefix scored once, no padding, and only labelled tokens.
 
 TRL passes the model 2B padded rows and gets back log-probabilities of shape [2B, L-1], from which its losses and
 metrics are computed. The forward installed here returns the same, from one packed row (`packing.py`), through segment
@@ -148,7 +148,7 @@ def _score(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """Return the output of TRL's forward for a padded batch; `packing` is `pack_pairs` of it, if already computed."""
+    """Return the output of TRL's forward for a padded batch; `packing` is `pack_pairs` of it, or None."""
     if packing is None:
         packing = pack_pairs(input_ids, attention_mask, labels)
 

@@ -25,7 +25,7 @@ from trl.trainer import utils as trl_utils
 assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its kernel elsewhere"
 
 _TOKENS = 256
-"""Tokens per block: enough for fast matrix products, few enough for their logits to take tens of megabytes."""
+"""Tokens per block: enough for fast products, few enough for logits to take tens of megabytes."""
 
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 

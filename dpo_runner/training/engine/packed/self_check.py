@@ -1,4 +1,4 @@
-"""Self-check before training: the packed forward against the padded one, on a few tokens of the run's data.
+"""Self-check before training: packed against padded forward, on a few tokens of the run's data.
 
 Rules about configs cannot cover every model; comparing two forwards can. The tolerance is measured too: it is a share
 of the change in a token's log-probability when its row, a short one, begins differently, which is the effect of a
@@ -25,13 +25,13 @@ from dpo_runner.training.engine.packed.forward import base_of, is_certain, share
 from dpo_runner.training.engine.packed.packing import count_tokens
 
 _SHORT, _LONG = 16, 128
-"""Tokens of each prompt and each answer in the two checks; only long rows span several blocks of attention."""
+"""Tokens of each prompt and answer in the two checks; only long rows span several attention blocks."""
 
 _LOOKED_AT = 16
 """Rows searched for the largest one, used in the long check."""
 
 _SHARE = 0.25
-"""Tolerance as a share of the effect of another beginning: above 16-bit rounding, below a wrong context."""
+"""Tolerance as a share of the effect of another prompt: above 16-bit rounding, below a wrong context."""
 
 _SIZES = ("r", "lora_alpha")
 """Keys of an adapter's config left out of the comparison: rank and scale do not affect masking."""
@@ -106,7 +106,7 @@ def _describe_adapters(model: Any) -> dict[str, Any]:
 
 
 def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether training draws random numbers that change log-probabilities; keep the run's random state."""
+    """Return whether training draws random numbers that affect log p; keep the run's random state."""
     kind = trainer.accelerator.device.type
     devices = sorted({p.device.index for p in trainer.model.parameters() if p.device.type == kind != "cpu"})
 

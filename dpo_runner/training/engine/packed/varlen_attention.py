@@ -44,7 +44,7 @@ class Kernel(Protocol):
 
 
 def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether the kernel supports these heads, their dtype and their device; shapes as for `attend`."""
+    """Return whether the kernel supports these heads, their dtype and device; shapes as for `attend`."""
     size = query.size(3)
     return (
         query.dtype == key.dtype == value.dtype

@@ -33,7 +33,7 @@ _TOKENS = 16_384  # in one forward on an accelerator
 _CHECKED = 3  # stored pairs that each run scores again
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Nats by which a token's stored log p may differ from a new computation: rounding with another thread count."""
+"""Nats by which a stored log p may differ from a new one: rounding with another thread count."""
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ def add_reference_columns(
 
 
 def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
-    """Sum each answer's log p; tokens beyond the shorter answer are weighted by `ld_alpha` (arXiv 2409.06411)."""
+    """Sum each answer's log p; `ld_alpha` weights tokens beyond the shorter (LD-DPO, arXiv 2409.06411)."""
     shared = min(map(len, logps))
     alpha = 1.0 if ld_alpha is None else ld_alpha
     chosen, rejected = (
@@ -82,7 +82,7 @@ def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
 
 
 def _digest(row: Row, collator: Any) -> bytes:
-    """Return a digest of the model's inputs for a pair: both rows as `DataCollatorForPreference` cuts them."""
+    """Return a digest of a pair's model inputs: both rows as `DataCollatorForPreference` cuts them."""
     digest = xxhash.xxh3_128()
     for answer in ("chosen_ids", "rejected_ids"):
         prompt, completion = row["prompt_ids"], row[answer]
@@ -151,7 +151,7 @@ def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
 
 
 def reference_adapter(trainer: DPOTrainer) -> str | None:
-    """Return the adapter of the trainer's model that is the reference; None if it is the model without adapters."""
+    """Return the model's adapter that is the reference; None if that is the model without adapters."""
     return "ref" if trainer.ref_model is None and "ref" in getattr(trainer.model, "peft_config", ()) else None
 
 

@@ -1,8 +1,8 @@
-"""A digest of everything that reference log-probabilities depend on: the weights themselves, not their origin.
+"""A digest of everything that reference log-probabilities depend on.
 
-Every tensor of the reference is hashed as it lies in memory, after any quantization, merging or resizing: however it
-was loaded, the same digest means the same function. With XXH3 at 128 bits this takes 0.1 s per gigabyte. Adapters
-other than the reference's, which belong to the policy, are left out.
+It covers the weights themselves, not their origin. Every tensor of the reference is hashed as it lies in memory, after
+any quantization, merging or resizing: however it was loaded, the same digest means the same function. With XXH3 at 128
+bits this takes 0.1 s per gigabyte. Adapters other than the reference's, which belong to the policy, are left out.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Log-probabilities under the reference model, computed once and cached on disk for every run with that reference.
+"""Log-probabilities under the reference model, computed once and cached on disk for all its runs.
 
 There is one SQLite file per reference (`identity.py` defines its digest), with one row per pair: a digest of its two
 rows of token ids, cut as the trainer cuts them, and log p of each completion token. Sums are computed on reading, so
