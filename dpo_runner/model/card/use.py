@@ -91,7 +91,7 @@ def _note_base(facts: RunFacts, adapter: dict[str, Any]) -> list[str]:
         notes.append(f"The base, {base}, is a folder on the training machine; replace it with the path of your copy.")
     if adapter["base_model_name_or_path"] != model.model_name_or_path:
         notes.append(
-            "`adapter_config.json` names its base by a path on the training machine, so "
+            "`adapter_config.json` names its base as on the training machine, so "
             "`AutoPeftModelForCausalLM` does not find it elsewhere; the code above does."
         )
     return notes
