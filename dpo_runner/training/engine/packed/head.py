@@ -1,13 +1,13 @@
-"""Log-probabilities of tokens straight from hidden states, for a frozen head on a CPU.
+"""Log-probabilities of tokens directly from hidden states, for a frozen head on a CPU.
 
 With z = scale · W h the logits of one token, t its target and s = Σ_v exp(z_v):
 
     log p_t = z_t - log s,        ∂ log p_t / ∂h = scale · [(1 - p_t) W_t - Σ_{v≠t} p_v W_v]
 
-The head is frozen, so the gradient is known but for one factor a token as soon as the logits are: it is taken at once,
-a few hundred tokens at a time, and the backward pass only multiplies. TRL's kernel computes all logits a second time
-there, and goes over them in fp32 where they have left the cache. 1 - p_t is taken as Σ_{v≠t} p_v, which loses nothing
-where p_t is nearly 1.
+The head is frozen, so the gradient is known up to one factor per token as soon as the logits are: the forward pass
+computes it, a few hundred tokens at a time, and the backward pass only multiplies. TRL's kernel recomputes all logits
+in the backward pass, and passes over them in fp32 after they have left the cache. 1 - p_t is computed as
+Σ_{v≠t} p_v, which loses no precision if p_t is nearly 1.
 
 Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head that is trained or has a bias, and
 `final_logit_softcapping`.
@@ -25,16 +25,16 @@ from trl.trainer import utils as trl_utils
 assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its kernel elsewhere"
 
 _TOKENS = 256
-"""At a time: enough for fast matrix products, few enough that their logits take tens of megabytes."""
+"""Tokens per block: enough for fast products, few enough for logits to take tens of megabytes."""
 
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
 _CACHED = 2**20
-"""Logits at a time in what goes over them element by element, so that they stay in the processor's cache."""
+"""Logits per block in elementwise operations, so that they stay in the processor's cache."""
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """log p of each target, with the statistics of the distribution that TRL logs."""
+    """Log-probabilities of the targets, with the statistics of the distribution that TRL logs."""
 
     @staticmethod
     def forward(
@@ -48,15 +48,15 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         """Score N tokens.
 
         Args:
-            ctx: autograd's.
+            ctx: autograd's context.
             hidden: [N, H].
             weight: [V, H], frozen.
             targets: [N], int64.
-            scale: what logits are multiplied by.
-            wanted: of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`; the others are 0.
+            scale: factor of the logits.
+            wanted: any of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`; the others are returned as 0.
 
         Returns:
-            As TRL's `ChunkedLogProbFunction`, each [N] and all but the first without gradient: log p, entropy in nats,
+            As TRL's `ChunkedLogProbFunction`, each [N] and only the first with a gradient: log p, entropy in nats,
             log Σ_v p_v², mean logit (all fp32), whether the target is the first of the most likely tokens (bool).
         """
         device, count = hidden.device, hidden.size(0)
@@ -83,7 +83,7 @@ class FrozenHeadLogProbs(torch.autograd.Function):
                 target_below = below.gather(1, target)
                 if "mean_logits" in wanted:
                     mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
-                # of each token, relative to the most likely one
+                # relative to the probability of the most likely token
                 weights = below.exp() if "entropy" in wanted else below.exp_()
                 total = weights.sum(dim=1, keepdim=True)
                 log_total = total.log().squeeze(1)
@@ -111,7 +111,7 @@ class FrozenHeadLogProbs(torch.autograd.Function):
 
 
 class _Dispatch:
-    """Stands where TRL looks up its kernel, with the same signature."""
+    """Replacement for TRL's kernel with the same signature; it falls back to that kernel."""
 
     @staticmethod
     def apply(
@@ -144,7 +144,7 @@ class _Dispatch:
 
 @contextlib.contextmanager
 def log_probs_alone() -> Iterator[None]:
-    """Leave out the statistics that TRL logs, where nobody reads them: as of a reference that is only scored."""
+    """Skip the statistics that TRL logs if they are unused, such as for a reference that is only scored."""
     token = _ALONE.set(True)
     try:
         yield
@@ -154,7 +154,7 @@ def log_probs_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen_head() -> Iterator[None]:
-    """Let TRL's scoring forward take the kernel of this module where it can."""
+    """Make TRL's scoring forward use this module's kernel if it applies."""
     trl_utils._ChunkedLogProbFunction = _Dispatch
     try:
         yield
