@@ -1,4 +1,4 @@
-"""Conversations as role/content messages, and the rules that each preference pair of them must keep."""
+"""Conversations as role/content messages, and the checks on preference pairs."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from dpo_runner.errors import RowError
 
 Message = dict[str, Any]
-"""`role` and `content`, and what a chat template may want beside them: tool_calls, name, reasoning_content, …"""
+"""`role`, `content`, and further keys a chat template may use: tool_calls, name, reasoning_content, …"""
 
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {
@@ -25,20 +25,20 @@ ALIASES = {
     "ipython": "tool",
 }
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
-"""A list of messages written as text, as in a CSV file; as a plain text it would be learned literally."""
+"""A list of messages as text, as in a CSV file; taken as plain text, the JSON itself would be trained on."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Pair:
-    """One preference: two completions of one prompt.
+    """A preference pair: two completions of one prompt.
 
     Attributes:
         prompt: ends with a user or tool turn.
-        chosen, rejected: assistant turns, with tool turns between them; each ends with an assistant turn.
-        tools: functions that the chat template offers to the model.
+        chosen, rejected: assistant turns, possibly with tool turns between them; each ends with an assistant turn.
+        tools: tool definitions passed to the chat template.
         chat_template_kwargs: further variables of the chat template.
-        score_gap: score of chosen minus score of rejected, where the row has scores.
+        score_gap: score of chosen minus score of rejected; None if the row has no scores.
     """
 
     prompt: list[Message]
@@ -50,10 +50,12 @@ class Pair:
 
 
 def to_messages(value: Any, role: str, column: str) -> list[Message]:
-    """Return a text as one turn of `role`, and a message or a list of messages (or its JSON) in our names.
+    """Convert a text (one turn of `role`), a message or a list of messages (or its JSON) to messages.
+
+    Role and key names become those of `Message`.
 
     Raises:
-        RowError: it is neither, or a message lacks its role or content.
+        RowError: the value is none of these, or a message lacks its role or content.
     """
     if isinstance(value, str):
         if not _LOOKS_LIKE_MESSAGES.match(value):
@@ -76,7 +78,7 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
 def _to_message(message: Any, column: str) -> Message:
     if not isinstance(message, dict):
         raise RowError("not a message", f"`{column}` holds {_kind(message)} {message!r:.60}")
-    role, content = message.get("role"), message.get("content")  # Parquet may give both names, and one as None
+    role, content = message.get("role"), message.get("content")  # Parquet may have both names, one of them None
     role = message.get("from") if role is None else role
     content = message.get("value") if content is None else content
     others = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
@@ -105,7 +107,7 @@ def _to_text(content: Any, column: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold, such as a text for Parquet's times, without the None of what an object lacks there."""
+    """Convert a Parquet value to JSON types (times become text), without the None of absent fields."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):
@@ -121,10 +123,10 @@ def _kind(value: Any) -> str:
 def split_conversations(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two whole conversations into the prompt that they share and the two completions.
+    """Split two whole conversations into their shared prompt and the two completions.
 
     Raises:
-        RowError: they do not begin alike.
+        RowError: they have no common prompt.
     """
     shared = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
@@ -142,11 +144,11 @@ def split_conversations(
 
 
 def check_pair(pair: Pair) -> None:
-    """Check what every pair must keep, whatever layout it comes from.
+    """Check the rules for pairs of any layout.
 
     Raises:
-        RowError: a turn out of order or on the wrong side, an empty prompt or completion, broken text, or chosen
-            and rejected that say the same.
+        RowError: a turn is out of order or on the wrong side, a prompt or completion is empty, text is broken, or
+            chosen and rejected are equal.
     """
     _check_order(pair.prompt, "prompt")
     if pair.prompt[-1]["role"] not in ("user", "tool"):
@@ -172,14 +174,16 @@ def check_pair(pair: Pair) -> None:
 
 
 def check_text(value: Any, column: str) -> None:
-    """Refuse what cannot be written as JSON in UTF-8: a byte that was none when it was read, half a surrogate pair.
+    """Check that a text or JSON value can be written as JSON in UTF-8.
+
+    Lone surrogates cannot: halves of a surrogate pair, or bytes that were not valid UTF-8 when read.
 
     Raises:
-        RowError: there is such a thing in a text, or in JSON's values.
+        RowError: the value cannot be written.
     """
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:  # Parquet's and a formatter's values may be anything
+    except (TypeError, ValueError, RecursionError) as error:  # values from Parquet or a formatter may be of any type
         raise RowError("not JSON", f"`{column}`: {error}") from None
     if _SURROGATE.search(text):
         raise RowError("invalid UTF-8", f"`{column}` holds bytes that are no text")
@@ -207,10 +211,12 @@ def _check_order(messages: list[Message], column: str) -> None:
 
 
 def parse_json(value: Any, kind: type, column: str) -> Any:
-    """Return a column that holds a list or object, or its JSON text, which alone keeps null; None stays None.
+    """Return a column's list or object, given as such or as JSON text; None if absent or empty.
+
+    Nulls inside are kept only from JSON text.
 
     Raises:
-        RowError: it is neither.
+        RowError: the value is neither.
     """
     if isinstance(value, str):
         try:
