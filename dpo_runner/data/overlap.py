@@ -150,7 +150,7 @@ def _load_lines(name: str, key: str) -> Iterator[str]:
     except OSError as error:
         raise DataError(f"`{key}={name}`: cannot be read; {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"`{key}={name}`: is no UTF-8; save it as that") from None
+        raise DataError(f"`{key}={name}`: is not UTF-8; save it as UTF-8") from None
 
 
 def _load_strings(name: str, key: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ def to_number(value: Any, column: str) -> float:
             raise ValueError
         number = float(value)  # also of a str: CSV has no other type
     except ValueError:
-        raise RowError("score is no number", f"`{column}`: {value!r:.40}") from None
+        raise RowError("score is not a number", f"`{column}`: {value!r:.40}") from None
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -69,7 +69,7 @@ def with_system(row: Row, prompt: list[Message]) -> list[Message]:
     """Prepend a row's `system` text to its prompt, unless it is blank or the prompt has a system turn."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise RowError("not a text", f"`system` holds {system!r:.60}; a text is due")
+        raise RowError("not a text", f"`system` holds {system!r:.60}; expected a text")
     if system and system.strip() and prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     return prompt

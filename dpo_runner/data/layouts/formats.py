@@ -54,14 +54,14 @@ def load_formatter(name: str) -> Callable[[Row], Any]:
     """
     module_name, _, function_name = name.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise DataError(f"`data.formatter={name}`: is a module of Python itself; name a function of your own")
+        raise DataError(f"`data.formatter={name}`: is in Python's standard library; name your own function")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"`data.formatter={name}`: {reason}; name it as package.module:function") from None
     if not callable(function):
-        raise DataError(f"`data.formatter={name}`: is no function")
+        raise DataError(f"`data.formatter={name}`: is not a function")
     return cast(Callable[[Row], Any], function)
 
 
@@ -77,7 +77,9 @@ def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:
         raise RowError("data.formatter failed", " ".join(f"{type(error).__name__}: {error}".split())) from None
     rows = [] if result is None else result if isinstance(result, list) else [result]
     if not all(isinstance(item, dict) for item in rows):
-        raise RowError("data.formatter failed", f"returned {result!r:.60}; a row (dict), a list of rows or None is due")
+        raise RowError(
+            "data.formatter failed", f"returned {result!r:.60}; expected a row (dict), a list of rows or None"
+        )
     return rows
 
 
@@ -108,7 +110,7 @@ def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "da
     candidates = [layout for layout in LAYOUTS if counts[layout.name] == most]
     if most == 0:
         raise DataError(
-            f"`{source}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
+            f"`{source}`: unknown layout; columns: {columns}; needed are prompt, chosen and rejected (or "
             f"another layout of docs/data.md); name yours with {key}.columns or {key}.formatter"
         )
     if len(candidates) > 1:

@@ -80,7 +80,7 @@ def _read_hh(row: Row, pairing: str) -> list[Pair]:
 
 def _parse_transcript(row: Row, column: str) -> list[Message]:
     if not _is_transcript(row[column]):
-        raise RowError("no transcript", f"`{column}` must begin with \\n\\nHuman:; got {row[column]!r:.60}")
+        raise RowError("not a transcript", f"`{column}` must begin with \\n\\nHuman:; got {row[column]!r:.60}")
     parts = _HH_TURN.split(row[column])
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -101,14 +101,14 @@ def _read_alpaca(row: Row, pairing: str) -> list[Pair]:
     answers = row.get("output")
     if isinstance(answers, list):
         if len(answers) != 2:
-            raise RowError("not two answers", f"`output` holds {len(answers)}; the chosen and the rejected one are due")
+            raise RowError("not two answers", f"`output` holds {len(answers)}; expected chosen and rejected")
         row = {**row, "chosen": answers[0], "rejected": answers[1]}
     require(row, "chosen", "rejected")
     prompt: list[Message] = []
     history = row.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise RowError("not a text", f"`history` holds {turn!r:.60}; pairs of question and answer are due")
+            raise RowError("not a text", f"`history` holds {turn!r:.60}; expected pairs of question and answer")
         prompt += [*to_messages(turn[0], "user", "history"), *to_messages(turn[1], "assistant", "history")]
     texts = [row["instruction"], row.get("input")]
     if not all(text is None or isinstance(text, str) for text in texts):

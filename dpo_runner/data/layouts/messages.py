@@ -69,7 +69,9 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
     if value is None:
         raise RowError("missing column", f"`{column}`")
     if not isinstance(value, list):
-        raise RowError("not a text", f"`{column}` is {_kind(value)} {value!r:.60}; a text or a list of messages is due")
+        raise RowError(
+            "not a text", f"`{column}` is {_kind(value)} {value!r:.60}; expected a text or a list of messages"
+        )
     if not value:
         raise RowError(f"empty {column}", "an empty list of messages")
     return [_to_message(message, column) for message in value]
@@ -116,7 +118,7 @@ def _plain(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a truth value"}
+    names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a boolean"}
     return names.get(type(value).__name__, type(value).__name__)
 
 
@@ -138,7 +140,7 @@ def split_conversations(
     if not shared:
         raise RowError(
             "no common prompt",
-            "`chosen` and `rejected` do not begin alike; both hold the whole conversation, or both the answer alone",
+            "`chosen` and `rejected` do not begin alike; give whole conversations in both or only the answers",
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -152,12 +154,12 @@ def check_pair(pair: Pair) -> None:
     """
     _check_order(pair.prompt, "prompt")
     if pair.prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; user or tool is due")
+        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; expected user or tool")
     for column, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if any(message["role"] in ("user", "system") for message in completion):
             raise RowError(
                 "completion with a foreign turn",
-                f"`{column}` holds a turn that is not the assistant's after the prompt; it would be learned",
+                f"`{column}` has a user or system turn after the prompt; it would be trained on",
             )
         if not completion or completion[-1]["role"] != "assistant":
             raise RowError("ends on the wrong turn", f"`{column}` must end with an assistant turn after the prompt")
@@ -186,7 +188,7 @@ def check_text(value: Any, column: str) -> None:
     except (TypeError, ValueError, RecursionError) as error:  # values from Parquet or a formatter may be of any type
         raise RowError("not JSON", f"`{column}`: {error}") from None
     if _SURROGATE.search(text):
-        raise RowError("invalid UTF-8", f"`{column}` holds bytes that are no text")
+        raise RowError("invalid UTF-8", f"`{column}` holds bytes that are not text")
 
 
 _FOLLOWERS = {
@@ -205,7 +207,7 @@ def _check_order(messages: list[Message], column: str) -> None:
             raise RowError(
                 "roles out of order",
                 f"`{column}`: turn {number} is {message['role']} after {before or 'nothing'}; "
-                f"{' or '.join(_FOLLOWERS[before])} is due",
+                f"expected {' or '.join(_FOLLOWERS[before])}",
             )
         before = message["role"]
 
@@ -222,11 +224,11 @@ def parse_json(value: Any, kind: type, column: str) -> Any:
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise RowError(f"no usable {column}", f"`{column}` is no JSON: {error}") from None
+            raise RowError(f"no usable {column}", f"`{column}` is not JSON: {error}") from None
     elif isinstance(value, kind):
         value = _plain(value)
     if value is not None and not isinstance(value, kind):
         due = "a list" if kind is list else "an object"
-        raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; {due}, or its JSON, is due")
+        raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; expected {due} or its JSON")
     check_text(value, column)
     return value or None

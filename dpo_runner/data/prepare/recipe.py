@@ -132,5 +132,7 @@ def _digest_module(function: Callable[[Row], Any]) -> str:
     """Digest the source file of the user's function; modules that it imports are not covered."""
     file = getattr(sys.modules.get(function.__module__), "__file__", None)
     if file is None:
-        raise DataError(f"`data.formatter`: {function.__module__} has no source file to tell its versions apart")
+        raise DataError(
+            f"`data.formatter`: {function.__module__} has no source file, so changes to it cannot be detected"
+        )
     return hashlib.sha256(Path(file).read_bytes() + function.__qualname__.encode()).hexdigest()

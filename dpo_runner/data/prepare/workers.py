@@ -58,7 +58,7 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunError(
-                f"`{recipe.key}`: a process that prepares the data died, perhaps for want of memory; "
+                f"`{recipe.key}`: a worker process died while preparing the data, perhaps out of memory; "
                 "try training.dataset_num_proc=1"
             ) from None
         finally:

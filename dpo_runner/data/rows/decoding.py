@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_runner.errors import RowError, reason_of
 
-_KINDS = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+_KINDS = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     columns = dict(pairs)
     if len(columns) < len(pairs):  # the json module would silently keep the last one
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RowError("duplicate key", f"{quote(name)} stands twice")
+        raise RowError("duplicate key", f"{quote(name)} appears twice")
     return columns
 
 

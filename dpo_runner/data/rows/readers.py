@@ -24,10 +24,10 @@ _OTHER_KINDS = (  # first bytes of files that are not text
     (codecs.BOM_UTF32_BE, "it is UTF-32; save it as UTF-8"),
     (codecs.BOM_UTF16_LE, "it is UTF-16; save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "it is UTF-16; save it as UTF-8"),
-    (b"\x1f\x8b", "it is packed by gzip; add .gz to its name"),
-    (b"\x28\xb5\x2f\xfd", "it is packed by zstd; add .zst to its name"),
-    (b"PAR1", "it is Parquet; name it so, with .parquet"),
-    (b"ARROW1", "it is Arrow; name it so, with .arrow"),
+    (b"\x1f\x8b", "it is compressed with gzip; add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd; add .zst to its name"),
+    (b"PAR1", "it is Parquet; rename it to end in .parquet"),
+    (b"ARROW1", "it is Arrow; rename it to end in .arrow"),
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
 )
 
@@ -73,7 +73,7 @@ def _pack_arrow(file: int, batches: Iterable[Any], size: int) -> Iterator[Batch]
                 _check_column(column)
             for name, count in Counter(batch.schema.names).items():
                 if count > 1:
-                    raise Unreadable(f"column {quote(name)} stands twice")
+                    raise Unreadable(f"column {quote(name)} appears twice")
             step = max(1, min(size, batch.num_rows * _BATCH_BYTES // max(batch.nbytes, 1)))
             for start in range(0, batch.num_rows, step):
                 part = batch.slice(start, step).replace_schema_metadata()
@@ -183,8 +183,8 @@ def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, 
             return
         except csv.Error as error:
             if "expected after" not in str(error):  # much or all of the rest of the file was read as one cell
-                raise Unreadable(f"line {line}: a quote is opened that does not close ({error})") from None
-            yield line, RowError("broken quoting", f"{error}; a quote inside of quotes is written twice")
+                raise Unreadable(f"line {line}: a quote is never closed ({error})") from None
+            yield line, RowError("broken quoting", f"{error}; double each quote inside quotes")
             continue
         if not cells:  # a blank line
             continue
@@ -197,9 +197,9 @@ def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, 
         header = cells
         for column, name in enumerate(header, start=1):
             if not name.strip():
-                raise Unreadable(f"line {line}: column {column} has no name (pandas writes none with index=False)")
+                raise Unreadable(f"line {line}: column {column} has no name (with pandas, write with index=False)")
             if name in header[: column - 1]:
-                raise Unreadable(f"line {line}: column {quote(name)} stands twice")
+                raise Unreadable(f"line {line}: column {quote(name)} appears twice")
 
 
 class _JsonText:

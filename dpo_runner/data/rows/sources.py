@@ -140,7 +140,7 @@ def open_sources(conf: SourceFields, key: str) -> tuple[RowSource, RowSource | N
             held_out = {path.resolve() for path in named.paths}
             files = [file for file in files if file[1].resolve() not in held_out]
         if not files:
-            raise DataError(f"`{setting}`: holds evaluation files only; call one of them train.jsonl or alike")
+            raise DataError(f"`{setting}`: holds evaluation files only; rename one of them to train.jsonl or similar")
         return _build(files, setting), named or (_build(eval_files, setting) if eval_files else None)
     except OSError as error:
         raise DataError(f"`{setting}`: cannot be read; {reason_of(error)}") from None
@@ -196,7 +196,7 @@ def _list_files(text: str, setting: str) -> list[_File]:
         files = [(name, Path(name)) for name in names if Path(name).is_file()]
         rule = "no file matches"
     elif root.is_symlink():
-        files, rule = [], "is a link that leads nowhere"
+        files, rule = [], "is a broken symlink"
     else:
         near = suggest(root.name, [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else [])
         files, rule = [], "no such file" + (f"; {near}" if near.startswith("did") else "")
@@ -265,7 +265,7 @@ def _build(files: list[_File], setting: str) -> RowSource:
     for name, path in files:
         if not path.is_file():
             is_broken = path.is_symlink() and not path.exists()
-            raise _mistake(setting, name, "is a link that leads nowhere" if is_broken else "no such regular file")
+            raise _mistake(setting, name, "is a broken symlink" if is_broken else "no such regular file")
         if (suffix := _suffix(name)) not in _SUFFIXES:
             raise _mistake(setting, name, f"no such format `{suffix}`; use {_FORMATS}")
         with path.open("rb") as file:
@@ -280,7 +280,7 @@ def _open_hub(conf: SourceFields, setting: str, split: str) -> RowSource:
     try:
         dataset = datasets.load_dataset(conf.path, conf.subset, split=split, revision=conf.revision)
     except Exception as error:  # the hub client passes on any exception of its transports and file readers
-        reason = f"neither a file here nor a hub dataset in reach; {reason_of(error)}"
+        reason = f"neither a local file nor a reachable hub dataset; {reason_of(error)}"
         raise DataError(f"`{setting}` (split {split}): {reason}") from None
     return RowSource((f"{conf.path} (split {split})",), setting, dataset=dataset)
 

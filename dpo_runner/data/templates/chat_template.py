@@ -91,13 +91,13 @@ class ChatTemplate:
             return [f"none: prompt and answer are joined as plain text, {name(self.eos)} is added"]
         notes = []
         if self.end_of_turn is None:
-            notes.append(f"leaves an answer open, {name(self.eos)} is added after it")
+            notes.append(f"leaves an answer open, so {name(self.eos)} is added")
         elif self.end_of_turn != self.eos:
             notes.append(f"ends an answer with {name(self.end_of_turn)}, not with the tokenizer's EOS {name(self.eos)}")
         else:
             notes.append(f"ends an answer with {name(self.eos)}")
         if "strftime_now" in str(self.tokenizer.chat_template):
-            notes.append("writes the date of the day on which rows are tokenized into them")
+            notes.append("writes the date of tokenization into the rows")
         return notes + self._renderer.describe_system_role()
 
     def encode(self, pair: Pair) -> Encoded:
@@ -163,7 +163,7 @@ class ChatTemplate:
         alone = self._attempt(pair)
         if str(alone) != str(shared):
             raise DpoRunnerError(
-                f"the tokenizer {type(self.tokenizer).__name__} makes other tokens of a prompt than of its parts; "
+                f"the tokenizer {type(self.tokenizer).__name__} tokenizes a prompt in parts differently; "
                 f"please report this: {pair.prompt!r:.200}"
             )
 
@@ -270,6 +270,6 @@ def apply_chat_template(
 def describe_mismatch(mismatch: str) -> str:
     """Return the error message for an `Encoded.mismatch`, with its remedy."""
     return (
-        f"the prompt becomes other tokens before an answer than alone: {mismatch}; "
-        "data.on_template_mismatch=longest_common_prefix takes what both have in common as the prompt"
+        f"the prompt is tokenized differently before an answer than alone: {mismatch}; "
+        "data.on_template_mismatch=longest_common_prefix uses the common prefix as the prompt"
     )

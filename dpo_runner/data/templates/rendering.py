@@ -58,7 +58,7 @@ class Renderer:
         if self.knows_system or self.tokenizer.chat_template is None:
             return []
         then = "folded into the first user turn" if self._on_no_system_role == "fold" else "refused"
-        return [f"knows no system role: a system turn is {then}"]
+        return [f"has no system role: a system turn is {then}"]
 
     def render_prompt(self, messages: list[Message], variables: dict[str, Any]) -> str:
         """Return the text of a prompt, including the generation prompt.
@@ -76,7 +76,7 @@ class Renderer:
             return prompt
         if self._on_no_system_role == "error":
             raise RowError(
-                "system turn", "the chat template knows no system role; data.on_no_system_role=fold folds it"
+                "system turn", "the chat template has no system role; data.on_no_system_role=fold folds the turn"
             )
         system, first, *rest = prompt
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
