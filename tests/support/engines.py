@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from dpo_runner.training.engine.packed import forward as packed_forward
 from tests.support.trainers import build
 
 PLAIN = ("engine.shared_prefix=false", "engine.reference_store=false", "engine.lean_layers=false")
@@ -52,7 +53,7 @@ def assert_same(plain: list[dict[str, float]], other: list[dict[str, float]], wi
 
 def is_packed(trainer: Any) -> bool:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
-    return str(model.forward.__func__.__module__) == share_prefixes.__module__
+    return bool(model.forward.__func__.__code__.co_filename == packed_forward.__file__)
 
 
 @st.composite
