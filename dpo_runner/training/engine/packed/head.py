@@ -14,7 +14,7 @@ Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head t
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -74,24 +74,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
                 block = logits[first : first + rows]
                 some = slice(start + first, start + first + block.size(0))
                 target = targets[some].unsqueeze(1)
-                if "is_top1" in wanted:
-                    largest, at = block.max(dim=1, keepdim=True)
-                    is_top1[some] = (at == target).squeeze(1)
-                else:
-                    largest = block.amax(dim=1, keepdim=True)
-                below = (block - largest.float()).mul_(scale)
-                target_below = below.gather(1, target)
-                if "mean_logits" in wanted:
-                    mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
-                # relative to the probability of the most likely token
-                weights = below.exp() if "entropy" in wanted else below.exp_()
-                total = weights.sum(dim=1, keepdim=True)
-                log_total = total.log().squeeze(1)
-                log_probs[some] = target_below.squeeze(1) - log_total
-                if "entropy" in wanted:
-                    entropy[some] = log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1)
-                if "log_sum_sq_probs" in wanted:
-                    log_squares[some] = torch.linalg.vecdot(weights, weights).log() - 2 * log_total
+                scored = [each[some] for each in (log_probs, entropy, log_squares, mean_logits, is_top1)]
+                total, weights = _score_block(block, target, scale, wanted, scored)
                 if gradient is not None:
                     weights.scatter_(1, target, 0)
                     weights.scatter_(1, target, -weights.sum(dim=1, keepdim=True))
@@ -108,6 +92,42 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         """Return ∂loss/∂hidden, [N, H], in the dtype of the hidden states."""
         (gradient,) = ctx.saved_tensors
         return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+def _score_block(
+    block: torch.Tensor, target: torch.Tensor, scale: float, wanted: Collection[str], scored: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block of logits.
+
+    Args:
+        block: [rows, V].
+        target: [rows, 1].
+        scale: of the logits.
+        wanted: which results to compute.
+        scored: receives log p, entropy, log Σ p², mean logit and is_top1, [rows] each.
+
+    Returns:
+        Σ_v w_v, [rows, 1], and the weights w, [rows, V]: probabilities relative to that of the most likely token.
+    """
+    log_probs, entropy, log_squares, mean_logits, is_top1 = scored
+    if "is_top1" in wanted:
+        largest, at = block.max(dim=1, keepdim=True)
+        is_top1.copy_((at == target).squeeze(1))
+    else:
+        largest = block.amax(dim=1, keepdim=True)
+    below = (block - largest.float()).mul_(scale)
+    target_below = below.gather(1, target)
+    if "mean_logits" in wanted:
+        mean_logits.copy_(below.mean(dim=1) + largest.squeeze(1) * scale)
+    weights = below.exp() if "entropy" in wanted else below.exp_()
+    total = weights.sum(dim=1, keepdim=True)
+    log_total = total.log().squeeze(1)
+    log_probs.copy_(target_below.squeeze(1) - log_total)
+    if "entropy" in wanted:
+        entropy.copy_(log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1))
+    if "log_sum_sq_probs" in wanted:
+        log_squares.copy_(torch.linalg.vecdot(weights, weights).log() - 2 * log_total)
+    return total, weights
 
 
 class _Dispatch:
