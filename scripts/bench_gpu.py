@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.exactness import PAIRS, read_results
 from bench.flops import mean_flops, measure_peak
-from bench.gpu import CardMemory, read_card
+from bench.measuring.card import CardMemory, read_card
 from bench.machine import describe_machine
 from bench.process import CommandFailed, aside_within, build_environment, run
 from bench.random_models import SIZES, write_random_model
