@@ -1,7 +1,6 @@
 """The parts of the benchmark: each measures what the record lacks, one run after another."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +10,11 @@ from typing import Any
 
 import yaml
 
-from bench.llamafactory import PEER, PEER_VARIANTS, find_peer, measure_peer
-from bench.process import CommandFailed, run
-from bench.record import Record
-from bench.same_job import DifferentJobs, check_same_job
-from bench.session import Bench
-from bench.shapes import Rows
-from bench.sides import (
+from scripts.bench.inputs.shapes import Rows
+from scripts.bench.measuring.process import CommandFailed, run
+from scripts.bench.peers.llamafactory import PEER, PEER_VARIANTS, find_peer, measure_peer
+from scripts.bench.peers.same_job import DifferentJobs, check_same_job
+from scripts.bench.peers.sides import (
     TRL_VARIANTS,
     Job,
     Measured,
@@ -29,7 +26,9 @@ from bench.sides import (
     read_history,
     vary,
 )
-from bench.tuning import Run, best_variants, tune
+from scripts.bench.peers.tuning import Run, best_variants, tune
+from scripts.bench.report.record import Record
+from scripts.bench.session import Bench
 
 BETAS, RATES = (0.05, 0.1, 0.2), (5e-5, 1.5e-4, 5e-4)
 COLD, WARM = "dpo_runner, cold store", "dpo_runner, warm store"
@@ -185,10 +184,10 @@ def profile(bench: Bench, name: str, rows: Rows) -> None:
         return
     job, folder = bench.job_of(rows), bench.work / "runs" / f"profile-{name}"
     environment = bench.environment(bench.work / f"cache-profile-{name}")
-    environment["PYTHONPATH"] = os.pathsep.join([str(bench.root / "scripts"), environment["PYTHONPATH"]])
     for path in (folder, folder.with_suffix(".json")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.profiling", str(folder.with_suffix(".json")), *build_ours(job, folder)[3:]]
+    command = [sys.executable, "-m", "scripts.bench.measuring.profiling", str(folder.with_suffix(".json"))]
+    command += build_ours(job, folder)[3:]
     run(command, environment, folder.with_suffix(".log"))
     entries[name] = {"pairs": rows.pairs, **json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))}
     bench.record.save()

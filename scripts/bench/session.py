@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import describe_load
-from bench.process import build_environment
-from bench.record import Entry, Record
-from bench.shapes import Rows
-from bench.sides import Job, Measured, vary, write_trl_dataset
+from scripts.bench.inputs.shapes import Rows
+from scripts.bench.measuring.machine import describe_load
+from scripts.bench.measuring.process import build_environment
+from scripts.bench.peers.sides import Job, Measured, vary, write_trl_dataset
+from scripts.bench.report.record import Entry, Record
 
 
 @dataclass(frozen=True)

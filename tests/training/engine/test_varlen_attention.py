@@ -1,6 +1,6 @@
 """What is handed to the kernel for rows of many lengths is right: with one that does as documented, so are results.
 
-The kernel itself runs on GPUs only; `scripts/bench_gpu.py` compares it there.
+The kernel itself runs on GPUs only; `scripts/bench/gpu.py` compares it there.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Feed the data preparation rows and files of all kinds: each becomes pairs, or is refused in one line.
 
-    python scripts/torture_rows.py --cases 5000
+    python -m scripts.torture.rows --cases 5000
 
 Four of five cases are rows (of JSON's values, most of them near to rows as people have them), put into files among
 sound ones; the fifth is a file of bytes, or a sound file that is damaged. A row has to become pairs, be left out, or be
@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzzing.limits import Hang, time_limit
-from fuzzing.rows import ROWS, SOUND_ROWS, damage, draw, near_rows
 from hypothesis import strategies as st
 
 from dpo_runner.config.compose import load_conf
@@ -30,6 +28,8 @@ from dpo_runner.config.sections.data import FORMATS
 from dpo_runner.data.preferences import PreferenceData, load_preferences
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.files.packaged import load_random_model_path
+from scripts.torture.limits import Hang, time_limit
+from scripts.torture.strategies import ROWS, SOUND_ROWS, damage, draw, near_rows
 
 _ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 3
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".txt", "")

@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.process import Finished, run
 from dpo_runner.records.reading import read_metrics
+from scripts.bench.measuring.process import Finished, run
 
 _COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "num_tokens")
 

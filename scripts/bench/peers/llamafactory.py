@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from bench.process import run
-from bench.shapes import check_same_tokens
-from bench.sides import Job, Measured, Variant, add_splits, read_trainer
+from scripts.bench.inputs.shapes import check_same_tokens
+from scripts.bench.measuring.process import run
+from scripts.bench.peers.sides import Job, Measured, Variant, add_splits, read_trainer
 
 PACKAGES = ("llamafactory==0.9.5", "torch==2.11.0", "torchaudio==2.11.0", "torchvision==0.26.0")
 """What it asks for of torch's family is no longer what pip picks by itself."""

@@ -1,4 +1,6 @@
-"""Whether dpo_runner computes what TRL computes, on this device: `python -m bench.exactness OUT DEVICE MODEL ROWS`.
+"""Compare dpo_runner's results with TRL's on this device.
+
+    python -m scripts.bench.peers.exactness OUT DEVICE MODEL ROWS
 
 All in one process, for starting takes longer than a tiny model's training. Each result is a JSON line of OUT as soon as
 it is known. Distances are relative L2 norms over all weights of the adapter.
@@ -13,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.same_job import DifferentJobs, check_same_job
-from bench.sides import Job, build_ours, build_trl, read_history, read_state, vary
+from scripts.bench.peers.same_job import DifferentJobs, check_same_job
+from scripts.bench.peers.sides import Job, build_ours, build_trl, read_history, read_state, vary
 
 LIMITS = {"loss": 1e-4, "rewards/margins": 2e-4, "logps/chosen": 2e-2, "logps/rejected": 2e-2}
 """In fp32, by how much a step's metrics may differ; log-probabilities are sums over an answer's tokens."""

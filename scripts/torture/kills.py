@@ -1,6 +1,6 @@
 """Kill and signal runs at random instants, continue them until they are done, and compare with undisturbed ones.
 
-    python scripts/torture.py --kills 90 --real-kills 10 --signals 20
+    python -m scripts.torture.kills --kills 90 --real-kills 10 --signals 20
 
 A trial is a process of its own in a directory of its own. It is killed (or sent a signal) at an instant drawn over the
 time that an undisturbed run takes, the same command is given again until it exits with 0, and adapter, metrics,

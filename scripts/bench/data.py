@@ -1,6 +1,6 @@
 """Measure how fast and in how much memory preference data is prepared, beside the bare tokenizer.
 
-    python scripts/bench_data.py --rows 1000000 --num-proc 2 --work-dir outputs/bench_data
+    python -m scripts.bench.data --rows 1000000 --num-proc 2 --work-dir outputs/bench_data
 
 Writes synthetic rows (questions and answers of words drawn at random, about 300 tokens a row), then measures three
 things, each in a fresh process: the bare fast tokenizer encoding prompt+chosen and prompt+rejected in batches, with
@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scripts import ROOT
+
 BATCH = 1000
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench_data"))
     parser.add_argument("--part", choices=("bare", "prepare"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.work_dir = args.work_dir.resolve()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     path = args.work_dir / f"rows-{args.rows}.jsonl"
     if args.part == "bare":
@@ -46,12 +49,12 @@ def compare(args: argparse.Namespace, path: Path) -> None:
     """Run the parts one after another and print the table."""
     if not path.exists():
         write_rows(path, args.rows)
-    os.environ["DPO_RUNNER_CACHE"] = str(args.work_dir.resolve() / f"cache-{os.getpid()}-{time.time_ns()}")
-    command = [sys.executable, __file__, "--rows", str(args.rows), "--num-proc", str(args.num_proc)]
+    os.environ["DPO_RUNNER_CACHE"] = str(args.work_dir / f"cache-{os.getpid()}-{time.time_ns()}")
+    command = [sys.executable, "-m", "scripts.bench.data", "--rows", str(args.rows), "--num-proc", str(args.num_proc)]
     command += ["--work-dir", str(args.work_dir), "--part"]
     results = {}
     for name, part in (("bare tokenizer", "bare"), ("prepared", "prepare"), ("from the cache", "prepare")):
-        result = subprocess.run([*command, part], check=True, stdout=subprocess.PIPE, text=True)
+        result = subprocess.run([*command, part], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         results[name] = json.loads(result.stdout.splitlines()[-1])
     bare = results["bare tokenizer"]["rows_per_second"]
     print(
@@ -69,7 +72,7 @@ def compare(args: argparse.Namespace, path: Path) -> None:
 def write_rows(path: Path, rows: int) -> None:
     """Write rows of random English words: a prompt of about 80 words, answers of about 75 each."""
     rng = random.Random(0)
-    source = Path(__file__).parents[1] / "dpo_runner" / "data" / "concise" / "train.jsonl"
+    source = ROOT / "dpo_runner" / "data" / "concise" / "train.jsonl"
     words = [
         word
         for line in source.read_text(encoding="utf-8").splitlines()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Training on a GPU beside `trl dpo`, and the check that both compute the same: under ten minutes, nothing from a hub.
-# Results go into benchmarks/gpu.md. Further arguments go to scripts/bench_gpu.py.
+# Results go into benchmarks/gpu.md. Further arguments go to scripts/bench/gpu.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi >/dev/null 2>&1; then
   echo "error: no GPU: nvidia-smi is not there or does not answer" >&2
   exit 2
@@ -12,4 +12,4 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   echo "error: $python: its torch does not see the GPU; install a build with CUDA, or name another with PYTHON" >&2
   exit 2
 fi
-exec "$python" scripts/bench_gpu.py "$@"
+exec "$python" -m scripts.bench.gpu "$@"

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.growth_table import format_growth
-from bench.parts import BETAS, COLD, RATES, WARM
-from bench.profiling import GROUPS
+from scripts.bench.measuring.profiling import GROUPS
+from scripts.bench.parts import BETAS, COLD, RATES, WARM
+from scripts.bench.report.growth import format_growth
 
 TARGETS = {
     "training step, warm store": {"hh": 8.0, "bundled": 5.0, "demo": 4.0, "demo_fit": 4.0},
@@ -39,7 +39,7 @@ def build_report(data: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl", "peft"))
     parts = [
         "# Training beside its peers\n",
-        "`make bench` (`scripts/bench_training.py`): each side's own command on the same pairs, the same tokens in the "
+        "`make bench` (`scripts/bench/training.py`): each side's own command on the same pairs, the same tokens in the "
         "same order, the same LoRA (r=16 on all linear layers), bf16, 8 pairs a step, one epoch, in fresh processes, "
         "in turn. dpo_runner takes 4 × 2 rows at once; the peers run by default (4 × 2 too) and with the best settings "
         "that were found (below). *pairs/s* is of the training loop. *Total* is the command from start to end. *First "
@@ -234,9 +234,9 @@ def _format_mfu(data: Mapping[str, Any]) -> list[str]:
                 flops = data["mfu"][name]["flops_per_pair"] / 1e9
                 rows.append(f"| {name} | {side} | {flops:.0f} | {found[0]} | {spread(found[1], '{:.1%}')} |")
     about = (
-        "Operations of a step that scores no token twice (`scripts/bench/flops.py` has the formula), times pairs/s, "
-        "over what bf16 matrix products of the model's own layers reach on as many tokens as a batch has. What a side "
-        "computes beyond that (padding, prompts twice, recomputation) is no credit to it.\n"
+        "Operations of a step that scores no token twice (`scripts/bench/measuring/flops.py` has the formula), "
+        "times pairs/s, over what bf16 matrix products of the model's own layers reach on as many tokens as a batch "
+        "has. What a side computes beyond that (padding, prompts twice, recomputation) is no credit to it.\n"
     )
     head = ["| shape | side | GFLOP a pair | matmul peak | share |", "|---|---|---|---|---|"]
     return ["## Share of the matmul peak\n", about, *([*head, *rows, ""] if rows else [f"{NOT_MEASURED}.\n"])]
@@ -245,9 +245,9 @@ def _format_mfu(data: Mapping[str, Any]) -> list[str]:
 def _format_profile(data: Mapping[str, Any]) -> list[str]:
     entries = data.get("profile", {})
     about = (
-        "Shares of the training loop's time on *hh*, by torch's profiler (`scripts/bench/profiling.py`), which slows "
-        "it; the reference is computed before. The head's and attention's own matrix products count for them; the "
-        "rest is Python, the optimizer and the profiler.\n"
+        "Shares of the training loop's time on *hh*, by torch's profiler (`scripts/bench/measuring/profiling.py`), "
+        "which slows it; the reference is computed before. The head's and attention's own matrix products count for "
+        "them; the rest is Python, the optimizer and the profiler.\n"
     )
     lines = [f"| | pairs | seconds | {' | '.join(GROUPS)} |", "|---" * (len(GROUPS) + 3) + "|"]
     for name, entry in entries.items():

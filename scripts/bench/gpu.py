@@ -1,9 +1,9 @@
 """Measure training on a GPU beside `trl dpo`, and check there that both compute the same.
 
-    python scripts/bench_gpu.py --device cpu --sizes tiny --pairs 8
+    python -m scripts.bench.gpu --device cpu --sizes tiny --pairs 8
 
 Needs nothing from a hub: random weights in the shapes of known models, the default model's tokenizer out of its
-package, rows with the lengths of Anthropic HH. `scripts/bench_gpu.sh` is the whole of it on a machine with a GPU. The
+package, rows with the lengths of Anthropic HH. `scripts/bench/gpu.sh` is the whole of it on a machine with a GPU. The
 report is written anew with every result, so nothing that was measured is lost; a side that fails is told of and the
 next one runs; after `--minutes` whatever still runs is ended, and what is missing is said to be.
 """
@@ -17,20 +17,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bench.exactness import PAIRS, read_results
-from bench.flops import mean_flops, measure_peak
-from bench.measuring.card import CardMemory, read_card
-from bench.machine import describe_machine
-from bench.process import CommandFailed, aside_within, build_environment, run
-from bench.random_models import SIZES, write_random_model
-from bench.same_job import DifferentJobs, check_same_job
-from bench.shapes import Rows, write_rows
-from bench.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, write_trl_dataset
-
 from dpo_runner.errors import DpoRunnerError
 from dpo_runner.io.files import write_text
+from scripts import ROOT
+from scripts.bench.inputs.random_models import SIZES, write_random_model
+from scripts.bench.inputs.shapes import Rows, write_rows
+from scripts.bench.measuring.card import CardMemory, read_card
+from scripts.bench.measuring.flops import mean_flops, measure_peak
+from scripts.bench.measuring.machine import describe_machine
+from scripts.bench.measuring.process import CommandFailed, aside_within, build_environment, run
+from scripts.bench.peers.exactness import PAIRS, read_results
+from scripts.bench.peers.same_job import DifferentJobs, check_same_job
+from scripts.bench.peers.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, write_trl_dataset
 
-ROOT = Path(__file__).parents[1]
 SIDES = ("trl", "dpo_runner, cold store", "dpo_runner, warm store", "trl precompute")
 _LARGEST_GB = 16  # on the disk
 _LEAST_SECONDS = 5
@@ -114,7 +113,7 @@ def read_sizes(text: str) -> list[str]:
 
 
 def check_exactness(args: argparse.Namespace, report: Report, deadline: Deadline) -> None:
-    """Compare attention and a tiny model's training on both sides; see `bench/exactness.py`."""
+    """Compare attention and a tiny model's training on both sides; see `bench/peers/exactness.py`."""
     folder = args.work / "exactness"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -125,8 +124,7 @@ def check_exactness(args: argparse.Namespace, report: Report, deadline: Deadline
         rows = make_rows(args, model, PAIRS, "exactness", deadline)
         write_trl_dataset(rows.path)
         environment = {**build_environment(os.cpu_count() or 1, args.work, ROOT), "DPO_RUNNER_CACHE": str(folder)}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), environment["PYTHONPATH"]])
-        command = [sys.executable, "-m", "bench.exactness", str(out), args.device, model, rows.path]
+        command = [sys.executable, "-m", "scripts.bench.peers.exactness", str(out), args.device, model, rows.path]
         run(command, environment, folder / "log", deadline.left())
     except (DpoRunnerError, CommandFailed, ValueError) as error:
         failed = str(error).splitlines()[-1]
@@ -216,11 +214,12 @@ def build_report(card: str | None, lines: list[str], rows: list[str]) -> str:
     return "\n".join(
         [
             "# Training on a GPU\n",
-            "`scripts/bench_gpu.sh`: random weights in the shapes of known models, rows with the lengths of Anthropic "
+            "`scripts/bench/gpu.sh`: random weights in the shapes of known models, rows with the lengths of Anthropic "
             "HH, LoRA r=16 on all linear layers, batch 4 × 2, bf16; each side's own command in a fresh process, in "
             "turn. *Memory* is what the driver counts while a command runs, on a CPU its resident memory. *Share* is "
-            "of the bf16 matmul peak measured on the model's own layers, by the formula in `scripts/bench/flops.py`. "
-            "Exactness is that of a tiny model (`scripts/bench/exactness.py`).\n",
+            "of the bf16 matmul peak measured on the model's own layers, by the formula in "
+            "`scripts/bench/measuring/flops.py`. Exactness is that of a tiny model "
+            "(`scripts/bench/peers/exactness.py`).\n",
             f"{where}; {versions}.\n",
             *lines,
             "",

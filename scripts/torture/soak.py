@@ -1,6 +1,6 @@
 """Make many tiny runs in one process, and see whether memory, open files and threads stay what they are.
 
-    python scripts/soak.py --runs 200
+    python -m scripts.torture.soak --runs 200
 
 Runs take turns: with LoRA, on nf4, with all weights trained, and one that fails in the midst of its training; each
 records for W&B offline. Figures are taken after each such turn. The exit code is 1 where memory grows by more than

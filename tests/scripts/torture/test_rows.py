@@ -1,4 +1,4 @@
-"""The first hundred cases of `scripts/torture_rows.py`, which has thousands."""
+"""The first hundred cases of `scripts/torture/rows.py`, which has thousands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 
 from dpo_runner.data.layouts import messages
 from dpo_runner.errors import RowError
-from tests.support.scripts import load_script
+from scripts.torture.rows import fuzz_rows
 
 
 def test_rows_and_files_of_all_kinds_are_used_or_refused_in_one_line(tmp_path: Path) -> None:
-    outcome = load_script("torture_rows").fuzz_rows(100, 3, tmp_path)
+    outcome = fuzz_rows(100, 3, tmp_path)
     assert outcome.cases == 100 and not outcome.failures
     assert outcome.accepted > 20 and len(outcome.refused) > 4 and outcome.refused["a file"] > 5
     assert not list(tmp_path.glob("*.jsonl"))
@@ -33,5 +33,5 @@ def test_what_goes_wrong_is_found(
     fault: Callable[..., None], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(messages, "_to_text", fault)  # of messages, not of plain texts
-    outcome = load_script("torture_rows").fuzz_rows(100, seed, tmp_path)
+    outcome = fuzz_rows(100, seed, tmp_path)
     assert outcome.failures and outcome.cases == 100

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.parts import LENGTHS, ROW_COUNTS, SHARES
+from scripts.bench.parts import LENGTHS, ROW_COUNTS, SHARES
 
 _KINDS: dict[str, tuple[str, Sequence[float], tuple[str, ...]]] = {
     "length": ("tokens of a row", LENGTHS, ("trl", "dpo_runner")),

@@ -1,6 +1,6 @@
 """Measure training beside `trl dpo` and LLaMA-Factory: the same pairs, the same tokens, the same order, the same LoRA.
 
-    python scripts/bench_training.py --parts tune,runs --shapes hh --repeats 3
+    python -m scripts.bench.training --parts tune,runs --shapes hh --repeats 3
 
 Each side is its own command in a fresh process, one at a time and in turn (A B C A B C). Every measurement is kept in
 the JSON file as soon as it is made: the same command goes on where it was interrupted, and makes the table anew. A
@@ -14,10 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.flops import mean_flops, measure_peak
-from bench.llamafactory import find_peer, install_peer
-from bench.machine import describe_machine
-from bench.parts import (
+from dpo_runner.errors import DpoRunnerError
+from dpo_runner.model.files.packaged import load_default_model_path
+from scripts import ROOT
+from scripts.bench.data import write_rows as write_many_rows
+from scripts.bench.inputs.shapes import Rows, write_rows
+from scripts.bench.measuring.flops import mean_flops, measure_peak
+from scripts.bench.measuring.machine import describe_machine
+from scripts.bench.measuring.process import CommandFailed, aside
+from scripts.bench.parts import (
     COLD,
     LENGTHS,
     ROW_COUNTS,
@@ -30,19 +35,13 @@ from bench.parts import (
     sweep,
     tune_peers,
 )
-from bench.process import CommandFailed, aside
-from bench.record import Record
-from bench.same_job import DifferentJobs
-from bench.session import Bench
-from bench.shapes import Rows, write_rows
-from bench.sides import PAIRS_A_STEP, Job
-from bench.table import write_report
-from bench_data import write_rows as write_many_rows
+from scripts.bench.peers.llamafactory import find_peer, install_peer
+from scripts.bench.peers.same_job import DifferentJobs
+from scripts.bench.peers.sides import PAIRS_A_STEP, Job
+from scripts.bench.report.record import Record
+from scripts.bench.report.table import write_report
+from scripts.bench.session import Bench
 
-from dpo_runner.errors import DpoRunnerError
-from dpo_runner.model.files.packaged import load_default_model_path
-
-ROOT = Path(__file__).parents[1]
 PARTS = ("tune", "runs", "sweep", "growth", "mfu", "profile")
 ROWS = {"hh": 24, "bundled": 32, "demo": 8, "demo_fit": 8}
 SWEPT = ("hh", "bundled", "demo")

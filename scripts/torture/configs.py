@@ -1,6 +1,6 @@
 """Give the check of the command line configurations that nobody would write, and see that it says so in plain words.
 
-    python scripts/torture_configs.py --cases 5000
+    python -m scripts.torture.configs --cases 5000
 
 Commands are drawn from the real schema: its keys with values of right and wrong kinds, misspelt keys, every form of
 override, sweeps, flags, files of YAML and text that is none. Each has to be composed, or refused with one printable
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fuzzing.limits import Hang, time_limit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -35,6 +34,7 @@ from dpo_runner.io.exits import report
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.directory import resolve_run_dir
 from dpo_runner.sweep.command_line import check_command_line
+from scripts.torture.limits import Hang, time_limit
 
 _SECONDS = 30
 _GROUPS = ConfigFiles.over(None).groups()

@@ -1,6 +1,6 @@
 """Measure a few training runs' peak memory and compare it with its estimate (`dpo_runner.training.memory.estimate`).
 
-    python scripts/bench_memory.py --only nf4
+    python -m scripts.bench.memory --only nf4
 
 Each setting runs in a fresh process: rows as long as max_length are written, the default model is loaded, two real
 optimizer steps are made. *Measured* is the kernel's own record of the process's resident memory (VmHWM, set back
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_runner.model.blueprint import Blueprint
+from scripts import ROOT
 
 if TYPE_CHECKING:
     from dpo_runner.training.memory.estimate import MemoryEstimate
@@ -130,8 +131,8 @@ def _read_status(key: str) -> int:
 def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
     """Measure in a fresh process."""
     flags = ["--load-only"] if load_only else []
-    command = [sys.executable, __file__, "--measure", *flags, *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "scripts.bench.memory", "--measure", *flags, *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{' '.join(overrides)}: {result.stderr[-2000:]}")
     measured = json.loads(result.stdout.splitlines()[-1])
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="measure one setting in this process, as JSON")
     parser.add_argument("--load-only", action="store_true", help="with --measure: load the model and stop")
     parser.add_argument("--only", default="", help="settings whose name contains this; writes no file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "memory.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.md")
     parser.add_argument("overrides", nargs="*", help="with --measure: Hydra overrides")
     arguments = parser.parse_args()
     if arguments.measure:

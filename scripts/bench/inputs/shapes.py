@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-BUNDLED = Path(__file__).parents[2] / "dpo_runner" / "data" / "concise" / "train.jsonl"
+from scripts import ROOT
+
+BUNDLED = ROOT / "dpo_runner" / "data" / "concise" / "train.jsonl"
 HH_TOKENS = {"prompt": 120, "chosen": 37, "rejected": 50}
 """Mean tokens of Anthropic HH's rows, the chat template's included."""
 _SIGMA, _LONGEST = 0.8, 6

@@ -1,4 +1,6 @@
-"""Where the time of dpo_runner's training goes, by torch's profiler: `python -m bench.profiling OUT OVERRIDE...`.
+"""Profile dpo_runner's training with torch's profiler and write the share of each group of operations.
+
+    python -m scripts.bench.measuring.profiling OUT OVERRIDE...
 
 Each operation's own time counts once: for attention or the head where it lies within their autograd functions, for the
 rest where it lies within the optimizer, else by its name. What is no operation's is Python's. The profiler takes time

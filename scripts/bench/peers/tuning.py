@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.process import CommandFailed
-from bench.session import Bench
-from bench.sides import BATCHES, Job, Measured, Variant, name_split
+from scripts.bench.measuring.process import CommandFailed
+from scripts.bench.peers.sides import BATCHES, Job, Measured, Variant, name_split
+from scripts.bench.session import Bench
 
 _MEMORY = 0.7
 """Of the machine's, at most: a try that takes it all would end more than itself."""
