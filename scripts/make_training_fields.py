@@ -1,9 +1,9 @@
-"""Write dpo_runner/config/sections/training.py: every field of the installed TRL's DPOConfig as a typed dataclass.
+"""Write dpo_runner/config/sections/training.py: the fields of TRL's DPOConfig as a dataclass.
 
     python scripts/make_training_fields.py            # rewrite the module
     python scripts/make_training_fields.py --check    # exit 1 if it is out of date
 
-The generated module lets a run's configuration be checked, completed and documented without
+With the generated module, a configuration can be checked, completed and documented without
 importing torch. A test compares it with the installed TRL.
 """
 
@@ -25,7 +25,7 @@ from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
 
 MODULE = Path(__file__).parents[1] / "dpo_runner" / "config" / "sections" / "training.py"
 
-# TRL tells these choices in its prose only.
+# TRL documents these choices only in prose.
 CHOICES_IN_PROSE = {
     "loss_type": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
     "discopop sft sigmoid_norm",
@@ -50,10 +50,10 @@ class TrainingConf:
 
 
 def describe_type(annotation: object) -> tuple[str, str, tuple[str, ...]]:
-    """Return what the dataclass is annotated with, the type to tell a person, and an enum's values.
+    """Return the annotation of the dataclass field, the type shown to the user, and an enum's values.
 
-    OmegaConf cannot hold a union with a container in it: those are `Any` here, and the told type is
-    what `config_checks` compares values with.
+    OmegaConf cannot hold a union that contains a container: such fields are annotated `Any`, and
+    `dpo_runner.config.rules.fields` checks values against the shown type.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     members = list(typing.get_args(annotation)) if union else [annotation]
@@ -78,7 +78,7 @@ def _name_of(member: object) -> str:
 
 
 def read_docs() -> dict[str, str]:
-    """Return each field's help: from the docstrings, where transformers keeps it, or from the metadata."""
+    """Return each field's help, from transformers' and TRL's docstrings or the fields' metadata."""
     docs: dict[str, str] = {}
     for cls in (TrainingArguments, DPOConfig):
         pattern = r"^ {4,8}(\w+) \(`[^\n]*\):\n((?:^ {8,}\S[^\n]*\n|\n)+)"

@@ -1,11 +1,11 @@
-"""Measure how fast and in how much memory preference data is prepared, beside the bare tokenizer.
+"""Measure the speed and memory of preparing preference data, compared with the bare tokenizer.
 
     python -m scripts.bench.data --rows 1000000 --num-proc 2 --work-dir outputs/bench_data
 
-Writes synthetic rows (questions and answers of words drawn at random, about 300 tokens a row), then measures three
-things, each in a fresh process: the bare fast tokenizer encoding prompt+chosen and prompt+rejected in batches, with
-as many processes; `load_preferences`; and `load_preferences` once more, out of the cache. Memory is anonymous memory
-(RssAnon), summed over the processes; pages of mapped files can be dropped at any time and do not count.
+Writes synthetic rows (random words, about 300 tokens per row), then runs three measurements, each in a fresh process:
+the bare fast tokenizer encoding prompt+chosen and prompt+rejected in batches, with the same number of processes;
+`load_preferences`; and `load_preferences` again, from the cache. Memory is anonymous memory, summed over the processes;
+pages of mapped files do not count because the kernel can drop them at any time.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, path: Path) -> None:
-    """Run the parts one after another and print the table."""
+    """Run the measurements one after another and print the table."""
     if not path.exists():
         write_rows(path, args.rows)
     os.environ["DPO_RUNNER_CACHE"] = str(args.work_dir / f"cache-{os.getpid()}-{time.time_ns()}")
@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace, path: Path) -> None:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """Write rows of random English words: a prompt of about 80 words, answers of about 75 each."""
+    """Write rows of random English words: prompts of about 80 words, answers of about 75."""
     rng = random.Random(0)
     source = ROOT / "dpo_runner" / "data" / "concise" / "train.jsonl"
     words = [
@@ -92,7 +92,7 @@ def load_tokenizer() -> Any:
 
     from dpo_runner.model.files.packaged import DEFAULT_MODEL, load_default_model_path
 
-    home = os.environ.pop("DPO_RUNNER_CACHE", None)  # the model is where it always is
+    home = os.environ.pop("DPO_RUNNER_CACHE", None)  # the default model is in the usual cache
     tokenizer = AutoTokenizer.from_pretrained(load_default_model_path(DEFAULT_MODEL))
     if home is not None:
         os.environ["DPO_RUNNER_CACHE"] = home
@@ -100,7 +100,7 @@ def load_tokenizer() -> Any:
 
 
 def encode_bare(path: Path, num_proc: int) -> dict[str, float]:
-    """Encode prompt+chosen and prompt+rejected of every row, and do nothing else; reading is not counted."""
+    """Encode prompt+chosen and prompt+rejected of every row; time spent reading does not count."""
     tokenizer = load_tokenizer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("fork")
@@ -140,7 +140,7 @@ def read_batches(path: Path, part: int, parts: int) -> Iterator[list[dict[str, s
 
 
 def prepare(path: Path, num_proc: int) -> dict[str, float]:
-    """Prepare the rows as a run would."""
+    """Prepare the rows as a run does."""
     from dpo_runner.config.compose import load_conf
     from dpo_runner.data.preferences import load_preferences
 
@@ -155,14 +155,17 @@ def prepare(path: Path, num_proc: int) -> dict[str, float]:
 
 
 def measure(work: Any) -> dict[str, float]:
-    """Run `work` and add the anonymous memory of this process and its children: at the start, and the peak, in GB."""
+    """Run `work` and add the anonymous memory at its start and at its peak to the result.
+
+    Memory is that of this process and its children, in GB (1e9 bytes).
+    """
     stop, peak = threading.Event(), [0.0]
 
     def watch() -> None:
         while not stop.wait(0.5):
             peak[0] = max(peak[0], read_anonymous_memory())
 
-    importlib.import_module("torch")  # what every run has in memory before it touches data
+    importlib.import_module("torch")  # every run has it in memory before it loads data
     start = read_anonymous_memory()
     thread = threading.Thread(target=watch)
     thread.start()

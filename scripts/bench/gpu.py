@@ -1,11 +1,11 @@
-"""Measure training on a GPU beside `trl dpo`, and check there that both compute the same.
+"""Measure training on a GPU next to `trl dpo`, and check that both compute the same results.
 
     python -m scripts.bench.gpu --device cpu --sizes tiny --pairs 8
 
-Needs nothing from a hub: random weights in the shapes of known models, the default model's tokenizer out of its
-package, rows with the lengths of Anthropic HH. `scripts/bench/gpu.sh` is the whole of it on a machine with a GPU. The
-report is written anew with every result, so nothing that was measured is lost; a side that fails is told of and the
-next one runs; after `--minutes` whatever still runs is ended, and what is missing is said to be.
+Needs nothing from the hub: random weights in the shapes of known models, the default model's tokenizer from its
+package, rows with the lengths of Anthropic HH. `scripts/bench/gpu.sh` checks for a GPU and runs this script. The report
+is rewritten after every result, so no measurement is lost. If a side fails, the report says so and the next side runs.
+After `--minutes`, the running command is killed and the report lists what is missing.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from scripts.bench.peers.same_job import DifferentJobs, check_same_job
 from scripts.bench.peers.sides import TRL_VARIANTS, Job, Measured, measure_ours, measure_trl, write_trl_dataset
 
 SIDES = ("trl", "dpo_runner, cold store", "dpo_runner, warm store", "trl precompute")
-_LARGEST_GB = 16  # on the disk
+_LARGEST_GB = 16  # disk space of the largest model
 _LEAST_SECONDS = 5
-"""Of the time that is left, for anything to be begun."""
+"""Start nothing if less time than this is left."""
 
 
 class Deadline:
-    """The end of the time that there is."""
+    """The end of the time limit."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds until then.
+        """Return the remaining seconds.
 
         Raises:
-            CommandFailed: nothing can be begun any more.
+            CommandFailed: too little time is left to start anything.
         """
         if (left := self._end - time.monotonic()) < _LEAST_SECONDS:
             raise CommandFailed("no time was left")
@@ -54,7 +54,7 @@ class Deadline:
 
 
 class Report:
-    """What is known so far, in a file that is written anew with each line."""
+    """The report so far, in a file that is rewritten with each new line."""
 
     def __init__(self, out: Path, card: str | None) -> None:
         self._out, self._card = out, card
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_sizes(text: str) -> list[str]:
-    """Return the names in `text`, which are separated by semicolons, for they have commas in them."""
+    """Return the names in `text`, separated by semicolons because the names contain commas."""
     sizes = [name.strip() for name in text.split(";")]
     if unknown := [name for name in sizes if name not in SIZES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {'; '.join(SIZES)}")
@@ -135,7 +135,7 @@ def check_exactness(args: argparse.Namespace, report: Report, deadline: Deadline
 
 
 def measure_size(args: argparse.Namespace, report: Report, size: str, deadline: Deadline) -> None:
-    """Measure one model on both sides; what fails becomes a row that says so."""
+    """Measure one model on both sides; a failure becomes a row of the report."""
     try:
         if size.startswith("Mistral") and shutil.disk_usage(args.work).free < _LARGEST_GB * 1e9:
             raise CommandFailed(f"needs {_LARGEST_GB} GB of disk")
@@ -176,7 +176,7 @@ def measure_size(args: argparse.Namespace, report: Report, size: str, deadline: 
 
 
 def shorten(error: Exception) -> str:
-    """Return the last line of an error, as a cell of a table."""
+    """Return the last line of an error, formatted as a table cell."""
     return (str(error).splitlines() or [type(error).__name__])[-1][:120].replace("|", "/")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Training on a GPU beside `trl dpo`, and the check that both compute the same: under ten minutes, nothing from a hub.
-# Results go into benchmarks/gpu.md. Further arguments go to scripts/bench/gpu.py.
+# Measure training on a GPU next to `trl dpo` and check that both compute the same: under ten minutes, no hub access.
+# Results go to benchmarks/gpu.md. Arguments are passed on to scripts/bench/gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi >/dev/null 2>&1; then

@@ -1,11 +1,11 @@
-"""Measure a few training runs' peak memory and compare it with its estimate (`dpo_runner.training.memory.estimate`).
+"""Compare the peak memory of training runs with `dpo_runner.training.memory.estimate`.
 
     python -m scripts.bench.memory --only nf4
 
-Each setting runs in a fresh process: rows as long as max_length are written, the default model is loaded, two real
-optimizer steps are made. *Measured* is the kernel's own record of the process's resident memory (VmHWM, set back
-right before the model is loaded) less what was resident then. It counts mapped files too, since unquantized weights
-stay mapped from their safetensors file, and it misses no short peak, which sampling would.
+Each setting runs in a fresh process: it writes rows as long as max_length, loads the default model and makes two
+optimizer steps. *Measured* is the kernel's peak of the process's resident memory (VmHWM, reset right before the model
+is loaded) less what was resident at the reset. It includes mapped files, because unquantized weights stay mapped from
+their safetensors file, and it catches short peaks that sampling would miss.
 """
 
 import argparse
@@ -48,7 +48,7 @@ BUDGETS = {
     ]
     for tokens in (256, 512, 1024, 2048)
 }
-"""The same optimizer step of 8 pairs, some 220 tokens each."""
+"""The same optimizer step of 8 pairs of about 220 tokens each."""
 QUANTS = {
     "none (bf16)": [],
     "nf4": ["quant=nf4", "quant.bnb_4bit_use_double_quant=false"],
@@ -69,7 +69,7 @@ COMMON = [
 
 
 def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
-    """Return the bytes that loading the model, or training it for two steps, takes at most in this process."""
+    """Return the peak bytes of loading the model, and of training it for two steps, in this process."""
     from dpo_runner.config.compose import load_conf
     from dpo_runner.data.preferences import load_preferences
     from dpo_runner.model.policy import load_policy
@@ -80,14 +80,14 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
         args, blueprint = build_dpo_config(conf, Path(folder) / "checkpoints"), Blueprint.of_run(conf)
         data = load_preferences(conf, blueprint.tokenizer)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident memory
         before = _read_status("VmRSS")
         policy = load_policy(blueprint)
         for tensor in policy.model.parameters():
-            tensor.detach().max()  # reads every page of a weight that is only mapped so far
+            tensor.detach().max()  # reads every page of a mapped weight into memory
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what loading has used and freed is not the model's
+            libc.malloc_trim(0)  # memory that loading used and freed does not count
         loaded = _read_status("VmRSS") - before
         if load_only:
             return {"loaded": loaded, "longest": 0}
@@ -97,7 +97,7 @@ def measure(overrides: list[str], load_only: bool) -> dict[str, int]:
 
 
 def estimate(overrides: list[str], shape: dict[str, int]) -> "MemoryEstimate":
-    """Estimate a run whose rows are of the shape that `measure` returns."""
+    """Estimate the memory of a run on rows of the shape that `measure` returns."""
     from dpo_runner.config.compose import load_conf
     from dpo_runner.data.splits import DataShape, PairShape
     from dpo_runner.training.build import build_dpo_config
@@ -109,7 +109,10 @@ def estimate(overrides: list[str], shape: dict[str, int]) -> "MemoryEstimate":
 
 
 def _write_rows(folder: Path) -> Path:
-    """Write pairs of a chosen answer longer than any max_length here, and a shorter one that begins otherwise."""
+    """Write pairs and return their path.
+
+    The chosen answer is longer than any max_length here; the rejected one is shorter and starts differently.
+    """
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for n in range(40):
@@ -129,7 +132,7 @@ def _read_status(key: str) -> int:
 
 
 def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
-    """Measure in a fresh process."""
+    """Run `measure` in a fresh process."""
     flags = ["--load-only"] if load_only else []
     command = [sys.executable, "-m", "scripts.bench.memory", "--measure", *flags, *overrides]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -141,7 +144,7 @@ def run_child(overrides: list[str], load_only: bool = False) -> dict[str, int]:
 
 
 def compare(settings: dict[str, list[str]], only: str) -> list[str]:
-    """Measure and estimate each of `settings` whose name contains `only`, and return the rows of a table."""
+    """Measure and estimate each of `settings` whose name contains `only`; return the table rows."""
     rows = []
     for name, overrides in settings.items():
         if only in name:
@@ -154,7 +157,7 @@ def compare(settings: dict[str, list[str]], only: str) -> list[str]:
 
 
 def compare_weights() -> list[str]:
-    """Measure and estimate the loaded model under each quantization, and return the rows of a table."""
+    """Measure and estimate the loaded model under each quantization; return the table rows."""
     rows = []
     for name, overrides in QUANTS.items():
         shape = {"longest": 64, "prompt": 0, "chosen": 64, "rejected": 64}
@@ -167,7 +170,7 @@ def compare_weights() -> list[str]:
 
 
 def main() -> None:
-    """Print the tables and write them into a file."""
+    """Print the tables and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="measure one setting in this process, as JSON")
     parser.add_argument("--load-only", action="store_true", help="with --measure: load the model and stop")

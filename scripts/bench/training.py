@@ -1,10 +1,10 @@
-"""Measure training beside `trl dpo` and LLaMA-Factory: the same pairs, the same tokens, the same order, the same LoRA.
+"""Measure training next to `trl dpo` and LLaMA-Factory on the same pairs, tokens, order and LoRA.
 
     python -m scripts.bench.training --parts tune,runs --shapes hh --repeats 3
 
-Each side is its own command in a fresh process, one at a time and in turn (A B C A B C). Every measurement is kept in
-the JSON file as soon as it is made: the same command goes on where it was interrupted, and makes the table anew. A
-side that trained other tokens, or whose metrics are farther away than rounding, is refused and not compared.
+Each side is its own command in a fresh process, one at a time and interleaved (A B C A B C). Every measurement is saved
+to the JSON file at once: the same command continues after an interruption and rebuilds the table. A side that trained
+other tokens, or whose metrics differ by more than rounding, is refused and not compared.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from scripts.bench.session import Bench
 PARTS = ("tune", "runs", "sweep", "growth", "mfu", "profile")
 ROWS = {"hh": 24, "bundled": 32, "demo": 8, "demo_fit": 8}
 SWEPT = ("hh", "bundled", "demo")
-"""Where a sweep is measured, and `trl dpo` runs."""
+"""Shapes on which sweeps are measured and `trl dpo` runs."""
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(bench: Bench, args: argparse.Namespace, rows: dict[str, int]) -> None:
-    """Measure each part that was asked for and is not in the record."""
+    """Measure each requested part that the record lacks."""
     shapes = bench.record.part("shapes")
     for name, pairs in rows.items():
         if name.startswith("demo") and not args.demo_data.exists():
@@ -135,7 +135,7 @@ def measure(bench: Bench, args: argparse.Namespace, rows: dict[str, int]) -> Non
 
 
 def measure_flops(bench: Bench) -> None:
-    """Measure the matmul peak at each shape's tokens in a batch, and count a pair's operations."""
+    """Measure the matmul peak at each shape's tokens per batch, and count the operations of a pair."""
     for name, shape in bench.record.part("shapes").items():
         if shape and (runs := bench.record.part("runs").get(name)) and WARM in runs and COLD in runs:
             tokens = bench.job.batch * sum(map(sum, shape["lengths"])) // shape["pairs"]
@@ -166,7 +166,7 @@ def many_rows(bench: Bench, count: int) -> Path:
 
 
 def whole_steps(text: str) -> int:
-    """Return a number of pairs that all sides cut into the same steps, however many rows they take at once."""
+    """Parse a number of pairs that gives all sides the same optimizer steps at any micro-batch size."""
     if (pairs := int(text)) < 1 or pairs % PAIRS_A_STEP:
         raise argparse.ArgumentTypeError(f"{pairs} is no multiple of {PAIRS_A_STEP}, the pairs of a step")
     return pairs

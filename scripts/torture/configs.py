@@ -1,11 +1,11 @@
-"""Give the check of the command line configurations that nobody would write, and see that it says so in plain words.
+"""Fuzz the configuration check: each command line must compose or give printable errors.
 
     python -m scripts.torture.configs --cases 5000
 
-Commands are drawn from the real schema: its keys with values of right and wrong kinds, misspelt keys, every form of
-override, sweeps, flags, files of YAML and text that is none. Each has to be composed, or refused with one printable
-line a mistake, within seconds. What is composed has to be writable, and what is written to be the same when it is read.
-Every case that is not is printed, and the exit code is 1.
+Commands are drawn from the real schema: its keys with values of right and wrong types, misspelt keys, every form of
+override, sweeps, flags, YAML files and text that is not YAML. Each must compose, or be refused with one printable line
+per mistake, within seconds. A composed configuration must survive a round trip through YAML. Failed cases are printed,
+and the exit code is 1.
 """
 
 import argparse
@@ -132,13 +132,13 @@ _file = st.tuples(st.sampled_from([*_GROUPS, "new"]), st.lists(_line, max_size=4
 
 @dataclass
 class FuzzOutcome:
-    """What became of a row of cases.
+    """Results of a series of cases.
 
     Attributes:
-        composed: how many made a run's configuration.
-        refused: how many were refused as they have to be.
-        slowest: seconds that the slowest case took.
-        failures: one text for each that was neither.
+        composed: number of cases that composed.
+        refused: number of cases refused with proper errors.
+        slowest: time of the slowest case, in seconds.
+        failures: one text per case that did neither.
     """
 
     composed: int = 0
@@ -155,10 +155,10 @@ class FuzzOutcome:
 
 
 def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
-    """Check `cases` commands, drawn with a seed.
+    """Check `cases` commands drawn with a seed.
 
     Returns:
-        How they ended; nothing is raised for a case that fails, nor for Ctrl-C, which ends the row.
+        The results. A failing case does not raise; Ctrl-C ends the series without raising.
     """
     outcome = FuzzOutcome()
 
@@ -195,18 +195,18 @@ def fuzz_configs(cases: int, seed_number: int) -> FuzzOutcome:
 
 
 def check_case(overrides: list[str], flags: list[str], file: tuple[str, str] | None) -> bool:
-    """Check one command, and that what is printed of it, or written, is as it has to be.
+    """Check one command, its errors, and the YAML of its configuration.
 
     Args:
-        overrides: `KEY=VALUE`, more or less.
-        flags: before them.
-        file: group and text of a YAML file of the user's own, which the command selects.
+        overrides: `KEY=VALUE`, or malformed variants of it.
+        flags: flags before the overrides.
+        file: group and text of a user's YAML file that the command selects.
 
     Returns:
-        Whether it makes a run's configuration.
+        Whether the command composes.
 
     Raises:
-        AssertionError: it is neither composed nor refused as it has to be.
+        AssertionError: the command neither composes nor gives proper errors.
     """
     with tempfile.TemporaryDirectory() as folder:
         chosen = list(overrides)
@@ -223,10 +223,10 @@ def check_case(overrides: list[str], flags: list[str], file: tuple[str, str] | N
             _check_refusal(mistakes, given=f"{chosen}{file}")
             return False
         if flags:
-            return True  # of sweeps, and of what only prints, there is no one configuration
+            return True  # sweeps and commands that only print have no single configuration
         try:
             conf = load_conf(chosen, config_dir)
-        except ConfigError as error:  # a sweep file makes a sweep without -m
+        except ConfigError as error:  # a file with sweep settings makes a sweep without -m
             assert "sweep" in f"{chosen}{file}", error
             return True
     told = mask_secrets(config_keys(conf))

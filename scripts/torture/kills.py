@@ -1,11 +1,11 @@
-"""Kill and signal runs at random instants, continue them until they are done, and compare with undisturbed ones.
+"""Kill and signal runs at random times, resume them, and compare them with undisturbed runs.
 
     python -m scripts.torture.kills --kills 90 --real-kills 10 --signals 20
 
-A trial is a process of its own in a directory of its own. It is killed (or sent a signal) at an instant drawn over the
-time that an undisturbed run takes, the same command is given again until it exits with 0, and adapter, metrics,
-results and answers have to be those of the undisturbed run, to the last bit. Every trial that is not is printed, with
-its seed, and the exit code is 1.
+Each trial is a separate process with its own run directory. It is killed (or sent a signal) at a time drawn uniformly
+from the duration of an undisturbed run. The same command is repeated until it exits with 0. Adapter, metrics, results
+and answers must then equal those of the undisturbed run bit for bit. Failed trials are printed with their seed, and the
+exit code is 1.
 """
 
 import argparse
@@ -57,19 +57,19 @@ _ATTEMPTS = 5
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["dpo_runner.train", "dpo_runner.training.memory.estimate"]
-)  # imports take longer than a tiny run
+)  # importing them takes longer than a tiny run
 
 
 @dataclass
 class Outcome:
-    """What became of a row of trials.
+    """Results of a series of trials.
 
     Attributes:
-        name: what was done.
-        trials: how many there were.
-        failures: one line for each that did not end as it has to.
-        states: how many were disturbed in which state of the run.
-        slowest: most seconds from the disturbance to the end of the process.
+        name: name of the series.
+        trials: number of trials.
+        failures: one line per failed trial.
+        states: number of disturbed trials by phase of the run.
+        slowest: longest time from the disturbance to the end of the process, in seconds.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Outcome:
 
 
 def train(overrides: list[str], log: str) -> None:
-    """Be one process of the program, which ends with its exit code."""
+    """Run dpo_runner as the main program of this process, with its output in `log`."""
     from dpo_runner.__main__ import main
 
     with Path(log).open("a") as file:
@@ -102,7 +102,7 @@ def start(overrides: list[str], run_dir: Path) -> Any:
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """Return all of a finished run that no machine and no clock has a part in."""
+    """Return the results of a finished run that do not depend on machine or clock."""
     summary = read_summary(run_dir)
     events = [
         {key: value for key, value in event.items() if not _OF_THE_MACHINE.search(key)}
@@ -119,18 +119,18 @@ def read_result(run_dir: Path) -> dict[str, Any]:
 def torture(
     name: str, overrides: list[str], trials: int, disturb: Callable[[Any, int], int], seed: int, folder: Path
 ) -> Outcome:
-    """Disturb `trials` runs, one after the other; one that has ended before its instant is no trial.
+    """Disturb `trials` runs one after the other; a run that ends before its time does not count.
 
     Args:
-        name: of the row.
-        overrides: of the run.
-        trials: how many.
-        disturb: gets the process and the trial's number, and returns the exit code that this has to lead to.
-        seed: of the instants.
-        folder: for run directories; those of trials that went as they have to are removed.
+        name: name of the series.
+        overrides: overrides of the run.
+        trials: number of trials.
+        disturb: takes the process and the trial's number, disturbs the process, and returns the expected exit code.
+        seed: seed of the times.
+        folder: parent of the run directories; those of passed trials are removed.
     """
     outcome, draw = Outcome(name), random.Random(seed)
-    for undisturbed in ("first", "undisturbed"):  # the first one waits for imports, which the others need not
+    for undisturbed in ("first", "undisturbed"):  # only the first one waits for imports
         begin = time.monotonic()
         (process := start(overrides, folder / undisturbed)).join()
         duration = time.monotonic() - begin
@@ -154,7 +154,7 @@ def torture(
         outcome.trials += 1
         outcome.slowest = max(outcome.slowest, time.monotonic() - begin)
         told = f"{run_dir}, seed {seed}, after {instant:.2f} s, {phase}"
-        if (ended := _as_shell(process.exitcode)) not in (code, 0):  # 0: it was over already
+        if (ended := _as_shell(process.exitcode)) not in (code, 0):  # 0: the run finished first
             outcome.failures.append(f"{told}: exit code {ended}, not {code}")
             continue
         for _ in range(_ATTEMPTS):
@@ -179,7 +179,7 @@ def _remove(run_dir: Path) -> None:
 
 
 def _describe_phase(run_dir: Path, steps: int) -> str:
-    """Return which part of a run a process is in, as far as its directory tells."""
+    """Return the phase of a run, judged by its directory."""
     if read_status(run_dir) is None:
         return "start-up"
     if any((run_dir / "checkpoints").glob(".saving-*")):
@@ -191,7 +191,7 @@ def _describe_phase(run_dir: Path, steps: int) -> str:
 
 
 def _as_shell(code: int) -> int:
-    """Return an exit code as shells have it: 128 + N where signal N has ended a process that did not catch it yet."""
+    """Return an exit code as in shells: 128 + N if signal N killed a process that did not catch it yet."""
     return code if code >= 0 else 128 - code
 
 
@@ -202,7 +202,7 @@ def kill(process: Any, number: int) -> int:
 
 def send_in_turn(process: Any, number: int) -> int:
     chosen = SIGNALS[number % len(SIGNALS)]
-    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+    with contextlib.suppress(ProcessLookupError):  # the process has just ended
         os.kill(process.pid, chosen)
     return 128 + chosen
 

@@ -1,4 +1,4 @@
-"""What the fuzzers share."""
+"""A time limit for code that may hang."""
 
 import contextlib
 import signal
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Hang(BaseException):
-    """What had to be over by then is not; no handler of errors in what hangs may catch it."""
+    """The time limit was exceeded; a BaseException, so that `except Exception` does not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise Hang within what takes longer; in the main thread only."""
+    """Raise Hang inside the block after `seconds`; works in the main thread only."""
 
     def stop(*_: Any) -> None:
         raise Hang(f"takes more than {seconds} s")

@@ -1,11 +1,11 @@
-"""Feed the data preparation rows and files of all kinds: each becomes pairs, or is refused in one line.
+"""Fuzz the data preparation with odd rows and files: each must become pairs or be refused in one line.
 
     python -m scripts.torture.rows --cases 5000
 
-Four of five cases are rows (of JSON's values, most of them near to rows as people have them), put into files among
-sound ones; the fifth is a file of bytes, or a sound file that is damaged. A row has to become pairs, be left out, or be
-counted as one that cannot be used, with its line; a file may be refused, by an error of ours in one printable line that
-names it. Anything else, and what takes longer than ten seconds, is printed, and the exit code is 1.
+Four of five cases are rows (JSON values, most of them close to real rows), written to files among sound rows; the fifth
+is a file of random bytes or a damaged file. A row must become pairs, be left out, or be counted as unusable, with its
+line. A file may be refused by one of our errors, in one printable line that names it. Any other outcome, and any case
+of more than ten seconds, is printed, and the exit code is 1.
 """
 
 import argparse
@@ -37,14 +37,14 @@ _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz"
 
 @dataclass
 class Outcome:
-    """What became of the cases.
+    """Results of all cases.
 
     Attributes:
-        cases: how many rows and files there were.
-        accepted: rows that became pairs.
-        left_out: sound rows of which none are made.
-        refused: rows and whole files that cannot be used, by the reason.
-        failures: what did not end as it has to, a line each.
+        cases: number of rows and files.
+        accepted: number of rows that became pairs.
+        left_out: number of sound rows that make no pair.
+        refused: number of unusable rows and files by reason.
+        failures: one line per failed case.
     """
 
     cases: int = 0
@@ -61,16 +61,16 @@ class Outcome:
 
 
 class Wrong(Exception):
-    """What is not as it has to be."""
+    """A case failed."""
 
 
 def fuzz_rows(cases: int, seed: int, folder: Path) -> Outcome:
-    """Prepare `cases` rows and files that `seed` determines.
+    """Prepare `cases` rows and files drawn with `seed`.
 
     Args:
-        cases: how many.
-        seed: of what is drawn.
-        folder: for the files; those that went wrong stay.
+        cases: number of rows and files.
+        seed: seed of the cases.
+        folder: folder of the files; files of failed cases stay.
     """
     from transformers import AutoTokenizer
 
@@ -99,7 +99,7 @@ class _Bench:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def try_rows(self, rows: Sequence[str], layout: str) -> None:
-        """Prepare rows among sound ones of a layout; where something goes wrong, one by one."""
+        """Prepare rows among sound rows of a layout; on a failure, prepare them one by one."""
         self.outcome.cases += len(rows)
         try:
             self._count(self._load_rows(rows, layout))
@@ -124,9 +124,9 @@ class _Bench:
         return data
 
     def try_file(self, content: bytes, number: int) -> None:
-        """Prepare a file of any bytes."""
+        """Prepare a file of arbitrary bytes."""
         self.outcome.cases += 1
-        # a damaged file keeps its suffix, as `_damage` has their kinds in the same order
+        # a damaged file gets the suffix of its content; short ones, random bytes, take any
         path = self._write(content, _SUFFIXES[number % len(_SUFFIXES)] if len(content) < 100 else _guess(content))
         try:
             data = self._load(path, "auto")
@@ -146,10 +146,10 @@ class _Bench:
             self.outcome.accepted += source.rows - sum(source.bad.values()) - sum(source.left_out.values())
 
     def _load(self, path: Path, layout: str) -> PreferenceData | ConfigError:
-        """Prepare a file, and check what is told of it.
+        """Prepare a file, and check its report or its error.
 
         Raises:
-            Wrong: it is not what it has to be.
+            Wrong: the report or the error is not as it must be.
         """
         data_conf = dataclasses.replace(self.conf.data, path=str(path), format=layout)
         conf = dataclasses.replace(self.conf, data=data_conf)

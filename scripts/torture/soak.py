@@ -1,10 +1,10 @@
-"""Make many tiny runs in one process, and see whether memory, open files and threads stay what they are.
+"""Make many tiny runs in one process and check that memory, open files and threads do not grow.
 
     python -m scripts.torture.soak --runs 200
 
-Runs take turns: with LoRA, on nf4, with all weights trained, and one that fails in the midst of its training; each
-records for W&B offline. Figures are taken after each such turn. The exit code is 1 where memory grows by more than
-`--slope` MB a run after the warm-up, or there are more open files, threads or child processes in the end than then.
+The runs cycle through LoRA, nf4, full fine-tuning and a run that fails during training; each logs to W&B offline.
+Samples are taken after each cycle. The exit code is 1 if memory grows by more than `--slope` MB per run after the
+warm-up, or if open files, threads or child processes have increased since then.
 """
 
 import argparse
@@ -41,21 +41,21 @@ TINY = [
 ]
 TURN: tuple[list[str], ...] = ([], ["quant=nf4"], ["lora=none", "training.learning_rate=1e-4"], ["run_name=fails"])
 WARM_UP = 20
-"""Runs after which nothing is made for the first time any more."""
+"""Runs after which nothing is allocated for the first time."""
 SLOPE = 0.15
-"""MB a run: a third of what the tiny model takes, which would be the least of leaks that matter."""
+"""MB per run: a third of the tiny model's size, the smallest leak that matters."""
 
 
 @dataclass
 class Sample:
-    """What the process has after so many runs.
+    """Resources of the process after a number of runs.
 
     Attributes:
-        runs: how many.
-        megabytes: of memory that is no file's.
-        files: open ones.
-        threads: those that the system knows of.
-        children: processes that it has started and not waited for.
+        runs: number of runs.
+        megabytes: anonymous memory.
+        files: open file descriptors.
+        threads: threads known to the system.
+        children: child processes not waited for.
     """
 
     runs: int
@@ -75,13 +75,13 @@ class Soak:
         return [sample for sample in self.samples if sample.runs >= warm_up]
 
     def slope(self, warm_up: int = WARM_UP) -> float:
-        """Return by how many MB memory grows with each run after the warm-up: the least squares' slope."""
+        """Return the memory growth in MB per run after the warm-up, as the least-squares slope."""
         warm = self.warm(warm_up)
         fit = linear_regression([sample.runs for sample in warm], [sample.megabytes for sample in warm])
         return fit.slope
 
     def find_growth(self, slope: float = SLOPE, warm_up: int = WARM_UP) -> list[str]:
-        """Return a line for each thing that is not flat."""
+        """Return a line for each resource that grows."""
         warm = self.warm(warm_up)
         grown = [
             f"{name}: {getattr(warm[0], name)} after {warm[0].runs} runs, {getattr(warm[-1], name)} in the end"
@@ -102,7 +102,7 @@ class Soak:
 
 
 class Failure(TrainerCallback):  # type: ignore[misc]
-    """Fails a run that is named so."""
+    """Callback that fails the run named `fails`."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.run_name == "fails":
@@ -112,15 +112,15 @@ class Failure(TrainerCallback):  # type: ignore[misc]
 def measure(runs: int) -> Sample:
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what is free and kept for later differs by tens of MB from run to run
+        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps varies by tens of MB from run to run
     process = psutil.Process()
     memory = process.memory_info()
-    anonymous = memory.rss - getattr(memory, "shared", 0)  # files that are mapped come and go as the system likes
+    anonymous = memory.rss - getattr(memory, "shared", 0)  # the kernel maps and drops file pages at will
     return Sample(runs, anonymous / 1e6, process.num_fds(), process.num_threads(), len(process.children()))
 
 
 def soak(runs: int, folder: Path, overrides: list[str] = TINY, progress: bool = False) -> Soak:
-    """Make so many runs, each in a directory of its own that is removed after it."""
+    """Make `runs` runs, each in its own directory, which is removed afterwards."""
     samples = []
     with Path(os.devnull).open("w") as nowhere:
         terminal, sys.stdout = sys.stdout, nowhere

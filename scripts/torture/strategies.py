@@ -1,4 +1,4 @@
-"""Rows and files that nobody would write, and sound ones with damage, for the data preparation to be fed with."""
+"""Hypothesis strategies of odd rows, and damaged files, as input of the data preparation."""
 
 import gzip
 import io
@@ -42,7 +42,7 @@ _OBJECTS = st.one_of(
     st.dictionaries(_TEXTS, _VALUES, max_size=3),
 )
 ROWS = st.one_of(_OBJECTS, _OBJECTS, _OBJECTS, _VALUES)
-"""Values of JSON, most of them objects with columns as preference data have them."""
+"""JSON values, mostly objects with the columns of preference data."""
 
 SOUND_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "preference": lambda n: {"prompt": f"q{n}", "chosen": f"so {n}", "rejected": "no"},
@@ -56,7 +56,7 @@ SOUND_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def near_rows(layout: str) -> st.SearchStrategy[Any]:
-    """Sound rows of a layout in which one or two columns hold something else."""
+    """Return a strategy of sound rows of a layout in which one or two columns hold something else."""
     sound = SOUND_ROWS.get(layout, SOUND_ROWS["preference"])(0)
     columns = st.sampled_from([*sound, *sound, *_COLUMNS])
     changes = st.dictionaries(columns, _CELLS, min_size=1, max_size=2)
@@ -87,7 +87,7 @@ def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
 
 
 def damage(count: int, seed: int) -> Iterator[bytes]:
-    """Yield sound files of all formats with bytes changed, left out and put in."""
+    """Yield sound files of all formats with bytes changed, removed and inserted."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes of known ones, and the default model's tokenizer: nothing from a hub."""
+"""Models with random weights in the shapes of known models, with the default tokenizer; no hub access."""
 
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,20 @@ SIZES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Mistral-7B": ("mistral", _MISTRAL, False),
     "Llama-3.2-1B": ("llama", _LLAMA_1B, False),
 }
-"""By name: the architecture, its sizes, and whether the base is quantized to 4 bits; in the order of what is wanted
-most, for time may run out."""
+"""Architecture, config sizes, and whether the base is quantized to 4 bits, by name.
+
+Most important first, because time may run out."""
 
 
 def write_random_model(name: str, folder: Path, device: str, dtype: str) -> str:
-    """Write a model of that size, once, and return its folder.
+    """Write a model of size `name` unless it exists, and return its folder.
 
-    Its vocabulary is the larger of its own and the default tokenizer's 49,152, so that every token has a row.
+    Its vocabulary is the larger of its own and the default tokenizer's 49,152, so that every token has an embedding.
 
     Args:
-        name: of `SIZES`; those that differ by quantization alone share a folder.
-        folder: in which the model's folder is made.
-        device: where the weights are drawn.
+        name: a key of `SIZES`; entries that differ only in quantization share a folder.
+        folder: parent of the model's folder.
+        device: device on which the weights are drawn.
         dtype: `bfloat16` or `float32`.
     """
     import torch

@@ -1,8 +1,8 @@
-"""Preference rows of three shapes, and the proof that both sides make the same tokens of them.
+"""Preference rows of several shapes, checked to give the same tokens on all sides.
 
-`hh`: the lengths of Anthropic HH, texts cut from the other two. `bundled`: the default run's data, short prompts.
-`demo`: a file of long answers in ShareGPT's ranking layout, which is not part of this repository; `demo_fit`: those of
-its rows that fit into max_length, for peers that cut otherwise. `synthetic`: a given length and share of the prompt.
+`hh`: the lengths of Anthropic HH, with texts cut from the other two. `bundled`: the default run's data, short prompts.
+`demo`: a file of long answers in ShareGPT's ranking layout, not part of this repository. `demo_fit`: the rows of `demo`
+that fit into max_length, for peers that truncate differently. `synthetic`: a given length and prompt share.
 """
 
 import json
@@ -19,9 +19,9 @@ from scripts import ROOT
 
 BUNDLED = ROOT / "dpo_runner" / "data" / "concise" / "train.jsonl"
 HH_TOKENS = {"prompt": 120, "chosen": 37, "rejected": 50}
-"""Mean tokens of Anthropic HH's rows, the chat template's included."""
+"""Mean tokens of Anthropic HH's rows, including the chat template's."""
 _SIGMA, _LONGEST = 0.8, 6
-"""Of the lognormal distribution that HH's lengths are drawn from: its width, and its end in means."""
+"""Sigma of the lognormal distribution of HH's lengths, and its cutoff as a multiple of the mean."""
 MAX_LENGTH = {"hh": 1024, "bundled": 1024, "demo": 1024, "demo_fit": 1024}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -32,14 +32,14 @@ Ids = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Rows:
-    """A shape as files that every side reads.
+    """Rows of one shape, as files that every side reads.
 
     Attributes:
-        name: of the shape.
+        name: name of the shape.
         path: JSON lines of `prompt`, `chosen`, `rejected` as messages.
-        pairs: how many rows.
-        max_length: tokens of a row at most; longer ones are cut as TRL does.
-        lengths: for each pair, tokens of prompt, chosen and rejected once they are cut.
+        pairs: number of rows.
+        max_length: maximum tokens of a row; longer rows are truncated as TRL does.
+        lengths: for each pair, tokens of prompt, chosen and rejected after truncation.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Rows:
     lengths: list[list[int]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is worth keeping; where the file lies is not."""
+        """Return all fields but the path, for the record."""
         return {key: value for key, value in asdict(self).items() if key != "path"}
 
 
 def write_rows(
     name: str, pairs: int, model: str, folder: Path, demo: Path | None, length: int = 0, share: float = 0.0
 ) -> Rows:
-    """Write the rows of a shape, after making sure that dpo_runner and TRL make the same tokens of each.
+    """Write the rows of a shape, after checking that dpo_runner and TRL tokenize them identically.
 
     Args:
         name: `hh`, `bundled`, `demo`, `demo_fit` or `synthetic`.
-        pairs: how many rows.
-        model: the folder with the tokenizer.
-        folder: gets `<name>.jsonl`, and `<name>.sharegpt.json` for LLaMA-Factory.
-        demo: the file with the rows of `demo`, which `hh` takes texts from too where it is there.
-        length, share: of `synthetic`: tokens of a row, and the prompt's share of them.
+        pairs: number of rows.
+        model: folder of the tokenizer.
+        folder: output folder of `<name>.jsonl`, `<name>.tokens.json` and, for LLaMA-Factory, `<name>.sharegpt.json`.
+        demo: file with the rows of `demo`; `hh` also takes texts from it if it exists.
+        length, share: for `synthetic`: tokens of a row, and the prompt's share of them.
 
     Raises:
         ValueError: the shape has fewer rows than `pairs`, or the tokens differ.
@@ -96,7 +96,7 @@ def write_rows(
 
 
 def cut_hh(pairs: int, tokenizer: Any, texts: Sequence[str]) -> list[Row]:
-    """Return rows with the lengths of Anthropic HH: long-tailed, their means near `HH_TOKENS` at any number of rows."""
+    """Return rows with the long-tailed lengths of Anthropic HH; means are near `HH_TOKENS`."""
     rng = random.Random(0)
     around = tokenize_ours([to_messages({"prompt": "a", "chosen": "b", "rejected": "c"})], tokenizer)[0]
     ids = _encode_all(texts, tokenizer)
@@ -109,12 +109,14 @@ def cut_hh(pairs: int, tokenizer: Any, texts: Sequence[str]) -> list[Row]:
 
 
 def make_synthetic(pairs: int, length: int, share: float, tokenizer: Any, texts: Sequence[str]) -> list[Row]:
-    """Return rows whose prompt and either answer together have about `length` tokens, never more."""
+    """Return rows in which the prompt plus either answer has about `length` tokens, never more."""
     rng = random.Random(length)
     around = tokenize_ours([to_messages({"prompt": "a", "chosen": "b", "rejected": "c"})], tokenizer)[0]
     ids = _encode_all(texts, tokenizer)
     prompt = max(round(length * share) - len(around["prompt_ids"]), 1)
-    answer = max(length - len(around["prompt_ids"]) - prompt - len(around["chosen_ids"]) - 8, 1)  # cut texts grow a bit
+    answer = max(
+        length - len(around["prompt_ids"]) - prompt - len(around["chosen_ids"]) - 8, 1
+    )  # cut texts re-tokenize to slightly more tokens
     size = {"prompt": prompt, "chosen": answer, "rejected": answer}
     return [
         to_messages({part: _cut_text(ids, tokens, tokenizer, rng) for part, tokens in size.items()})
@@ -123,7 +125,7 @@ def make_synthetic(pairs: int, length: int, share: float, tokenizer: Any, texts:
 
 
 def _draw_lengths(count: int, mean: float, rng: random.Random) -> list[int]:
-    """Return `count` lengths of a lognormal distribution, at evenly spaced quantiles, in random order."""
+    """Return `count` lengths at evenly spaced quantiles of a lognormal distribution, in random order."""
     drawn = [NormalDist(0, _SIGMA).inv_cdf((place + 0.5) / count) for place in range(count)]
     scale = mean * count / sum(map(math.exp, drawn))
     lengths = [min(max(round(scale * math.exp(value)), 2), round(_LONGEST * mean)) for value in drawn]
@@ -154,7 +156,7 @@ def read_bundled() -> list[dict[str, str]]:
 
 
 def read_demo(path: Path) -> list[Row]:
-    """Return the rows of a file in ShareGPT's ranking layout as messages."""
+    """Return the rows of a file in ShareGPT's ranking layout, as messages."""
 
     def message(turn: dict[str, str]) -> Message:
         return {"role": _ROLES[turn["from"]], "content": turn["value"]}
@@ -181,7 +183,10 @@ def to_messages(row: dict[str, str]) -> Row:
 
 
 def to_sharegpt(row: Row, tokenizer: Any) -> dict[str, Any]:
-    """Return a row as LLaMA-Factory reads it: with a system turn, the template's own too, in a column of its own."""
+    """Return a row in LLaMA-Factory's layout.
+
+    The system turn has its own column, also if it is the chat template's default.
+    """
     names = {role: name for name, role in _ROLES.items()}
     turns = [{"from": names[message["role"]], "value": message["content"]} for message in row["prompt"]]
     rendered = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
@@ -204,7 +209,7 @@ def tokenize_ours(rows: list[Row], tokenizer: Any) -> list[Ids]:
 
 
 def tokenize_trl(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Ids]:
-    """Return what TRL's own trainer makes of rows."""
+    """Return the token ids that TRL's trainer makes from `rows`."""
     from types import SimpleNamespace
 
     from datasets import Dataset, disable_progress_bars
@@ -220,7 +225,7 @@ def tokenize_trl(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[I
 
 
 def cut(ids: Ids, max_length: int) -> Ids:
-    """Cut a pair as TRL's collator does: a row's end is lost."""
+    """Truncate a pair as TRL's collator does, at the end of each row."""
     room = max_length - len(ids["prompt_ids"])
     return {key: part if key == "prompt_ids" else part[:room] for key, part in ids.items()}
 
@@ -230,7 +235,7 @@ def fits(ids: Ids, max_length: int) -> bool:
 
 
 def check_same_tokens(ours: list[Ids], theirs: list[Ids], peer: str) -> None:
-    """Raise ValueError unless both sides have the same rows of the same tokens in the same order."""
+    """Raise ValueError unless both sides have the same tokens in the same rows and order."""
     if len(ours) != len(theirs):
         raise ValueError(f"{peer} makes {len(theirs)} rows of {len(ours)}: these are different jobs")
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):

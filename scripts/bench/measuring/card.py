@@ -1,4 +1,4 @@
-"""The GPU as the driver sees it."""
+"""GPU name, driver and memory in use, from nvidia-smi."""
 
 import subprocess
 import threading
@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 def read_card() -> str | None:
-    """Return the first GPU's name, its memory and the driver's version; None where there is none."""
+    """Return the first GPU's name, its memory and the driver's version; None without a GPU."""
     try:
         return _ask("name,memory.total,driver_version")
     except (OSError, subprocess.CalledProcessError):
@@ -14,10 +14,10 @@ def read_card() -> str | None:
 
 
 class CardMemory:
-    """Samples the memory in use on the first GPU while the `with` block runs.
+    """Sampler of the memory in use on the first GPU during a `with` block.
 
     Attributes:
-        peak_gb: the most that was in use, less what was at the start, in GB (1e9 bytes).
+        peak_gb: peak memory in use, less the memory in use at the start, in GB (1e9 bytes).
     """
 
     def __init__(self) -> None:

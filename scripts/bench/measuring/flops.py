@@ -1,11 +1,11 @@
-"""Floating-point operations of a DPO step that scores no token twice, and what the machine does at most.
+"""Floating-point operations of a DPO step that scores no token twice, and the matmul peak.
 
-With N the parameters of the linear layers, N_lora of their adapters, V·h the head's, d the attention's width and L
-layers, a pair of P prompt, C chosen and R rejected tokens takes
+With N parameters in the linear layers, N_lora in their adapters, V·h in the head, attention width d and L layers, a
+pair of P prompt, C chosen and R rejected tokens takes
 
     F = (4·N + 6·N_lora)·(P+C+R) + 4·V·h·(C+R) + 12·L·d·((P+C)²/2 + P·R + R²/2)
 
-forward and backward: weights that are frozen need no gradient of their own.
+forward and backward. Frozen weights need no weight gradient.
 """
 
 import time
@@ -17,14 +17,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the formula needs of a model.
+    """Model sizes in the FLOP formula.
 
     Attributes:
-        linear: how often there is a linear layer of (inputs, outputs), the head left out.
+        linear: number of linear layers by (inputs, outputs), without the head.
         head: (hidden size, vocabulary).
-        layers: blocks.
+        layers: number of transformer blocks.
         attention_width: heads × head size.
-        lora_rank: of the adapters, which all layers in `linear` have.
+        lora_rank: rank of the adapters, on all layers in `linear`.
     """
 
     linear: dict[tuple[int, int], int]
@@ -34,7 +34,7 @@ class ModelShape:
     lora_rank: int = 16
 
     def count_flops(self, prompt: int, chosen: int, rejected: int) -> float:
-        """Return F of one pair."""
+        """Return F, the operations of one pair."""
         weights = sum(count * inputs * outputs for (inputs, outputs), count in self.linear.items())
         lora = sum(count * self.lora_rank * (inputs + outputs) for (inputs, outputs), count in self.linear.items())
         tokens = prompt + chosen + rejected
@@ -48,7 +48,7 @@ class ModelShape:
 
 
 def read_shape(model: str) -> ModelShape:
-    """Read a model's shape from its config alone."""
+    """Read a model's sizes from its config, without weights."""
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,13 +66,13 @@ def read_shape(model: str) -> ModelShape:
 
 
 def measure_peak(model: str, tokens: int, device: str, threads: int, repeats: int = 5) -> dict[str, Any]:
-    """Measure bf16 matrix products of the model's own layers and head over `tokens` tokens.
+    """Measure bf16 matrix products of the model's layers and head over `tokens` tokens.
 
-    Each shape is multiplied forward and as its two kinds of backward product would be; of `repeats` rounds each shape's
-    fastest counts.
+    Each shape is multiplied as in the forward pass and as in the backward pass for its input; the fastest of `repeats`
+    rounds counts, after a warm-up round.
 
     Returns:
-        `flops_per_second` of all layers together, weighted as often as they occur, and of each shape.
+        `tokens`, `flops_per_second` over all layers, weighted by their number, and `by_shape`.
     """
     import torch
 
@@ -108,6 +108,6 @@ def _wait(device: str) -> None:
 
 
 def mean_flops(model: str, lengths: Sequence[Sequence[int]]) -> float:
-    """Return F of a pair, on average over pairs of (prompt, chosen, rejected) tokens."""
+    """Return the mean F over pairs of (prompt, chosen, rejected) tokens."""
     shape = read_shape(model)
     return sum(shape.count_flops(*pair) for pair in lengths) / len(lengths)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on."""
+"""Hardware, package versions and load of the benchmark machine."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return processor, its flags that matter, cores, memory in GB (1e9 bytes), and versions."""
+    """Return processor, relevant CPU flags, cores, memory in GB (1e9 bytes), and versions."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
     flags = fields.get("flags", "").split()
@@ -26,5 +26,5 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_load() -> str:
-    """Return how busy the machine is with other work, by its load average of the last minute."""
+    """Return the load average of the last minute, a measure of other work on the machine."""
     return f"{os.getloadavg()[0]:.2f}"

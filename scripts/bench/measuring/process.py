@@ -1,4 +1,4 @@
-"""One command as a process of its own, with its times and its memory."""
+"""Commands and functions run in separate processes, with their time and memory."""
 
 import ast
 import os
@@ -23,19 +23,19 @@ _EVENT = re.compile(r"\{'.*\}")
 
 
 class CommandFailed(Exception):
-    """A command ended with another exit code than 0, or took too long."""
+    """A command exited with a code other than 0, or timed out."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended.
+    """Measurements of a process that has ended.
 
     Attributes:
-        seconds: from its start to its end.
-        started: when, in seconds since the epoch.
-        peak_gb: resident memory of its largest process at its peak, in GB (1e9 bytes).
-        cpu_seconds: processor time of all its processes.
-        events: the dicts that it has printed, each with the time at which its line came.
+        seconds: wall-clock time.
+        started: start time, in seconds since the epoch.
+        peak_gb: peak resident memory of its largest process, in GB (1e9 bytes).
+        cpu_seconds: CPU time of all its processes.
+        events: the dicts that it printed, each with the arrival time of its line.
     """
 
     seconds: float
@@ -46,9 +46,9 @@ class Finished:
 
 
 def build_environment(threads: int, work: Path, root: Path) -> dict[str, str]:
-    """Return the variables that every side gets.
+    """Return the environment variables of every side.
 
-    `accelerate launch`, and with it `trl dpo`, takes a single thread where OMP_NUM_THREADS is not set.
+    `accelerate launch`, and so `trl dpo`, uses a single thread if OMP_NUM_THREADS is not set.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DPO_RUNNER_", "HF_"))}
     return {
@@ -64,19 +64,19 @@ def build_environment(threads: int, work: Path, root: Path) -> dict[str, str]:
 
 
 def aside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in a process of its own.
+    """Call a function in a separate process.
 
-    The benchmark itself stays small and off the GPU: what the kernel says of a command's memory begins with that of the
-    process which started it.
+    This keeps the benchmark's own process small and off the GPU: the kernel's peak memory of a command starts at the
+    memory of the process that launched it.
     """
     return aside_within(None, work, *args, **kwargs)
 
 
 def aside_within(timeout: float | None, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in a process of its own, which is ended after `timeout` seconds.
+    """Call a function in a separate process, killed after `timeout` seconds.
 
     Raises:
-        CommandFailed: it took longer, or its process died.
+        CommandFailed: the call timed out, or its process died.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         future = pool.submit(work, *args, **kwargs)
@@ -91,16 +91,16 @@ def aside_within(timeout: float | None, work: Callable[P, T], *args: P.args, **k
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float | None = None) -> Finished:
-    """Run a command to its end; what it prints goes into `log`.
+    """Run a command to its end, with its output in `log`.
 
     Args:
-        command: what to run.
-        environment: its variables.
-        log: a file, written anew.
-        timeout: after how many seconds it is ended, with all that it has started.
+        command: program and arguments.
+        environment: all environment variables.
+        log: file to overwrite.
+        timeout: seconds after which the command and all its child processes are killed.
 
     Raises:
-        CommandFailed: with the log's last lines.
+        CommandFailed: the command failed, with the log's last lines, or timed out.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     events = []
@@ -114,7 +114,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeo
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # `trl dpo` trains in a process that it starts
+            start_new_session=True,  # `trl dpo` trains in a child process; killpg ends both
         )
         assert process.stdout is not None
         late = threading.Event()
@@ -150,7 +150,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeo
 
 
 def read_event(line: str) -> dict[str, float] | None:
-    """Return the numbers of a dict that `Trainer` has printed in this line; None where there is none."""
+    """Return the numbers of a dict that `Trainer` printed in this line; None if there is no such dict."""
     found = _EVENT.search(line)
     if found is None or ("'loss'" not in line and "'train_runtime'" not in line):
         return None

@@ -2,9 +2,9 @@
 
     python -m scripts.bench.measuring.profiling OUT OVERRIDE...
 
-Each operation's own time counts once: for attention or the head where it lies within their autograd functions, for the
-rest where it lies within the optimizer, else by its name. What is no operation's is Python's. The profiler takes time
-itself, most of it where operations are small.
+Each operation's self time counts once: as attention or head if it runs inside their autograd functions, as rest if it
+runs inside the optimizer, else by its name. Time outside of operations is Python and counts as rest. The profiler's own
+overhead is largest for small operations.
 """
 
 import json
@@ -19,7 +19,7 @@ FUNCTIONS = {
     "FrozenHeadLogProbs": "head",
     "ChunkedLogProbFunction": "head",
 }
-"""Autograd functions whose operations are counted together, matrix products too."""
+"""Group of each autograd function; all operations inside count for it, including matrix products."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "dot", "mkldnn_linear", "_mm"}
 GROUPS = ("matrix products", "attention", "head", "element-wise and copies", "rest")
 
@@ -28,11 +28,11 @@ def classify(names: Iterable[str]) -> str:
     """Return the group of an operation.
 
     Args:
-        names: its own, then those of the operations that it lies within, innermost first.
+        names: its name, then the names of the enclosing operations, innermost first.
     """
     names = list(names)
     for name in names:
-        function = name.rpartition(" ")[2].removesuffix("Backward")  # of the engine that evaluates it, too
+        function = name.rpartition(" ")[2].removesuffix("Backward")  # also strips the autograd engine's prefix
         if function in FUNCTIONS:
             return FUNCTIONS[function]
         if name.startswith("Optimizer."):
@@ -46,7 +46,7 @@ def classify(names: Iterable[str]) -> str:
 
 
 def add_up(events: Iterable[Any], seconds: float) -> dict[str, float]:
-    """Return the share of each group in so many seconds; the time of no operation is of the rest."""
+    """Return the share of each group in `seconds`; time outside of operations counts as rest."""
     shares = dict.fromkeys(GROUPS, 0.0)
     for event in events:
         names, within = [event.name], event.cpu_parent

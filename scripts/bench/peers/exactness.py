@@ -2,8 +2,8 @@
 
     python -m scripts.bench.peers.exactness OUT DEVICE MODEL ROWS
 
-All in one process, for starting takes longer than a tiny model's training. Each result is a JSON line of OUT as soon as
-it is known. Distances are relative L2 norms over all weights of the adapter.
+Everything runs in one process, because startup takes longer than training a tiny model. Each result is appended to OUT
+as a JSON line at once. Distances are relative L2 norms over all weights of the adapter.
 """
 
 import json
@@ -19,25 +19,27 @@ from scripts.bench.peers.same_job import DifferentJobs, check_same_job
 from scripts.bench.peers.sides import Job, build_ours, build_trl, read_history, read_state, vary
 
 LIMITS = {"loss": 1e-4, "rewards/margins": 2e-4, "logps/chosen": 2e-2, "logps/rejected": 2e-2}
-"""In fp32, by how much a step's metrics may differ; log-probabilities are sums over an answer's tokens."""
+"""Largest allowed difference of a step's metrics in fp32. Log-probabilities are sums over tokens."""
 _ADAPTER = 1e-4
-"""In fp32, how far apart adapters may be."""
+"""Largest allowed distance of adapters in fp32."""
 _SHARE = 1.5
-"""In 16 bits, how much farther than TRL, or torch's attention, from the exact result; rounding is chance."""
+"""Largest allowed distance from the exact result in 16 bits, in units of the peer's distance.
+
+The peer is TRL, or torch's attention. Above 1 because rounding is random."""
 _OFF = ("engine.shared_prefix=false", "engine.lean_layers=false", "engine.reference_store=false")
 PAIRS, STEP = 16, 2
 _LAYOUTS = (
     ((120, 157, 50), (37, 64, 81), (5, 5, 0), (5, 5, 1)),
     ((0, 3, 140), (1, 1, 1), (200, 300, 130), (127, 128, 129)),
 )
-"""Of packed pairs: tokens of the common prefix, of the chosen row, of the rejected row's rest."""
+"""Packed pairs: tokens of common prefix, chosen row, and rejected row after the prefix."""
 
 
 Adapter = dict[str, Any]
 
 
 class Results:
-    """What came out, line by line in a file."""
+    """Results, line by line in a file."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -108,13 +110,13 @@ def compare_attention(results: Results, device: str) -> None:
 def differentiate(
     function: Callable[..., Any], pairs: Any, dtype: Any, device: str, heads: Sequence[int] = (6, 2), size: int = 64
 ) -> list[Any]:
-    """Return output and gradients of q, k, v in fp64, for the same random values of 16 bits in whatever dtype."""
+    """Return output and gradients of q, k, v as fp64, computed in `dtype` from fixed 16-bit values."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     tokens = sum(pair.chosen + pair.tail for pair in pairs)
 
-    def draw(heads: int) -> torch.Tensor:  # tokens first in memory, as projections give them
+    def draw(heads: int) -> torch.Tensor:  # token-major in memory, as projections return them
         values = torch.randn(1, tokens, heads, size, generator=generator).bfloat16().to(device, dtype)
         return values.transpose(1, 2).requires_grad_()
 
@@ -177,7 +179,7 @@ def compare_training(results: Results, job: Job, folder: Path) -> None:
     results.add(f"fp32: with the reference from the store, and computed, adapters {apart:.1e} apart", apart <= _ADAPTER)
     theirs, mine = _train_trl(job, folder / "trl-bf16"), _train_ours(job, folder / "ours-bf16")
     _compare_with_exact(results, "bf16", mine[1], theirs[1], exact[1])
-    # TRL keeps adapters of a quantized base in 16 bits, where they hardly move; its own forward, then, on fp32 ones.
+    # TRL keeps adapters of a quantized base in 16 bits, where they hardly move; so run its forward on fp32 adapters.
     nf4 = vary(job, load_in_4bit=True)
     exact, theirs, mine = (
         _train_ours(vary(nf4, dtype=dtype), folder / f"nf4-{number}", *further)

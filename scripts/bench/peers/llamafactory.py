@@ -1,4 +1,4 @@
-"""LLaMA-Factory as a peer: its own environment, the same job as its own configuration, its own tokens."""
+"""LLaMA-Factory as a peer: its environment, its configuration of the job, and its tokens."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from scripts.bench.measuring.process import run
 from scripts.bench.peers.sides import Job, Measured, Variant, add_splits, read_trainer
 
 PACKAGES = ("llamafactory==0.9.5", "torch==2.11.0", "torchaudio==2.11.0", "torchvision==0.26.0")
-"""What it asks for of torch's family is no longer what pip picks by itself."""
+"""Torch packages are pinned: pip no longer picks the versions that LLaMA-Factory needs."""
 PEER = "LLaMA-Factory"
 PEER_VARIANTS = add_splits({PEER: Variant(), f"{PEER}, no checkpointing": Variant(gradient_checkpointing=False)})
-"""Its settings, its default first."""
+"""Settings of LLaMA-Factory, the default first."""
 _TEMPLATE = "smollm"
 
-# Runs in its environment: prints the token ids that its own loader makes of the dataset of a configuration.
+# Runs in its environment: writes the token ids that its loader makes from a configuration's dataset.
 _PRINT_TOKENS = """
 import json, sys
 import yaml
@@ -44,20 +44,20 @@ json.dump(made, open(sys.argv[2], "w"))
 
 
 def find_peer(peers: Path) -> Path | None:
-    """Return its command where it is installed under `peers`."""
+    """Return its command if it is installed under `peers`, else None."""
     command = peers / "llamafactory" / "bin" / "llamafactory-cli"
     return command if command.exists() else None
 
 
 def install_peer(peers: Path) -> None:
-    """Install it into an environment of its own: 6 GB, most of them CUDA's libraries, which torch brings."""
+    """Install it into a separate environment: 6 GB, mostly CUDA libraries that torch depends on."""
     folder = peers / "llamafactory"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *PACKAGES], check=True)
 
 
 def build_config(job: Job, folder: Path, gradient_checkpointing: bool) -> dict[str, Any]:
-    """Return its configuration of the job, after writing what it wants to know of the dataset."""
+    """Return its configuration of the job, and write its dataset_info.json."""
     rows = Path(job.rows).with_suffix(".sharegpt.json")
     tags = {"ranking": True, "formatting": "sharegpt", "file_name": rows.name}
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "system": "system"}
@@ -104,19 +104,19 @@ def measure_peer(
     command: Path,
     variant: Variant,
 ) -> Measured:
-    """Check that it makes the same tokens of the rows, run it, and read what it leaves.
+    """Check that it makes the same tokens from the rows, run it, and read its results.
 
     Raises:
         ValueError: its tokens differ.
-        CommandFailed: it did not get to its end.
+        CommandFailed: the command failed.
     """
-    config = folder.with_suffix(".yaml")  # it reads no JSON, which it offers: it loads a path as a file
+    config = folder.with_suffix(".yaml")  # not JSON: LLaMA-Factory passes json.load the path, not a file
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(build_config(job, folder, variant.gradient_checkpointing)))
     own = {**environment, "DISABLE_VERSION_CHECK": "0"}
     own.pop("PYTHONPATH", None)
     tokens = Path(job.rows).with_suffix(".tokens.json")
-    digest = hashlib.sha256(tokens.read_bytes()).hexdigest()[:12]  # a work folder may have had other rows
+    digest = hashlib.sha256(tokens.read_bytes()).hexdigest()[:12]  # the work folder may hold the tokens of other rows
     if not (theirs := tokens.with_suffix(f".llamafactory-{digest}.json")).exists():
         printing = [str(command.with_name("python")), "-c", _PRINT_TOKENS, str(config), str(theirs)]
         run(printing, own, folder.with_suffix(".tokens.log"))

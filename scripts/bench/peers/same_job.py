@@ -1,30 +1,30 @@
-"""Whether two runs did the same job: a comparison of others is refused."""
+"""Check that two runs did the same job; other runs are not compared."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LIMITS = {"loss": 0.05, "rewards/margins": 0.15}
-"""By how much a step's metrics may differ in bf16: rounding, amplified by the steps before."""
+"""Largest allowed difference of a step's metrics in bf16: rounding, amplified by the previous steps."""
 _OF_LOGPS = 0.02
-"""The same of an answer's mean log-probability, as a share of it: attention across rows, say, goes far beyond."""
+"""Largest relative difference of log-probabilities; attention across rows, for instance, exceeds it."""
 
 
 class DifferentJobs(Exception):
-    """Two runs cannot be compared, and why."""
+    """The reason why two runs cannot be compared."""
 
 
 def check_same_job(ours: Mapping[str, Any], theirs: Mapping[str, Any], limits: Mapping[str, float] = _LIMITS) -> str:
-    """Compare two runs step by step and return how near they are, as a line.
+    """Compare two runs step by step and return a line on their largest differences.
 
     Args:
-        ours: `Measured.to_dict()`.
-        theirs: of the other side. What it does not log cannot be compared; its loss it must.
-        limits: the largest difference allowed, by metric.
+        ours: `Measured.to_dict()` of dpo_runner.
+        theirs: `Measured.to_dict()` of the other side; it must log the loss, other metrics are compared if present.
+        limits: largest allowed difference by metric.
 
     Raises:
-        DifferentJobs: another number of steps or pairs, other tokens in a step, a first loss that is not ln 2, or
-            metrics farther apart than rounding takes them.
+        DifferentJobs: the runs differ in the number of steps or pairs or in a step's tokens, a first loss is not ln 2,
+            or metrics differ by more than rounding.
     """
     name = theirs["side"]
     for key in ("steps", "pairs"):

@@ -1,4 +1,4 @@
-"""The same DPO job as each side's own command line, and what is read from what it leaves."""
+"""The same DPO job as a dpo_runner and a `trl dpo` command, and the reading of their results."""
 
 import json
 import sys
@@ -15,29 +15,29 @@ _COMPARED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "l
 
 PAIRS_A_STEP = 8
 BATCHES = (4, 2, 1, 8)
-"""Rows at once, the default first; accumulation makes the same 8 pairs a step of them."""
+"""Micro-batch sizes in pairs, the default first; accumulation always makes steps of 8 pairs."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings of a peer that change its speed and its memory, and no result."""
+    """Settings of a peer that change speed and memory but not results."""
 
     gradient_checkpointing: bool = True
     precompute_ref_log_probs: bool = False
     batch: int = BATCHES[0]
 
     def split(self, job: "Job") -> "Job":
-        """Return the job with as many rows at once, and as many pairs a step as before."""
+        """Return the job with this micro-batch size and the same pairs per step."""
         return vary(job, batch=self.batch, accumulation=job.batch * job.accumulation // self.batch)
 
 
 def name_split(name: str, batch: int) -> str:
-    """Return the name of settings with so many rows at once."""
+    """Return the name of settings with this micro-batch size."""
     return name if batch == BATCHES[0] else f"{name}, {batch}×{PAIRS_A_STEP // batch}"
 
 
 def add_splits(variants: Mapping[str, Variant]) -> dict[str, Variant]:
-    """Return settings by name: the given ones, then the same with each other number of rows at once."""
+    """Return settings by name: the given ones, then the same with each other micro-batch size."""
     return {
         name_split(name, batch): replace(variant, batch=batch)
         for batch in BATCHES
@@ -53,21 +53,21 @@ TRL_VARIANTS = add_splits(
         "trl precompute, no checkpointing": Variant(gradient_checkpointing=False, precompute_ref_log_probs=True),
     }
 )
-"""Settings of `trl dpo`, its default first. TRL 1.16 ignores padding_free."""
+"""Settings of `trl dpo`, the default first. TRL 1.16 ignores padding_free."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every side trains: one epoch of LoRA DPO in bf16.
+    """The training job of every side: one epoch of LoRA DPO in bf16.
 
     Attributes:
-        rows: the JSON lines.
-        pairs: how many.
-        max_length: of a row, in tokens.
+        rows: path of the JSON lines.
+        pairs: number of rows.
+        max_length: maximum tokens of a row.
         model: folder of the model.
         device: `cpu` or `cuda`.
-        load_in_4bit: whether the base is in nf4.
-        dtype: of the base's weights; in float32 nothing computes in bf16 either.
+        load_in_4bit: whether the base is quantized to nf4.
+        dtype: dtype of the base's weights; float32 also turns bf16 autocast off.
         max_steps: optimizer steps; -1 for one epoch.
     """
 
@@ -88,19 +88,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one side.
+    """Measurements of one run of one side.
 
     Attributes:
-        side: who.
-        steps: optimizer steps made.
+        side: name of the side.
+        steps: optimizer steps.
         pairs: pairs trained on.
-        train_seconds: of the training loop.
-        total_seconds: of the command, start to end.
-        first_step_seconds: from the command's start to the end of the first step.
-        peak_gb: resident memory; on a GPU the same, of the host.
-        cpu_seconds: processor time.
-        step_seconds: of each step after the first.
-        history: by step, the metrics that are compared.
+        train_seconds: time of the training loop.
+        total_seconds: time of the command, start to end.
+        first_step_seconds: time from the command's start to the end of the first step.
+        peak_gb: peak resident host memory in GB, also on a GPU.
+        cpu_seconds: CPU time.
+        step_seconds: time of each step after the first.
+        history: compared metrics by step.
     """
 
     side: str
@@ -119,14 +119,14 @@ class Measured:
 
 
 def build_ours(job: Job, run_dir: Path, further: Sequence[str] = ()) -> list[str]:
-    """Return the command of dpo_runner; all else that it does by default (its checks, its records) it does."""
+    """Return the command of dpo_runner, with its checks and records on as by default."""
     return [sys.executable, "-m", "dpo_runner", *_overrides(job), f"run_dir={run_dir}", *further]
 
 
 def build_our_sweep(
     job: Job, sweep_dir: Path, betas: Sequence[float], rates: Sequence[float], threads: int
 ) -> list[str]:
-    """Return the command of the whole grid, which uses as many threads as one command of the others: a worker each."""
+    """Return the sweep command of the whole grid, with one worker per thread that a peer's command uses."""
     axes = [f"training.beta={','.join(map(str, betas))}", f"training.learning_rate={','.join(map(str, rates))}"]
     fixed = [text for text in _overrides(job) if not text.startswith(("training.beta", "training.learning_rate"))]
     return [
@@ -168,7 +168,7 @@ def _overrides(job: Job) -> list[str]:
         "training.save_strategy=steps",
         "training.save_steps=500",
         "wandb=disabled",
-        "samples.num_prompts=0",  # the others answer nothing
+        "samples.num_prompts=0",  # the peers generate no samples
         f"seed={job.seed}",
     ]
 
@@ -227,7 +227,7 @@ def measure_trl(
     variant: Variant,
     timeout: float | None = None,
 ) -> Measured:
-    """Run `trl dpo` and read its last checkpoint and what it has printed; rows at once are those of `job`."""
+    """Run `trl dpo` and read its last checkpoint and output; the micro-batch size is that of `job`."""
     flags = [] if variant.gradient_checkpointing else ["--gradient_checkpointing", "false"]
     flags += ["--precompute_ref_log_probs"] if variant.precompute_ref_log_probs else []
     finished = run(build_trl(job, folder, flags), environment, folder.with_suffix(".log"), timeout)
@@ -235,7 +235,7 @@ def measure_trl(
 
 
 def read_trainer(side: str, job: Job, finished: Finished, folder: Path) -> Measured:
-    """Read what a command around transformers' `Trainer` has printed and left in `folder`."""
+    """Read the output and the checkpoints in `folder` of a command built on transformers' `Trainer`."""
     runtime = next(event["train_runtime"] for _, event in reversed(finished.events) if "train_runtime" in event)
     times = [when for when, event in finished.events if "loss" in event]
     return _measured(side, job, finished, folder, runtime, times)
@@ -260,14 +260,14 @@ def _measured(
 
 
 def read_state(checkpoints: Path) -> tuple[int, list[dict[str, float]]]:
-    """Return how many steps the last checkpoint has behind it, and the compared metrics of each."""
+    """Return the step of the last checkpoint and the compared metrics of each step."""
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"], _select([event for event in state["log_history"] if "loss" in event])
 
 
 def read_history(run_dir: Path) -> list[dict[str, float]]:
-    """Return the compared metrics of each step of a run of dpo_runner."""
+    """Return the compared metrics of each step of a dpo_runner run."""
     return _select([event for event in read_metrics(run_dir) if "loss" in event])
 
 
@@ -276,7 +276,7 @@ def _select(events: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 def write_trl_dataset(rows: str) -> None:
-    """Give `trl dpo` the rows as a folder, which is what `load_dataset` takes."""
+    """Write the rows as a folder for `trl dpo`, because `load_dataset` takes a folder."""
     folder = Path(rows).with_suffix("")
     folder.mkdir(exist_ok=True)
     (folder / "train.jsonl").write_bytes(Path(rows).read_bytes())

@@ -1,7 +1,7 @@
-"""Which settings a peer is fastest with: a greedy search on few pairs, every try kept in the record.
+"""Greedy search for a peer's fastest settings on few pairs, with every try in the record.
 
-First what the peer does (gradient checkpointing, the reference computed beforehand), with the default's rows at once;
-then other numbers of rows at once, with the best of these.
+First gradient checkpointing and the precomputed reference, at the default micro-batch size; then other micro-batch
+sizes with the best of these.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,20 +14,20 @@ from scripts.bench.peers.sides import BATCHES, Job, Measured, Variant, name_spli
 from scripts.bench.session import Bench
 
 _MEMORY = 0.7
-"""Of the machine's, at most: a try that takes it all would end more than itself."""
+"""Largest share of the machine's memory for a try: out of memory, other processes die too."""
 
 Run = Callable[[str, Job, Variant, Path], Measured]
 
 
 def tune(bench: Bench, name: str, job: Job, variants: Mapping[str, Variant], run: Run) -> None:
-    """Try a peer's settings once each, as far as the search goes.
+    """Try a peer's settings once each, in the order of the greedy search.
 
     Args:
-        bench: with the record that gets the tries.
-        name: of the shape.
-        job: on few pairs.
+        bench: its record stores the tries.
+        name: name of the shape.
+        job: a job on few pairs.
         variants: the peer's settings.
-        run: does the job with one of them, in a folder.
+        run: runs the job with one of the settings, in a folder.
     """
     tried = bench.record.part("tune", name)
 
@@ -56,11 +56,11 @@ def tune(bench: Bench, name: str, job: Job, variants: Mapping[str, Variant], run
 
 
 def best_variants(tried: Mapping[str, Any], among: Any) -> list[str]:
-    """Return which settings among some trained fastest and which ended soonest, which may be one; none where none ran.
+    """Return the settings with the fastest training and with the shortest total time, deduplicated.
 
     Args:
-        tried: runs by settings, or a dict of why there is none.
-        among: the settings that count.
+        tried: runs by settings, or a dict with the reason of a failure. The result is empty if none ran.
+        among: the settings to choose from.
     """
     ran = {variant: tried[variant][0] for variant in among if isinstance(tried.get(variant), list) and tried[variant]}
     keys = ("train_seconds", "total_seconds") if ran else ()
@@ -68,7 +68,7 @@ def best_variants(tried: Mapping[str, Any], among: Any) -> list[str]:
 
 
 def note_failure(bench: Bench, tried: dict[str, Any], variant: str, keys: tuple[str, ...], error: Exception) -> None:
-    """Keep why settings did not run, and say it."""
+    """Record and print why settings did not run."""
     tried[variant] = {"failed": str(error).splitlines()[-1]}
     bench.record.save()
     bench.say(f"{' / '.join(keys)} / {variant}: {tried[variant]['failed']}")

@@ -1,4 +1,4 @@
-"""The part of the report on how step time and memory grow."""
+"""The section of the report on the growth of step time and memory."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -11,7 +11,7 @@ _KINDS: dict[str, tuple[str, Sequence[float], tuple[str, ...]]] = {
     "share": ("prompt's share of 1024 tokens", SHARES, ("trl", "dpo_runner")),
     "rows": ("rows", ROW_COUNTS, ("dpo_runner",)),
 }
-"""What is varied, what it is called, over what by default, and who runs."""
+"""Title, default values and sides of each varied quantity."""
 
 
 def format_growth(data: Mapping[str, Any], not_measured: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What has been measured so far, kept in one JSON file so that an interrupted benchmark goes on."""
+"""Measurements so far in one JSON file, so that an interrupted benchmark can continue."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ Entry = dict[str, Any]
 
 
 class Record:
-    """A JSON file of measurements, written whole after each of them.
+    """A JSON file of measurements, rewritten after each of them.
 
     Args:
-        path: the file; made if it is not there.
-        settings: what everything in it was measured with.
-        machine: where.
+        path: the file; created if it does not exist.
+        settings: the settings of all measurements.
+        machine: the machine of all measurements.
 
     Raises:
         ConfigError: the file's measurements were made with other settings or on another machine.
@@ -42,14 +42,14 @@ class Record:
             self.data = kept
 
     def part(self, *keys: str) -> Entry:
-        """Return the dict under `keys`, made where it is not there."""
+        """Return the dict under `keys`, created if missing."""
         entry = self.data
         for key in keys:
             entry = entry.setdefault(key, {})
         return entry
 
     def measure(self, keys: tuple[str, ...], repeat: int, work: Callable[[], Entry]) -> Entry:
-        """Return the measurement number `repeat` under `keys`, made and kept where it is not there."""
+        """Return measurement `repeat` under `keys`; run `work` and save its result if missing."""
         entries: list[Entry] = self.part(*keys[:-1]).setdefault(keys[-1], [])
         if len(entries) <= repeat:
             assert len(entries) == repeat, keys

@@ -1,4 +1,4 @@
-"""The report on training, made of nothing but the record."""
+"""The Markdown report on training, built from the record alone."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ TARGETS = {
     "sweep of 9 points": {"hh": 11.0, "bundled": 7.0, "demo": 5.5},
     "share of the matmul peak": {"hh": 0.35, "bundled": 0.35, "demo": 0.35, "demo_fit": 0.35},
 }
-"""By measure and shape: how many times better than the best peer, and of the matmul peak the share itself."""
+"""Targets by measure and shape: the factor over the best peer; for the matmul peak, the share."""
 _NOT_RUN = (
     "Others were looked at and not run: OpenRLHF 0.11.2 requires flash-attn, which is for GPUs; the DPO trainers of "
     "axolotl 0.19.0 (trl==1.9.0), ms-swift 4.6.0 (trl<1.0) and Unsloth 2026.10.9 (trl<=1.15.0) are TRL's with changes "
@@ -63,19 +63,19 @@ def build_report(data: Mapping[str, Any]) -> str:
 
 
 def rate(entry: Mapping[str, Any]) -> float:
-    """Return pairs a second of the training loop."""
+    """Return pairs per second of the training loop."""
     return float(entry["pairs"] / entry["train_seconds"])
 
 
 def peers_of(data: Mapping[str, Any], name: str) -> Runs:
-    """Return the runs of all sides that did dpo_runner's job."""
+    """Return the runs of all peers that did the same job as dpo_runner."""
     refused = data.get("refused", {}).get(name, {})
     runs = data.get("runs", {}).get(name, {})
     return {side: entries for side, entries in runs.items() if side not in (*_OURS, *refused) and entries}
 
 
 def compare(data: Mapping[str, Any], name: str, ours: str, key: str) -> tuple[str, list[float]] | None:
-    """Return the best peer by a measure of which less is better, and how many times dpo_runner beats it, run by run."""
+    """Return the best peer by a lower-is-better measure, and its ratio to dpo_runner run by run."""
     peers, mine = peers_of(data, name), data.get("runs", {}).get(name, {}).get(ours)
     if not peers or not mine:
         return None
@@ -84,7 +84,7 @@ def compare(data: Mapping[str, Any], name: str, ours: str, key: str) -> tuple[st
 
 
 def spread(values: Iterable[float], pattern: str = "{:.2f}") -> str:
-    """Return the median, and the smallest and largest of several values."""
+    """Return the median and, for several values, the smallest and largest."""
     values = list(values)
     text = pattern.format(median(values))
     return text if len(values) == 1 else f"{text} ({pattern.format(min(values))}–{pattern.format(max(values))})"
@@ -181,7 +181,7 @@ def _format_tuning(data: Mapping[str, Any]) -> list[str]:
 
 
 def _best_sweep(data: Mapping[str, Any], name: str) -> tuple[str, list[float]] | None:
-    """Return the settings of the nine commands that were done soonest, and how many times as long they took."""
+    """Return the settings of the fastest nine commands, and the ratio of their time to the sweep's."""
     return min(_sweep_ratios(data, name), key=lambda found: found[1], default=None)
 
 
