@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-demo check format bench bench-data bench-memory clean
+.PHONY: help setup demo test test-slow test-demo check format bench bench-data bench-memory torture clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -33,10 +33,10 @@ test-demo: setup  ## run the default run in full and check what it promises
 	$(BIN)/python -m pytest -m demo
 
 torture: setup  ## kill and signal runs, feed them nonsense, make hundreds of them (an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py
-	$(BIN)/python scripts/torture_configs.py
-	$(BIN)/python scripts/torture_rows.py
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.torture.kills
+	$(BIN)/python -m scripts.torture.configs
+	$(BIN)/python -m scripts.torture.rows
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.torture.soak
 
 check: setup  ## lint, format, types, imports, the house test and the docs test
 	$(BIN)/ruff check .
@@ -51,13 +51,13 @@ format: setup  ## format the code
 	$(BIN)/ruff format .
 
 bench: setup  ## measure training beside `trl dpo` and LLaMA-Factory, on an idle machine (four hours, 18 GB of memory, 12 GB of disk)
-	$(BIN)/python scripts/bench_training.py --install-peers
+	$(BIN)/python -m scripts.bench.training --install-peers
 
 bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)
-	$(BIN)/python scripts/bench_data.py
+	$(BIN)/python -m scripts.bench.data
 
 bench-memory: setup  ## measure the memory of training, and how near its estimate is (10 minutes, 13 GB of memory)
-	$(BIN)/python scripts/bench_memory.py
+	$(BIN)/python -m scripts.bench.memory
 
 clean:  ## remove .venv and caches (outputs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

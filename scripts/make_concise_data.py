@@ -1,13 +1,12 @@
-"""Write the bundled `concise` preference data: short complete answers preferred to long ones.
+"""Write the bundled `concise` preference data: short complete answers preferred over long ones.
 
     python scripts/make_concise_data.py            # about 25 minutes on 2 cores
 
-Plain questions of this project's own are answered several times each by the default model itself
-(seeded sampling): some answers to the question as it stands, some to the question with a wish for
-brevity behind it, which the pair then leaves out. The shortest complete answer becomes `chosen`, a
-clearly longer one, cut to whole sentences, `rejected`, so training moves the brevity into the model,
-an effect that can be seen with the naked eye. The questions of the evaluation split are about
-subjects that the training split never mentions.
+The default model answers each of this project's questions several times (seeded sampling): some
+answers to the plain question, some to the question followed by a request for brevity, which the pair
+leaves out. The shortest complete answer becomes `chosen`; a clearly longer one, cut to whole
+sentences, becomes `rejected`. Training moves the brevity into the model, an effect visible in its
+answers. The evaluation split asks about subjects that the training split never mentions.
 """
 
 import argparse
@@ -88,7 +87,7 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer: its text, its length in tokens, and whether the model ended it itself."""
+    """A sampled answer: its text, its length in tokens, and whether it ended with an EOS token."""
 
     text: str
     tokens: int
@@ -110,7 +109,7 @@ def build_questions(rng: random.Random) -> dict[str, list[str]]:
 
 
 def sample_answers(rows: list[str], max_new_tokens: int, args: argparse.Namespace) -> list[Answer]:
-    """Sample one answer to each row of `rows` from the default model, batch after batch."""
+    """Sample one answer to each row from the default model, in batches."""
     folder = load_default_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -142,7 +141,7 @@ def sample_answers(rows: list[str], max_new_tokens: int, args: argparse.Namespac
 
 
 def is_good_short_answer(question: str, answer: Answer) -> bool:
-    """Whether an answer may be `chosen`: ended by the model, whole sentences on one line, on the subject."""
+    """Return whether an answer may be `chosen`: complete, whole sentences on one line, on the subject."""
     words = {word.strip(".,?!").lower() for word in question.split() if len(word) > 3}
     return (
         answer.complete
@@ -155,7 +154,7 @@ def is_good_short_answer(question: str, answer: Answer) -> bool:
 
 
 def trim_to_sentences(text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the longest beginning of `text` that ends with a sentence and has at most `max_tokens` tokens."""
+    """Return the longest prefix of `text` that ends with a sentence and has at most `max_tokens` tokens."""
     trimmed = ""
     for end in re.finditer(r"[.!?](?=\s|$)", text):
         beginning = text[: end.end()]
@@ -172,7 +171,7 @@ def build_pair(
     tokenizer: PreTrainedTokenizerBase,
     args: argparse.Namespace,
 ) -> dict[str, str] | None:
-    """Pair the shortest good answer with a clearly longer one, in whole sentences too, or return None."""
+    """Pair the shortest good answer with a clearly longer one in whole sentences, or return None."""
     good = [answer for answer in brief + plain if is_good_short_answer(question, answer)]
     if not good:
         return None

@@ -1,10 +1,10 @@
-"""Train a small SFT LoRA adapter, to start DPO from.
+"""Train a small SFT LoRA adapter as a starting point for DPO.
 
     python scripts/train_sft_adapter.py --output-dir outputs/sft
     python -m dpo_runner model.adapter=outputs/sft
 
-Supervised fine-tuning on the chosen answers of preference data, with TRL's SFTTrainer. By default on
-the default model and the bundled pairs; a dozen steps are enough to move it visibly.
+Runs supervised fine-tuning on the chosen answers of preference data with TRL's SFTTrainer, by default
+on the default model and the bundled pairs. A dozen steps change the model visibly.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""What `scripts/bench_training.py` and `scripts/bench_gpu.py` share: rows, commands, measured runs, tables."""
+"""Benchmarks of training, GPU training, data preparation and memory, and the modules that they share."""

@@ -1,7 +1,6 @@
-"""The parts of the benchmark: each measures what the record lacks, one run after another."""
+"""The parts of the training benchmark; each runs the measurements that the record lacks, one by one."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +10,11 @@ from typing import Any
 
 import yaml
 
-from bench.llamafactory import PEER, PEER_VARIANTS, find_peer, measure_peer
-from bench.process import CommandFailed, run
-from bench.record import Record
-from bench.same_job import DifferentJobs, check_same_job
-from bench.session import Bench
-from bench.shapes import Rows
-from bench.sides import (
+from scripts.bench.inputs.shapes import Rows
+from scripts.bench.measuring.process import CommandFailed, run
+from scripts.bench.peers.llamafactory import PEER, PEER_VARIANTS, find_peer, measure_peer
+from scripts.bench.peers.same_job import DifferentJobs, check_same_job
+from scripts.bench.peers.sides import (
     TRL_VARIANTS,
     Job,
     Measured,
@@ -29,19 +26,21 @@ from bench.sides import (
     read_history,
     vary,
 )
-from bench.tuning import Run, best_variants, tune
+from scripts.bench.peers.tuning import Run, best_variants, tune
+from scripts.bench.report.record import Record
+from scripts.bench.session import Bench
 
 BETAS, RATES = (0.05, 0.1, 0.2), (5e-5, 1.5e-4, 5e-4)
 COLD, WARM = "dpo_runner, cold store", "dpo_runner, warm store"
 OF_PEER = ("demo_fit",)
-"""Shapes for LLaMA-Factory alone: it cuts long rows in another way than TRL, so these have none to cut."""
+"""Shapes for LLaMA-Factory alone: it truncates long rows differently from TRL, so these contain none."""
 LENGTHS, SHARES, ROW_COUNTS = (256, 512, 1024, 2048, 4096), (0.1, 0.5, 0.9), (1000, 10_000, 100_000, 1_000_000)
-"""Over what growth is measured: tokens of a row, the prompt's share of them, rows of a file."""
+"""Axes of the growth measurements: tokens per row, the prompt's share of them, rows per file."""
 NOT_INSTALLED = "not installed"
 
 
 def tune_peers(bench: Bench, name: str, rows: Rows) -> None:
-    """Find the best settings of each peer on few pairs; where it is not installed, there are none of LLaMA-Factory."""
+    """Find the best settings of each peer on few pairs; skip LLaMA-Factory if it is not installed."""
     job = bench.job_of(rows)
     if name not in OF_PEER:
         tune(bench, name, job, TRL_VARIANTS, partial(_trl, bench))
@@ -50,13 +49,16 @@ def tune_peers(bench: Bench, name: str, rows: Rows) -> None:
 
 
 def choose_variants(tried: Mapping[str, Any], variants: Iterable[str]) -> list[str]:
-    """Return the settings of a peer that are measured: its default, the fastest training, the soonest end."""
+    """Return the settings of a peer to measure: default, fastest training, shortest total time."""
     variants = list(variants)
     return list(dict.fromkeys([variants[0], *best_variants(tried, variants)]))
 
 
 def compare_runs(bench: Bench, name: str, rows: Rows, repeats: int) -> None:
-    """Run all sides in turn, `repeats` times: the peers by default and at their best, dpo_runner cold and warm."""
+    """Run all sides in turn, `repeats` times.
+
+    Peers run with default and best settings, dpo_runner with a cold and a warm reference store.
+    """
     job = bench.job_of(rows)
     tried, refused = bench.record.part("tune", name), bench.record.part("refused", name)
     theirs: dict[str, tuple[Variant, Run]] = {}
@@ -89,16 +91,19 @@ def compare_runs(bench: Bench, name: str, rows: Rows, repeats: int) -> None:
 
 
 def _is_slower(tried: Mapping[str, Any]) -> bool:
-    """Whether LLaMA-Factory has better settings than its default, which then runs once, for the memory it takes."""
+    """Return whether LLaMA-Factory has better settings than its default.
+
+    The default then runs only once, for its memory.
+    """
     return PEER not in best_variants(tried, PEER_VARIANTS)
 
 
 def check_jobs(record: Record, name: str) -> None:
-    """Refuse each side of a shape whose job is not dpo_runner's, and note how near the others are."""
+    """Refuse each side of a shape whose job differs from dpo_runner's; record how close the others are."""
     runs, refused, same = record.part("runs", name), record.part("refused", name), record.part("same_job", name)
     mine = runs[WARM][0]
     for side, entries in list(runs.items()):
-        if not entries:  # it failed
+        if not entries:  # the side failed
             continue
         try:
             same[side] = [check_same_job(mine, entry) for entry in entries][-1]
@@ -110,7 +115,7 @@ def check_jobs(record: Record, name: str) -> None:
 
 
 def sweep(bench: Bench, name: str, rows: Rows) -> None:
-    """Run nine points as one sweep, and as nine commands of `trl dpo` with each of its best settings."""
+    """Run nine points as one sweep and as nine `trl dpo` commands, with each of its best settings."""
     job = bench.job_of(rows)
     entries = bench.record.part("sweep", name)
     points = [(beta, rate) for beta in BETAS for rate in RATES]
@@ -132,7 +137,9 @@ def sweep(bench: Bench, name: str, rows: Rows) -> None:
         bench.record.save()
         bench.say(f"sweep / {name} / dpo_runner: {finished.seconds:.1f} s")
     tried = bench.record.part("tune", name)
-    for variant in reversed(best_variants(tried, TRL_VARIANTS) or ["trl precompute", "trl"]):  # the soonest end first
+    for variant in reversed(
+        best_variants(tried, TRL_VARIANTS) or ["trl precompute", "trl"]
+    ):  # shortest total time first
         for number, (beta, rate) in enumerate(points):
             settings = TRL_VARIANTS[variant]
             point = settings.split(vary(job, beta=beta, learning_rate=rate))
@@ -150,7 +157,7 @@ def _point(run_dir: Path) -> tuple[float, float]:
 
 
 def grow(bench: Bench, kind: str, cases: Sequence[tuple[str, Rows]]) -> None:
-    """Measure two steps of one pair on both sides for each case; the second step counts."""
+    """Measure two steps of one pair on both sides for each case; only the second step counts."""
     for label, rows in cases:
         job = vary(bench.job_of(rows), batch=1, accumulation=1, max_steps=2)
         for side, work in (
@@ -159,14 +166,14 @@ def grow(bench: Bench, kind: str, cases: Sequence[tuple[str, Rows]]) -> None:
         ):
             try:
                 bench.measure((f"growth_{kind}", label, side), 0, work)
-            except CommandFailed as error:  # too little memory for the longest rows, say
+            except CommandFailed as error:  # for instance out of memory on the longest rows
                 bench.say(f"growth_{kind} / {label} / {side}: {error}")
 
 
 def grow_rows(bench: Bench, cases: Mapping[int, Path]) -> None:
-    """Measure a few steps of dpo_runner on files of many rows, prepared anew.
+    """Measure a few steps of dpo_runner on files of many rows, with an empty cache.
 
-    Without the reference store, which would first score all of them.
+    The reference store is off: it would score all rows first.
     """
     for count, path in cases.items():
         job = vary(bench.job, rows=str(path), pairs=count, max_length=512, accumulation=1, max_steps=4)
@@ -179,16 +186,16 @@ def grow_rows(bench: Bench, cases: Mapping[int, Path]) -> None:
 
 
 def profile(bench: Bench, name: str, rows: Rows) -> None:
-    """Take the profile of dpo_runner's training, the reference store warm, in a process of its own."""
+    """Profile dpo_runner's training with a warm reference store, in a separate process."""
     entries = bench.record.part("profile")
     if name in entries:
         return
     job, folder = bench.job_of(rows), bench.work / "runs" / f"profile-{name}"
     environment = bench.environment(bench.work / f"cache-profile-{name}")
-    environment["PYTHONPATH"] = os.pathsep.join([str(bench.root / "scripts"), environment["PYTHONPATH"]])
     for path in (folder, folder.with_suffix(".json")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.profiling", str(folder.with_suffix(".json")), *build_ours(job, folder)[3:]]
+    command = [sys.executable, "-m", "scripts.bench.measuring.profiling", str(folder.with_suffix(".json"))]
+    command += build_ours(job, folder)[3:]
     run(command, environment, folder.with_suffix(".log"))
     entries[name] = {"pairs": rows.pairs, **json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))}
     bench.record.save()
@@ -212,10 +219,10 @@ def _ours(side: str, job: Job, environment: Mapping[str, str], further: Sequence
 
 
 def check_store(side: str, log: str) -> None:
-    """Make sure that a cold store was empty, and that a warm one had all.
+    """Check that a cold store was empty and that a warm store had all pairs.
 
     Raises:
-        CommandFailed: it was not so.
+        CommandFailed: the store had other contents.
     """
     if side == COLD and "the store has 0 already" not in log:
         raise CommandFailed(f"{side}: the reference store was not empty")

@@ -1,29 +1,29 @@
-"""What all parts of the benchmark work with: record, folders, the job, and how one measurement is kept."""
+"""The state shared by all parts of the training benchmark: record, folders, job and threads."""
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import describe_load
-from bench.process import build_environment
-from bench.record import Entry, Record
-from bench.shapes import Rows
-from bench.sides import Job, Measured, vary, write_trl_dataset
+from scripts.bench.inputs.shapes import Rows
+from scripts.bench.measuring.machine import describe_load
+from scripts.bench.measuring.process import build_environment
+from scripts.bench.peers.sides import Job, Measured, vary, write_trl_dataset
+from scripts.bench.report.record import Entry, Record
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts work with.
+    """State shared by all parts of the training benchmark.
 
     Attributes:
-        record: what is measured already.
+        record: the measurements so far.
         work: folder for run directories, caches and logs.
         peers: folder of the peers' environments.
         root: the checkout.
-        job: what every side trains; `rows`, `pairs` and `max_length` are set for each shape.
-        threads: for every side.
-        say: shows a line to a person.
+        job: the job of every side; `rows`, `pairs` and `max_length` are set for each shape.
+        threads: CPU threads of every side.
+        say: prints a line for the user.
     """
 
     record: Record
@@ -42,7 +42,7 @@ class Bench:
         return vary(self.job, rows=rows.path, pairs=rows.pairs, max_length=rows.max_length)
 
     def measure(self, keys: tuple[str, ...], repeat: int, work: Callable[[Path], Measured]) -> Entry:
-        """Measure once, in a run directory of its own, unless the record has it; say what came out."""
+        """Measure once in a fresh run directory, unless the record has the result; print the result."""
 
         def once() -> Entry:
             folder = self.work / "runs" / "-".join([*keys, str(repeat)]).replace(" ", "_").replace(",", "")

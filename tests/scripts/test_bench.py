@@ -11,28 +11,28 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-import bench_gpu
 import pytest
 import torch
-from bench.exactness import Results, compare_attention, measure_distance, read_results
-from bench.flops import ModelShape, read_shape
-from bench.llamafactory import PEER, PEER_VARIANTS, build_config
-from bench.parts import COLD, WARM, check_jobs, check_store, choose_variants
-from bench.process import CommandFailed, aside_within, build_environment, read_event, run
-from bench.profiling import GROUPS, add_up
-from bench.random_models import SIZES, write_random_model
-from bench.record import Record
-from bench.same_job import DifferentJobs, check_same_job
-from bench.session import Bench
-from bench.shapes import HH_TOKENS, Rows, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
-from bench.sides import TRL_VARIANTS, Job, Measured, Variant, build_our_sweep, build_ours, build_trl
-from bench.table import NOT_MEASURED, build_report, compare
-from bench.tuning import best_variants, tune
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.status import is_process_alive
 from dpo_runner.training.build import build_dpo_config
+from scripts.bench import gpu
+from scripts.bench.inputs.random_models import SIZES, write_random_model
+from scripts.bench.inputs.shapes import HH_TOKENS, Rows, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
+from scripts.bench.measuring.flops import ModelShape, read_shape
+from scripts.bench.measuring.process import CommandFailed, aside_within, build_environment, read_event, run
+from scripts.bench.measuring.profiling import GROUPS, add_up
+from scripts.bench.parts import COLD, WARM, check_jobs, check_store, choose_variants
+from scripts.bench.peers.exactness import Results, compare_attention, measure_distance, read_results
+from scripts.bench.peers.llamafactory import PEER, PEER_VARIANTS, build_config
+from scripts.bench.peers.same_job import DifferentJobs, check_same_job
+from scripts.bench.peers.sides import TRL_VARIANTS, Job, Measured, Variant, build_our_sweep, build_ours, build_trl
+from scripts.bench.peers.tuning import best_variants, tune
+from scripts.bench.report.record import Record
+from scripts.bench.report.table import NOT_MEASURED, build_report, compare
+from scripts.bench.session import Bench
 from tests.support.sweeps import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -354,18 +354,18 @@ def test_a_side_that_fails_on_a_gpu_loses_nothing_of_the_others(
     made["mean_flops"] = 1e9
     out = tmp_path / "gpu.md"
 
-    def run_side(args: object, side: str, job: Job, name: str, deadline: bench_gpu.Deadline) -> Measured:
+    def run_side(args: object, side: str, job: Job, name: str, deadline: gpu.Deadline) -> Measured:
         if side == "trl":
             raise CommandFailed("exit code 1; log ends with:\nCUDA | out of memory")
-        assert (side == bench_gpu.SIDES[1]) or bench_gpu.SIDES[1] in out.read_text()
+        assert (side == gpu.SIDES[1]) or gpu.SIDES[1] in out.read_text()
         return Measured(**{key: value for key, value in make_run(side, 4).items() if key != "load_before"})
 
-    monkeypatch.setattr(bench_gpu, "aside_within", lambda timeout, work, *args: made[work.__name__])
-    monkeypatch.setattr(bench_gpu, "run_side", run_side)
+    monkeypatch.setattr(gpu, "aside_within", lambda timeout, work, *args: made[work.__name__])
+    monkeypatch.setattr(gpu, "run_side", run_side)
     monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", f"--work={tmp_path}", f"--out={out}"])
-    args, report = bench_gpu.parse_arguments(), bench_gpu.Report(out, None)
-    bench_gpu.measure_size(args, report, "tiny", bench_gpu.Deadline(60))
-    bench_gpu.measure_size(args, report, "tiny, nf4", bench_gpu.Deadline(0))
+    args, report = gpu.parse_arguments(), gpu.Report(out, None)
+    gpu.measure_size(args, report, "tiny", gpu.Deadline(60))
+    gpu.measure_size(args, report, "tiny, nf4", gpu.Deadline(0))
     table = out.read_text().partition("|---")[2].splitlines()[1:]
     assert table[0] == "| tiny | trl: not measured, CUDA / out of memory |  |  |  |  |  |"
     assert table[1] == "| tiny | dpo_runner, cold store #1 | 4.00 | 8.0 | 3.0 | 4.00 | 0.4% |"
@@ -417,7 +417,7 @@ def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path: Path) -> Non
     for name in ("bash", "dirname", "env"):
         found = subprocess.run(["which", name], capture_output=True, text=True, check=True).stdout.strip()
         (tools / name).symlink_to(found)
-    command = [str(ROOT / "scripts" / "bench_gpu.sh")]
+    command = [str(ROOT / "scripts" / "bench" / "gpu.sh")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": str(tools)})
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.count("\n") == 1
     assert "no GPU" in result.stderr

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts import ROOT
+from scripts import make_concise_data as concise
 from tests.support.programs import run_python
-from tests.support.scripts import SCRIPTS, load_script
+
+SCRIPTS = ROOT / "scripts"
 
 
 def test_train_sft_adapter_makes_an_adapter_that_a_run_starts_from(tiny_model, tiny_run, pairs, tmp_path: Path) -> None:
@@ -25,27 +28,31 @@ def test_train_sft_adapter_makes_an_adapter_that_a_run_starts_from(tiny_model, t
 
 
 def test_concise_questions_are_seeded_and_split_by_subject() -> None:
-    script = load_script("make_concise_data")
-    splits = script.build_questions(random.Random(0))
-    assert splits == script.build_questions(random.Random(0))
+    splits = concise.build_questions(random.Random(0))
+    assert splits == concise.build_questions(random.Random(0))
     assert not set(splits["train"]) & set(splits["eval"])
-    bundled = [json.loads(line) for line in (script.OUTPUT_DIR / "train.jsonl").read_text().splitlines()]
+    bundled = [json.loads(line) for line in (concise.OUTPUT_DIR / "train.jsonl").read_text().splitlines()]
     assert {row["prompt"] for row in bundled} <= set(splits["train"])
 
 
 def test_concise_pairs_prefer_the_shortest_complete_answer(tokenizer) -> None:
-    script = load_script("make_concise_data")
-    brief = [script.Answer("Clocks tell people the time of day.", 9, True), script.Answer("Clocks", 3, True)]
+    brief = [concise.Answer("Clocks tell people the time of day.", 9, True), concise.Answer("Clocks", 3, True)]
     long_text = "Clocks are old. " * 10 + "And they"
-    plain = [script.Answer(long_text, 60, False), script.Answer("Clocks show time to people, always.", 10, True)]
+    plain = [concise.Answer(long_text, 60, False), concise.Answer("Clocks show time to people, always.", 10, True)]
     args = type("Args", (), {"min_ratio": 1.5, "max_rejected_tokens": 40})
-    pair = script.build_pair("What are clocks for?", brief, plain, tokenizer, args)
+    pair = concise.build_pair("What are clocks for?", brief, plain, tokenizer, args)
     assert pair["chosen"] == "Clocks tell people the time of day."
     assert pair["rejected"].endswith("old.") and len(tokenizer(pair["rejected"])["input_ids"]) <= 40
-    assert script.build_pair("What are clocks for?", brief, plain[1:], tokenizer, args) is None
+    assert concise.build_pair("What are clocks for?", brief, plain[1:], tokenizer, args) is None
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
-def test_every_script_explains_itself(script: str) -> None:
-    result = run_python(str(SCRIPTS / script), "--help")
-    assert result.returncode == 0 and f"python scripts/{script}" in result.stdout
+def list_commands() -> list[str]:
+    """Return the arguments of `python` for each script: a file of scripts/, or a module of its packages."""
+    paths = [path.relative_to(ROOT) for path in SCRIPTS.rglob("*.py") if "ArgumentParser(" in path.read_text()]
+    return sorted(str(path) if len(path.parts) == 2 else f"-m {'.'.join(path.with_suffix('').parts)}" for path in paths)
+
+
+@pytest.mark.parametrize("command", list_commands())
+def test_every_script_explains_itself(command: str) -> None:
+    result = run_python(*command.split(), "--help", cwd=ROOT)
+    assert result.returncode == 0 and f"python {command}" in result.stdout

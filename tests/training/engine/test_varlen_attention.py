@@ -1,6 +1,6 @@
 """The variable-length kernel's arguments: with a stand-in as documented, results are right.
 
-The kernel itself runs on GPUs only; `scripts/bench_gpu.py` compares it there.
+The kernel itself runs on GPUs only; `scripts/bench/gpu.py` compares it there.
 """
 
 from typing import Any

@@ -22,9 +22,9 @@ from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.memory import estimate
 from dpo_runner.training.memory.estimate import MemoryEstimate, estimate_memory
 from dpo_runner.training.memory.fake_model import build_fake_models
+from scripts.bench import memory
 from tests.support.families import make_family
 from tests.support.programs import run_python
-from tests.support.scripts import load_script
 from tests.support.starts import STARTS, name_paths
 from tests.support.trainers import build
 
@@ -197,7 +197,6 @@ def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
 @pytest.mark.real_model
 def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
-    bench_memory = load_script("bench_memory")
-    measured = bench_memory.run_child(overrides)
-    estimate = bench_memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
+    measured = memory.run_child(overrides)
+    estimate = memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
     assert estimate.total == pytest.approx(measured["measured"], rel=0.15)

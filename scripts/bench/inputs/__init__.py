@@ -1,0 +1,1 @@
+"""Inputs of the benchmarks: preference rows and models with random weights."""

@@ -1,0 +1,1 @@
+"""Measurements of processes, GPU memory, floating-point operations and profiles."""

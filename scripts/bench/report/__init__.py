@@ -1,0 +1,1 @@
+"""The record of measurements and the Markdown report built from it."""

@@ -1,1 +1,0 @@
-"""What the fuzzers are made of."""
