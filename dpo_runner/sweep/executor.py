@@ -28,6 +28,7 @@ from dpo_runner.sweep.directory import DONE
 from dpo_runner.training.memory.device import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
+    from dpo_runner.model.policy import LoadBase
     from dpo_runner.sweep.base_pool import BasePool
 
 
@@ -52,10 +53,7 @@ def perform(
     place = {} if log is None else {"log": str(log)}
     before = read_status(path)
     try:
-        if bases is None or not conf.engine.keep_base_model:
-            run(conf, overrides, callbacks=_build_callbacks(conf, path))
-        else:
-            run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=bases.load)
+        run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=choose_loader(conf, bases))
     except RunPruned as error:
         return {"state": "pruned", "error": str(error)}
     except (RunInterrupted, KeyboardInterrupt) as error:
@@ -77,6 +75,17 @@ def perform(
         of_memory = is_out_of_memory(error)
         return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}
     return {"state": "finished"}
+
+
+def choose_loader(conf: RunConf, bases: "BasePool | None") -> "LoadBase":
+    """Return what loads the base model of a job: the pool, if `engine.keep_base_model` allows it."""
+    from dpo_runner.model.policy import load_fresh
+
+    if bases is not None and conf.engine.keep_base_model:
+        return bases.load
+    if bases is not None:
+        bases.clear()
+    return load_fresh
 
 
 def _build_callbacks(conf: RunConf, path: Path) -> Sequence[Any]:

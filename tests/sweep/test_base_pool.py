@@ -18,6 +18,7 @@ from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_fresh, load_policy
 from dpo_runner.sweep import base_pool as module
 from dpo_runner.sweep.base_pool import BasePool, Snapshot, why_not_kept
+from dpo_runner.sweep.executor import choose_loader
 from dpo_runner.training.answers import generate_answers
 from dpo_runner.training.build import build_dpo_config, build_trainer
 from dpo_runner.training.callbacks.movement import MovementCheck
@@ -275,7 +276,6 @@ def test_a_constant_of_the_quantization_that_has_changed_is_noticed(tiny_run: li
         ["model.dtype=bfloat16"],
         ["model.attn_implementation=eager"],
         ["model.trust_remote_code=true"],
-        ["engine.keep_base_model=false"],
         ["lora=none"],
     ],
     ids="+".join,
@@ -287,6 +287,15 @@ def test_another_base_takes_the_place_of_the_one_before(
     for overrides in ([], [], changes, []):
         bases.load(Blueprint.of_run(load_conf([*tiny_run, *overrides])), print)
     assert loads == [0, 0, 0], "of two models one would be in memory for nothing"
+
+
+def test_a_job_that_keeps_no_base_frees_the_one_before(tiny_run: list[str], loads: list[int]) -> None:
+    bases = BasePool()
+    assert choose_loader(load_conf(tiny_run), bases) == bases.load
+    bases.load(Blueprint.of_run(load_conf(tiny_run)), print)
+    assert choose_loader(load_conf([*tiny_run, "engine.keep_base_model=false"]), bases) is load_fresh
+    bases.load(Blueprint.of_run(load_conf(tiny_run)), print)
+    assert loads == [0, 0], "the kept base was freed, and loaded again"
 
 
 def test_files_that_have_changed_are_read_again(
