@@ -38,12 +38,13 @@ torture: setup  ## kill and signal runs, feed them nonsense, make hundreds of th
 	$(BIN)/python -m scripts.torture.rows
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.torture.soak
 
-check: setup  ## lint, format, types, and the docs test
+check: setup  ## lint, format, types, imports, the house test and the docs test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python scripts/make_training_fields.py --check
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_house.py tests/test_docs.py
 
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .

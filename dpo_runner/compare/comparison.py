@@ -2,12 +2,12 @@
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from dpo_runner.config.metrics import MINIMIZE, direction_of
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.differences import find_differing, find_ignored, look_up
 from dpo_runner.records.runs import RunRecord
@@ -16,11 +16,6 @@ DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
 MARGIN = "eval_rewards/margins"
 DISTANCES = ("evaluation/kl_per_answer", "drift")
 """How far a run has moved from its reference: measured, or else the shift of the chosen answers (nats per answer)."""
-
-_LESS_IS_BETTER = re.compile(r"(^|[/_])(loss|perplexity|kl|kl_per_answer|kl_per_token|drift|runtime|memory_gb)$")
-_MORE_IS_BETTER = re.compile(
-    r"(^|[/_])(accuracies|accuracy|margins?|win_rate|rewards/chosen|logps/chosen|chosen_shift|pairs_per_second)$"
-)
 
 
 @dataclass(frozen=True)
@@ -145,9 +140,9 @@ def choose_objective(metric: str, minimize: bool | None, runs: Sequence[RunRecor
         near = get_close_matches(metric, sorted(known), 1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(known))}"
         raise ConfigError(f"--objective {metric}: no run has it; {hint}")
-    if minimize is None and not _LESS_IS_BETTER.search(metric) and not _MORE_IS_BETTER.search(metric):
+    if minimize is None and (direction := direction_of(metric)) is None:
         raise ConfigError(f"--objective {metric}: add --minimize or --maximize; which is better is not known")
-    return Objective(metric, bool(_LESS_IS_BETTER.search(metric)) if minimize is None else minimize)
+    return Objective(metric, direction == MINIMIZE if minimize is None else minimize)
 
 
 def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool = False) -> Comparison:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.compare.comparison import DEFAULT_OBJECTIVE, MARGIN, Comparison, Row, choose_objective, compare_runs
-from dpo_runner.compare.table import LABELS
+from dpo_runner.config.metrics import column_of
 from dpo_runner.config.schema import shorten_keys
 from dpo_runner.io.console import visible
 from dpo_runner.io.files import write_text
@@ -66,7 +66,7 @@ def build_page(comparison: Comparison) -> str:
         title=_name(runs),
         objective=comparison.objective.metric,
         direction="less" if comparison.objective.minimize else "more",
-        distance=LABELS.get(comparison.distance, comparison.distance),
+        distance=column_of(comparison.distance),
         counts=counts if runs else [],
         notes=[*comparison.notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)],
         payload=Markup(_embed(_build_payload(comparison))),
@@ -114,7 +114,7 @@ def _build_payload(comparison: Comparison) -> dict[str, Any]:
         "margin": MARGIN,
         "distance": comparison.distance,
         "settings": [{"key": key, "label": short[key]} for key in settings],
-        "metrics": [{"key": name, "label": LABELS.get(name, name)} for name in metrics],
+        "metrics": [{"key": name, "label": column_of(name)} for name in metrics],
         "columns": len(comparison.metrics),
         "runs": [
             {

@@ -13,18 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_runner.compare.comparison import MARGIN, Comparison, Estimate, Row
+from dpo_runner.config.metrics import column_of
 from dpo_runner.config.schema import shorten_keys
 from dpo_runner.io.console import visible
 
 BEST, ON_FRONT = "★", "◆"
-LABELS = {
-    "eval_loss": "eval loss",
-    "eval_rewards/accuracies": "accuracy",
-    "eval_rewards/margins": "margin",
-    "evaluation/kl_per_answer": "KL",
-    "response_tokens": "tokens",
-}
-"""What a column is called, where not by the metric's own name."""
 _NO_LIMIT = 10_000
 _FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
 """How a formula begins in Excel, LibreOffice and Google Sheets; a number with its sign is none."""
@@ -110,7 +103,7 @@ def _build_table(comparison: Comparison, settings: list[str]) -> Table:
 
 
 def _label(metric: str) -> str:
-    return LABELS.get(metric, metric)
+    return column_of(metric)
 
 
 def _text(text: str) -> Text:

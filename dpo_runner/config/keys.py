@@ -2,13 +2,59 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from dpo_runner.config.rules.training import LOSSES_WITH_LABEL_SMOOTHING
 from dpo_runner.config.sections.run import RunFields
 
-OUTSIDE = ("sweep", "wandb", "run_name", "run_dir", "resume", "dry_run", "judge")
-"""Keys of what a run is called, where it goes and how it is executed or looked at: never of what it computes."""
+
+class Effect(Enum):
+    """What a configuration key affects."""
+
+    COMPUTES = "what a run computes: it identifies a point of a sweep, and stays as it is on resume"
+    RECORDS = "what is recorded or how fast: it identifies a point of a sweep, and may change on resume"
+    PLACES = "names, places and execution: it identifies nothing, may change on resume, and is not compared"
+
+
+EFFECTS = {
+    "sweep": Effect.PLACES,
+    "wandb": Effect.PLACES,
+    "run_name": Effect.PLACES,
+    "run_dir": Effect.PLACES,
+    "resume": Effect.PLACES,
+    "dry_run": Effect.PLACES,
+    "judge": Effect.PLACES,
+    "hydra": Effect.PLACES,
+    "training.output_dir": Effect.PLACES,
+    "training.logging_dir": Effect.PLACES,
+    "samples": Effect.RECORDS,
+    "checks.on_out_of_memory": Effect.RECORDS,  # which a run that has run out of memory is advised to set
+    "training.save_strategy": Effect.RECORDS,
+    "training.save_steps": Effect.RECORDS,
+    "training.save_total_limit": Effect.RECORDS,
+    "training.logging_strategy": Effect.RECORDS,
+    "training.logging_steps": Effect.RECORDS,
+    "training.logging_first_step": Effect.RECORDS,
+    "training.log_level": Effect.RECORDS,
+    "training.disable_tqdm": Effect.RECORDS,
+    "training.dataloader_num_workers": Effect.RECORDS,
+    "training.dataloader_prefetch_factor": Effect.RECORDS,
+    "training.dataloader_pin_memory": Effect.RECORDS,
+    "training.dataset_num_proc": Effect.RECORDS,
+}
+"""Keys and sections by their effect; all others compute.
+
+training.dataloader_persistent_workers computes: without it each epoch draws one more random number.
+"""
+
+
+def effect_of(key: str) -> Effect:
+    """Return what a dotted key affects."""
+    parts = key.split(".")
+    sections = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((EFFECTS[section] for section in sections if section in EFFECTS), Effect.COMPUTES)
+
 
 _QUANT = "use quant=nf4, fp4 or int8, or name a checkpoint that is quantized already"
 
@@ -131,7 +177,7 @@ NO_OPS = (
 
 def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
     """Return why an axis over `key` changes nothing in any of `confs`, or None where it may."""
-    if key.partition(".")[0] in OUTSIDE:
+    if effect_of(key) is Effect.PLACES:
         return "does not change what is computed, so its values would run the same thing again"
     rules = [rule for rule in NO_OPS if rule.key == key]
     return next((rule.reason for rule in rules if all(map(rule.applies, confs))), None)

@@ -46,9 +46,22 @@ class CheckedOverrides:
         several = [str(override.key_or_group) for override in self.sound if override.is_sweep_override()]
         return several, [key for key in keys if key == "sweep" or key.startswith("sweep.")]
 
+    def find_interval_mistakes(self) -> list[str]:
+        """Return a line for the first interval, which only a search can take."""
+        return [
+            f"`{override.input_line}`: an interval has no values to run one by one; use choice(…) or range(…), or "
+            "search it (sweep.search.sampler=tpe or random)"
+            for override in self.sound
+            if override.is_interval_sweep()
+        ][:1]
+
     def find_single_run_mistakes(self) -> list[str]:
         """Return what is wrong with the overrides of one run, which no sweep file and no -m makes a sweep."""
         several, of_sweep = self.of_sweep()
+        if not of_sweep and (mistakes := self.find_interval_mistakes()):
+            return mistakes
+        if several and any(override.key_or_group == "run_dir" for override in self.sound):
+            return ["`run_dir`: names one run's directory; for a sweep set sweep.dir"]
         if several and "sweep" not in self.choices:
             return [f"`{several[0]}`: several values are a sweep; add -m"]
         if of_sweep and not several and "sweep" not in self.choices:

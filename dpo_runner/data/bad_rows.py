@@ -1,4 +1,4 @@
-"""How many rows that cannot be used a run bears, and what it says when it bears no more."""
+"""The limit on unusable rows (`data.max_bad_fraction`) and its error."""
 
 from dpo_runner.config.sections.data import DataConf
 from dpo_runner.data.prepare.batches import Outcome
@@ -9,10 +9,10 @@ from dpo_runner.errors import DataError
 
 
 def check_outcome(outcome: Outcome, source: RowSource, data: DataConf) -> None:
-    """Stop at the first bad row, or prompt that is cut, as soon as it is found, where the configuration bears none.
+    """Stop at a batch's first bad row or template mismatch, if the configuration allows none.
 
     Raises:
-        DataError: naming its place.
+        DataError: names the row's location.
     """
     if outcome.bad and data.on_bad_row == "error":
         file, number, reason, detail = outcome.bad[0]
@@ -27,10 +27,10 @@ def _refuse_mismatch(first: tuple[int, int, str], source: RowSource) -> None:
 
 
 def check_bad_rows(prepared: Prepared, data: DataConf, key: str) -> None:
-    """Stop where a source's bad rows, found now or by an earlier run, are more than the configuration bears.
+    """Stop if a source has more bad rows, found now or by an earlier run, than the configuration allows.
 
     Raises:
-        DataError: with the reasons counted, and the first place.
+        DataError: gives counts by reason, and the first location.
     """
     facts, source = prepared.facts, prepared.source
     if facts["first_mismatch"] and data.on_template_mismatch == "error":

@@ -1,4 +1,7 @@
-"""Pairs that repeat one another, and pairs that repeat an evaluation set. Memory grows with rows, not with tokens."""
+"""Near-duplicate pairs, and pairs that share text with an evaluation set.
+
+Memory grows with rows, not with tokens.
+"""
 
 import json
 import re
@@ -26,17 +29,17 @@ UInt64s = npt.NDArray[np.uint64]
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SEED = 0
 _TOKENS = 5
-"""Tokens in a gram of `find_near_duplicates`."""
+"""Tokens per n-gram in `find_near_duplicates`."""
 _NUM_PERM = 128
 _MIN_RECALL = 0.9
-"""LSH has to propose at least this share of the pairs whose similarity is exactly the threshold."""
+"""Minimum share of the pairs at exactly the threshold that LSH must propose."""
 _MAX_BANDS = 32
-"""With more, LSH proposes whatever shares a system prompt, and the time grows with the square of the rows."""
+"""With more bands, LSH proposes all rows that share a system prompt, and time grows with the square of the rows."""
 _BATCH = 256
-"""Rows in memory at a time: a gram is a bytes object of some 60 bytes while its row is hashed."""
+"""Rows in memory at a time: while a row is hashed, each of its n-grams is a bytes object of about 60 bytes."""
 _MIN_WHOLE = 3
-"""Words from which two texts count as the same as a whole: shorter ones ("Yes", "Thank you", the labels of a
-benchmark) are a turn of any conversation."""
+"""Minimum words for a whole-text match: shorter texts ("Yes", "Thank you", the labels of a benchmark) occur in any
+conversation."""
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
@@ -44,22 +47,22 @@ _ASCII_WORD = re.compile(r"\w+", re.ASCII)
 
 
 def find_near_duplicates(rows: "Dataset", threshold: float) -> npt.NDArray[np.bool_]:
-    """Mark each row that nearly repeats an earlier one that is kept (a row that is marked hides no others).
+    """Mark rows that nearly repeat an earlier kept row (marked rows are not compared against).
 
-    Two rows are compared by the Jaccard similarity of their sets of token 5-grams, estimated from 128 MinHash values
-    (standard error at most 0.045), and only where LSH proposes them: of the pairs whose similarity is just the
-    threshold it misses at most a tenth (at 0.5 an eighth, below that more), of those well above it next to none. A
-    gram belongs to its part, so a pair and the same with its answers swapped differ; a part of fewer than 5 tokens is
-    one gram. Same rows, same marks.
+    The measure is the Jaccard similarity of the sets of token 5-grams, estimated from 128 MinHash values (standard
+    error at most 0.045), for the pairs of rows that LSH proposes. LSH misses at most a tenth of the pairs exactly at
+    the threshold (at 0.5 an eighth, below that more), and next to none of those well above it. N-grams are tagged
+    with their part, so a pair with its answers swapped is different; a part of fewer than 5 tokens is one n-gram.
+    The result is deterministic.
 
-    What rows share counts whatever it is: with a system prompt much longer than all the rest, all rows are alike.
+    Shared text of any kind counts: if the system prompt is much longer than the rest, all rows are similar.
 
     Broder, "On the resemblance and containment of documents" (1997); 5-grams as in Lee et al., "Deduplicating
     Training Data Makes Language Models Better" (2022).
 
     Args:
         rows: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, lists of int32.
-        threshold: similarity in (0, 1] from which on two rows count as one.
+        threshold: minimum similarity of near-duplicates, in (0, 1].
 
     Returns:
         bool, shape (rows,).
@@ -80,20 +83,20 @@ def find_near_duplicates(rows: "Dataset", threshold: float) -> npt.NDArray[np.bo
 def find_contaminated(
     rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", references: Iterable[str], ngram: int
 ) -> npt.NDArray[np.bool_]:
-    """Mark each row that shares text with the references.
+    """Mark rows that share text with the references.
 
-    That is: its prompt, chosen or rejected answer has `ngram` words in a row in common with a reference, or its last
-    user message is, word for word, a reference of fewer than `ngram` words (and at least 3). Words are runs of letters
-    and digits, without case or punctuation, in Unicode's compatibility form; where writing has no spaces (Chinese,
-    Japanese) a character is a word.
+    A row is marked if its prompt, chosen or rejected answer shares `ngram` consecutive words with a reference, or if
+    its last user message equals, word for word, a reference of fewer than `ngram` (and at least 3) words. Words are
+    runs of letters and digits, without case or punctuation, in Unicode compatibility form (NFKC); in scripts without
+    spaces (Chinese, Japanese) each character is a word.
 
-    Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C, has `ngram` = 13.
+    Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C, uses `ngram` = 13.
 
     Args:
         rows: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, lists of int32, and `prompt`, the messages as a
             JSON list of `{"role": …, "content": …}`.
-        tokenizer: turns the ids into text.
-        references: texts of what is to be evaluated on, read once.
+        tokenizer: decodes the ids.
+        references: evaluation texts, iterated once.
         ngram: number of words, at least 1.
 
     Returns:
@@ -115,17 +118,17 @@ def find_contaminated(
 
 
 def load_reference_texts(names: list[str], key: str = "data.decontaminate") -> Iterator[str]:
-    """Yield the texts of what is to be evaluated on, as `find_contaminated` takes them.
+    """Yield the evaluation texts that `find_contaminated` takes as references.
 
     Args:
-        names: local files or globs (of a .txt file each line is a text, of a row of any other each string, however
-            deep), `bundled:NAME`, or hub datasets as `OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME/SUBSET:SPLIT`,
-            with `test` for the split unless named. `eval` is passed over: the caller has those rows.
-        key: where the names stand in the configuration.
+        names: local files or globs (each line of a .txt file is a text; in rows of other files, each string at any
+            depth), `bundled:NAME`, or hub datasets as `OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME/SUBSET:SPLIT`;
+            the split defaults to `test`. `eval` is skipped: the caller has those rows.
+        key: configuration key of the names, for messages.
 
     Raises:
-        DataError: a name leads nowhere or to no text, or a row cannot be read. None is passed over: rows would look
-            clean because a part of the references is missing.
+        DataError: a name is not found or holds no text, or a row cannot be read. Nothing is skipped: with missing
+            references, contaminated rows would look clean.
     """
     for name in names:
         if name == "eval":
@@ -147,7 +150,7 @@ def _load_lines(name: str, key: str) -> Iterator[str]:
     except OSError as error:
         raise DataError(f"`{key}={name}`: cannot be read; {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"`{key}={name}`: is no UTF-8; save it as that") from None
+        raise DataError(f"`{key}={name}`: is not UTF-8; save it as UTF-8") from None
 
 
 def _load_strings(name: str, key: str) -> Iterator[str]:
@@ -162,7 +165,7 @@ def _load_strings(name: str, key: str) -> Iterator[str]:
                 if isinstance(row, RowError):
                     raise DataError(f"`{key}={name}`: {source.locate(batch.file, number)}: {row}")
                 yield from _strings(row)
-    except DataError as error:  # it speaks of the fields of a source, where there is but a name here
+    except DataError as error:  # it names fields of a source (`key.path=…`); here there is only a name
         field = re.compile(rf"^`{re.escape(key)}\.\w+=[^`]*`")
         raise DataError([field.sub(lambda _: f"`{key}={name}`", line) for line in error.mistakes]) from None
 
@@ -183,7 +186,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _count_bands(threshold: float) -> int:
-    """Return the fewest LSH bands with enough recall: rensa's own choice finds but a fifth of the pairs at 0.8."""
+    """Return the fewest LSH bands with enough recall: rensa's default finds a fifth of the pairs at 0.8."""
     bands = 1
     while bands < _MAX_BANDS and 1 - (1 - threshold ** (_NUM_PERM / bands)) ** bands < _MIN_RECALL:
         bands *= 2
@@ -191,7 +194,7 @@ def _count_bands(threshold: float) -> int:
 
 
 def _row_grams(column: Any, tag: int) -> list[list[bytes]]:
-    """Return the grams of each row of an Arrow list array, repeated ones too; `tag` makes them those of one part."""
+    """Return the n-grams of each row of an Arrow list array, with repeats; `tag` marks their part."""
     ids = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     counts = np.maximum(lengths - _TOKENS + 1, 1)
@@ -207,21 +210,21 @@ def _row_grams(column: Any, tag: int) -> list[list[bytes]]:
 
 
 def _ranges(starts: Int64s, counts: Int64s) -> Int64s:
-    """Return `starts[i], starts[i] + 1, …` (`counts[i]` of them) for each i, one after another."""
+    """Return the concatenation of `starts[i], starts[i] + 1, …` (`counts[i]` values) over all i."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
 
 
 def _words(text: str) -> list[str]:
-    if text.isascii():  # the same words, several times as fast
+    if text.isascii():  # same words, several times faster
         return _ASCII_WORD.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _hash_ngrams(texts: list[list[str]], ngram: int) -> tuple[UInt64s, Int64s]:
-    """Return a hash of each n-gram of words, and the number of the text that it is from.
+    """Return a hash of each word n-gram, and the index of its text.
 
-    The words' hashes differ from process to process, which changes no result: two n-grams out of 10^9 and 10^7 have
-    the same one with a probability of 10^-3.
+    Word hashes differ between processes without affecting the result: the probability that any of 10^9 n-grams
+    collides with any of another 10^7 is 10^-3.
     """
     lengths = np.array([len(words) for words in texts], dtype=np.int64)
     flat = np.fromiter((hash(word) for words in texts for word in words), dtype=np.int64).view(np.uint64)
@@ -236,7 +239,7 @@ def _hash_ngrams(texts: list[list[str]], ngram: int) -> tuple[UInt64s, Int64s]:
 
 
 def _index_references(references: Iterable[str], ngram: int) -> tuple[UInt64s, set[tuple[str, ...]]]:
-    """Return the sorted hashes of all n-grams (8 bytes each), and the texts that are too short to have one."""
+    """Return the sorted hashes of all n-grams (8 bytes each), and the words of texts too short for one."""
     hashes = [np.empty(0, dtype=np.uint64)]
     wholes: set[tuple[str, ...]] = set()
     texts = iter(references)

@@ -1,4 +1,4 @@
-"""Pairs longer than `training.max_length`: found by their lengths, and cut where the configuration says so."""
+"""Pairs longer than `training.max_length`: dropped or cut as `data.on_overlong` says."""
 
 import hashlib
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ _PROMPT_CUT = "lose the prompt's beginning to training.max_length"
 
 @dataclass(frozen=True)
 class Limit:
-    """How long a pair may be.
+    """The length limit of a pair and the treatment of longer ones.
 
     Attributes:
         max_length: tokens of prompt and completion together.
         treatment: `data.on_overlong`.
-        keep_start: `training.truncation_mode=keep_start`, for `trl`.
-        first: tokens at a prompt's beginning that are never cut (BOS).
-        last: tokens at a prompt's end that are never cut (the generation prompt).
+        keep_start: `training.truncation_mode=keep_start`, used by treatment `trl`.
+        first: tokens at the start of a prompt that are never cut (BOS).
+        last: tokens at the end of a prompt that are never cut (the generation prompt).
     """
 
     max_length: int
@@ -43,7 +43,7 @@ class Limit:
 
     @classmethod
     def of(cls, conf: RunConf, template: ChatTemplate) -> "Limit | None":
-        """Return a run's limit; None where `training.max_length` is null."""
+        """Return a run's limit; None if `training.max_length` is null."""
         training = conf.training
         if training.max_length is None:
             return None
@@ -56,10 +56,10 @@ class Limit:
         )
 
     def apply(self, split: Split) -> bool:
-        """Drop from `split` what cannot be used, and count what is going to be cut.
+        """Drop the pairs of `split` that cannot be used, and count those that will be cut.
 
         Returns:
-            Whether the rows have to be cut by `cut_rows`.
+            True if the rows have to be cut by `cut_rows`.
         """
         prompt, answer = split.lengths["prompt"], np.maximum(split.lengths["chosen"], split.lengths["rejected"])
         overlong = prompt + answer > self.max_length
@@ -89,7 +89,7 @@ class Limit:
 
 
 def cut_rows(prepared: Prepared, limit: Limit) -> "Dataset":
-    """Return a source's rows with prompts or completions cut to `limit`, out of the cache where it has them."""
+    """Return a source's rows with prompts or completions cut to `limit`, from the cache if present."""
     key = hashlib.sha256(f"{prepared.key} {limit}".encode()).hexdigest()[:32]
     folder = cache_dir() / "data" / key
 
@@ -127,7 +127,7 @@ def _lengths(lists: "pa.ListArray") -> npt.NDArray[np.int64]:
 
 
 def _keep(lists: "pa.ListArray", first: Any, then: Any) -> "pa.ListArray":
-    """Keep of each list what stands before position `first` and from position `then` on."""
+    """Keep the elements of each list before position `first` and from position `then` on."""
     import pyarrow as pa
 
     lengths = _lengths(lists)

@@ -1,4 +1,4 @@
-"""A run's preference pairs: each source prepared, then split, cleaned, mixed, and accounted for."""
+"""A run's preference pairs: prepare each source, then split, clean, mix and report."""
 
 import itertools
 import json
@@ -32,12 +32,12 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NEAR_DUPLICATE, CONTAMINATED = "near-duplicate", "shares text with data.decontaminate"
 
 Progress = Callable[[str, int], None]
-"""Is told a source's name and how many more of its rows are prepared."""
+"""Called with a source's name and the number of further rows prepared."""
 
 
 @dataclass
 class SamplePrompt:
-    """A prompt to answer before and after training: its messages, and its tokens as training has them."""
+    """A prompt to answer before and after training: its messages, and its token ids as in training."""
 
     messages: list[Message]
     ids: list[int]
@@ -49,12 +49,12 @@ class PreferenceData:
 
     Attributes:
         train: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int), `prompt` (its messages as JSON) and
-            where the pair comes from.
+            the pair's origin.
         eval: the same for evaluation, or None.
-        eval_by_source: the parts of `eval`, by source; with one source, that one alone.
-        prompts: the first evaluation prompts (training prompts where there is no evaluation), each once.
-        report: what became of every row.
-        stop_id: the token that the chat template closes an answer with, beside the tokenizer's EOS; or None.
+        eval_by_source: `eval` by source, also with a single source; empty without evaluation.
+        prompts: the first distinct evaluation prompts (training prompts if there is no evaluation).
+        report: the data report.
+        stop_id: the chat template's end-of-turn token, a stop token in addition to the tokenizer's EOS; or None.
     """
 
     train: "Dataset"
@@ -67,7 +67,7 @@ class PreferenceData:
     _prepared: list[tuple[str, str, Prepared]]
 
     def locate(self, split: str, row: int) -> str:
-        """Say where row `row` of `train` or `eval` stands in its source, such as `pairs.jsonl:12`."""
+        """Return the location of row `row` of `train` or `eval` in its source, such as `pairs.jsonl:12`."""
         return self._splits[split].locate(row)
 
     def fingerprint(self, split: str) -> str:
@@ -75,14 +75,14 @@ class PreferenceData:
         return self._splits[split].fingerprint()
 
     def shape(self) -> DataShape:
-        """Return how large the rows are, over all splits."""
+        """Return the largest row sizes over all splits."""
         splits = self._splits.values()
         return DataShape(
             longest=max(split.longest() for split in splits), largest=max((s.largest() for s in splits), key=sum)
         )
 
     def dropped(self) -> Iterator[dict[str, Any]]:
-        """Yield source, split, file, line (or row), reason and detail of each row that was left out."""
+        """Yield source, split, file, line (or row), reason and detail of each dropped row or pair."""
         for name, split, prepared in self._prepared:
             for row in prepared.bad_rows():
                 yield {"source": name, "split": split, **row}
@@ -97,17 +97,17 @@ def load_preferences(
     origin: str = "the tokenizer's own",
     progress: Progress = lambda name, rows: None,
 ) -> PreferenceData:
-    """Load, template and tokenize a run's preference pairs, or find them in the cache.
+    """Load, template and tokenize a run's preference pairs, or read them from the cache.
 
     Args:
         conf: the run.
         tokenizer: with its chat template.
-        origin: whose chat template that is, for the report.
-        progress: is told of rows as they are prepared.
+        origin: origin of the chat template, for the report.
+        progress: called as rows are prepared.
 
     Raises:
-        DataError: a source cannot be read, too many of its rows cannot be used, or a split is left without any.
-        RunError: a process that helped died.
+        DataError: a source cannot be read, has too many unusable rows, or a split has no pairs left.
+        RunError: a worker process died.
     """
     data = conf.data
     template = ChatTemplate(tokenizer, data.system_prompt, data.on_no_system_role)
@@ -123,7 +123,7 @@ def load_preferences(
     splits = _split(prepared, data)
     limit = Limit.of(conf, template)
     built: dict[str, Dataset] = {}
-    for name in reversed(splits):  # evaluation first: training may have to keep clear of it
+    for name in reversed(splits):  # evaluation first: training may be decontaminated against it
         built[name] = _build(name, splits[name], conf, limit, tokenizer, built.get("eval"))
     evaluation = built.get("eval")
     return PreferenceData(
@@ -157,7 +157,7 @@ def _prepare(
 
 
 def _split(prepared: list[tuple[str, str, Prepared]], data: DataConf) -> dict[str, Split]:
-    """Give each pair its side: evaluation rows as the sources bring them, else by a hash of the prompt."""
+    """Assign pairs to train and eval: by the source's own evaluation rows, else by a hash of the prompt."""
     bring_evaluation = {name for name, split, _ in prepared if split == "eval"}
     undivided = [part for name, _, part in prepared if name not in bring_evaluation]
     held_out: list[Mask] = []
@@ -184,7 +184,7 @@ def _build(
     tokenizer: "PreTrainedTokenizerBase",
     evaluation: "Dataset | None",
 ) -> "Dataset":
-    """Clean, cut, draw and mix one split.
+    """Cut, deduplicate, decontaminate, draw and mix one split.
 
     Raises:
         DataError: no pair is left.
@@ -221,7 +221,7 @@ def _build(
 
 
 def _texts_of(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    """Yield evaluation's questions and both answers to each, as texts."""
+    """Yield the last message and both answers of each evaluation pair, as text."""
     for row in rows:
         yield json.loads(row["prompt"])[-1]["content"]
         yield from tokenizer.batch_decode([row["chosen_ids"], row["rejected_ids"]], skip_special_tokens=True)

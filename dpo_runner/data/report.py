@@ -1,4 +1,4 @@
-"""What became of every row: counts by reason, lengths in tokens, and how much longer the chosen answers are."""
+"""The data report: rows kept and dropped by reason, lengths in tokens, and length bias."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ _BINS = 40
 
 @dataclass
 class Lengths:
-    """The lengths of one part of the pairs, in tokens.
+    """Length statistics of one part of the pairs, in tokens.
 
     Attributes:
-        total: their sum.
-        mean, median, p95, max: of one row.
-        edges: borders of the histogram's bins, whole numbers, one more than counts; a bin begins at its left border.
-        counts: rows in each bin.
+        total: sum over all rows.
+        mean, median, p95, max: per row.
+        edges: integer bin edges of the histogram, one more than counts; a bin includes its left edge.
+        counts: rows per bin.
     """
 
     total: int
@@ -49,11 +49,11 @@ class Lengths:
 
 @dataclass
 class LengthBias:
-    """Whether the chosen answers are the longer ones, from which DPO learns length rather than quality.
+    """The length bias of the pairs: if chosen answers are longer, DPO learns length rather than quality.
 
     Attributes:
-        chosen_longer, rejected_longer: share of the pairs, in [0, 1]; the rest are of equal length.
-        mean_difference, median_difference: tokens of chosen minus tokens of rejected.
+        chosen_longer, rejected_longer: share of the pairs, in [0, 1]; the rest have equal lengths.
+        mean_difference, median_difference: chosen minus rejected, in tokens.
     """
 
     chosen_longer: float
@@ -81,19 +81,19 @@ class LengthBias:
 
 @dataclass
 class SourceReport:
-    """What became of one source's rows before they were split and mixed.
+    """Row counts of one source, before splitting and mixing.
 
     Attributes:
-        name: its name in `data.sources`, or `data`.
+        name: name in `data.sources`, or `data`.
         split: `train` or `eval`.
         files: the files or the hub dataset it was read from.
-        format: the layout found.
+        format: the detected layout.
         rows: rows read.
-        pairs: pairs made of them.
-        bad: rows that cannot be used, by reason.
-        left_out: sound rows of which no pair was made, by reason.
-        mismatched: pairs whose prompt is cut to the tokens that it shares with prompt and answer together.
-        first_mismatch: where the first of them is, and which tokens became which.
+        pairs: pairs made from them.
+        bad: unusable rows, by reason.
+        left_out: valid rows that yield no pair, by reason.
+        mismatched: pairs whose prompt is cut to the common prefix of the prompt alone and the whole conversation.
+        first_mismatch: location of the first of them, and its tokens in both cases.
     """
 
     name: str
@@ -118,18 +118,18 @@ class SourceReport:
 
 @dataclass
 class SplitReport:
-    """What became of the pairs of one split.
+    """Pair counts and lengths of one split.
 
     Attributes:
         pairs: pairs of all sources; kept + dropped + unused.
         kept: pairs the run uses.
-        by_source: the same, by source.
-        dropped: pairs left out, by reason.
-        unused: pairs that weights, `max_train_samples` or `max_eval_samples` leave out.
-        truncated: pairs kept of which something is cut to `training.max_length`, by what is lost.
-        duplicates: pairs found that repeat an earlier one exactly, dropped or not.
-        lengths: by part, of the pairs kept; empty where none is.
-        length_bias: of the pairs kept; None where none is.
+        by_source: kept pairs, by source.
+        dropped: dropped pairs, by reason.
+        unused: pairs not drawn because of weights, `max_train_samples` or `max_eval_samples`.
+        truncated: kept pairs that are cut to `training.max_length`, by the part that is lost.
+        duplicates: exact repeats of an earlier pair, dropped or not.
+        lengths: of the kept pairs, by part; empty if no pair is kept.
+        length_bias: of the kept pairs; None if no pair is kept.
     """
 
     pairs: int
@@ -155,13 +155,13 @@ class SplitReport:
 
 @dataclass
 class DataReport:
-    """The whole account; `data_report.json` holds it.
+    """The whole report, written to `data_report.json`.
 
     Attributes:
-        template: which chat template rendered the conversations, and what it needed.
-        sources: before splitting and mixing.
-        splits: `train`, and `eval` where there is one.
-        warnings: what a person should know before training on this, a line each.
+        template: the chat template's origin and properties, one line each.
+        sources: rows before splitting and mixing.
+        splits: `train`, and `eval` if there is one.
+        warnings: problems of the data, one line each.
     """
 
     template: list[str]
@@ -170,11 +170,11 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain containers."""
+        """Return the report as dicts and lists."""
         return dataclasses.asdict(self)
 
     def histograms(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Return the histograms of tokens, as counts and edges, by `<split>/<part>`."""
+        """Return the length histograms in tokens, as (counts, edges), by `<split>/<part>`."""
         return {
             f"{split}/{part}": (lengths.counts, lengths.edges)
             for split, pairs in self.splits.items()
@@ -182,7 +182,7 @@ class DataReport:
         }
 
     def lines(self) -> dict[str, str]:
-        """Return it in short, as label and text, for the plan."""
+        """Return a summary for the plan, as label and text."""
         lines = {f"  {source.name} ({source.split})": str(source) for source in self.sources}
         lines |= {f"  {name}": str(split) for name, split in self.splits.items()}
         bias = self.splits["train"].length_bias

@@ -1,4 +1,4 @@
-"""Which of the prepared pairs a split takes, in which order, and what becomes of the others."""
+"""Splits: the prepared pairs of `train` or `eval`, their order, and the reasons for dropped ones."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.bool_]
 
-_KEPT, _UNUSED = 0, 1  # fates; a dropped pair's is 2 or more, an index into the reasons
+_KEPT, _UNUSED = 0, 1  # fates; from 2 on, dropped: an index into the reasons
 
 
 class PairShape(NamedTuple):
-    """Tokens of a pair: of its prompt, and of the two answers to it."""
+    """Lengths of a pair's prompt and its two answers, in tokens."""
 
     prompt: int
     chosen: int
     rejected: int
 
     def cut(self, length: int) -> "PairShape":
-        """Return what is left of it where a row may have `length` tokens and keeps its start."""
+        """Return the shape after cutting each row to its first `length` tokens."""
         room = max(length - self.prompt, 0)
         return PairShape(min(self.prompt, length), min(self.chosen, room), min(self.rejected, room))
 
 
 @dataclass(frozen=True)
 class DataShape:
-    """How large a run's rows are.
+    """The largest row sizes of a run.
 
     Attributes:
-        longest: tokens of the longest conversation, its prompt and the longer answer.
+        longest: tokens of the longest conversation: prompt plus the longer answer.
         largest: the pair with the most tokens.
     """
 
@@ -47,22 +47,22 @@ class DataShape:
     largest: PairShape
 
     def cut(self, length: int | None) -> "DataShape":
-        """Return what is left where a row may have `length` tokens and keeps its start."""
+        """Return the sizes after cutting each row to its first `length` tokens; None cuts nothing."""
         longest = self.longest if length is None else min(self.longest, length)
         return DataShape(longest, self.largest.cut(longest))
 
 
 class Split:
-    """The pairs that a split could take.
+    """The candidate pairs of a split, each kept, dropped or not drawn.
 
     Args:
-        parts: of each source its name, its prepared pairs, and which of these belong to this split.
+        parts: for each source its name, its prepared pairs, and a mask of those that belong to this split.
 
     Attributes:
-        source: of each pair, int16.
-        row: of each pair in its source, int64.
-        lengths: of each pair's prompt, chosen and rejected, in tokens.
-        prompt_hash, pair_hash: uint64.
+        source: index of each pair's source, int16.
+        row: index of each pair in its source, int64.
+        lengths: by part (prompt, chosen, rejected), tokens of each pair, int32.
+        prompt_hash, pair_hash: of each pair, uint64.
     """
 
     def __init__(self, parts: Sequence[tuple[str, Prepared, Mask]]) -> None:
@@ -97,38 +97,38 @@ class Split:
 
     @property
     def kept(self) -> Mask:
-        """Which pairs have not been dropped or passed over so far."""
+        """Mask of the pairs that are neither dropped nor left undrawn so far."""
         kept: Mask = self._fate == _KEPT
         return kept
 
     def drop(self, mask: Mask, reason: str) -> None:
-        """Drop those of the pairs still kept that `mask` names."""
+        """Drop the kept pairs selected by `mask`, of shape (all pairs,)."""
         self._fate[mask & self.kept] = len(self._reasons)
         self._reasons.append(reason)
 
     def drop_repeats(self) -> None:
-        """Drop each pair that is, token for token, an earlier one of this split."""
+        """Drop each kept pair that repeats an earlier kept one token for token."""
         kept = np.flatnonzero(self.kept)
         self.drop_among_kept(find_repeats(self.pair_hash[kept]), "exact duplicate")
 
     def longest(self) -> int:
-        """Return the tokens of the longest pair kept: its prompt and the longer answer; 0 without pairs."""
+        """Return the tokens of the longest kept pair (prompt plus longer answer); 0 without pairs."""
         answer = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
         return int((self.lengths["prompt"] + answer)[self.kept].max(initial=0))
 
     def largest(self) -> PairShape:
-        """Return the shape of the pair kept that has the most tokens, its prompt counted once; zeros without pairs."""
+        """Return the shape of the kept pair with most tokens, prompt counted once; zeros without pairs."""
         lengths = np.stack([self.lengths[part][self.kept] for part in PairShape._fields])  # [3, pairs]
         return PairShape(*lengths[:, lengths.sum(axis=0).argmax()].tolist()) if lengths.size else PairShape(0, 0, 0)
 
     def drop_among_kept(self, mask: Mask, reason: str) -> None:
-        """Drop what `mask`, of shape (pairs kept,), names of the pairs kept."""
+        """Drop the kept pairs selected by `mask`, of shape (kept pairs,)."""
         whole = self.kept
         whole[whole] = mask
         self.drop(whole, reason)
 
     def drop_equal(self, tables: Sequence["Dataset"]) -> None:
-        """Drop the pairs whose answers became the same when the sources' rows were cut to `tables`."""
+        """Drop pairs whose answers became equal when the sources' rows were cut to `tables`."""
         equal = np.zeros(len(self.row), np.bool_)
         same_length = self.kept & (self.lengths["chosen"] == self.lengths["rejected"])
         for index in np.flatnonzero(same_length):
@@ -137,23 +137,23 @@ class Split:
         self.drop(equal, "chosen equals rejected once cut to training.max_length")
 
     def take(self, sources: Sequence[SourceConf], limit: int | None) -> None:
-        """Draw from each source what its weight and `max_train_samples` allow, mix evenly, and keep the first ones.
+        """Draw pairs from each source by weight and `max_train_samples`, mix evenly, keep the first `limit`.
 
         Args:
-            sources: as configured; the weights hold for what their `max_train_samples` leaves.
-            limit: at most so many in all; None takes all.
+            sources: as configured; weights apply after each source's `max_train_samples`.
+            limit: maximum number of pairs in total; None takes all.
         """
         self._take([(conf.max_train_samples, conf.weight, conf.seed) for conf in sources], limit)
 
     def take_for_evaluation(self, sources: Sequence[SourceConf], limit: int | None) -> None:
-        """Draw from each source what its `max_eval_samples` allows; weights are for training."""
+        """Draw pairs from each source by `max_eval_samples` and mix them; weights apply to training only."""
         self._take([(conf.max_eval_samples, None, conf.seed) for conf in sources], limit)
 
     def _take(self, rules: list[tuple[int | None, float | None, int]], limit: int | None) -> None:
         counts = [int((self.kept & (self.source == index)).sum()) for index in range(len(rules))]
         takes = [count if most is None else min(count, most) for count, (most, _, _) in zip(counts, rules, strict=True)]
         weights = [weight for _, weight, _ in rules]
-        if weights[0] is not None:  # then all have one
+        if weights[0] is not None:  # all sources have a weight, or none has
             scale = min(count / weight for count, weight in zip(takes, weights, strict=True) if weight)
             takes = [int(scale * weight + 1e-9) for weight in weights if weight]
         drawn: list[npt.NDArray[np.int64]] = []
@@ -162,7 +162,7 @@ class Split:
             if take < len(rows):
                 rows = np.sort(np.random.default_rng(seed).permutation(rows)[:take])
             drawn.append(rows)
-        # Evenly mixed, so that the first rows have the mixture's shares too; one source keeps its own order.
+        # Mixed evenly, so that the first rows have the mixture's shares too; a single source keeps its order.
         places = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in drawn])
         self.order = np.concatenate(drawn)[np.argsort(places, kind="stable")][:limit]
         passed_over = self.kept
@@ -170,10 +170,10 @@ class Split:
         self._fate[passed_over] = _UNUSED
 
     def build(self, tables: Sequence["Dataset"] | None = None) -> "Dataset":
-        """Return the pairs kept, in order, as a memory-mapped dataset.
+        """Return the kept pairs, in order, as a memory-mapped dataset.
 
         Args:
-            tables: in the place of the sources' rows, row by row, where these have been cut.
+            tables: cut versions of the sources' rows, row for row, to use instead of these.
         """
         from datasets import concatenate_datasets
 
@@ -183,7 +183,7 @@ class Split:
         return concatenate_datasets(list(tables)).select(starts[self.source[taken]] + self.row[taken])
 
     def _taken(self) -> npt.NDArray[np.int64]:
-        """Return which pairs `build()` returns, in order."""
+        """Return the indices of the pairs in `build()`, in order."""
         return self.order[self.kept[self.order]]
 
     def sources_in_order(self) -> npt.NDArray[np.int16]:
@@ -194,16 +194,16 @@ class Split:
         """Return a digest of the pairs of `build()`, in order."""
         taken = self._taken()
         digest = hashlib.sha256(self.pair_hash[taken].tobytes())
-        for part in PARTS:  # what has been cut has another length
+        for part in PARTS:  # a cut pair keeps its hash but changes its lengths
             digest.update(self.lengths[part][taken].tobytes())
         return digest.hexdigest()[:16]
 
     def count_prompts_shared_with(self, other: "Split") -> int:
-        """Return how many of the pairs kept here have a prompt that a pair kept there has too."""
+        """Return the number of kept pairs whose prompt also occurs among the kept pairs of `other`."""
         return int(np.isin(self.prompt_hash[self.kept], other.prompt_hash[other.kept]).sum())
 
     def locate(self, row: int) -> str:
-        """Say where a pair of `build()` stands in its source."""
+        """Return the location of row `row` of `build()` in its source."""
         pair = self._taken()[row]
         index = int(self.source[pair])
         found = self.sources[index].rows[int(self.row[pair])]
@@ -220,7 +220,7 @@ class Split:
                 yield self.names[index], place, self._reasons[self._fate[pair]]
 
     def report(self) -> SplitReport:
-        """Return the account of this split."""
+        """Return the counts and lengths of this split."""
         kept, codes = self.kept, np.bincount(self._fate, minlength=len(self._reasons))
         lengths = {part: values[kept] for part, values in self.lengths.items()}
         return SplitReport(
@@ -237,7 +237,7 @@ class Split:
 
 
 def find_repeats(hashes: npt.NDArray[np.uint64]) -> Mask:
-    """Return which values stand earlier in the array already."""
+    """Return a mask of the values that occur earlier in the array."""
     repeats = np.ones(len(hashes), np.bool_)
     repeats[np.unique(hashes, return_index=True)[1]] = False
     return repeats
@@ -246,12 +246,15 @@ def find_repeats(hashes: npt.NDArray[np.uint64]) -> Mask:
 def hold_out(hashes: Sequence[npt.NDArray[Any]], fraction: float) -> list[Mask]:
     """Choose prompts for evaluation by their hash alone.
 
-    A prompt's side depends on nothing but the prompt: not on the machine, the seed, or the other rows. Only where
-    that would leave a side without any prompt, it gets the one nearest to the border.
+    A prompt's side depends on the prompt alone: not on the machine, the seed, or other rows. The exception: a side
+    that would be empty gets the prompt whose hash is nearest to the border.
 
     Args:
-        hashes: for each source, the prompt's hash of each row, uint64 of shape (rows,).
+        hashes: for each source, the prompt hash of each row, uint64 of shape (rows,).
         fraction: share to hold out, in (0, 1).
+
+    Returns:
+        For each source, a mask of the rows held out.
 
     Raises:
         DataError: there are fewer than two different prompts.

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpo_runner.config.metrics import METRICS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
@@ -27,21 +28,6 @@ if TYPE_CHECKING:
 
 
 _VERSION = 2  # part of a result's name: raise it where the same settings begin to give other figures
-
-_ROWS = (
-    ("reward_accuracy", "reward accuracy"),
-    ("reward_margin", "reward margin"),
-    ("chosen_shift", "log-prob shift, chosen (nats)"),
-    ("rejected_shift", "log-prob shift, rejected (nats)"),
-    ("kl_per_answer", "KL to the reference (nats per answer)"),
-    ("kl_per_token", "KL to the reference (nats per token)"),
-    ("policy_tokens", "tokens per answer, policy"),
-    ("policy_cut_off", "share of answers cut off, policy"),
-    ("reference_tokens", "tokens per answer, reference"),
-    ("reference_cut_off", "share of answers cut off, reference"),
-    ("win_rate", "win rate"),
-    ("length_controlled_win_rate", "win rate, length-controlled"),
-)
 
 
 def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
@@ -162,7 +148,8 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     table = Table("", title=escape(visible(title)), title_justify="left")
     table.add_column("estimate", justify="right")
     table.add_column("95 % interval", justify="right")
-    for key, label in _ROWS:
+    for metric in METRICS:
+        key, label = metric.key.removeprefix("evaluation/"), metric.label
         estimate = result.get(key) or judge.get(key)
         if estimate is not None:
             known = estimate["low"] is not None

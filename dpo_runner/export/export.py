@@ -67,13 +67,7 @@ def export_run(
 
     check_finished(run_dir)
     out = out.expanduser().resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
-    tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
-    if adapter_only and tuned.name == "model":
-        raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
-    if tuned.name == "adapter":
-        refuse_pickled_adapter(tuned)
+    tuned = _find_tuned(run_dir, out, adapter_only)
     conf = read_run_conf(run_dir)
     facts = read_facts(run_dir, conf, Blueprint.of_run(conf).reference.described, read_summary(run_dir))
     if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
@@ -101,6 +95,18 @@ def export_run(
     except (OSError, ValueError) as error:  # ValueError: a generation config that transformers does not save
         raise RunError(f"--out {out}: cannot be written; {reason_of(error)}") from None
     return out
+
+
+def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
+    """Return the folder of a run's result; refuse an `out` that is taken, and a result that cannot be exported so."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
+    tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
+    if adapter_only and tuned.name == "model":
+        raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
+    if tuned.name == "adapter":
+        refuse_pickled_adapter(tuned)
+    return tuned
 
 
 def _name_base(adapter_config: Path, facts: "RunFacts") -> None:

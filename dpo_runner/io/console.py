@@ -22,13 +22,6 @@ logger = logging.getLogger(__name__)
 
 _LINES_WITHOUT_TERMINAL = 20
 _SECONDS_BETWEEN_REPORTS = 10
-_BEFORE_AND_AFTER = (
-    ("eval_loss", "evaluation loss"),
-    ("eval_rewards/accuracies", "reward accuracy"),
-    ("eval_rewards/margins", "reward margin"),
-    ("response_tokens", "tokens per answer"),
-)
-
 _NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 _REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
@@ -186,9 +179,10 @@ class RunConsole:
             table.add_row(*(escape(visible(sample[name]["text"])) for name in who))
             self.console.print(table)
 
-    def show_summary(self, summary: dict[str, Any]) -> None:
+    def show_summary(self, summary: dict[str, Any], labels: Mapping[str, str]) -> None:
+        """Show a run's figures before and after training; `labels` names those to show, by key."""
         table = Table("", "before", "after")
-        for key, label in _BEFORE_AND_AFTER:
+        for key, label in labels.items():
             before, after = summary["before"].get(key), summary["after"].get(key)
             if before is not None and after is not None:
                 table.add_row(label, f"{before:.3f}", f"{after:.3f}")

@@ -42,23 +42,52 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(mask_secrets(value), indent=2, ensure_ascii=False) + "\n")
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder beside `path`, then put that in the place of `path`."""
+def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
+    """Let `fill` write a folder beside `path`, then rename it to `path`.
+
+    Args:
+        path: the folder.
+        fill: writes its files into the folder that it is given.
+        replace: replace a folder that is there; otherwise that is an OSError.
+    """
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         fill(staging)
         staging.chmod(0o755)  # mkdtemp and safetensors make what only its owner can read
         for file in staging.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-            path.rename(old / "old")
-            staging.rename(path)
-            shutil.rmtree(old)
+        if replace:
+            replace_folder(path, staging, staging.with_name(f"{staging.name}-old"))
         else:
             staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_folder(path: Path, staging: Path, old: Path) -> None:
+    """Rename `staging` to `path`. A folder that is there moves to `old` first, and is deleted last."""
+    if path.exists():
+        path.rename(old)
+        staging.rename(path)
+        shutil.rmtree(old)
+    else:
+        staging.rename(path)
+
+
+def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder of a cache; of several processes that do so at once, the first to finish wins.
+
+    Raises:
+        RunError: it cannot be written, for instance because the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(path, fill, replace=False)
+    except OSError as error:
+        if not path.is_dir():  # not lost to another process: a real failure
+            raise RunError(
+                f"{path}: the cache cannot be written; {reason_of(error)}; DPO_RUNNER_CACHE names another folder"
+            ) from error
 
 
 def cache_dir() -> Path:
@@ -72,31 +101,6 @@ def find_fresh_folder(parent: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     return next(parent / name for name in names if not (parent / name).exists())
-
-
-def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder of a cache: several processes may do so at once, and the first to finish wins.
-
-    Raises:
-        RunError: it cannot be written, as where the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        try:
-            fill(staging)
-            staging.chmod(0o755)
-            try:
-                staging.rename(path)
-            except OSError:
-                if not path.is_dir():  # not lost to another process: a real failure
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise RunError(
-            f"{path}: the cache cannot be written; {reason_of(error)}; DPO_RUNNER_CACHE names another folder"
-        ) from error
 
 
 class JsonLines:

@@ -1,4 +1,4 @@
-"""PEFT adapters: the `lora` group as PEFT's config, checks of names and files."""
+"""PEFT adapters: PEFT's config from the `lora` group, and checks of module names and adapter files."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from dpo_runner.model.files.locations import is_adapter
 from dpo_runner.model.files.packaged import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
 from dpo_runner.model.files.pickles import refuse_pickled_adapter
 
-_SAYS_NOTHING = re.compile(r"model|merged|checkpoint-\d+")  # folders that results of any base are in
+_SAYS_NOTHING = re.compile(r"model|merged|checkpoint-\d+")  # folder names that do not identify a base
 
 
 def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
@@ -56,7 +56,7 @@ def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
         )
     if config.is_prompt_learning:
         raise ConfigError(
-            f"`lora.peft_type={conf.peft_type}`: learns virtual tokens, with which a policy does not begin as its "
+            f"`lora.peft_type={conf.peft_type}`: learns virtual tokens, so the policy would not start equal to its "
             "reference; use a method that adapts weights, such as LORA"
         )
     return config
@@ -66,7 +66,7 @@ def _check_config_fields(conf: LoraConf, cls: type, fields: dict[str, Any]) -> N
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in conf.config.items():
         if name in fields:
-            raise ConfigError(f"`lora.config.{name}`: has a key of its own; set lora.{name}={value}")
+            raise ConfigError(f"`lora.config.{name}`: has its own key; set lora.{name}={value}")
         if name not in known:
             raise ConfigError(f"`lora.config.{name}`: {cls.__name__} has no such field; {suggest(name, known)}")
         default = known[name].default
@@ -78,19 +78,22 @@ def _check_config_fields(conf: LoraConf, cls: type, fields: dict[str, Any]) -> N
 
 
 def changes_base(config: PeftConfig | None) -> bool:
-    """Whether an initialization takes its share out of the base weights, which are then no reference any more.
+    """Return whether an initialization subtracts its share from the base weights.
 
-    PiSSA (arXiv 2404.02948, Eq. 3-5) and OLoRA (arXiv 2406.01775) leave W - s·B0·A0 in the place of W.
+    PiSSA (arXiv 2404.02948, Eq. 3-5) and OLoRA (arXiv 2406.01775) replace W by W - s·B0·A0. The base then cannot be
+    the reference.
     """
     initialization = config.init_lora_weights if isinstance(config, LoraConfig) else True
     return isinstance(initialization, str) and initialization.startswith(("pissa", "olora"))
 
 
 def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
-    """Verify that each module that `lora` names is in the model; PEFT passes over a wrong name in a list silently.
+    """Check that each module that `lora` names is in the model.
+
+    PEFT silently ignores a wrong name in a list.
 
     Raises:
-        ConfigError: naming the first that is not, and the nearest that are.
+        ConfigError: a module is missing; names the first one, and the nearest names in the model.
     """
     from peft.utils.other import match_target_against_key
 
@@ -117,14 +120,14 @@ def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
 
 
 def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensors: bool) -> None:
-    """Verify that an adapter fits the model, by the names and shapes in its file, and that it does anything.
+    """Check by the names and shapes in its file that an adapter fits the model and is not all zero.
 
     PEFT loads an adapter for another base without its weights, with a warning at most.
 
     Args:
         folder: the adapter's.
         meta: the base model on the meta device, unquantized.
-        name: the base, for messages.
+        name: the base's, for messages.
         use_safetensors: refuse a pickled file.
 
     Raises:
@@ -152,7 +155,7 @@ def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensor
     if moved is False:
         raise ConfigError(
             f"`model.adapter={folder}`: all of its lora_B weights are 0, so it changes nothing; it was saved before "
-            "training, or its training never moved it"
+            "training, or its training never updated it"
         )
 
 
@@ -171,20 +174,20 @@ def _check_shape(folder: Path, name: str, path: str, module: torch.nn.Module, pa
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
-    """Return the config of an adapter's folder, as one that can be trained."""
+    """Return the config of an adapter's folder, with `inference_mode` off."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config
 
 
 def find_other_bases(conf: ModelConf, path: str, adapter: Path | None) -> list[str]:
-    """Return a warning for each adapter that was made on another base than the one it is put on.
+    """Return a warning for each adapter that was trained on a base other than the run's.
 
-    Names are compared as given, as folders, as hub ids in the hub's cache, and by their last part, so that the same
-    base under two names does not count.
+    Names are compared as given, as folders, as hub ids in the hub's cache, and by their last part, so that two names
+    of the same base give no warning.
 
     Raises:
-        ConfigError: an adapter or the model is not there.
+        ConfigError: an adapter or the model is missing.
     """
     origin = {DEFAULT_MODEL_ORIGIN} if conf.model_name_or_path == DEFAULT_MODEL else set()
     base = {spelling for name in (conf.model_name_or_path, path, *origin) for spelling in _spell(name)}
@@ -197,13 +200,13 @@ def find_other_bases(conf: ModelConf, path: str, adapter: Path | None) -> list[s
         if named is not None and not base & _spell(named):
             warnings.append(
                 f"{key}={name}: its adapter_config.json names {named} as its base, and it is put on "
-                f"{conf.model_name_or_path}; on any other base than its own an adapter does not do what it was made for"
+                f"{conf.model_name_or_path}; an adapter works as trained only on its own base"
             )
     return warnings
 
 
 def _spell(name: str) -> set[str]:
-    """Return what a base may be called by those who mean `name`, in lower case."""
+    """Return the possible spellings of a base's name, in lower case."""
     path = Path(name).expanduser()
     spellings = {name, str(path)}
     for each in (path, path.resolve()) if path.exists() else (path,):

@@ -55,8 +55,6 @@ class Blueprint:
 
     Attributes:
         conf: the `model` group; its dtype is the one that weights are loaded in.
-        quant: the `quant` group.
-        lora: the `lora` group.
         stores_reference: whether the engine keeps the reference's log-probabilities.
         precomputes_reference: whether TRL computes them before training.
     """
@@ -259,8 +257,6 @@ class Blueprint:
     def find_other_bases(self) -> list[str]:
         """Return a warning for each adapter that was made on another base than the one it is put on."""
         return find_other_bases(self.conf, self.base, self.adapter)
-
-    # ---- Whether it fits together
 
     def check(self) -> None:
         """Check model, quantization, adapters and reference against one another.

@@ -1,4 +1,4 @@
-"""The `quant` group as transformers' objects, what a checkpoint brings of its own, and how much is really quantized."""
+"""Quantization by the `quant` group or by the checkpoint, and the share of weights actually quantized."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from dpo_runner.config.sections.model import QuantConf
 from dpo_runner.errors import ConfigError
 
 LEAST_QUANTIZED = 0.9
-"""Below this share of the eligible weights a model is quantized in name only, and the run is refused."""
+"""Least quantized share of the eligible weights; below it, the run is refused."""
 
 _SAID_BY_CHECKPOINT = (
     "load_in_4bit",
@@ -45,15 +45,15 @@ def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | No
 
 
 def choose_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
-    """Return the quantization config to load with, where the checkpoint may be quantized already.
+    """Return the quantization config to load a checkpoint with, which may already be quantized.
 
     Args:
         conf: the `quant` group.
         own: the checkpoint's own `quantization_config`, or None.
-        name: the model, for messages.
+        name: the model's, for messages.
 
     Returns:
-        None where nothing is to be quantized while loading: the checkpoint's own config counts.
+        None if loading quantizes nothing: the checkpoint's own config applies.
 
     Raises:
         ConfigError: `conf` contradicts the checkpoint.
@@ -71,29 +71,29 @@ def choose_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndB
             asked_for = getattr(wanted.get(key), "value", wanted.get(key))
             raise ConfigError(
                 f"`quant`: {name} is quantized already, with {key}={brought.get(key)}, not {asked_for}; use "
-                "quant=none, which takes the checkpoint as it is"
+                "quant=none, which loads the checkpoint as it is"
             )
     return None
 
 
 def check_quantized_training(own: Any, asked: Any, has_adapter: bool, start: Any) -> None:
-    """Check that a quantized base can be trained on.
+    """Check that training on a quantized base is possible.
 
     Args:
         own: the checkpoint's own `quantization_config`, or None.
-        asked: what weights are quantized with while they are loaded, or None.
+        asked: the quantization config for loading, or None.
         has_adapter: whether an adapter is trained.
-        start: the initialization of a new adapter that begins with a share of the base's weights, or None.
+        start: the initialization of a new adapter that subtracts its share from the base weights, or None.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it is not.
     """
     if own is not None and not has_adapter:
         raise ConfigError("`lora=null`: the checkpoint is quantized, and quantized weights need an adapter to train")
     if (own is not None or asked is not None) and start is not None:
         raise ConfigError(
-            f"`lora.init_lora_weights={start}`: takes its share out of the base weights, which a quantized base cannot "
-            "give exactly; use quant=none, or lora.init_lora_weights=true"
+            f"`lora.init_lora_weights={start}`: subtracts its share from the base weights, which is not exact on a "
+            "quantized base; use quant=none, or lora.init_lora_weights=true"
         )
 
 
@@ -108,25 +108,26 @@ def close_4bit_trap(model: torch.nn.Module) -> None:
     """Keep 4-bit layers differentiable on CPUs with avx512_bf16.
 
     There, an evaluation forward repacks the weights into a form whose product has no gradient, and every later
-    training step is silently wrong. Off, the gradients are those of the dequantized weights, before and after.
+    training step is silently wrong. With the repacking off, gradients are those of the dequantized weights, before and
+    after an evaluation.
     """
     for module in linear4bit_modules(model):
         module.support_avx512bf16_for_cpu = False
 
 
 def check_quantized(meta: PreTrainedModel, quantization_config: BitsAndBytesConfig | None, name: str) -> None:
-    """Refuse a model most of whose weights bitsandbytes would leave as they are.
+    """Refuse a model if bitsandbytes would quantize too small a share of its weights.
 
-    Some families keep their weights in modules of their own (fused experts, layers derived from `nn.Linear`), which
-    are passed over in silence.
+    Some families keep their weights in custom modules (fused experts, layers derived from `nn.Linear`), which
+    bitsandbytes silently skips.
 
     Args:
         meta: the model on the meta device, unquantized; its layers are replaced here.
-        quantization_config: what it will be loaded with; None where nothing is quantized while loading.
-        name: the model, for messages.
+        quantization_config: the config for loading; None if loading quantizes nothing.
+        name: the model's, for messages.
 
     Raises:
-        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights; naming those left out.
+        ConfigError: less than `LEAST_QUANTIZED` of the eligible weights would be; names the weights left out.
     """
     if quantization_config is None:
         return
@@ -137,21 +138,22 @@ def check_quantized(meta: PreTrainedModel, quantization_config: BitsAndBytesConf
         raise ConfigError(
             f"`quant`: only {100 * share:.0f} % of the weights of {name} would be quantized, at least "
             f"{100 * LEAST_QUANTIZED:.0f} % must be; not those of {', '.join(left)}; use quant=none, or "
-            "name modules to leave out on purpose in quant.llm_int8_skip_modules"
+            "name the modules to skip in quant.llm_int8_skip_modules"
         )
 
 
 def count_quantized(model: PreTrainedModel, skipped: list[str]) -> tuple[float, list[str]]:
-    """Count the matrices that bitsandbytes has taken.
+    """Count the matrices that bitsandbytes quantizes.
 
-    Embeddings, the head (which bitsandbytes leaves alone) and what the configuration skips are not eligible.
+    Embeddings, the head (which bitsandbytes skips) and modules that the configuration skips are not eligible.
 
     Args:
         model: with its layers replaced; the weights themselves may still be on the meta device.
-        skipped: names, or parts of names, of modules that stay unquantized on purpose.
+        skipped: names, or parts of names, of modules that the configuration leaves unquantized.
 
     Returns:
-        The quantized share of the eligible weights, in [0, 1], and the names of those that are not, layers as `*`.
+        The quantized share of the eligible weights, in [0, 1], and the names of the unquantized ones, with `*` for
+        layer indices.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -173,7 +175,7 @@ def count_quantized(model: PreTrainedModel, skipped: list[str]) -> tuple[float, 
 
 
 def describe_quantization(conf: QuantConf | None, own: Any = None) -> str:
-    """Say in a few words how the base is quantized, for the plan."""
+    """Return a short description of the base's quantization, for the plan."""
     if own is not None:
         brought = own if isinstance(own, dict) else own.to_dict()
         kind = brought.get("bnb_4bit_quant_type") if brought.get("load_in_4bit") else brought.get("quant_method")

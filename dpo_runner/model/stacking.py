@@ -1,4 +1,4 @@
-"""Several adapters in one model: a new one on top of the SFT adapter, the reference beside the policy, one of many."""
+"""Several adapters in one model: a new one on the SFT adapter, the reference's, a combined one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from transformers.pytorch_utils import Conv1D
 from dpo_runner.errors import ConfigError
 
 SFT = "sft"
-"""The frozen SFT adapter's name where another is trained on top of it."""
+"""Name of the frozen SFT adapter if another is trained on top of it."""
 
 
 class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
-    """A model whose adapter `sft` is always on and frozen, beneath the one that is active.
+    """A model whose frozen adapter `sft` is always on, beneath the active one.
 
-    TRL makes its reference by a copy `ref` of the untrained `default`, which adds 0, and switches between the two:
-    policy = base + sft + default, reference = base + sft. With adapters disabled it is the bare base.
+    TRL's reference is `ref`, a copy of the untrained `default`, which adds 0; TRL switches between the two:
+    policy = base + sft + default, reference = base + sft. With adapters disabled the model is the bare base.
     """
 
     stacked: tuple[str, ...] = ("default", "ref")
-    """The adapters that stand on `sft`; a reference of one's own may stand on the bare base."""
+    """The adapters on top of `sft`; a configured reference may be on the bare base."""
     absorbed: bool = False
-    """Whether embeddings that `sft` has trained are now the base's own."""
+    """Whether embeddings trained with `sft` have replaced the base's."""
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapter that is trained: Trainer loads checkpoints into the first of these."""
+        """The trained adapter alone: Trainer loads checkpoints into the first of these."""
         return [self.active_adapter]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -42,17 +42,17 @@ class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
     def disable_adapter(self) -> Iterator[None]:
         with super().disable_adapter():
             yield
-        self._freeze_sft()  # PEFT makes whatever it enables again trainable
+        self._freeze_sft()  # PEFT makes every adapter that it re-enables trainable
 
     def _freeze_sft(self) -> None:
         self.set_requires_grad(SFT, False)
 
 
 def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> StackedPeftModel:
-    """Put a new adapter `default` on top of the frozen SFT adapter in `folder`."""
+    """Add a new adapter `default` on top of the frozen SFT adapter in `folder`."""
     if (
         config.target_modules == "all-linear"
-    ):  # beneath an SFT adapter PEFT would take its copies of the head for layers
+    ):  # with an SFT adapter in place, PEFT would mistake the adapter's copies of the head for layers
         head = base.get_output_embeddings()
         config.target_modules = {
             name
@@ -60,12 +60,12 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
             if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
         }
     model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
-    model.__class__ = StackedPeftModel  # from_pretrained makes the class of the task type
+    model.__class__ = StackedPeftModel  # from_pretrained builds the class of the task type
     _absorb_embeddings(model)
     model.add_adapter("default", config)
     both = {name: model.peft_config[name] for name in (SFT, "default")}
     if len({isinstance(each.target_modules, str) for each in both.values()}) > 1:
-        for name, each in both.items():  # PEFT joins adapters that name modules in the same way only
+        for name, each in both.items():  # PEFT only joins adapters that name modules in the same way
             each.target_modules = {
                 path
                 for path, layer in base.named_modules()
@@ -77,10 +77,12 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
 
 
 def _absorb_embeddings(model: StackedPeftModel) -> None:
-    """Make the embeddings that `sft` brings the base's: PEFT can neither stack nor join adapters that have such.
+    """Move the embeddings of `sft` into the base.
+
+    PEFT can neither stack nor join adapters that have embeddings.
 
     Raises:
-        ConfigError: it brings other modules than the embeddings and the head, or parts tied ones.
+        ConfigError: `sft` has modules other than the embeddings and the head, or unties tied ones.
     """
     base = model.get_base_model()
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -90,8 +92,8 @@ def _absorb_embeddings(model: StackedPeftModel) -> None:
         parts = isinstance(module, ModulesToSaveWrapper) and base.config.tie_word_embeddings
         if parts or not any(module is each for each in embeddings):
             raise ConfigError(
-                f"`model.adapter_mode=stack`: the SFT adapter has {path} as a module of its own, which cannot be "
-                "joined with another adapter; use model.adapter_mode=continue"
+                f"`model.adapter_mode=stack`: the SFT adapter has its own copy of {path}, which cannot be joined with "
+                "another adapter; use model.adapter_mode=continue"
             )
         parent, _, name = path.rpartition(".")
         own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[SFT])
@@ -101,7 +103,7 @@ def _absorb_embeddings(model: StackedPeftModel) -> None:
 
 
 def load_lora_alone(model: PeftModelForCausalLM, folder: str, name: str) -> None:
-    """Load an adapter's LoRA beside others, without the embeddings that it brings."""
+    """Load an adapter's LoRA weights next to other adapters, without its embeddings."""
     config = PeftConfig.from_pretrained(folder, inference_mode=True)
     config.modules_to_save = config.trainable_token_indices = None
     model.add_adapter(name, config)
@@ -110,10 +112,10 @@ def load_lora_alone(model: PeftModelForCausalLM, folder: str, name: str) -> None
 
 
 def complete_reference(model: PeftModelForCausalLM, loaded: dict[str, torch.Tensor]) -> None:
-    """Copy into TRL's reference `ref` what TRL leaves out: weights whose name ends with that of their adapter.
+    """Copy to TRL's reference `ref` the weights that TRL leaves out.
 
-    Those are trained rows of the embeddings, LoRA on embeddings, and most methods other than LoRA; in their place the
-    reference has new ones, which is to say the bare base.
+    Their names end with the adapter's name. These are trained rows of the embeddings, LoRA on embeddings, and most
+    methods other than LoRA; without the copy the reference has new ones, that is, the bare base.
 
     Args:
         model: the trainer's.
@@ -127,7 +129,7 @@ def complete_reference(model: PeftModelForCausalLM, loaded: dict[str, torch.Tens
 
 
 def copy_adapter(model: PeftModelForCausalLM, name: str, copy: str) -> None:
-    """Add a frozen copy of an adapter beside it, under the name `copy`."""
+    """Add a frozen copy of an adapter under the name `copy`."""
     model.add_adapter(copy, model.peft_config[name])
     weights = dict(model.named_parameters())
     for path, weight in weights.items():
@@ -141,7 +143,7 @@ def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
 
     Args:
         model: the trainer's.
-        folder: of the adapter; None takes the bare base.
+        folder: the adapter's; None makes the bare base the reference.
     """
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
@@ -153,7 +155,10 @@ def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
 
 
 def read_initial_weights(model: PeftModelForCausalLM) -> dict[str, torch.Tensor]:
-    """Return by name what a new adapter's copies of base weights began as; TRL has rounded them on a quantized base."""
+    """Return by name the initial values of a new adapter's copies of base weights.
+
+    On a quantized base TRL has rounded the copies.
+    """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     began = {
         name: name.replace("trainable_tokens_delta.", "trainable_tokens_original.").replace(
@@ -166,10 +171,10 @@ def read_initial_weights(model: PeftModelForCausalLM) -> dict[str, torch.Tensor]
 
 @contextmanager
 def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> Iterator[str]:
-    """Make one adapter out of several: ranks add up, and so do the updates, weighted (`cat` in PEFT).
+    """Combine several adapters into one: ranks and weighted updates add up (`cat` in PEFT).
 
     Yields:
-        The name of the adapter, gone again afterwards.
+        The name of the combined adapter, which is deleted afterwards.
     """
     if list(parts.items()) == [("default", 1.0)]:
         yield "default"
@@ -177,7 +182,7 @@ def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> It
     name = "result"
     model.base_model.add_weighted_adapter(list(parts), list(parts.values()), name, combination_type="cat")
     weights = dict(model.named_parameters())
-    for path, weight in weights.items():  # trained rows are no sum, and PEFT gives the new adapter the base's
+    for path, weight in weights.items():  # trained rows do not add up, and PEFT gives the new adapter the base's
         if path.endswith(f".trainable_tokens_delta.{name}"):
             weight.data.copy_(weights[path.removesuffix(name) + "default"])
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers: the base's, an adapter's, the names of their chat templates, and the tokens that end an answer."""
+"""Tokenizers of the base and of an adapter, their chat templates, and the tokens that end an answer."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def find_stop_ids(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop_id: int | None = None
 ) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, the chat template's, and those of the published model."""
+    """Return the ids that end an answer: the tokenizer's, the chat template's and the generation config's."""
     stops = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, stop_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
@@ -28,53 +28,53 @@ def load_base_tokenizer(conf: ModelConf, base: str) -> "PreTrainedTokenizerBase"
     """Load the tokenizer of the model beneath all adapters.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be loaded.
     """
     with loading_errors(conf.model_name_or_path, "model.model_name_or_path"):
         return AutoTokenizer.from_pretrained(base, revision=conf.revision, trust_remote_code=conf.trust_remote_code)
 
 
 def load_adapter_tokenizer(conf: ModelConf, adapter: Path | None) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer that the SFT adapter brings, if it brings one."""
+    """Load the tokenizer in the SFT adapter's folder; None if there is none."""
     if not has_tokenizer(adapter):
         return None
     with loading_errors(str(conf.adapter), "model.adapter"):
-        # Without the setting, transformers would ask at the terminal whether to run an adapter's own code.
+        # Without the setting, transformers would prompt at the terminal before running an adapter's own code.
         return AutoTokenizer.from_pretrained(adapter, trust_remote_code=conf.trust_remote_code)
 
 
 def has_tokenizer(adapter: Path | None) -> bool:
-    """Whether an adapter's folder holds a tokenizer."""
+    """Return whether an adapter's folder holds a tokenizer."""
     return adapter is not None and (adapter / "tokenizer_config.json").exists()
 
 
 def check_room(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, room: int) -> None:
-    """Refuse an adapter's tokenizer that has more tokens than there are embeddings for.
+    """Refuse an adapter's tokenizer with more tokens than the embeddings have rows.
 
     Args:
         tokenizer: the SFT adapter's.
         conf: the `model` group.
-        room: rows of the embeddings, the base's or those that the adapter brings.
+        room: rows of the embeddings, the base's or the adapter's.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: it has more tokens.
     """
     if len(tokenizer) > room:
         raise ConfigError(
             f"`model.adapter={conf.adapter}`: its tokenizer has {len(tokenizer)} tokens, {conf.model_name_or_path} has "
-            f"room for {room}, and the adapter brings no embeddings for the rest; save it with "
+            f"room for {room}, and the adapter has no embeddings for the rest; save it with "
             "save_embedding_layers=True, or merge it into a model with resized embeddings first"
         )
 
 
 def describe_template(conf: ModelConf, template: Any, from_adapter: bool, of_base: Any) -> str:
-    """Say in a few words which chat template applies.
+    """Return a short description of the origin of the chat template.
 
     Args:
         conf: the `model` group.
-        template: that of the tokenizer.
-        from_adapter: whether the SFT adapter brought the tokenizer.
-        of_base: the template of the base's tokenizer.
+        template: the tokenizer's chat template.
+        from_adapter: whether the tokenizer is the SFT adapter's.
+        of_base: the chat template of the base's tokenizer.
     """
     if template is None:
         return "none"
@@ -88,10 +88,10 @@ def describe_template(conf: ModelConf, template: Any, from_adapter: bool, of_bas
 
 
 def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf) -> list[int]:
-    """Give a tokenizer the chat template, the added tokens and the pad token of the `model` group.
+    """Set a tokenizer's chat template, added tokens and pad token from the `model` group.
 
     Returns:
-        The ids of added tokens that were no tokens before.
+        The ids of added tokens that were not tokens before.
     """
     if conf.chat_template is not None:
         tokenizer.chat_template = resolve_chat_template(conf.chat_template)
@@ -102,10 +102,10 @@ def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf) -> l
 
 
 def _check_template_names(tokenizer: Any, conf: ModelConf) -> None:
-    """Refuse a name by which a template would be saved elsewhere than among the result's, or not at all."""
+    """Refuse template names that would save a template outside the result's folder, or not save it."""
     for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"\w[\w .-]{0,99}", name):
             raise ConfigError(
                 f"`model.model_name_or_path={conf.model_name_or_path}`: its tokenizer calls a chat template "
-                f"{name[:100]!r}, which is no name for a file; set model.chat_template"
+                f"{name[:100]!r}, which is not a valid file name; set model.chat_template"
             )

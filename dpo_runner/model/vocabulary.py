@@ -1,4 +1,4 @@
-"""The vocabulary that a run trains with: its pad token, tokens that are added, and embeddings resized for them."""
+"""The vocabulary of a run: its pad token, added tokens, and embeddings resized for them."""
 
 import copy
 import json
@@ -25,13 +25,13 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|visi
 
 @dataclass
 class Vocabulary:
-    """What the run's tokens ask of the base model.
+    """Requirements of the run's tokens on the base model.
 
     Attributes:
-        rows: how many rows the embeddings must have, None where that is what the base has.
-        brought: rows of the embeddings that the SFT adapter was made on, None where that is what the base has.
-        new_ids: of the tokens in `model.added_tokens` that the tokenizer lacked.
-        replaces_base: whether the SFT adapter's file holds embeddings that take the place of the base's.
+        rows: rows that the embeddings must have; None if the base has as many.
+        brought: rows of the embeddings that the SFT adapter was trained on; None if the base has as many.
+        new_ids: ids of the tokens in `model.added_tokens` that the tokenizer lacked.
+        replaces_base: whether the SFT adapter's file holds embeddings that replace the base's.
     """
 
     rows: int | None = None
@@ -41,17 +41,17 @@ class Vocabulary:
 
 
 def choose_pad_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None) -> None:
-    """Give the tokenizer its pad token: `wanted`, its own, one that is made for it and free, else EOS.
+    """Set the tokenizer's pad token: `wanted`, its own, an unused one intended for padding, or else EOS.
 
     Raises:
-        ConfigError: `wanted` is no token of the vocabulary.
+        ConfigError: `wanted` is not in the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
     if wanted is not None:
         if wanted not in vocabulary:
             near = get_close_matches(wanted, vocabulary, n=1)
             hint = f"did you mean `{near[0]}`? Else" if near else "choose one, or"
-            raise ConfigError(f"`model.pad_token={wanted}`: no token of the vocabulary; {hint} add it by added_tokens")
+            raise ConfigError(f"`model.pad_token={wanted}`: not in the vocabulary; {hint} add it by added_tokens")
         tokenizer.pad_token = wanted
     elif tokenizer.pad_token is None:
         template = str(tokenizer.chat_template)
@@ -62,11 +62,11 @@ def choose_pad_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None) -
 
 
 def describe_padding(tokenizer: "PreTrainedTokenizerBase", stop_id: int | None) -> str:
-    """Name the pad token, and what else it is used for.
+    """Return the pad token and its other uses, in words.
 
     Args:
-        tokenizer: with its pad token.
-        stop_id: the token that the chat template closes an answer with, or None.
+        tokenizer: has its pad token.
+        stop_id: the token with which the chat template ends an answer, or None.
     """
     pad, token = tokenizer.pad_token_id, str(tokenizer.pad_token)
     if pad in (tokenizer.eos_token_id, stop_id):
@@ -84,7 +84,7 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str]) -> list[
     """Make each of the tokens a special token of the tokenizer.
 
     Returns:
-        The ids of those that were no tokens before.
+        The ids of those that were not tokens before.
 
     Raises:
         ConfigError: one is empty or begins or ends with white space.
@@ -93,7 +93,7 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str]) -> list[
         if not token or token != token.strip():
             raise ConfigError(f"`model.added_tokens`: {token!r} must not be empty, nor begin or end with white space")
     known, special = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
-    # A token of the vocabulary that is not special would come out of a template in pieces.
+    # The tokenizer would split a vocabulary token that is not special when it encodes a rendered template.
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in wanted if token not in special],
         special_tokens=True,
@@ -109,7 +109,7 @@ def load_model_config(conf: ModelConf, base: str) -> PretrainedConfig:
         base: folder or hub id of that model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be loaded.
     """
     revision = conf.revision if base == conf.model_name_or_path else None
     with loading_errors(base, "model.model_name_or_path"):
@@ -126,12 +126,12 @@ def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedMod
 
 
 def count_rows(model: PreTrainedModel) -> int:
-    """Return how many tokens the model has an embedding for."""
+    """Return the number of rows of the model's embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Resize embeddings and head; each new row is the mean of those before, the same in every process.
+    """Resize embeddings and head; each new row is the mean of the old rows, the same in every process.
 
     Raises:
         ConfigError: the head is quantized.
@@ -145,7 +145,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
             f"`model`: its output head is a {type(head).__name__}, which cannot be resized from {old} to {rows} rows "
             "for new tokens; leave the head out of quantization, or name a model that has the tokens"
         )
-    with torch.random.fork_rng():  # what is drawn here is overwritten, and must not move what is drawn after it
+    with torch.random.fork_rng():  # the values drawn here are overwritten, and must not change later draws
         model.resize_token_embeddings(rows, mean_resizing=False)
     for module in _embeddings_of(model).values():
         for values in (module.weight, getattr(module, "bias", None)):
@@ -154,9 +154,9 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 
 def free_pad_row(model: PreTrainedModel) -> None:
-    """Let the pad token's embedding be trained: torch gives the row `padding_idx` no gradient.
+    """Make the pad token's embedding trainable: torch gives the row `padding_idx` no gradient.
 
-    Where the pad token is one that training needs, such as EOS, it would silently stay as it is.
+    A pad token that training needs, such as EOS, would silently stay untrained.
     """
     embeddings = model.get_input_embeddings()
     if isinstance(embeddings, torch.nn.Embedding):
@@ -164,7 +164,7 @@ def free_pad_row(model: PreTrainedModel) -> None:
 
 
 def _embeddings_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return by path the input embeddings and, where it has weights of its own, the output head."""
+    """Return by path the input embeddings and, if it is not tied to them, the output head."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     wanted = [embeddings]
     if head is not None and head.weight is not embeddings.weight:
@@ -173,18 +173,18 @@ def _embeddings_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def read_brought_rows(folder: Path, meta: PreTrainedModel) -> tuple[int | None, bool]:
-    """Find out which embeddings an adapter was made on, by the shapes in its file.
+    """Find the size of the embeddings that an adapter was trained on, by the shapes in its file.
 
     Args:
         folder: the adapter's.
         meta: its base, on the meta device.
 
     Returns:
-        The number of rows, None where it is the base's; and whether the file holds embeddings that PEFT puts into the
-        base's place, rather than beside it as `modules_to_save`.
+        The number of rows, None if it is the base's; and whether the file holds embeddings with which PEFT replaces
+        the base's instead of keeping both, as for `modules_to_save`.
 
     Raises:
-        ConfigError: it has new rows for a part of the tokens only.
+        ConfigError: it has new rows for only a part of the tokens.
     """
     file, config = folder / "adapter_model.safetensors", json.loads((folder / "adapter_config.json").read_text("utf-8"))
     if not file.exists():
@@ -211,7 +211,7 @@ def read_brought_rows(folder: Path, meta: PreTrainedModel) -> tuple[int | None, 
     for path in embeddings:
         if whole.get(path, has) != rows and not set(range(has, rows)) <= single.get(path, set()):
             raise ConfigError(
-                f"`model.adapter={folder}`: was made on embeddings of {rows} rows, the base has {has}, and its file "
+                f"`model.adapter={folder}`: was trained on embeddings of {rows} rows, the base has {has}, and its file "
                 f"lacks those of {path}; save it with save_embedding_layers=True"
             )
     return (rows if rows != has else None), replaces_base
@@ -222,15 +222,15 @@ def _names(name: str, path: str) -> bool:
 
 
 def train_new_rows(config: PeftConfig | None, model: PreTrainedModel, new_ids: list[int]) -> None:
-    """Have the adapter train and save the embeddings of new tokens, those rows alone (PEFT's trainable tokens).
+    """Make the adapter train and save only the embedding rows of new tokens (PEFT's trainable tokens).
 
     Args:
         config: the new adapter's, changed in place; None in full fine-tuning, which trains them anyway.
-        model: its base; the meta device will do.
-        new_ids: the tokens.
+        model: its base, possibly on the meta device.
+        new_ids: ids of the new tokens.
 
     Raises:
-        ConfigError: PEFT cannot do it with this adapter or model.
+        ConfigError: PEFT does not support it for this adapter or model.
     """
     if config is None or not new_ids:
         return
@@ -240,11 +240,11 @@ def train_new_rows(config: PeftConfig | None, model: PreTrainedModel, new_ids: l
             "lora.peft_type=LORA, or lora=none to train all weights"
         )
     if config.trainable_token_indices is not None:
-        raise ConfigError("`lora.config.trainable_token_indices`: is set by model.added_tokens; leave one of them out")
+        raise ConfigError("`lora.config.trainable_token_indices`: is set by model.added_tokens; remove one of them")
     embeddings, head = _embeddings_of(model), model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(
-            "`model.added_tokens`: the model's output head has a bias, which PEFT leaves out where it trains single "
+            "`model.added_tokens`: the model's output head has a bias, which PEFT leaves out if it trains single "
             "rows; use lora=none to train all weights"
         )
     paths = {path for path, module in model.named_modules() if module is head} | set(embeddings)
@@ -255,24 +255,22 @@ def train_new_rows(config: PeftConfig | None, model: PreTrainedModel, new_ids: l
             if isinstance(targets, str)
             else any(_names(name, path) for name in targets or [])
         ):
-            raise ConfigError(
-                f"`lora.target_modules`: {path} cannot have LoRA where model.added_tokens trains its rows"
-            )
+            raise ConfigError(f"`lora.target_modules`: {path} cannot have LoRA if model.added_tokens trains its rows")
     saved = {path for path in paths if any(_names(name, path) for name in config.modules_to_save or [])}
     if saved and len(embeddings) < len(paths):
         raise ConfigError(
-            f"`lora.modules_to_save`: {', '.join(sorted(saved))} would part from the embeddings it is tied to; leave "
-            "it out, model.added_tokens trains the new rows"
+            f"`lora.modules_to_save`: {', '.join(sorted(saved))} would be untied from the embeddings; remove it, "
+            "model.added_tokens trains the new rows"
         )
     rows = {path: list(new_ids) for path in embeddings if path not in saved}
     config.trainable_token_indices = rows or None
 
 
 def open_head(model: PreTrainedModel) -> None:
-    """Give a head whose rows are trained the attribute `bias` that TRL reads; PEFT's wrapper hides it.
+    """Set the attribute `bias` that TRL reads on a head with trained rows; PEFT's wrapper hides it.
 
     Raises:
-        ConfigError: there is a bias, which PEFT would leave out.
+        ConfigError: the head has a bias, which PEFT would leave out.
     """
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):

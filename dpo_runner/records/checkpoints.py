@@ -20,7 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from dpo_runner.errors import RunError, is_disk_full, reason_of
-from dpo_runner.io.files import write_json
+from dpo_runner.io.files import replace_folder, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -46,12 +46,7 @@ def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
         staging.mkdir(parents=True)
         fill(staging)
         seal(staging)
-        if path.exists():
-            path.rename(old := path.with_name(f"{_STAGING}old-{path.name}"))
-            staging.rename(path)
-            shutil.rmtree(old)
-        else:
-            staging.rename(path)
+        replace_folder(path, staging, old=path.with_name(f"{_STAGING}old-{path.name}"))
         _flush(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: so torch.save says that a disk is full
         reason = reason_of(error)

@@ -1,16 +1,12 @@
 """Which settings of several runs differ, as far as they say something of the experiment."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from dpo_runner.config.keys import Effect, effect_of
 from dpo_runner.records.runs import RunRecord
-
-_NOT_COMPARED = re.compile(
-    r"(run_dir|run_name|resume|dry_run|training\.(output_dir|logging_dir)|(wandb|sweep|hydra)\..*)$"
-)
 
 
 def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
@@ -19,7 +15,7 @@ def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
     That two runs used the same files is told by the fingerprints in their environment.json.
     """
     keys = {key for run in runs for key in run.config}
-    ignored = {key for key in keys if _NOT_COMPARED.match(key)}
+    ignored = {key for key in keys if effect_of(key) is Effect.PLACES}
     configured = [run for run in runs if run.config]
     for section in ("model", "data"):
         prints = {run.fingerprints.get(section) for run in configured}

@@ -1,8 +1,6 @@
 """A run directory and everything that is written into it."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,6 +18,7 @@ import yaml
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
 from dpo_runner.io.files import find_fresh_folder, write_json, write_lines, write_text
+from dpo_runner.io.locks import lock
 from dpo_runner.io.masking import mask_override, mask_secrets
 from dpo_runner.records.reading import read_metrics, read_status
 from dpo_runner.records.status import HEARTBEAT_SECONDS, LOCK_FILE
@@ -74,7 +73,7 @@ class RunDirectory:
         with self._writable():
             opened = (self.path / LOCK_FILE).open("a")
         with opened as file:
-            if not any(_try_lock(file) for _ in range(2)):
+            if not _claims(file):
                 raise RunBusy(
                     f"`run_dir={self.path}`: another process is running there; wait for it, or use another run_dir"
                 )
@@ -181,17 +180,13 @@ class RunDirectory:
         write_lines(self.path / "samples.jsonl", (json.dumps(sample, ensure_ascii=False) for sample in samples))
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forks
-    except (BlockingIOError, PermissionError):
-        time.sleep(0.05)  # it may be one who only asks whether anybody has it
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        # some network file systems have no locks; there the heartbeat alone tells of another process
-    return True
+def _claims(file: IO[str]) -> bool:
+    """Lock a file, also if another process looks for a moment whether it is locked."""
+    for pause in (0.05, 0):
+        if lock(file.fileno()) is not False:  # without locks, the heartbeat alone shows another process
+            return True
+        time.sleep(pause)
+    return False
 
 
 def update_status(run_dir: Path, **changes: Any) -> None:

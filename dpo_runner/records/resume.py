@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.keys import REMOVED_KEYS, split_removed
+from dpo_runner.config.keys import REMOVED_KEYS, Effect, effect_of, split_removed
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy
 from dpo_runner.io.masking import mask_secrets
@@ -16,16 +16,6 @@ from dpo_runner.records.directory import EVENT_KINDS
 from dpo_runner.records.reading import PUT_BACK, read_mapping, read_metrics, read_object
 from dpo_runner.records.status import LOCK_FILE, find_death
 
-# What may differ between a run and its continuation without changing what is trained.
-_HARMLESS = ("wandb", "resume", "dry_run", "run_dir", "run_name", "samples", "sweep")
-_HARMLESS_KEYS = (
-    "checks.on_out_of_memory",  # what a run that has ended for want of memory is advised to set
-    *("training.save_strategy", "training.save_steps", "training.save_total_limit"),
-    *("training.logging_strategy", "training.logging_steps", "training.logging_first_step"),
-    *("training.log_level", "training.disable_tqdm"),
-    *("training.dataloader_num_workers", "training.dataloader_prefetch_factor", "training.dataloader_pin_memory"),
-    "training.dataset_num_proc",
-)  # dataloader_persistent_workers is none: without it each epoch draws a random number more
 _EVALUATION_FOLLOWS = "training.logging_steps"
 """Where training.eval_steps is not set."""
 _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
@@ -109,13 +99,12 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(removed)
     before = _flatten(written)
     now = _flatten(mask_secrets(config_keys(conf)))
-    harmless = set(_HARMLESS_KEYS)
-    if conf.training.eval_strategy == "steps" and not conf.training.eval_steps:
-        harmless.remove(_EVALUATION_FOLLOWS)
+    evaluates_as_it_logs = conf.training.eval_strategy == "steps" and not conf.training.eval_steps
+    fixed = {_EVALUATION_FOLLOWS} if evaluates_as_it_logs else set()
     mistakes = [
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in _HARMLESS and key not in harmless
+        if before.get(key) != now.get(key) and (effect_of(key) is Effect.COMPUTES or key in fixed)
     ]
     if mistakes:
         raise ConfigError(mistakes)

@@ -1,6 +1,5 @@
 """Tells whether the process of a run is alive: lock, heartbeat, process. Imports no torch."""
 
-import fcntl
 import os
 import platform
 from datetime import UTC, datetime
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from dpo_runner.io.locks import lock
 
 HEARTBEAT_SECONDS = 10
 
@@ -52,18 +53,14 @@ def is_process_alive(pid: int) -> bool:
         return True
 
 
-def _is_held(lock: Path) -> bool | None:
-    """Whether another process holds a lock; None where nobody can tell."""
+def _is_held(path: Path) -> bool | None:
+    """Return whether another process holds a lock file; None if that cannot be known."""
     try:
-        handle = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)  # what is a pipe would be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe would block
+        try:
+            taken = lock(handle, shared=True)
+        finally:
+            os.close(handle)
     except OSError:
         return None
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # the file system knows no locks
-        return None
-    finally:
-        os.close(handle)
-    return False
+    return None if taken is None else not taken

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_runner.config.keys import OUTSIDE
+from dpo_runner.config.keys import Effect, effect_of
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import reason_of
@@ -127,7 +127,9 @@ def _init(conf: RunConf, directory: RunDirectory, mode: _Mode, folder: Path, run
         name=_shorten(told.name or mask_text(f"{conf.run_name}/{directory.path.name}"), _LONGEST_NAME),
         tags=told.tags,
         notes=told.notes,
-        config=mask_secrets({key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}),
+        config=mask_secrets(
+            {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
+        ),
         settings=wandb.Settings(
             quiet=True,
             silent=True,

@@ -99,12 +99,9 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
 
 def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, multirun: bool) -> str | None:
     """Return why the overrides together are neither one run nor a sweep."""
-    intervals = [override for override in checked.sound if override.is_interval_sweep()]
+    intervals = checked.find_interval_mistakes()
     if intervals and not _is_search(checked.sound, config_dir):
-        return (
-            f"`{intervals[0].input_line}`: an interval has no values to run one by one; use choice(…) or range(…), or "
-            "search it (sweep.search.sampler=tpe or random)"
-        )
+        return intervals[0]
     several, of_sweep = checked.of_sweep()
     if (several or multirun) and any(override.key_or_group == "run_dir" for override in checked.sound):
         return "`run_dir`: names one run's directory; for a sweep set sweep.dir"

@@ -1,6 +1,5 @@
 """A sweep's directory: sweep.json, its lock, the states of its jobs. Imports no torch."""
 
-import fcntl
 import json
 import os
 import time
@@ -9,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import find_fresh_folder, write_json
+from dpo_runner.io.locks import lock
 from dpo_runner.io.masking import mask_override
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
 from dpo_runner.records.directory import update_status
@@ -91,7 +92,7 @@ def prepare(path: Path, names: Sequence[str], points: Sequence[Point], threads: 
             update_status(path / name, state="pending")
 
 
-def lock(path: Path, say: Callable[[str], None]) -> int:
+def lock_sweep(path: Path, say: Callable[[str], None]) -> int:
     """Make a sweep's directory and take it; nobody else can until this process and its workers have ended.
 
     Returns:
@@ -106,7 +107,7 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
     except OSError as error:
         raise ConfigError(f"`sweep.dir={path}`: cannot be written to; {error.strerror}") from None
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not _try_lock(handle):
+    while lock(handle, inherited=True) is False:
         owner = os.pread(handle, 32, 0).decode()
         if (owner.isdecimal() and is_process_alive(int(owner))) or time.monotonic() > deadline:
             os.close(handle)
@@ -119,22 +120,8 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
     return handle
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 DONE = ("finished", "pruned")
 """States of a job that is not run again."""
-KEY_METRICS = (
-    ("eval_rewards/accuracies", "accuracy"),
-    ("eval_rewards/margins", "margin"),
-    ("eval_loss", "loss"),
-)
-"""What a job is judged by, in the order in which it is shown, and how it is called there."""
 
 
 @dataclass(frozen=True)
@@ -192,4 +179,4 @@ def read_progress(path: Path) -> int:
 
 def show_metrics(metrics: dict[str, Any] | None) -> str:
     """Return the key metrics as one line; empty where there are none."""
-    return "  ".join(f"{label} {metrics[key]:.3f}" for key, label in KEY_METRICS if metrics and key in metrics)
+    return "  ".join(f"{column_of(key)} {metrics[key]:.3f}" for key in KEY_METRICS if metrics and key in metrics)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_runner.config.compose import compose_point
-from dpo_runner.config.keys import OUTSIDE, add_defaults, find_no_op, ignored_keys
+from dpo_runner.config.keys import Effect, add_defaults, effect_of, find_no_op, ignored_keys
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.config.schema import shorten_keys
 from dpo_runner.errors import ConfigError
@@ -33,7 +33,7 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
             return value
         return {key: keep(item, f"{prefix}{key}.") for key, item in value.items() if f"{prefix}{key}" not in ignored}
 
-    told = {key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}
+    told = {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
     return hashlib.sha256(json.dumps(keep(add_defaults(told)), sort_keys=True).encode()).hexdigest()
 
 

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import SweepFailed, describe_failure
 from dpo_runner.io.console import Terminal, format_clock, visible
 from dpo_runner.io.masking import mask_text
 from dpo_runner.records.wandb_files import find_folder, list_commands
-from dpo_runner.sweep.directory import DONE, KEY_METRICS, JobState, read_job, show_metrics
+from dpo_runner.sweep.directory import DONE, JobState, read_job, show_metrics
 from dpo_runner.sweep.jobs import Job, Outcome
 from dpo_runner.sweep.points import Point
 
@@ -106,11 +107,9 @@ class SweepScreen:
 
     def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
         """Show every job of the sweep with its state and key metrics, and where to look at all of them."""
-        table = Table("job", "varies", "state", *(label for _, label in KEY_METRICS))
+        table = Table("job", "varies", "state", *map(column_of, KEY_METRICS))
         for job, label in zip(jobs, labels, strict=True):
-            figures = [
-                f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key, _ in KEY_METRICS
-            ]
+            figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in KEY_METRICS]
             table.add_row(job.name, escape(visible(label)), job.state, *figures)
         self.console.print(table)
         self.say(f"sweep directory  {path}")

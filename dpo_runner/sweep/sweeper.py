@@ -23,7 +23,7 @@ from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.directory import (
     DONE,
     JobState,
-    lock,
+    lock_sweep,
     name_points,
     prepare,
     read_job,
@@ -89,7 +89,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         screen.show_plan(path, names, points, merged)
         if any(point.conf.dry_run for point in points):
             return None
-        handle = lock(path, screen.say)
+        handle = lock_sweep(path, screen.say)
         names = name_points(points, path)  # another sweep may have ended there while this one waited
         prepare(path, names, points, sweep.threads_per_worker)
         waiting = [pair for pair in zip(names, points, strict=True) if read_job(path / pair[0]).state not in DONE]
@@ -184,7 +184,7 @@ class OptunaSweeper(GridSweeper):
         corner = compose_point(space.corners()[0], config_dir)
         if corner.dry_run:
             return None
-        handle = lock(path, screen.say)
+        handle = lock_sweep(path, screen.say)
         from dpo_runner.sweep.search.trials import Search  # Optuna, which takes a second to import
 
         search = Search(path, space, sweep, config_dir)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
@@ -152,7 +153,7 @@ class Session:
         self.directory.write_summary(summary)
         self.tracker.log_summary(summary, self._conf.sweep.search.objective)
         self.console.show_samples(samples[: self._conf.samples.show])
-        self.console.show_summary(summary)
+        self.console.show_summary(summary, {key: label_of(key) for key in BEFORE_AND_AFTER})
 
 
 @contextmanager

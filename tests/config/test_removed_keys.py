@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.config.keys import OUTSIDE, REMOVED_KEYS, split_removed
+from dpo_runner.config.keys import REMOVED_KEYS, Effect, effect_of, split_removed
 from dpo_runner.config.run_conf import config_keys
 from dpo_runner.config.schema import SCHEMA
 from dpo_runner.errors import ConfigError
@@ -123,7 +123,7 @@ def test_damage_is_left_to_others(written: dict[Any, Any]) -> None:
 @pytest.mark.parametrize("overrides", [[], ["quant=nf4", "training.beta=0.2"]], ids=["unquantized", "nf4"])
 def test_jobs_of_a_sweep_keep_the_names_that_earlier_versions_gave_them(overrides: list[str]) -> None:
     conf = load_conf(overrides)
-    told = {key: value for key, value in config_keys(conf).items() if key not in OUTSIDE}
+    told = {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
     told["engine"] |= {"compile_layers": False, "keep_dequantized": None}
     if told["quant"] is not None:
         told["quant"]["config"] = {}

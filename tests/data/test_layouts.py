@@ -1,4 +1,4 @@
-"""Every known layout of preference rows, and the exact pairs that a row of it becomes."""
+"""Tests of every known layout of preference rows: detection and the exact pairs of a row."""
 
 import copy
 import functools
@@ -495,7 +495,7 @@ def test_a_row_becomes_exactly_these_pairs(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_parquet_becomes_the_same_pairs(name: str) -> None:
     row, layout, pairs = ROWS[name]
-    # the schema of a whole file: messages have the union of all fields, so that most of them are None
+    # a file has one schema: its messages have the union of all fields, most of them None
     like = [{key: [*value, {"extra": "x"}] if _is_messages(value) else value for key, value in row.items()}, row]
     pq.write_table(pa.Table.from_pylist(like), "rows.parquet")
     source, _ = open_sources(SourceConf(path="rows.parquet"), "data")
@@ -564,7 +564,7 @@ def texts(pairs: list[Pair]) -> list[tuple[str, str, float | None]]:
         ("best_vs_worst", [2, 4, 1], [("b", "c", 3.0)]),
         ("best_vs_rest", [2, 4, 1], [("b", "a", 2.0), ("b", "c", 3.0)]),
         ("all_pairs", [2, 4, 1], [("b", "a", 2.0), ("b", "c", 3.0), ("a", "c", 1.0)]),
-        # of equal scores the one that comes first stands for them
+        # the first of equal scores is used
         ("best_vs_worst", [4, 4, 1], [("a", "c", 3.0)]),
         ("best_vs_worst", [4, 1, 1], [("a", "c", 3.0)]),
         ("best_vs_rest", [4, 4, 1], [("a", "c", 3.0)]),
@@ -591,7 +591,7 @@ def steer(prompt: Any, response: Any, helpfulness: Any) -> dict[str, Any]:
 
 
 def grouped(rows: list[Any]) -> list[tuple[int, Any]]:
-    """The pairs, or the reason why there are none, by the number of a group's first row."""
+    """Return the pairs of each group, or the reason for none, with the number of its first row."""
     layout = find_layout([row for row in rows if isinstance(row, dict)], "auto")
     found: list[tuple[int, Any]] = []
     for number, row in group_responses(enumerate(rows, start=1)):
@@ -623,7 +623,7 @@ def test_neighbours_with_the_same_prompt_are_one_row() -> None:
         (3, [("c", "d", 1.0)]),
         (4, "broken JSON"),
         (6, "fewer than two answers"),
-        (7, []),  # the same prompt further down is another row; its answers score the same
+        (7, []),  # not adjacent to the first q1, so a separate row; its scores are equal
         (9, [("i", "h", 3.0)]),
     ]
 
@@ -652,7 +652,7 @@ def test_a_row_without_a_part_stands_alone_and_parts_no_neighbours(row: dict[str
 def test_a_group_with_a_bad_score_is_one_bad_row() -> None:
     rows = [steer("q", "a", 3), steer("q", "b", None), steer("r", "a", 3), steer("r", "b", "high"), steer("s", "a", 1)]
     rows += [steer("s", "b", 2)]
-    assert grouped(rows) == [(1, "score is no number"), (3, "score is no number"), (5, [("b", "a", 1.0)])]
+    assert grouped(rows) == [(1, "score is not a number"), (3, "score is not a number"), (5, [("b", "a", 1.0)])]
 
 
 def test_responses_may_be_grouped_by_another_score() -> None:
@@ -667,7 +667,7 @@ def recipe(**fields: Any) -> Recipe:
 
 
 def made(row: dict[str, Any], **fields: Any) -> tuple[list[tuple[str, str, float | None]], str]:
-    """The pairs that a source so configured makes of a row, and why there are none."""
+    """Return the pairs of a row in a source with these fields, and the reason if there are none."""
     Path("rows.jsonl").write_text(json.dumps(row))
     mine = recipe(**fields)
     source, _ = open_sources(mine.conf, "data")
@@ -688,7 +688,7 @@ def test_pairs_whose_scores_are_near_are_left_out() -> None:
 
 def test_the_gap_of_scores_of_a_pair_counts_too() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    assert made(row, min_score_gap=9)[0] == [("a", "b", None)]  # without scores it stays
+    assert made(row, min_score_gap=9)[0] == [("a", "b", None)]  # kept: the row has no scores
     scores = {"score_chosen": 3, "score_rejected": 2.5}
     assert made(row | scores, min_score_gap=0.5)[0] == [("a", "b", 0.5)]
     assert made(row | scores, min_score_gap=0.6) == ([], "the scores differ by less than 0.6")
@@ -813,8 +813,8 @@ def test_a_formatter_leaves_rows_out() -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("text", "returned 'why'; a row (dict), a list of rows or None is due"),
-        ("texts", "; a row (dict), a list of rows or None is due"),
+        ("text", "returned 'why'; expected a row (dict), a list of rows or None"),
+        ("texts", "; expected a row (dict), a list of rows or None"),
         ("fails", "ValueError: no such thing"),
         ("misses", "KeyError: 'nowhere'"),
     ],
@@ -828,7 +828,7 @@ def test_a_formatter_that_fails_costs_the_row(name: str, problem: str) -> None:
 
 @pytest.mark.usefixtures("formatters")
 def test_a_formatter_that_makes_no_known_layout() -> None:
-    with pytest.raises(DataError, match="rows of no known layout, with columns: 1; needed are"):
+    with pytest.raises(DataError, match="unknown layout; columns: 1; needed are"):
         made(ROW, formatter="my_formatters:numbered")
 
 
@@ -841,12 +841,12 @@ def test_a_formatter_that_makes_no_known_layout() -> None:
             "ModuleNotFoundError: No module named 'my_formaters'; name it as package.module:function",
         ),
         ("my_formatters:kep", "AttributeError: module 'my_formatters' has no attribute 'kep'"),
-        ("my_formatters:constant", "is no function"),
+        ("my_formatters:constant", "is not a function"),
         ("my_broken_formatters:f", "SyntaxError: "),
         ("my_failing_formatters:f", "RuntimeError: not today"),
-        ("os:system", "is a module of Python itself; name a function of your own"),
-        ("builtins:eval", "is a module of Python itself"),
-        ("os.path:join", "is a module of Python itself"),
+        ("os:system", "is in Python's standard library; name your own function"),
+        ("builtins:eval", "is in Python's standard library"),
+        ("os.path:join", "is in Python's standard library"),
     ],
 )
 def test_a_formatter_that_is_not_there(name: str, problem: str) -> None:
@@ -859,7 +859,7 @@ def test_a_formatter_that_is_not_there(name: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("row", "layouts"),
     [
-        # as argilla/distilabel-intel-orca-dpo-pairs has them: the pair, and what it was chosen from
+        # as in argilla/distilabel-intel-orca-dpo-pairs: the pair, and the answers it was chosen from
         (
             {"input": "q", "chosen": "a", "rejected": "b", "generations": ["a", "b"], "rating": [9, 3]},
             ["orca", "scored"],
@@ -916,7 +916,7 @@ def test_most_rows_decide() -> None:
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "prompt, completions, labels"),
         ({"messages": [user("q"), bot("a")]}, "messages"),
         ({}, "nothing"),
-        # a table without header: its first row is taken for one
+        # a table without header: its first row is read as the header
         ({"What is\n1 plus 1?": "q", "It is " + "very " * 99: "a"}, f"'What is\\n1 plus 1?', It is {'very ' * 6}very"),
         ({f"c{n}": n for n in range(99)}, ", ".join(f"c{n}" for n in range(25)) + ", …"),
         ({"half \ud83d": 1}, "'half \\ud83d'"),
@@ -926,7 +926,7 @@ def test_an_unknown_layout_names_the_columns(row: dict[str, Any], columns: str) 
     with pytest.raises(DataError) as caught:
         find_layout([row], "auto", "data.sources.mine", "data.sources.mine.path=a.csv")
     assert str(caught.value) == (
-        f"`data.sources.mine.path=a.csv`: rows of no known layout, with columns: {columns}; needed are prompt, chosen "
+        f"`data.sources.mine.path=a.csv`: unknown layout; columns: {columns}; needed are prompt, chosen "
         "and rejected (or another layout of docs/data.md); name yours with data.sources.mine.columns or "
         "data.sources.mine.formatter"
     )
@@ -942,7 +942,7 @@ def test_a_layout_that_is_named_must_fit(name: str, needs: str) -> None:
 def test_a_transcript_is_never_taken_for_a_text() -> None:
     transcript = f"{HUMAN}{ASSISTANT} so"
     row = {"prompt": WHY, "chosen": transcript, "rejected": f"{HUMAN}{ASSISTANT} no"}
-    with pytest.raises(RowError, match=r"no transcript: `prompt` must begin with \\n\\nHuman:"):
+    with pytest.raises(RowError, match=r"not a transcript: `prompt` must begin with \\n\\nHuman:"):
         read(row)
     with pytest.raises(DataError, match=r"`data\.format=preference`: needs prompt, chosen, rejected: texts"):
         read(row, name="preference")

@@ -1,4 +1,4 @@
-"""Messages in our names, conversations split where they part, and what a pair must keep."""
+"""Tests of messages: conversion to role/content, splitting of conversations, checks on pairs."""
 
 import json
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ def test_roles_have_many_names(role: str, ours: str) -> None:
 def test_a_text_is_one_turn_of_the_role_that_is_due() -> None:
     assert to_messages("a", "user", "prompt") == [user("a")]
     assert to_messages("a", "assistant", "chosen") == [bot("a")]
-    assert to_messages("", "assistant", "chosen") == [bot("")]  # whether it may be empty is for `check_pair`
+    assert to_messages("", "assistant", "chosen") == [bot("")]  # `check_pair` refuses empty ones
 
 
 def test_what_a_message_holds_beside_its_text_stays() -> None:
@@ -115,8 +115,8 @@ def test_conversations_that_share_no_prompt(chosen: Any, rejected: Any) -> None:
 
 
 def test_tools_are_a_list_or_its_json() -> None:
-    assert parse_json([{"a": 1, "b": None}], list, "tools") == [{"a": 1}]  # as Parquet gives what is not there
-    assert parse_json('[{"a": 1, "b": null}]', list, "tools") == [{"a": 1, "b": None}]  # as it is written
+    assert parse_json([{"a": 1, "b": None}], list, "tools") == [{"a": 1}]  # Parquet: None is an absent field
+    assert parse_json('[{"a": 1, "b": null}]', list, "tools") == [{"a": 1, "b": None}]  # JSON text: null is kept
     for nothing in (None, "", " ", [], "[]", "null"):
         assert parse_json(nothing, list, "tools") is None
     for wrong in (3, b"[]", {"a": 1}, '{"a": 1}', "3", "[1", "[" * 100_000):

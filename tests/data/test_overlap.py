@@ -1,4 +1,4 @@
-"""Near-duplicates are found and nothing else is; text of an evaluation set is found in each part of a pair."""
+"""Tests of near-duplicates, and of evaluation text in each part of a pair."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def random_row(rng: np.random.Generator, length: int = 60, vocabulary: int = 32_
 
 
 def change(row: Row, part: int, rng: np.random.Generator, tokens: int) -> Row:
-    """Replace so many tokens in a row somewhere inside of one part; 4 more 5-grams than that change."""
+    """Replace `tokens` consecutive tokens inside one part, which changes `tokens` + 4 of its 5-grams."""
     parts = list(row)
     at = int(rng.integers(5, len(row[part]) - tokens - 5))
     parts[part] = row[part][:at] + rng.integers(0, 32_000, tokens).tolist() + row[part][at + tokens :]
@@ -72,7 +72,7 @@ def test_different_rows_are_never_marked(threshold: float, vocabulary: int) -> N
     [(0.7, 8, 0.98, 1), (0.7, 26, 0.3, 0.7), (0.7, 40, 0, 0.01), (0.8, 2, 0.98, 1), (0.5, 26, 0.98, 1)],
 )
 def test_marks_follow_the_similarity(threshold: float, tokens: int, lowest: float, highest: float) -> None:
-    """26 changed tokens make a similarity of 0.7, which is estimated with an error of 0.04."""
+    """With 26 changed tokens the similarity is 0.7, estimated with an error of 0.04."""
     rng = np.random.default_rng(1)
     rows = [random_row(rng) for _ in range(200)]
     changed = [change(row, 1, rng, tokens) for row in rows]
@@ -92,13 +92,13 @@ def test_what_lsh_proposes_is_verified() -> None:
 
 @pytest.mark.parametrize("threshold", [0.52, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0])
 def test_lsh_proposes_nine_of_ten_at_the_threshold(threshold: float) -> None:
-    """rensa's own number of bands proposes a fifth at 0.8."""
+    """rensa's default number of bands proposes a fifth at 0.8."""
     bands = overlap._count_bands(threshold)
     assert 128 % bands == 0 and 1 - (1 - threshold ** (128 / bands)) ** bands >= 0.9
 
 
 def test_lsh_never_proposes_all_that_shares_a_system_prompt() -> None:
-    """At 64 bands of 2, rows that share a seventh propose one another, and 40,000 of them take minutes."""
+    """With 64 bands of 2, LSH proposes rows that share a seventh, and 40,000 of them take minutes."""
     assert overlap._count_bands(0.5) == overlap._count_bands(0.1) == 32
 
 
@@ -142,7 +142,7 @@ def test_grams_stay_inside_of_their_row() -> None:
 
 @pytest.fixture
 def find(tokenizer: Any) -> Callable[..., list[bool]]:
-    """Takes pairs as (messages or a question, chosen, rejected), and what they must not share words with."""
+    """Return a function of pairs (messages or question, chosen, rejected) and references; it marks pairs."""
 
     def find(pairs: list[tuple[Any, str, str]], references: list[str], ngram: int = 13) -> list[bool]:
         rows = []
@@ -262,7 +262,7 @@ def test_references_of_the_hub(
     [
         ("missing.jsonl", "`data.decontaminate=missing.jsonl`: no such file"),
         ("missing.txt", "`data.decontaminate=missing.txt`: cannot be read; No such file or directory"),
-        ("latin.txt", "`data.decontaminate=latin.txt`: is no UTF-8; save it as that"),
+        ("latin.txt", "`data.decontaminate=latin.txt`: is not UTF-8; save it as UTF-8"),
         ("blank.txt", "`data.decontaminate=blank.txt`: holds no text"),
         ("numbers.jsonl", "`data.decontaminate=numbers.jsonl`: holds no text"),
         ("blank.jsonl", "`data.decontaminate=blank.jsonl`: holds no rows"),
@@ -270,7 +270,7 @@ def test_references_of_the_hub(
         ("broken.json", "`data.decontaminate=broken.json`: cannot be read; line 1, column "),
         ("page.html", "`data.decontaminate=page.html`: no such format `.html`"),
         ("folder", "`data.decontaminate=folder`: is a folder; name its files, such as folder/*.jsonl"),
-        ("nobody/nothing:dev", "`data.decontaminate=nobody/nothing:dev` (split dev): neither a file here nor a hub"),
+        ("nobody/nothing:dev", "`data.decontaminate=nobody/nothing:dev` (split dev): neither a local file nor a"),
     ],
 )
 def test_what_cannot_be_read_is_an_error(name: str, text: str) -> None:

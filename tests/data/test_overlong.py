@@ -1,4 +1,4 @@
-"""Pairs longer than training.max_length: left out, cut, or left to TRL, and counted each way."""
+"""Tests of pairs longer than training.max_length: dropped, cut, or left to TRL, and counted."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def test_overlong_rows(
 ) -> None:
     path = write(tmp_path / "a.jsonl", overlong_rows())
     limit = ["training.max_length=64", f"data.on_overlong={overrides[0]}", *overrides[1:]]
-    data = load(tokenizer, path, *NO_EVAL, *limit, "data.max_bad_fraction=0")  # they are not bad rows
+    data = load(tokenizer, path, *NO_EVAL, *limit, "data.max_bad_fraction=0")  # overlong rows are not bad rows
     report = data.report.splits["train"]
     assert (report.kept, report.dropped, report.truncated) == (kept, dropped, truncated)
     if overrides[0] != "trl":

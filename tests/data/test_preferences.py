@@ -1,4 +1,4 @@
-"""From sources to splits: what is held out, cut, dropped, drawn and mixed, and that each row is accounted for."""
+"""Tests of the splits of a run: holding out, cutting, dropping, drawing, mixing, and the data report."""
 
 import json
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_a_prompt_that_is_cut_is_counted_with_its_tokens(tmp_path: Path, tokeniz
     thinking.chat_template = tokenizer.chat_template.replace("assistant\\n'", "assistant\\n<think>'")
     assert thinking.chat_template != tokenizer.chat_template
     path = write(tmp_path / "a.jsonl", make_rows(4))
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt becomes other tokens.*'<think>' became 'good"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the prompt is tokenized differently.*'<think>' became 'good"):
         load(thinking, path, *NO_EVAL)
     data = load(thinking, path, *NO_EVAL, "data.on_template_mismatch=longest_common_prefix")
     source = data.report.sources[0]
     assert source.mismatched == 4 and source.first_mismatch.startswith(f"{path}:1: from token 22 on, '<think>' became")
     assert str(source).count("4 with the prompt cut to its common prefix") == 1
-    with pytest.raises(DataError, match="the prompt becomes other tokens"):  # found in the cache, and refused the same
+    with pytest.raises(DataError, match="the prompt is tokenized differently"):  # refused from the cache too
         load(thinking, path, *NO_EVAL)
 
 
@@ -93,7 +93,7 @@ def test_given_evaluation_rows_and_a_warning_of_shared_prompts(tmp_path: Path, t
         "2 training pairs have a prompt that is in evaluation too, which makes evaluation look too good; "
         "data.decontaminate=[eval] leaves them out"
     ]
-    folder = load(tokenizer, tmp_path)  # the same, by the files' names
+    folder = load(tokenizer, tmp_path)  # the same splits, by file name
     assert (len(folder.train), len(folder.eval)) == (10, 4)
 
 
@@ -167,7 +167,7 @@ def test_weights_are_shares_and_no_row_is_repeated(tmp_path: Path, tokenizer: An
     other = mix(tmp_path, tokenizer, *NO_EVAL, *weights, "data.sources.b.seed=1")
     assert set(prompts(other.train)) != set(prompts(data.train))
     again = mix(tmp_path, tokenizer, *NO_EVAL, *weights, "seed=5")
-    assert prompts(again.train) == prompts(data.train)  # the run's own seed has no say in it
+    assert prompts(again.train) == prompts(data.train)  # independent of the run's seed
     check_account(data)
 
 
@@ -190,7 +190,7 @@ def test_sources_are_read_each_in_its_own_way(tmp_path: Path, tokenizer: Any) ->
     assert sorted(prompts(data.train)) == ["b 1", "q 0", "q 1", "q 2", "q 3"]
 
 
-# --- the account
+# --- the report
 
 
 def test_lengths_and_length_bias_are_those_of_the_rows(tmp_path: Path, tokenizer: Any) -> None:

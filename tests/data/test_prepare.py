@@ -1,4 +1,4 @@
-"""Rows are tokenized once: found again by content, the same by several processes, whole or not at all."""
+"""Tests of the token cache: keyed by content, the same from several processes, never half-written."""
 
 import multiprocessing
 import sys
@@ -12,7 +12,7 @@ from tests.support.data import load, make_rows, write
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts batches as they are tokenized."""
+    """Return a list that grows by one with each batch tokenized."""
     from dpo_runner.data.prepare import workers
 
     calls: list[int] = []
@@ -104,7 +104,7 @@ def test_a_process_that_dies_is_an_error_and_leaves_no_half_cache(
     monkeypatch.setattr(prepare, "ROWS_PER_BATCH", 5)
     monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "a.jsonl", make_rows(40))
-    with pytest.raises(Exception, match=r"process that prepares the data died.*training\.dataset_num_proc=1"):
+    with pytest.raises(Exception, match=r"worker process died while preparing the data.*training\.dataset_num_proc=1"):
         load(tokenizer, path, "data.formatter=deadly:f", "training.dataset_num_proc=2")
     assert list((tmp_path / "cache" / "data").iterdir()) == []
 

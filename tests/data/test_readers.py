@@ -1,4 +1,4 @@
-"""Every source and format gives the same rows, numbered, in flat memory; what is broken is one line that says where."""
+"""Tests of the readers: same numbered rows from all formats, flat memory, one-line located errors."""
 
 import json
 import pickle
@@ -162,7 +162,7 @@ PIECES = [
 def test_json_is_cut_anywhere(layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_CHUNK", chunk)
     indent, ascii_only = 2 if "pretty" in layout else None, "ascii" in layout
-    rows = json.loads(json.dumps(PIECES))  # joins the surrogates
+    rows = json.loads(json.dumps(PIECES))  # joins surrogate pairs
     if "list" in layout:
         text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     else:
@@ -189,7 +189,7 @@ def test_values_that_are_no_objects_are_cut_anywhere_too(chunk: int, monkeypatch
     assert batches[0].rows == [*VALUES, '{"a": 1}'] and batches[0].numbers == [*range(1, 12), 11]
     assert [str(row) for row in rows_of(source)[:-1]] == [
         *["not an object: a number"] * 4,
-        "not an object: a truth value",
+        "not an object: a boolean",
         "not an object: null",
         *["not an object: a number"] * 2,
         "not an object: a text",
@@ -208,7 +208,7 @@ BROKEN_JSON = [
     ('[{"a": 1}] x', "line 1, column 12: Extra data"),
     ('[{"a": 1}]\n[{"a": 2}]', "line 2, column 1: Extra data"),
     ('[{"a": 1}]]', "line 1, column 11: Extra data"),
-    ('[{"a": 1}]\udcc3', "line 1, column 11: Extra data"),  # a byte that begins a character, and the file ends
+    ('[{"a": 1}]\udcc3', "line 1, column 11: Extra data"),  # the file ends in the middle of a character
     ('{"a": 1}\n{"a"', "line 2, column 5: Expecting ':' delimiter"),
     ('{"a": 1}\n{"b": "text', "line 2, column 7: Unterminated string starting at"),
     ('{"a": 1}\n{"b": "te\nxt"}', "line 2, column 10: Invalid control character at"),
@@ -232,7 +232,7 @@ def test_broken_json_names_line_and_column(
 
 
 def test_a_mistake_is_found_without_reading_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_LONGEST_ROW", 100_000)  # would be exceeded if a mistake were taken for a cut
+    monkeypatch.setattr(readers, "_LONGEST_ROW", 100_000)  # exceeded if the mistake were treated as an incomplete value
     monkeypatch.setattr(readers, "_CHUNK", 1000)
     text = '[{"a": 1},\n{"a": oops},' + '{"a": 1},' * 100_000 + "]"
     assert "line 2, column 7: Expecting value" in error_of(write("a.json", text))
@@ -243,7 +243,7 @@ def test_a_mistake_is_found_without_reading_the_rest(monkeypatch: pytest.MonkeyP
     [
         ("a.json", '{"data": [' + '{"a": 1},' * 200, "line 1, column 1: longer than 1,000 characters"),
         ("a.jsonl", "{}\n[" + '{"a": 1},' * 200, "line 2: longer than 1,000 bytes"),
-        ("a.csv", 'a,b\n1,2\n"' + "x\n" * 1000, "line 3: a quote is opened that does not close"),
+        ("a.csv", 'a,b\n1,2\n"' + "x\n" * 1000, "line 3: a quote is never closed"),
     ],
 )
 def test_a_file_laid_out_otherwise_is_not_loaded_whole(
@@ -268,11 +268,11 @@ BAD_LINES = [
     (b'"text"', "not an object: a text"),
     (b"1", "not an object: a number"),
     (b"1.5", "not an object: a number"),
-    (b"true", "not an object: a truth value"),
+    (b"true", "not an object: a boolean"),
     (b"null", "not an object: null"),
-    (b'{"chosen": "a", "chosen": "b"}', "duplicate key: `chosen` stands twice"),
-    (b'{"m": [{"a": 1, "b": 2, "a": 1}]}', "duplicate key: `a` stands twice"),
-    (b'{"\\ud800\\n": 1, "\\ud800\\n": 1}', "duplicate key: `\\ud800\\n` stands twice"),
+    (b'{"chosen": "a", "chosen": "b"}', "duplicate key: `chosen` appears twice"),
+    (b'{"m": [{"a": 1, "b": 2, "a": 1}]}', "duplicate key: `a` appears twice"),
+    (b'{"\\ud800\\n": 1, "\\ud800\\n": 1}', "duplicate key: `\\ud800\\n` appears twice"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "broken JSON: nested too deeply"),
     (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON: a number of more than 4300 digits"),
 ]
@@ -310,7 +310,7 @@ def test_numbers_that_are_none_are_floats_for_others_to_judge() -> None:
         ("1,2,3,4", "wrong number of cells: 4 instead of 3"),
         ("1,2", "wrong number of cells: 2 instead of 3"),
         ("text", "wrong number of cells: 1 instead of 3"),
-        ('1,"a "b" c",3', "broken quoting: ',' expected after '\"'; a quote inside of quotes is written twice"),
+        ('1,"a "b" c",3', "broken quoting: ',' expected after '\"'; double each quote inside quotes"),
     ],
 )
 @pytest.mark.parametrize("delimiter", [",", "\t"])
@@ -326,11 +326,11 @@ def test_a_bad_line_of_a_table_costs_one_row(line: str, problem: str, delimiter:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a,b,a\n1,2,3\n", "line 1: column `a` stands twice"),
-        ('a,"\n\udcff","\n\udcff"\n1,2,3\n', "line 1: column `\\n\\udcff` stands twice"),
-        (",a,b\n0,1,2\n", "line 1: column 1 has no name (pandas writes none with index=False)"),
-        ("\na, ,b\n0,1,2\n", "line 2: column 2 has no name (pandas writes none with index=False)"),
-        ('a,b\n1,2\n"3,4\n5,6\n', "line 3: a quote is opened that does not close (unexpected end of data)"),
+        ("a,b,a\n1,2,3\n", "line 1: column `a` appears twice"),
+        ('a,"\n\udcff","\n\udcff"\n1,2,3\n', "line 1: column `\\n\\udcff` appears twice"),
+        (",a,b\n0,1,2\n", "line 1: column 1 has no name (with pandas, write with index=False)"),
+        ("\na, ,b\n0,1,2\n", "line 2: column 2 has no name (with pandas, write with index=False)"),
+        ('a,b\n1,2\n"3,4\n5,6\n', "line 3: a quote is never closed (unexpected end of data)"),
     ],
 )
 def test_a_table_needs_a_header_and_quotes_that_close(text: str, problem: str) -> None:
@@ -362,7 +362,7 @@ def test_a_time_out_of_range_costs_one_row() -> None:
 
 
 def peak_of(path: str, size: int = 256) -> tuple[int, int]:
-    """Rows, and the most memory that Python held while they were read."""
+    """Return the number of rows, and the peak Python memory in bytes while reading them."""
     source, _ = open_sources(SourceFields(path=path), "data")
     tracemalloc.start()
     try:

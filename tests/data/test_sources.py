@@ -1,4 +1,4 @@
-"""Bundled pairs, files, folders, globs and hub datasets: what is read of each, and what is refused in one line."""
+"""Tests of sources (bundled, files, folders, globs, hub datasets): the rows read, and one-line errors."""
 
 import json
 import struct
@@ -69,7 +69,7 @@ def test_a_corrupt_arrow_file_is_refused(name: str) -> None:
     for damaged in (whole[:-20], whole[: len(whole) // 2], whole[:20], b"PAR1" * 9, b"no arrow file at all"):
         Path(name).write_bytes(damaged)
         if name == "stream_batches.arrow" and damaged == whole[:-20]:
-            continue  # a stream may end without its end mark
+            continue  # a stream may lack its end-of-stream marker
         assert error_of(name).startswith(f"`data.path={name}`: cannot be read; ")
 
 
@@ -100,7 +100,7 @@ def test_a_column_name_that_is_no_text_is_refused() -> None:
 def test_columns_of_one_name_are_refused(name: str) -> None:
     table = pa.table([pa.array(["x"]), pa.array(["y"])], ["a", "a"])
     pq.write_table(table, name) if name == "a.parquet" else write_arrow(name, table)
-    assert error_of(name) == f"`data.path={name}`: cannot be read; column `a` stands twice"
+    assert error_of(name) == f"`data.path={name}`: cannot be read; column `a` appears twice"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
@@ -195,7 +195,7 @@ def test_a_file_that_may_not_be_read_is_refused(path: str, monkeypatch: pytest.M
     def refuse(file: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(Path, "open", refuse)  # the tests may be run by root, who may read everything
+    monkeypatch.setattr(Path, "open", refuse)  # file permissions would not stop root
     message = error_of(path)
     assert message.startswith(f"`data.path={path}`: cannot be read; Permission denied (") and "a.jsonl" in message
 
@@ -308,7 +308,8 @@ def test_a_folder_without_rows_is_refused(names: list[str]) -> None:
 
 def test_a_folder_of_evaluation_files_alone_is_refused() -> None:
     write("rows/test.jsonl", LINES)
-    assert error_of("rows") == ("`data.path=rows`: holds evaluation files only; call one of them train.jsonl or alike")
+    message = "`data.path=rows`: holds evaluation files only; rename one of them to train.jsonl or similar"
+    assert error_of("rows") == message
 
 
 def test_an_empty_file_of_a_folder_is_named() -> None:
@@ -397,12 +398,12 @@ def test_settings_of_the_hub_are_refused_for_files(path: str, field: str, value:
     assert error_of(path, **{field: value}) == f"`data.{field}={value}`: {cure.format(path=path)}"
 
 
-# --- what `datasets` writes and loads --------------------------------------------------------------------------------
+# --- written and loaded by `datasets` --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Dataset of three shards, a filtered one, one of mixed types, and a DatasetDict."""
+    """Save a Dataset of three shards, a filtered one, one of mixed types, and a DatasetDict."""
     from datasets import Dataset, DatasetDict, Features, Json, List, Value, disable_progress_bars
 
     disable_progress_bars()
@@ -494,7 +495,7 @@ def test_a_saved_folder_that_lacks_a_file() -> None:
 
 @pytest.fixture
 def hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Datasets from a hub that is a folder here; the calls are noted."""
+    """Replace the hub by a local folder, and return the list of recorded calls."""
     import datasets
 
     calls = []
@@ -530,7 +531,7 @@ def test_a_hub_dataset_with_evaluation_rows_of_ones_own(hub: list[tuple[Any, ...
 
 def test_an_unknown_split_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
     assert error_of("org/prefs", eval_split="tset") == (
-        "`data.path=org/prefs` (split tset): neither a file here nor a hub dataset in reach; "
+        "`data.path=org/prefs` (split tset): neither a local file nor a reachable hub dataset; "
         "Unknown split \"tset\". Should be one of ['test_prefs', 'train']."
     )
 
@@ -538,7 +539,7 @@ def test_an_unknown_split_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
 def test_a_hub_out_of_reach() -> None:
     message = error_of("no-such-org/no-such-dataset")
     assert message.startswith(
-        "`data.path=no-such-org/no-such-dataset` (split train): neither a file here nor a hub dataset in reach; "
+        "`data.path=no-such-org/no-such-dataset` (split train): neither a local file nor a reachable hub dataset; "
     )
 
 
@@ -565,7 +566,7 @@ def test_the_digest_is_of_the_content_alone(name: str) -> None:
     assert digest(str(copy)) != digest(name)
     other = Path("other.tsv" + Path(name).suffix.replace(".jsonl", ""))
     other.write_bytes(data)
-    assert digest(str(other)) != digest(name)  # read in another way, it holds other rows
+    assert digest(str(other)) != digest(name)  # as .tsv the same bytes are other rows
 
 
 def test_the_digest_depends_on_where_files_end_and_on_their_order() -> None:

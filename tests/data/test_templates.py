@@ -1,4 +1,4 @@
-"""What the templating promises, held over random conversations and the families of templates that people use."""
+"""Tests of the templating guarantees, with random conversations and the common template families."""
 
 import json
 from functools import cache
@@ -36,7 +36,7 @@ GEMMA = (
     "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# Thoughts are kept in the last turn and left out of earlier ones; the generation prompt opens one.
+# Keeps thinking in the last turn, removes it from earlier ones; the generation prompt opens a thought.
 THINKING = (
     "{% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'assistant' and not loop.last and '</think>' in content %}"
@@ -52,7 +52,7 @@ LLAMA3_SPLIT = (
 
 
 def build_tokenizer(kind: str, special: list[str], template: str, bos: str | None, eos: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that splits, normalizes and adds BOS as the family's does, with merges of the bundled rows."""
+    """Build a tokenizer with the family's splitting, normalizing and BOS, trained on the bundled rows."""
     texts = [
         text + "\n\n\n" + text.replace(". ", ".\n")
         for line in (Path(dpo_runner.data.__file__).parent / "concise" / "train.jsonl").read_text().splitlines()[:200]
@@ -80,7 +80,7 @@ def build_tokenizer(kind: str, special: list[str], template: str, bos: str | Non
     )
     tokenizer.train_from_iterator(texts, trainer)
     control = [token for token in special if not token.startswith("<0x")]
-    if kind in ("metaspace", "gemma"):  # the bytes are ordinary tokens, of which only the model makes use
+    if kind in ("metaspace", "gemma"):  # byte tokens are ordinary tokens, used by the BPE model only
         state = json.loads(tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
         tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -133,7 +133,7 @@ def pairs(draw: Any, system: bool) -> Pair:
 
 
 def whole(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """The conversation's tokens by the tokenizer's own means, with BOS once."""
+    """Return the conversation's tokens from the tokenizer's own chat template, with one BOS."""
     ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
     uses_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return [tokenizer.bos_token_id, *ids] if uses_bos and ids[:1] != [tokenizer.bos_token_id] else ids
@@ -151,7 +151,7 @@ def test_the_promises_hold_over_random_conversations(name: str, data: Any) -> No
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN.get(name, tokenizer.eos_token))
     for pair, encoded in zip(batch, results, strict=True):
         if not isinstance(encoded, Encoded):
-            # Once trimmed, or by what the tokenizer does not know; the other where a token's name is drawn as text.
+            # Equal: after trimming, or through unknown tokens. Control token: a token's name was drawn as text.
             assert encoded.reason in ("chosen equals rejected", "control token in the text")
             continue
         for answer, ids in ((pair.chosen, encoded.chosen_ids), (pair.rejected, encoded.rejected_ids)):
@@ -186,13 +186,13 @@ def test_the_promises_hold_over_random_conversations(name: str, data: Any) -> No
         ("llama3", ["ends an answer with <|eot_id|>, not with the tokenizer's EOS <|end_of_text|>"]),
         (
             "mistral",
-            ["ends an answer with </s>", "knows no system role: a system turn is folded into the first user turn"],
+            ["ends an answer with </s>", "has no system role: a system turn is folded into the first user turn"],
         ),
         (
             "gemma",
             [
                 "ends an answer with <end_of_turn>, not with the tokenizer's EOS <eos>",
-                "knows no system role: a system turn is folded into the first user turn",
+                "has no system role: a system turn is folded into the first user turn",
             ],
         ),
     ],
@@ -228,7 +228,7 @@ def test_a_system_turn_that_a_template_does_not_know_is_folded_or_refused(name: 
     ids = apply_chat_template({**ROW, "prompt": [SYSTEM, USER]}, tokenizer)
     folded = [{"role": "user", "content": f"Be brief.\n\n{USER['content']}"}]
     assert ids == apply_chat_template({**ROW, "prompt": folded}, tokenizer)
-    with pytest.raises(RowError, match="knows no system role"):
+    with pytest.raises(RowError, match="has no system role"):
         apply_chat_template({**ROW, "prompt": [SYSTEM, USER]}, tokenizer, on_no_system_role="error")
 
 
@@ -304,7 +304,7 @@ def test_a_template_that_leaves_the_answer_open_is_closed_with_eos() -> None:
     tokenizer = build_tokenizer("gpt2", ["<eos>"], template, None, "<eos>")
     ids = apply_chat_template(ROW, tokenizer)
     assert ids["chosen_ids"][-1] == tokenizer.eos_token_id and ids["chosen_ids"].count(tokenizer.eos_token_id) == 1
-    assert ChatTemplate(tokenizer).describe() == ["leaves an answer open, <eos> is added after it"]
+    assert ChatTemplate(tokenizer).describe() == ["leaves an answer open, so <eos> is added"]
 
 
 def test_without_a_template_single_turns_are_plain_text() -> None:
@@ -335,7 +335,7 @@ def test_a_tokenizer_that_lets_text_reach_across_a_control_token_is_noticed(monk
         return [ids if len(ids) > 20 else [*ids, 5] for ids in tokenize(texts)]
 
     monkeypatch.setattr(template, "_tokenize", contextual)
-    with pytest.raises(Exception, match="other tokens of a prompt than of its parts"):
+    with pytest.raises(Exception, match="tokenizes a prompt in parts differently"):
         template.encode_batch([pair])
 
 

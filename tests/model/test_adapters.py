@@ -1,4 +1,4 @@
-"""Adapters of every kind: what they name is there, what they start from is the reference, the result is servable."""
+"""Adapters of every kind: their modules exist, the reference is their start, the result can be served."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def other_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_reference_is_the_sft_model_whatever_the_mode(
     mode, quant, checkpointing, tiny_run, tiny_model, sft_adapter, tmp_path
 ) -> None:
-    """Against a model loaded by hand; before training, and after steps, evaluation and a generation."""
+    """Compare with a model loaded by hand, before training and after steps, evaluation and a generation."""
     trainer = build(
         [
             *tiny_run,
@@ -55,7 +55,7 @@ def test_the_reference_is_the_sft_model_whatever_the_mode(
         expected = logps_of(PeftModel.from_pretrained(load_by_hand(tiny_model, quant), sft_adapter).eval(), rows)
     policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(reference, expected, quant) and close(policy, expected, quant)
-    assert not close(expected, logps_of(load_by_hand(tiny_model, quant), rows), quant)  # the test can tell them apart
+    assert not close(expected, logps_of(load_by_hand(tiny_model, quant), rows), quant)  # the test is sensitive
     assert check_reference(trainer) < 1e-2
 
     frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if ".default." not in name}
@@ -86,7 +86,7 @@ def test_the_reference_can_be_the_bare_base(mode, tiny_run, tiny_model, sft_adap
 def test_the_reference_can_be_another_adapter(
     mode, precompute, tiny_run, tiny_model, sft_adapter, other_adapter, tmp_path
 ) -> None:
-    """On the base as published, whatever the policy's own stands on."""
+    """It goes on the base as published, regardless of the policy's own base."""
     alone = {"new": [], "full": ["lora=none"], "pissa": ["lora.init_lora_weights=pissa"]}
     start = alone[mode] if mode in alone else [*MODES[mode], f"model.adapter={sft_adapter}"]
     precomputed = [f"training.precompute_ref_log_probs={precompute}"]
@@ -121,12 +121,12 @@ def test_full_fine_tuning_with_a_precomputed_reference_keeps_no_copy(tiny_run, t
     kept = [row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows]
     assert close(torch.tensor(kept), expected)
     trainer.train()
-    run(load_conf([*overrides, "run_dir=r"]))  # evaluation after training included
+    run(load_conf([*overrides, "run_dir=r"]))  # includes the evaluation after training
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "eva"])
 def test_initializations_begin_at_the_base_and_end_on_it(start, tiny_run, tiny_model, tmp_path) -> None:
-    """Trap 14: PiSSA and OLoRA change the base; the reference is then a copy of the adapter as it begins."""
+    """Trap 14: PiSSA and OLoRA change the base; the reference is then a copy of the initial adapter."""
     overrides = [*tiny_run, *EXACT, f"lora.init_lora_weights={start}", "lora.r=4", "training.learning_rate=1e-3"]
     trainer = build(overrides, tmp_path)
     rows = first_rows(trainer)
@@ -139,7 +139,7 @@ def test_initializations_begin_at_the_base_and_end_on_it(start, tiny_run, tiny_m
     trainer.train()
     assert close(score_both(trainer, first_rows(trainer))[1], expected)
 
-    run(load_conf([*overrides, "run_dir=r"]))  # what is saved stands on the base as published
+    run(load_conf([*overrides, "run_dir=r"]))  # the saved adapter fits the base as published
     served = PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter").eval()
     assert close(logps_of(served, rows), score_both(trainer, first_rows(trainer))[0])
     assert not close(logps_of(served, rows), expected)
@@ -231,14 +231,14 @@ def test_fields_of_lora_run_and_reach_peft(extra: list[str], tiny_run, tmp_path)
             ["lora.layers_to_transform=[2]", "lora.target_modules=[q_proj]"],
             r"`lora\.layers_to_transform=2`: .* has layers 0 to 1",
         ),
-        (["lora.init_lora_weights=pissa", "quant=nf4"], "quantized base cannot give exactly"),
-        (["lora.init_lora_weights=olora", "quant=int8"], "quantized base cannot give exactly"),
+        (["lora.init_lora_weights=pissa", "quant=nf4"], "not exact on a quantized base"),
+        (["lora.init_lora_weights=olora", "quant=int8"], "not exact on a quantized base"),
         (["lora.peft_type=LOHA", "lora.config.rr=4"], r"`lora\.config\.rr`: LoHaConfig has no such field"),
         (["lora.peft_type=LOHA", "lora.config.r=four"], r"`lora\.config\.r=four`: must be int"),
         (["lora.peft_type=LOHAA"], "no such method in PEFT; did you mean `LOHA`"),
         (["lora.peft_type=ADALORA", "lora.config.total_step=4"], "a schedule that DPOTrainer does not call"),
         (["lora.peft_type=PROMPT_TUNING", "lora.config.num_virtual_tokens=4"], "learns virtual tokens"),
-        (["lora.config.r=4"], r"`lora\.config\.r`: has a key of its own; set lora\.r=4"),
+        (["lora.config.r=4"], r"`lora\.config\.r`: has its own key; set lora\.r=4"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
@@ -329,7 +329,7 @@ def test_a_pickled_adapter_needs_permission(tiny_run, sft_adapter, tmp_path) -> 
 
 
 def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_model, sft_adapter, tmp_path) -> None:
-    """Trap 3: transformers would put its layers into the model, where no reference can be told from them."""
+    """Trap 3: transformers would put its layers into the model, inseparable from the reference."""
     overrides = [o for o in tiny_run if not o.startswith("model=")]
     conf = load_conf([*overrides, f"model.model_name_or_path={sft_adapter}", *EXACT])
     assert (conf.model.model_name_or_path, conf.model.adapter, conf.lora) == (tiny_model, sft_adapter, None)
@@ -355,7 +355,7 @@ def test_an_error_without_words_is_named(monkeypatch) -> None:
 
 
 def name_base(sft_adapter: str, folder: Path, base: str | None) -> str:
-    """Copy an adapter, and let it name another base."""
+    """Copy an adapter and change the base that it names."""
     shutil.copytree(sft_adapter, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
@@ -365,7 +365,7 @@ def name_base(sft_adapter: str, folder: Path, base: str | None) -> str:
 def test_an_adapter_of_another_base_is_told_before_training(
     tiny_run, sft_adapter, other_adapter, tmp_path, capsys
 ) -> None:
-    """The shapes fit, as those of an instruct model and its base do, and nothing else would say so."""
+    """The shapes fit, as for an instruct model and its base, so that no other check notices."""
     wrong = name_base(sft_adapter, tmp_path / "wrong", "some/other-model")
     run(load_conf([*tiny_run, f"model.adapter={wrong}", "dry_run=true"]))
     said = capsys.readouterr().out
@@ -410,7 +410,7 @@ def test_one_base_under_two_names_is_no_other(model, named, same, sft_adapter, t
 
 
 def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model, tmp_path) -> None:
-    """PEFT would refuse to join them when all is trained."""
+    """PEFT would refuse to join them after training."""
     sft = make_adapter(tiny_model, tmp_path / "sft", seed=1, std=0.1, r=4, target_modules=".*q_proj")
     overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft}", "lora.target_modules=[q_proj,v_proj]"]
     trainer = build([*overrides, "training.learning_rate=1e-3"], tmp_path)
@@ -424,7 +424,7 @@ def test_adapters_that_name_modules_in_two_ways_are_stacked(tiny_run, tiny_model
 
 @pytest.fixture
 def hub_adapter(tmp_path, monkeypatch) -> Path:
-    """The hub's cache, which is all there is offline, with the repository some/adapter."""
+    """The hub's cache, the only source offline, with the repository some/adapter."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--some--adapter"
     (repository / "refs").mkdir(parents=True)
@@ -452,14 +452,14 @@ def hub_adapter(tmp_path, monkeypatch) -> Path:
 def test_an_adapter_of_the_hub_in_the_models_place_is_explained(
     with_config, extra, instead, tiny_run, tiny_model, hub_adapter
 ) -> None:
-    if with_config:  # as some repositories have it; transformers would then load the base with the adapter in it
+    if with_config:  # some repositories have one; transformers would then load the base with the adapter in it
         shutil.copy(Path(tiny_model, "config.json"), hub_adapter)
     conf = load_conf([*tiny_run, "model.model_name_or_path=some/adapter", *extra])
     with pytest.raises(ConfigError) as caught:
         run(conf)
-    assert str(caught.value) == f"`model.model_name_or_path=some/adapter`: is an adapter, no model; use {instead}"
+    assert str(caught.value) == f"`model.model_name_or_path=some/adapter`: is an adapter, not a model; use {instead}"
     [*_, expected] = [part for part in instead.split()[:2] if part.startswith("model.")]
-    load_conf([*tiny_run, expected.rstrip(",")])  # can be typed as it stands
+    load_conf([*tiny_run, expected.rstrip(",")])  # the suggestion can be pasted
 
 
 def test_an_adapter_config_that_is_none_is_named(tiny_run, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The model card: what a hub accepts, figures that are the run's, and code that loads the right model."""
+"""The model card: metadata that a hub accepts, the run's figures, and code that loads the right model."""
 
 import json
 import re
@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, sft_adapter: str) -> Path:
-    """A folder with pairs and an SFT adapter, from which runs are started by relative names."""
+    """A folder with pairs and an SFT adapter, in which runs are started with relative names."""
     folder = tmp_path_factory.mktemp("home")
     rows: list[dict[str, str]] = [
         {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": "Who knows?"} for n in range(40)
@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, sft_adapter: str) -> Path:
 
 @pytest.fixture
 def finished(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs by their overrides, each made once; they may be changed by no test."""
+    """Runs by their overrides, each run once; tests must not modify them."""
     monkeypatch.chdir(home)
 
     def make(*overrides: str) -> str:
@@ -76,7 +76,7 @@ def write(facts: RunFacts, folder: Path, name: str = "me/tuned") -> ModelCard:
 
 
 def from_hub(facts: RunFacts, **data: Any) -> RunFacts:
-    """The same run, as if its base and its pairs had come from the hub."""
+    """Return the same run's facts as if its base and its pairs were from the hub."""
     conf = replace(
         facts.conf,
         model=replace(facts.conf.model, model_name_or_path="some/model"),
@@ -113,7 +113,7 @@ def test_the_code_loads_the_very_model_that_was_trained(overrides, finished, mon
     run_dir = finished(*overrides)
     code, tuned = read_code(load(f"{run_dir}/{'model' if 'lora=none' in overrides else 'adapter'}")), None
     tuned = score(load_tuned_model(Path(run_dir))[0])
-    code = code.replace('"sft"', json.dumps(str(Path("sft").resolve())))  # it is read from another folder now
+    code = code.replace('"sft"', json.dumps(str(Path("sft").resolve())))  # the code runs in another folder
     monkeypatch.chdir(run_dir)
     namespace: dict[str, Any] = {}
     exec(code, namespace)
@@ -178,7 +178,7 @@ def test_no_path_of_this_machine_is_published(overrides, finished, home, tiny_mo
         export([run_dir, "--out", "exported", *options])
         for name in ("README.md", "lineage.json"):
             text = Path("exported", name).read_text()
-            # The byte tokenizer's and the weights' files are no text of ours; adapter_config.json: see below.
+            # Tokenizer and weight files are not written by dpo_runner; adapter_config.json: see below.
             for path in (home, Path.home(), Path(tiny_model).parent):
                 assert str(path) not in text, (name, path)
             assert not re.search(r"(?<![\w.:/])/(?:tmp|home|root|Users|var|private)/", text), name
@@ -202,7 +202,7 @@ def test_the_export_differs_from_the_runs_card_in_use_and_origin_only(finished) 
 def test_what_is_of_no_hub_is_not_in_the_metadata(facts, tmp_path) -> None:
     plain = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["dpo", "trl", "dpo_runner", "lora"]}
     assert write(facts, tmp_path / "x").data.to_dict() == plain
-    # A folder that is called as a repository could be, and whose name means nothing here:
+    # A folder whose name has the form of a repository id:
     conf = replace(facts.conf, model=replace(facts.conf.model, model_name_or_path="models/mine"))
     conf = replace(conf, data=replace(conf.data, path="data/mine"))
     model = {**facts.environment["model"], "base": "models/mine", "commit": None, "fingerprint": "ab"}
@@ -210,7 +210,7 @@ def test_what_is_of_no_hub_is_not_in_the_metadata(facts, tmp_path) -> None:
     card = write(replace(facts, conf=conf, environment=environment), tmp_path / "y")
     assert card.data.to_dict() == plain
     assert 'from_pretrained("models/mine", dtype="float32")' in card.text
-    assert "`models/mine`, is a folder of whoever trained this" in card.text
+    assert "`models/mine`, is a folder on the training machine" in card.text
 
 
 def test_what_is_of_the_hub_is_in_the_metadata(facts, tmp_path) -> None:
@@ -227,8 +227,8 @@ def test_what_is_of_the_hub_is_in_the_metadata(facts, tmp_path) -> None:
     assert found["loss"].metric_value == round(after["eval_loss"], 4)
     where = {(r.dataset_type, r.dataset_config, r.dataset_split) for r in card.data.eval_results}
     assert where == {("some/pairs", "default", "train_prefs")}
-    assert f'from_pretrained("some/model", revision="{COMMIT}", dtype="float32")' in card.text  # no mask on a commit
-    # It comes back from the file as it went in.
+    assert f'from_pretrained("some/model", revision="{COMMIT}", dtype="float32")' in card.text  # a commit is not masked
+    # The metadata survives a round trip through the file.
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -261,7 +261,7 @@ def test_secrets_are_masked(facts, tmp_path) -> None:
     model = replace(facts.conf.model, adapter=f"https://me:{SECRET}@example.org/sft", adapter_mode="merge")
     wandb = replace(facts.conf.wandb, notes=f"key {SECRET}", tags=[SECRET])
     conf = replace(facts.conf, wandb=wandb, lora=facts.conf.lora)
-    for field, value in (("model", model), ("run_name", f"run {SECRET}")):  # which a command would be refused for
+    for field, value in (("model", model), ("run_name", f"run {SECRET}")):  # a command would refuse these
         object.__setattr__(conf, field, value)
     card = write(replace(facts, conf=conf, reference=f"of {SECRET}"), tmp_path / "x", f"me/{SECRET}")
     assert SECRET not in str(card) and "***" in card.text
@@ -284,7 +284,7 @@ def test_a_run_without_evaluation_has_a_card_too(finished) -> None:
 
 
 def test_an_exported_adapter_names_its_base_as_others_know_it(finished, tmp_path) -> None:
-    """An SFT adapter that is continued brings the name that its base had on another machine."""
+    """A continued SFT adapter carries its base's name from another machine."""
 
     def export_as(overrides: list[str]) -> str:
         run_dir = Path(shutil.copytree(finished(*overrides), tmp_path / "r"))
@@ -304,7 +304,7 @@ def test_an_exported_adapter_names_its_base_as_others_know_it(finished, tmp_path
         return str(named)
 
     assert export_as(["model.adapter=sft"]) == "some/model"
-    # On the bare base this one would be wrong without a word, so it keeps the merged one's folder.
+    # On the bare base this adapter would be silently wrong, so it keeps the merged base's folder.
     assert "merged-" in export_as(["model.adapter=sft", "model.adapter_mode=merge"])
 
 

@@ -1,4 +1,4 @@
-"""Every family goes through the whole run, quantized and not; or is refused before training, in plain words."""
+"""Every family completes a run, quantized or not, or is refused before training with a clear message."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_a_family_runs(family: str, tokenizer, tiny_run: list[str], tmp_path: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_runs_in_nf4_or_is_refused(family: str, tokenizer, tiny_run: list[str], tmp_path: Path) -> None:
-    """Trap 13: layers of their own keep these families unquantized, without a word from bitsandbytes."""
+    """Trap 13: bitsandbytes silently leaves the custom layers of some families unquantized."""
     conf = load_conf([*settings(family, tokenizer, tiny_run, tmp_path), "quant=nf4"])
     if family in IN_NAME_ONLY:
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""A GGUF file in a model's place, and a cache that cannot hold what it is converted to."""
+"""A GGUF file as the model, and a cache that cannot be written to."""
 
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
     file = next(str(package.locate_file(f)) for f in package.files or [] if f.suffix == ".gguf")
     conf = load_conf([f"model.model_name_or_path={file}"])
     folder = resolve_model_path(conf.model)
-    assert folder == resolve_model_path(conf.model)  # made once
+    assert folder == resolve_model_path(conf.model)  # converted once
     assert draw_blueprint(conf).config.num_hidden_layers == 30
 
 

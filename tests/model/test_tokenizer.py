@@ -1,4 +1,4 @@
-"""Whose tokenizer and chat template count: the configuration's, the SFT adapter's, or the model's own."""
+"""Precedence of the configuration, the SFT adapter and the model for tokenizer and chat template."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ MODEL = "random:tiny-llama"
 
 
 def adapter_with(sft_adapter: str, folder: Path, template: str | None, extra: int = 0) -> str:
-    """The SFT adapter, with a tokenizer of its own beside it."""
+    """Copy the SFT adapter to `folder`, add a tokenizer, and return the folder."""
     shutil.copytree(sft_adapter, folder)
     tokenizer = Blueprint(ModelConf(MODEL)).tokenizer
     tokenizer.add_tokens([f"<extra{n}>" for n in range(extra)])

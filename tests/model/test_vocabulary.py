@@ -1,4 +1,4 @@
-"""Pad tokens that do no harm, tokens that are added and trained, and adapters made on resized embeddings."""
+"""Pad tokens without side effects, added and trained tokens, and adapters on resized embeddings."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def added(tmp_path: Path) -> list[str]:
-    """Overrides: a chat template with two tokens that the tiny model lacks."""
+    """Overrides for a chat template with two tokens that the tiny model lacks."""
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     return [f"model.added_tokens={json.dumps(NEW)}", f"model.chat_template={tmp_path / 'chat.jinja'}"]
 
@@ -77,7 +77,9 @@ def test_a_tokenizer_without_a_pad_token_gets_a_free_one(extra, eos, template, e
 def test_a_configured_pad_token_must_be_a_token() -> None:
     assert Blueprint(ModelConf(MODEL, pad_token="<|im_end|>")).tokenizer.pad_token == "<|im_end|>"
     assert Blueprint(ModelConf(MODEL, pad_token="<pad>", added_tokens=["<pad>"])).tokenizer.pad_token == "<pad>"
-    with pytest.raises(ConfigError, match=r"`model\.pad_token=<\|endoftxt\|>`: no token.*mean `<\|endoftext\|>`"):
+    with pytest.raises(
+        ConfigError, match=r"`model\.pad_token=<\|endoftxt\|>`: not in the vocabulary.*mean `<\|endoftext\|>`"
+    ):
         assert Blueprint(ModelConf(MODEL, pad_token="<|endoftxt|>")).tokenizer
 
 
@@ -94,7 +96,7 @@ def test_the_plan_says_what_else_the_pad_token_is() -> None:
 
 @pytest.mark.parametrize("lora", ["r16", "none"])
 def test_losses_and_scores_do_not_depend_on_the_pad_token(lora, tiny_run, tmp_path) -> None:
-    """Bitwise, with rows of several lengths in a batch: masks are made of lengths."""
+    """They are bitwise equal, with rows of several lengths in a batch: masks are built from lengths."""
     seen = []
     for pad in ("<|endoftext|>", "<|im_end|>"):
         overrides = [*tiny_run, *EXACT, *FAST, f"lora={lora}", f"model.pad_token='{pad}'", f"run_dir=r{len(seen)}"]
@@ -116,14 +118,14 @@ def test_losses_and_scores_do_not_depend_on_the_pad_token(lora, tiny_run, tmp_pa
 
 @pytest.mark.parametrize("extra", [["lora=none"], ["lora.modules_to_save=[embed_tokens]"]], ids=["full", "modules"])
 def test_the_end_of_turn_token_is_trained_though_it_is_the_pad_token(extra, tiny_run, tiny_model, tmp_path) -> None:
-    """`nn.Embedding` gives the row `padding_idx`, the model's pad_token_id, no gradient at all."""
+    """`nn.Embedding` gives the row `padding_idx`, the model's pad_token_id, no gradient."""
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     end = Blueprint(ModelConf(MODEL)).tokenizer.eos_token_id
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": end}))
     overrides = [*on(str(tmp_path / "model"), tiny_run), *EXACT, *FAST, *extra, "model.pad_token='<|im_end|>'"]
     trainer = build([*overrides, "training.weight_decay=0"], tmp_path)
-    # it begins to count where it stands within the text: at the end of a turn that another one follows
+    # it has a gradient only inside the text: at the end of a turn that is followed by another
     before = trainer.model.get_input_embeddings().weight[end].clone()
     assert any(end in row["prompt_ids"] for row in first_rows(trainer))
     trainer.train()
@@ -160,7 +162,7 @@ def test_added_tokens_are_trained_and_saved_with_the_adapter(
     new = {key: weight for key, weight in weights.items() if "lora_" not in key}
     assert len(new) == len(trained) and all(weight.shape == (2, 64) for weight in new.values())
     rows_of_embeddings = next(weight for key, weight in new.items() if "embed_tokens" in key)
-    assert not torch.allclose(rows_of_embeddings[0], rows_of_embeddings[1])  # each has learnt something of its own
+    assert not torch.allclose(rows_of_embeddings[0], rows_of_embeddings[1])  # each token has learnt a different row
     assert "model.resize_token_embeddings(261)" in (tmp_path / "r" / "adapter" / "README.md").read_text()
     plain = load_by_hand(name, quant)
     plain.resize_token_embeddings(261)  # transformers' own, with its random draw
@@ -247,7 +249,7 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(
 
 
 def test_tied_embeddings_are_not_parted(added, tiny_run, tied_model) -> None:
-    with pytest.raises(ConfigError, match="would part from the embeddings"):
+    with pytest.raises(ConfigError, match="would be untied from the embeddings"):
         draw_blueprint(load_conf([*on(tied_model, tiny_run), *added, "lora.modules_to_save=[lm_head]"]))
 
 
@@ -273,9 +275,9 @@ def test_another_models_embeddings_are_resized_to_be_the_reference(added, tiny_r
 # ---- SFT adapters on resized embeddings
 
 SHAPES = {
-    # what TRL's SFTTrainer makes of an untied model with chat_template_path
+    # by TRL's SFTTrainer from an untied model with chat_template_path
     "trl": {"trainable_token_indices": {"embed_tokens": [259, 260]}, "modules_to_save": ["lm_head"]},
-    # resized beforehand, and saved whole, though not trained
+    # resized beforehand and saved whole, but not trained
     "whole": {},
     "rows": {"trainable_token_indices": {"embed_tokens": [259, 260], "lm_head": [259, 260]}},
     "modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
@@ -283,7 +285,7 @@ SHAPES = {
 
 
 def make_sft(base: str, folder: Path, shape: str) -> tuple[str, PeftModel]:
-    """Train nothing, but move everything that such an adapter would have trained; return it as served plainly."""
+    """Save an adapter with perturbed instead of trained weights; return its folder and the model."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tied = model.config.tie_word_embeddings
@@ -307,7 +309,7 @@ def make_sft(base: str, folder: Path, shape: str) -> tuple[str, PeftModel]:
     return str(folder), model.eval()
 
 
-CASES = [  # each shape in two modes, each mode with most shapes
+CASES = [  # each shape in two modes, and each mode with most shapes
     ("none", "trl", "continue"),
     pytest.param("none", "trl", "merge", marks=pytest.mark.slow),
     ("none", "whole", "stack"),
@@ -415,7 +417,7 @@ def test_the_base_of_such_an_adapter_is_resized_alike_each_time(tiny_run, tiny_m
 
 
 def test_weights_named_as_their_adapter_reach_the_reference(tiny_run, tiny_model, tmp_path) -> None:
-    """TRL copies `.default.` and leaves out `lora_embedding_A.default`: its reference would be the bare base."""
+    """TRL copies `.default.`, not `lora_embedding_A.default`: its reference would be the bare base."""
     torch.manual_seed(5)
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)

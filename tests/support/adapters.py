@@ -1,4 +1,4 @@
-"""Shared by tests; from test_adapters."""
+"""Base models loaded without dpo_runner, tolerances, and overrides of the adapter modes."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,7 @@ def load_by_hand(tiny_model: str, quant: str = "none"):
 
 
 def close(one: torch.Tensor, other: torch.Tensor, quant: str = "none") -> bool:
-    tolerance = 1e-3 if quant == "none" else 0.2  # sums of about -100; 4-bit products are made in bf16
+    tolerance = 1e-3 if quant == "none" else 0.2  # sums of about -100; 4-bit products are in bf16
     return torch.allclose(one.float(), other.float(), rtol=1e-5, atol=tolerance)
 
 

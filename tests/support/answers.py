@@ -1,4 +1,4 @@
-"""Shared by tests; from test_export."""
+"""Greedy answers of a result, by transformers and PEFT alone and by dpo_runner's chat."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ print(json.dumps(output[0].tolist()))
 
 
 def answer_plainly(*folders: str) -> list[int]:
-    """Ask a model, with an adapter on it or not, in a process that knows nothing of dpo_runner; return all tokens."""
+    """Return all tokens of an answer by a model and its adapter, if any, without dpo_runner's code."""
     command = [sys.executable, "-c", PLAIN_PROGRAM, *folders]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
@@ -32,7 +32,7 @@ def answer_plainly(*folders: str) -> list[int]:
 
 
 def answer_in_chat(chat: Chat) -> list[int]:
-    """Ask the same as PLAIN_PROGRAM, in a new conversation; return all tokens."""
+    """Return all tokens of the answer to PLAIN_PROGRAM's question in a new conversation."""
     generated: list[list[int]] = []
     generate = chat.model.generate
     chat.model.generate = lambda **arguments: generated.append(generate(**arguments)[0].tolist())

@@ -1,4 +1,4 @@
-"""Shared by tests; from test_cpu_attention."""
+"""Layouts of packed pairs, and attention under an explicit mask to compare kernels with."""
 
 from collections.abc import Callable
 
@@ -34,11 +34,11 @@ def differentiate(
     heads: tuple[int, int],
     value_size: int,
 ) -> list[torch.Tensor]:
-    """Return output and gradients of q, k, v for the same random values, in fp64."""
+    """Return output and gradients of q, k, v as fp64; each call draws the same values."""
     torch.manual_seed(3)
     length = sum(pair.chosen + pair.tail for pair in pairs)
     sizes = ((heads[0], 64), (heads[1], 64), (heads[1], value_size))
-    # as projections give them: tokens first in memory
+    # as projections return them: tokens first in memory
     inputs = [torch.randn(1, length, *size).bfloat16().to(dtype).transpose(1, 2).requires_grad_() for size in sizes]
     output = function(*inputs)
     output.backward(torch.randn(output.shape).bfloat16().to(dtype))

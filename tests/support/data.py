@@ -1,4 +1,4 @@
-"""Shared by tests; from test_preferences."""
+"""Helpers for tests that load preference data: rows, a configuration, and a check of the data report."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def load(tokenizer: Any, path: Path, *overrides: str) -> PreferenceData:
 
 
 def check_account(data: PreferenceData) -> None:
-    """Every row is a pair, bad or left out; every pair is kept, dropped or not drawn; and dropped() names each."""
+    """Check that the report's counts of rows and pairs add up, and that dropped() lists each dropped one."""
     report = data.report
     dropped = list(data.dropped())
     for source in report.sources:

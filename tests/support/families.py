@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
 }
-"""By name, the config class of transformers and its arguments."""
+"""transformers' config class and its arguments, by family."""
 
 _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": (
@@ -41,11 +41,11 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron": ("NemotronConfig", _LLAMA_LIKE),
 }
-"""Families for the engine's tests alone."""
+"""Further families, only for the engine's tests."""
 
 
 def make_config(name: str, **arguments: Any) -> transformers.PretrainedConfig:
-    """Return the config of a tiny model of a family, with these arguments besides or instead."""
+    """Return the config of a tiny model of a family; `arguments` add to or replace its own."""
     kind, own = (FAMILIES | _FURTHER)[name]
     config = getattr(transformers, kind)(**(own | arguments))
     assert isinstance(config, transformers.PretrainedConfig)
@@ -53,7 +53,7 @@ def make_config(name: str, **arguments: Any) -> transformers.PretrainedConfig:
 
 
 def make_family(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, **changes: Any) -> str:
-    """Write a tiny random model of a family, its config changed so, and return its folder."""
+    """Write a tiny random model of a family with `changes` to its config, and return its folder."""
     config = make_config(
         name,
         vocab_size=len(tokenizer),

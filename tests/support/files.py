@@ -1,4 +1,4 @@
-"""Shared by tests; from test_readers."""
+"""Helpers for tests that write and read files of rows in every format, with sample rows."""
 
 import csv
 import gzip
@@ -34,7 +34,7 @@ def rows_of(source: RowSource | None) -> list[Any]:
 
 
 def error_of(path: str | Path = "x", key: str = "data", **fields: Any) -> str:
-    """The message of opening and reading a source that cannot be used."""
+    """Return the one-line error message of opening and reading a source that must fail."""
     with pytest.raises(DataError) as caught:
         for source in open_sources(SourceFields(path=str(path), **fields), key):
             if source:

@@ -1,4 +1,4 @@
-"""Shared by tests; from test_lean_layers."""
+"""Models with a random, trainable LoRA adapter, for tests of the lean layers."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -1,4 +1,4 @@
-"""Shared by tests; from test_estimate."""
+"""Overrides for each start of a run: quantization, adapter mode and reference."""
 
 STARTS = {
     "new": [],
@@ -22,5 +22,5 @@ STARTS = {
 
 
 def name_paths(start: list[str], **paths: str) -> list[str]:
-    """Put paths in the place of the names that STARTS has for them."""
+    """Replace the placeholder names in STARTS by paths."""
     return [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in start)]

@@ -1,4 +1,4 @@
-"""Shared by tests; from test_model."""
+"""Trainers built as in a run, and reference implementations of their scores and gradients."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from dpo_runner.training.build import build_dpo_config, build_trainer
 
 
 def build(overrides: list[str], tmp_path: Path):
-    """Build tokenizer, data, policy and trainer as a run does; the reference is run unless `overrides` store it."""
+    """Build data, policy and trainer as a run does; the reference store is off unless overridden."""
     conf = load_conf(["engine.reference_store=false", *overrides])
     blueprint = Blueprint.of_run(conf)
     data = load_preferences(conf, blueprint.tokenizer)
@@ -29,7 +29,7 @@ def first_rows(trainer) -> list[dict]:
 
 
 def logps_of(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
-    """Score completions the long way: one row at a time, from the logits. Chosen first, then rejected."""
+    """Return summed log p of completions from the logits, one row at a time; chosen first, then rejected."""
     scores = []
     with torch.no_grad():
         for column in ("chosen_ids", "rejected_ids"):

@@ -251,7 +251,7 @@ def test_whatever_was_done_to_the_base_the_next_run_is_the_run_alone(
     if not alone:
         alone.append(runner([]))
     bases = BasePool()
-    base, _ = bases.load(load_conf([*runner.overrides]), print)
+    base, _ = bases.load(Blueprint.of_run(load_conf([*runner.overrides])), print)
     tamper(base)
     assert [runner([], bases)] == alone
     assert runner.kept[-1] == (tamper in PUT_BACK)
@@ -262,9 +262,9 @@ def test_whatever_was_done_to_the_base_the_next_run_is_the_run_alone(
 def test_a_constant_of_the_quantization_that_has_changed_is_noticed(tiny_run: list[str]) -> None:
     conf, said = load_conf([*tiny_run, "quant=nf4"]), []
     bases = BasePool()
-    base, _ = bases.load(conf, said.append)
+    base, _ = bases.load(Blueprint.of_run(conf), said.append)
     base.model.layers[0].mlp.up_proj.weight.quant_state.state2.absmax.mul_(1.01)
-    assert bases.load(conf, said.append)[0] is not base
+    assert bases.load(Blueprint.of_run(conf), said.append)[0] is not base
     assert said == ["engine.keep_base_model: the base model is loaded anew; a constant of its quantization has changed"]
 
 
@@ -285,7 +285,7 @@ def test_another_base_takes_the_place_of_the_one_before(
 ) -> None:
     bases = BasePool()
     for overrides in ([], [], changes, []):
-        bases.load(load_conf([*tiny_run, *overrides]), print)
+        bases.load(Blueprint.of_run(load_conf([*tiny_run, *overrides])), print)
     assert loads == [0, 0, 0], "of two models one would be in memory for nothing"
 
 
@@ -295,10 +295,10 @@ def test_files_that_have_changed_are_read_again(
     folder = make_family("llama", tokenizer, tmp_path / "llama")
     conf = load_conf([*tiny_run, f"model.model_name_or_path={folder}"])
     bases = BasePool()
-    first, _ = bases.load(conf, print)
-    assert bases.load(conf, print)[0] is first
+    first, _ = bases.load(Blueprint.of_run(conf), print)
+    assert bases.load(Blueprint.of_run(conf), print)[0] is first
     make_family("llama", tokenizer, tmp_path / "llama", rms_norm_eps=0.1)
-    assert bases.load(conf, print)[0].model.norm.variance_epsilon == 0.1
+    assert bases.load(Blueprint.of_run(conf), print)[0].model.norm.variance_epsilon == 0.1
     assert len(loads) == 2
 
 

@@ -1,52 +1,32 @@
 """Rules of `sweep` and of a search. Imports neither torch nor Optuna."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from dpo_runner.config.metrics import direction_of, evaluation_keys
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.sweep import SearchConf, SweepConf
+from dpo_runner.errors import suggest
 
-_EVALUATION = (
-    "loss",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-    "logps/chosen",
-    "logps/rejected",
-    "logits/chosen",
-    "logits/rejected",
-    "entropy",
-    "mean_token_accuracy",
-)
 _ANSWERS = ("response_tokens", "responses_at_cap")
 _OPTUNA = "optuna>=5,<6"
 
 
 def read_direction(search: SearchConf) -> str | None:
-    """Return `maximize` or `minimize`, or None where the objective does not tell and nothing is set."""
-    if search.direction is not None:
-        return search.direction
-    if re.fullmatch(r"eval_(.+_)?loss", search.objective):
-        return "minimize"
-    if re.fullmatch(r"eval_(.+_)?(rewards/(accuracies|margins|chosen)|mean_token_accuracy)", search.objective):
-        return "maximize"
-    return None
+    """Return `maximize` or `minimize`; None if nothing is set and the objective has no direction of its own."""
+    return search.direction or direction_of(search.objective)
 
 
 def list_objectives(conf: RunFields) -> list[str]:
     """Return the names of what a run's summary says about the tuned model."""
     sources = [f"{name}_" for name in conf.data.sources] if len(conf.data.sources) > 1 else []
     answers = _ANSWERS if conf.samples.num_prompts else ()
-    return [*(f"eval_{source}{name}" for source in ["", *sources] for name in _EVALUATION), *answers]
+    return [*(f"eval_{source}{name}" for source in ["", *sources] for name in evaluation_keys()), *answers]
 
 
 def check_search(conf: RunFields) -> Iterator[str]:
     """Yield one line for each rule of a search that a configuration breaks."""
-    from dpo_runner.errors import suggest
-
     search, where = conf.sweep.search, "sweep.search."
     changed = [
         field.name

@@ -1,4 +1,4 @@
-"""What layouts look for in a row's columns."""
+"""Access to a row's columns, shared by the layouts."""
 
 import math
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ SCORE_PAIRS = (
 
 
 def has(row: Row, *columns: str) -> bool:
-    """Whether a row holds something in each of these columns."""
+    """Return whether a row has a value in each of these columns."""
     return all(row.get(column) is not None for column in columns)
 
 
 def first(row: Row, columns: Iterable[str]) -> str | None:
-    """Return the first of these columns in which a row holds something."""
+    """Return the first of these columns in which a row has a value, or None."""
     return next((column for column in columns if row.get(column) is not None), None)
 
 
 def require(row: Row, *columns: str) -> None:
-    """Raise a RowError that names the first of these columns in which a row holds nothing."""
+    """Raise a RowError that names the first of these columns without a value in the row."""
     for column in columns:
         if row.get(column) is None:
             found = name_columns(key for key, value in row.items() if value is not None)
@@ -37,13 +37,13 @@ def require(row: Row, *columns: str) -> None:
 
 
 def name_columns(names: Iterable[Any]) -> str:
-    """Return columns' names for a message of one line: they may be whole texts, as in a CSV file without header."""
+    """Format column names for a one-line message; in a CSV file without header they may be whole texts."""
     shown = [text if (text := str(name)[:40]).isprintable() else ascii(text) for name in names]
     return ", ".join(shown[:25]) + (", …" if len(shown) > 25 else "") if shown else "nothing"
 
 
 def find_scores(row: Row) -> float | None:
-    """Return chosen's score minus rejected's where a row has both."""
+    """Return chosen's score minus rejected's, or None if the row lacks them."""
     for chosen, rejected in SCORE_PAIRS:
         if has(row, chosen, rejected):
             return to_number(row[chosen], chosen) - to_number(row[rejected], rejected)
@@ -55,9 +55,9 @@ def to_number(value: Any, column: str) -> float:
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
-        number = float(value)  # of a text too: CSV holds nothing else
+        number = float(value)  # also of a str: CSV has no other type
     except ValueError:
-        raise RowError("score is no number", f"`{column}`: {value!r:.40}") from None
+        raise RowError("score is not a number", f"`{column}`: {value!r:.40}") from None
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -66,10 +66,10 @@ def to_number(value: Any, column: str) -> float:
 
 
 def with_system(row: Row, prompt: list[Message]) -> list[Message]:
-    """Put a row's own `system` text before its prompt, unless that has a system turn or the text is blank."""
+    """Prepend a row's `system` text to its prompt, unless it is blank or the prompt has a system turn."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise RowError("not a text", f"`system` holds {system!r:.60}; a text is due")
+        raise RowError("not a text", f"`system` holds {system!r:.60}; expected a text")
     if system and system.strip() and prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     return prompt

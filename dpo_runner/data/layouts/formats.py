@@ -1,4 +1,4 @@
-"""From rows in any known layout to checked pairs: columns renamed, the user's own function, the layout found."""
+"""Conversion of rows in any known layout to checked pairs: formatter, column names, layout detection."""
 
 import importlib
 import sys
@@ -12,10 +12,10 @@ from dpo_runner.errors import DataError, RowError, suggest
 
 
 def read_pairs(row: Row, layout: Layout, pairing: str) -> list[Pair]:
-    """Return the pairs that a row makes, each checked.
+    """Return the pairs of a row, checked.
 
     Returns:
-        One pair, several where the row has more than two scored answers, none where all scores are equal.
+        One pair; several if the row has more than two scored answers; none if all scores are equal.
 
     Raises:
         RowError: the row cannot be used.
@@ -33,7 +33,7 @@ def read_pairs(row: Row, layout: Layout, pairing: str) -> list[Pair]:
 
 
 def rename_columns(row: Row, columns: dict[str, str]) -> Row:
-    """Return a row under our names: each mapped column takes the place of one that had the name before.
+    """Rename the mapped columns of a row; each replaces an existing column of the new name.
 
     Raises:
         RowError: the row lacks a mapped column.
@@ -47,51 +47,53 @@ def rename_columns(row: Row, columns: dict[str, str]) -> Row:
 
 
 def load_formatter(name: str) -> Callable[[Row], Any]:
-    """Import the function that `data.formatter=package.module:function` names.
+    """Import the function named by `data.formatter=package.module:function`.
 
     Raises:
-        DataError: there is none, or it is Python's own: those are not meant to see rows.
+        DataError: it cannot be imported or called, or is in the standard library, which is not meant for rows.
     """
     module_name, _, function_name = name.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise DataError(f"`data.formatter={name}`: is a module of Python itself; name a function of your own")
+        raise DataError(f"`data.formatter={name}`: is in Python's standard library; name your own function")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+    except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"`data.formatter={name}`: {reason}; name it as package.module:function") from None
     if not callable(function):
-        raise DataError(f"`data.formatter={name}`: is no function")
+        raise DataError(f"`data.formatter={name}`: is not a function")
     return cast(Callable[[Row], Any], function)
 
 
 def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:
-    """Return what the user's function makes of a row: no row, one, or several.
+    """Apply the user's function to a row and return the resulting rows, possibly none.
 
     Raises:
-        RowError: it fails, or returns something else.
+        RowError: the function fails or returns something else.
     """
     try:
         result = formatter(row)
-    except Exception as error:  # the user's code may raise anything, and it concerns this row alone
+    except Exception as error:  # the user's code may raise anything; it affects this row only
         raise RowError("data.formatter failed", " ".join(f"{type(error).__name__}: {error}".split())) from None
     rows = [] if result is None else result if isinstance(result, list) else [result]
     if not all(isinstance(item, dict) for item in rows):
-        raise RowError("data.formatter failed", f"returned {result!r:.60}; a row (dict), a list of rows or None is due")
+        raise RowError(
+            "data.formatter failed", f"returned {result!r:.60}; expected a row (dict), a list of rows or None"
+        )
     return rows
 
 
 def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "data") -> Layout:
-    """Return the layout of a source, judged by its first rows.
+    """Return the layout of a source, detected from its first rows.
 
     Args:
-        rows: sound rows, at least one, under our names.
-        name: `data.format`; `auto` finds out.
-        key: where the source stands in the configuration, for messages.
-        source: what it is, such as `data.path=pairs.jsonl`, for messages.
+        rows: readable rows, at least one, with columns already renamed.
+        name: `data.format`; `auto` detects the layout.
+        key: configuration key of the source, for messages.
+        source: setting of the source, such as `data.path=pairs.jsonl`, for messages.
 
     Raises:
-        DataError: no layout fits, or several do.
+        DataError: no layout matches, or several match equally.
     """
     columns = name_columns(dict.fromkeys(column for row in rows for column, value in row.items() if value is not None))
     if name != "auto":
@@ -108,7 +110,7 @@ def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "da
     candidates = [layout for layout in LAYOUTS if counts[layout.name] == most]
     if most == 0:
         raise DataError(
-            f"`{source}`: rows of no known layout, with columns: {columns}; needed are prompt, chosen and rejected (or "
+            f"`{source}`: unknown layout; columns: {columns}; needed are prompt, chosen and rejected (or "
             f"another layout of docs/data.md); name yours with {key}.columns or {key}.formatter"
         )
     if len(candidates) > 1:

@@ -1,4 +1,4 @@
-"""The layouts in which people keep preference rows: what tells each, and how a row of it becomes pairs."""
+"""The known layouts of preference rows: how each is detected and converted to pairs."""
 
 import re
 from collections.abc import Callable
@@ -15,13 +15,13 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of keeping preferences.
+    """A layout of preference rows.
 
     Attributes:
-        name: as `data.format` has it.
-        needs: the columns, in words.
-        matches: whether a row is laid out so.
-        read: a row's pairs, given `data.pairing`.
+        name: value of `data.format`.
+        needs: the required columns, in words.
+        matches: returns whether a row has this layout.
+        read: returns a row's pairs, given `data.pairing`.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Layout:
     read: Callable[[Row, str], list[Pair]]
 
     def describe(self, row: Row) -> str:
-        """Return the name, and what of its variants `row` is."""
+        """Return the name, with the variant that `row` has."""
         if self.name != "preference":
             return self.name
         texts = all(isinstance(row.get(key) or "", str) for key in ("prompt", "chosen", "rejected"))
@@ -60,7 +60,7 @@ def _read_preference(row: Row, pairing: str) -> list[Pair]:
 
 
 def _is_same_prompt(prompt: Any, shared: list[Message]) -> bool:
-    """Whether an explicit prompt says the same as a conversation's beginning; a text stands for its user turns."""
+    """Return whether an explicit prompt equals the shared turns, or, if a text, one of their user turns."""
     if isinstance(prompt, str):
         return prompt in [message["content"] for message in shared if message["role"] == "user"]
     return to_messages(prompt, "user", "prompt") == shared
@@ -71,7 +71,7 @@ def _read_hh(row: Row, pairing: str) -> list[Pair]:
     if row.get("prompt") is None:
         both = _parse_transcript(row, "chosen"), _parse_transcript(row, "rejected")
         prompt, chosen, rejected = split_conversations(*both)
-    else:  # the transcript apart, often up to the open "Assistant:", and only the last answers beside it
+    else:  # `prompt` holds the transcript, often ending with an open "Assistant:"; the others hold only the answers
         prompt = _parse_transcript(row, "prompt")
         prompt = prompt[:-1] if prompt[1:] and prompt[-1] == {"role": "assistant", "content": ""} else prompt
         chosen, rejected = _read_answers(row)
@@ -80,7 +80,7 @@ def _read_hh(row: Row, pairing: str) -> list[Pair]:
 
 def _parse_transcript(row: Row, column: str) -> list[Message]:
     if not _is_transcript(row[column]):
-        raise RowError("no transcript", f"`{column}` must begin with \\n\\nHuman:; got {row[column]!r:.60}")
+        raise RowError("not a transcript", f"`{column}` must begin with \\n\\nHuman:; got {row[column]!r:.60}")
     parts = _HH_TURN.split(row[column])
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -101,14 +101,14 @@ def _read_alpaca(row: Row, pairing: str) -> list[Pair]:
     answers = row.get("output")
     if isinstance(answers, list):
         if len(answers) != 2:
-            raise RowError("not two answers", f"`output` holds {len(answers)}; the chosen and the rejected one are due")
+            raise RowError("not two answers", f"`output` holds {len(answers)}; expected chosen and rejected")
         row = {**row, "chosen": answers[0], "rejected": answers[1]}
     require(row, "chosen", "rejected")
     prompt: list[Message] = []
     history = row.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise RowError("not a text", f"`history` holds {turn!r:.60}; pairs of question and answer are due")
+            raise RowError("not a text", f"`history` holds {turn!r:.60}; expected pairs of question and answer")
         prompt += [*to_messages(turn[0], "user", "history"), *to_messages(turn[1], "assistant", "history")]
     texts = [row["instruction"], row.get("input")]
     if not all(text is None or isinstance(text, str) for text in texts):
@@ -141,7 +141,7 @@ def _is_pair_of_answers(row: Row) -> bool:
 
 
 def _is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages that does not begin with an answer."""
+    """Return whether a value is a list of messages that does not begin with an assistant turn."""
     begin = value[0] if isinstance(value, list) and value else None
     role = (begin.get("role") or begin.get("from")) if isinstance(begin, dict) else "assistant"
     return not isinstance(role, str) or ALIASES.get(role.lower()) != "assistant"

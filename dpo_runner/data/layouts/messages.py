@@ -1,4 +1,4 @@
-"""Conversations as role/content messages, and the rules that each preference pair of them must keep."""
+"""Conversations as role/content messages, and the checks on preference pairs."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from dpo_runner.errors import RowError
 
 Message = dict[str, Any]
-"""`role` and `content`, and what a chat template may want beside them: tool_calls, name, reasoning_content, …"""
+"""`role`, `content`, and further keys a chat template may use: tool_calls, name, reasoning_content, …"""
 
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {
@@ -25,20 +25,20 @@ ALIASES = {
     "ipython": "tool",
 }
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
-"""A list of messages written as text, as in a CSV file; as a plain text it would be learned literally."""
+"""A list of messages as text, as in a CSV file; taken as plain text, the JSON itself would be trained on."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Pair:
-    """One preference: two completions of one prompt.
+    """A preference pair: two completions of one prompt.
 
     Attributes:
         prompt: ends with a user or tool turn.
-        chosen, rejected: assistant turns, with tool turns between them; each ends with an assistant turn.
-        tools: functions that the chat template offers to the model.
+        chosen, rejected: assistant turns, possibly with tool turns between them; each ends with an assistant turn.
+        tools: tool definitions passed to the chat template.
         chat_template_kwargs: further variables of the chat template.
-        score_gap: score of chosen minus score of rejected, where the row has scores.
+        score_gap: score of chosen minus score of rejected; None if the row has no scores.
     """
 
     prompt: list[Message]
@@ -50,10 +50,12 @@ class Pair:
 
 
 def to_messages(value: Any, role: str, column: str) -> list[Message]:
-    """Return a text as one turn of `role`, and a message or a list of messages (or its JSON) in our names.
+    """Convert a text (one turn of `role`), a message or a list of messages (or its JSON) to messages.
+
+    Role and key names become those of `Message`.
 
     Raises:
-        RowError: it is neither, or a message lacks its role or content.
+        RowError: the value is none of these, or a message lacks its role or content.
     """
     if isinstance(value, str):
         if not _LOOKS_LIKE_MESSAGES.match(value):
@@ -67,7 +69,9 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
     if value is None:
         raise RowError("missing column", f"`{column}`")
     if not isinstance(value, list):
-        raise RowError("not a text", f"`{column}` is {_kind(value)} {value!r:.60}; a text or a list of messages is due")
+        raise RowError(
+            "not a text", f"`{column}` is {_kind(value)} {value!r:.60}; expected a text or a list of messages"
+        )
     if not value:
         raise RowError(f"empty {column}", "an empty list of messages")
     return [_to_message(message, column) for message in value]
@@ -76,7 +80,7 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
 def _to_message(message: Any, column: str) -> Message:
     if not isinstance(message, dict):
         raise RowError("not a message", f"`{column}` holds {_kind(message)} {message!r:.60}")
-    role, content = message.get("role"), message.get("content")  # Parquet may give both names, and one as None
+    role, content = message.get("role"), message.get("content")  # Parquet may have both names, one of them None
     role = message.get("from") if role is None else role
     content = message.get("value") if content is None else content
     others = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
@@ -105,7 +109,7 @@ def _to_text(content: Any, column: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold, such as a text for Parquet's times, without the None of what an object lacks there."""
+    """Convert a Parquet value to JSON types (times become text), without the None of absent fields."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):
@@ -114,17 +118,17 @@ def _plain(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a truth value"}
+    names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a boolean"}
     return names.get(type(value).__name__, type(value).__name__)
 
 
 def split_conversations(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two whole conversations into the prompt that they share and the two completions.
+    """Split two whole conversations into their shared prompt and the two completions.
 
     Raises:
-        RowError: they do not begin alike.
+        RowError: they have no common prompt.
     """
     shared = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
@@ -136,26 +140,26 @@ def split_conversations(
     if not shared:
         raise RowError(
             "no common prompt",
-            "`chosen` and `rejected` do not begin alike; both hold the whole conversation, or both the answer alone",
+            "`chosen` and `rejected` do not begin alike; give whole conversations in both or only the answers",
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def check_pair(pair: Pair) -> None:
-    """Check what every pair must keep, whatever layout it comes from.
+    """Check the rules for pairs of any layout.
 
     Raises:
-        RowError: a turn out of order or on the wrong side, an empty prompt or completion, broken text, or chosen
-            and rejected that say the same.
+        RowError: a turn is out of order or on the wrong side, a prompt or completion is empty, text is broken, or
+            chosen and rejected are equal.
     """
     _check_order(pair.prompt, "prompt")
     if pair.prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; user or tool is due")
+        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; expected user or tool")
     for column, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if any(message["role"] in ("user", "system") for message in completion):
             raise RowError(
                 "completion with a foreign turn",
-                f"`{column}` holds a turn that is not the assistant's after the prompt; it would be learned",
+                f"`{column}` has a user or system turn after the prompt; it would be trained on",
             )
         if not completion or completion[-1]["role"] != "assistant":
             raise RowError("ends on the wrong turn", f"`{column}` must end with an assistant turn after the prompt")
@@ -172,17 +176,19 @@ def check_pair(pair: Pair) -> None:
 
 
 def check_text(value: Any, column: str) -> None:
-    """Refuse what cannot be written as JSON in UTF-8: a byte that was none when it was read, half a surrogate pair.
+    """Check that a text or JSON value can be written as JSON in UTF-8.
+
+    Lone surrogates cannot: halves of a surrogate pair, or bytes that were not valid UTF-8 when read.
 
     Raises:
-        RowError: there is such a thing in a text, or in JSON's values.
+        RowError: the value cannot be written.
     """
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:  # Parquet's and a formatter's values may be anything
+    except (TypeError, ValueError, RecursionError) as error:  # values from Parquet or a formatter may be of any type
         raise RowError("not JSON", f"`{column}`: {error}") from None
     if _SURROGATE.search(text):
-        raise RowError("invalid UTF-8", f"`{column}` holds bytes that are no text")
+        raise RowError("invalid UTF-8", f"`{column}` holds bytes that are not text")
 
 
 _FOLLOWERS = {
@@ -201,26 +207,28 @@ def _check_order(messages: list[Message], column: str) -> None:
             raise RowError(
                 "roles out of order",
                 f"`{column}`: turn {number} is {message['role']} after {before or 'nothing'}; "
-                f"{' or '.join(_FOLLOWERS[before])} is due",
+                f"expected {' or '.join(_FOLLOWERS[before])}",
             )
         before = message["role"]
 
 
 def parse_json(value: Any, kind: type, column: str) -> Any:
-    """Return a column that holds a list or object, or its JSON text, which alone keeps null; None stays None.
+    """Return a column's list or object, given as such or as JSON text; None if absent or empty.
+
+    Nulls inside are kept only from JSON text.
 
     Raises:
-        RowError: it is neither.
+        RowError: the value is neither.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise RowError(f"no usable {column}", f"`{column}` is no JSON: {error}") from None
+            raise RowError(f"no usable {column}", f"`{column}` is not JSON: {error}") from None
     elif isinstance(value, kind):
         value = _plain(value)
     if value is not None and not isinstance(value, kind):
         due = "a list" if kind is list else "an object"
-        raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; {due}, or its JSON, is due")
+        raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; expected {due} or its JSON")
     check_text(value, column)
     return value or None

@@ -1,4 +1,4 @@
-"""Rows with several answers and a score for each, and the pairs that are made of them."""
+"""Layouts with scored or ranked answers, and the pairs made from them."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ _SCORE = ("score", "overall_score", "rating", "reward")
 
 
 def is_scored(row: Row) -> bool:
-    """Whether a row has a prompt, several answers, and scores beside or inside of them."""
+    """Return whether a row has a prompt, a list of answers, and scores in a column or in the answers."""
     responses = row.get(first(row, _RESPONSES) or "")
     if first(row, PROMPTS) is None or not isinstance(responses, list):
         return False
@@ -22,12 +22,12 @@ def is_scored(row: Row) -> bool:
 
 
 def read_scored(row: Row, pairing: str) -> list[Pair]:
-    """Return the pairs that `data.pairing` makes of a row; none where all scores are equal."""
+    """Return a row's pairs by `data.pairing`; none if all scores are equal."""
     prompt_column, responses_column = first(row, PROMPTS), first(row, _RESPONSES)
     require(row, prompt_column or "prompt", responses_column or "responses")
     responses, scores = _read_responses(row[str(responses_column)], row.get(first(row, _SCORES) or "scores"))
     prompt = with_system(row, _read_prompt(row, str(prompt_column)))
-    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first comes first
+    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep their order
     best, worst = ranked[0], ranked[-1]
     if pairing == "best_vs_worst":
         chosen_and_rejected = [(best, worst)]
@@ -49,7 +49,7 @@ def read_scored(row: Row, pairing: str) -> list[Pair]:
 
 def _read_prompt(row: Row, column: str) -> list[Message]:
     prompt = to_messages(row[column], "user", column)
-    if column == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # as Alpaca has them
+    if column == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # the Alpaca form
         prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}\n{row['input']}"}
     return prompt
 
@@ -68,13 +68,13 @@ def _read_responses(responses: Any, scores: Any) -> tuple[list[Any], list[float]
 
 
 def read_helpsteer(row: Row, pairing: str) -> list[Pair]:
-    """Return the pairs of grouped responses (HelpSteer 2), or of two responses and a preference (HelpSteer 3)."""
+    """Return the pairs of grouped responses (HelpSteer 2) or two responses and a preference (HelpSteer 3)."""
     if first(row, ("context", "response1", "response2")) is None:
         require(row, "prompt", "response")
         return read_scored(row, pairing)
     require(row, "context", "response1", "response2", "overall_preference")
     answers = [to_messages(row[column], "assistant", column) for column in ("response1", "response2")]
-    preference = to_number(row["overall_preference"], "overall_preference")  # -3: the first is much better; 3: second
+    preference = to_number(row["overall_preference"], "overall_preference")  # -3: first is much better; 3: second
     if preference == 0:
         return []
     better, worse = answers if preference < 0 else answers[::-1]
@@ -82,9 +82,9 @@ def read_helpsteer(row: Row, pairing: str) -> list[Pair]:
 
 
 def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Row | RowError]]:
-    """Join HelpSteer's rows of one response each: neighbours with the same prompt become one scored row.
+    """Group HelpSteer rows of one response each: adjacent rows with one prompt become one scored row.
 
-    Rows that lack a part, and those that cannot be read, stay as they are and part no neighbours.
+    Incomplete and unreadable rows are passed on unchanged and do not separate a group.
     """
     start, group = 0, None
     for number, row in rows:

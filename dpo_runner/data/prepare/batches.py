@@ -1,4 +1,4 @@
-"""A batch of rows becomes a batch of token ids, and an account of the rows of which none were made."""
+"""Conversion of a batch of rows to token ids, with the reasons for rows that yield none."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """What a batch of rows became: its pairs as one Arrow batch, and what became of the rest."""
+    """Result of a batch of rows: its pairs as one Arrow batch, and the reasons for the remaining rows."""
 
     pairs: "pa.RecordBatch"
     rows: int = 0
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def process_batch(batch: Batch, recipe: Recipe) -> Outcome:
-    """Turn a batch of rows into token ids and an account of the rows of which none were made."""
+    """Convert a batch of rows to token ids, and record the reasons for rows that yield none."""
     outcome = Outcome(pairs=None)
     pairs: list[Pair] = []
     rows: list[int] = []
@@ -53,7 +53,7 @@ def process_batch(batch: Batch, recipe: Recipe) -> Outcome:
     failed: dict[int, RowError] = {}
     for index, result in zip(rows, encoded, strict=True):
         if isinstance(result, RowError):
-            failed.setdefault(index, result)  # one bad pair of several spoils the row
+            failed.setdefault(index, result)  # one bad pair makes the whole row bad
     outcome.bad += [(batch.file, numbers[index], error.reason, error.detail) for index, error in failed.items()]
     outcome.bad.sort(key=lambda item: abs(item[1]))
     kept = [

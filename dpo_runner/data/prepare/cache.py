@@ -1,7 +1,8 @@
-"""One source's rows as token ids on disk: made once, and found again by their content.
+"""The on-disk cache of a source's token ids, keyed by content.
 
-The key is what decides the result: the rows themselves, how they are read, the tokenizer and its template, and this
-code. Paths, times and training settings are not in it, so a sweep over beta or learning rate tokenizes nothing.
+The key covers everything that determines the result: the rows, the settings that read them, the tokenizer and its
+template, and this code. Paths, times and training settings are not part of it, so a sweep over beta or learning rate
+tokenizes nothing.
 """
 
 import itertools
@@ -32,11 +33,11 @@ class Prepared:
     """A source's pairs as token ids, memory-mapped from the cache.
 
     Attributes:
-        source: where they are from.
-        key: digest of all that decides them.
+        source: origin of the rows.
+        key: digest of everything that determines the rows.
         rows: columns prompt_ids, chosen_ids, rejected_ids (list of int32), prompt (its messages as JSON), file and
-            number (where the row stands), prompt_hash and pair_hash (uint64), mismatched (bool).
-        folder: where bad.jsonl has the rows that cannot be used.
+            number (location of the row), prompt_hash and pair_hash (uint64), mismatched (bool).
+        folder: cache folder; its bad.jsonl lists the unusable rows.
         facts: `format`, `rows`, `bad` and `left_out` (rows by reason), `first_bad`, `first_mismatch`.
     """
 
@@ -47,7 +48,7 @@ class Prepared:
     facts: dict[str, Any]
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield file, line (or row), reason and detail of each row that cannot be used."""
+        """Yield file, line (or row), reason and detail of each unusable row."""
         with (self.folder / BAD).open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
@@ -55,17 +56,17 @@ class Prepared:
 
 
 def prepare(source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watch) -> Prepared:
-    """Return a source's pairs as token ids, out of the cache where it has them.
+    """Return a source's pairs as token ids, from the cache if present.
 
     Args:
         source: the rows.
-        recipe: what makes pairs of them.
-        num_proc: processes to use; None takes all cores where there is much to do.
-        watch: is shown each outcome as it comes, to report progress or to stop by raising.
+        recipe: converts rows to pairs and token ids.
+        num_proc: processes to use; None uses all cores if there are many rows.
+        watch: called with each outcome as it arrives, to report progress, or to stop by raising.
 
     Raises:
-        DataError: the source cannot be read, or its layout is not clear.
-        RunError: a process died.
+        DataError: the source cannot be read, or its layout is ambiguous or unknown.
+        RunError: a worker process died.
     """
     key = recipe.digest(source)
     folder = cache_dir() / "data" / key
@@ -78,23 +79,23 @@ def prepare(source: RowSource, recipe: Recipe, num_proc: int | None, watch: Watc
 
 
 def open_entry(folder: Path, fill: Callable[[Path], None], load: Callable[[], Entry]) -> Entry:
-    """Return what `load` finds in a folder of the cache, which `fill` makes where it is not there, or damaged."""
+    """Load a cache folder with `load`; if it is missing or damaged, write it with `fill` first."""
     if not folder.exists():
         write_folder_once(folder, fill)
     try:
         return load()
-    except (ValueError, OSError):  # Arrow's and JSON's complaints are such
+    except (ValueError, OSError):  # raised by Arrow and JSON for damaged files
         shutil.rmtree(folder)
         write_folder_once(folder, fill)
         return load()
 
 
 def load_rows(folder: Path) -> "Dataset":
-    """Map the rows of a folder of the cache, whose name is the digest of all that decides them."""
+    """Memory-map the rows of a cache folder, which is named by their digest."""
     from datasets import Dataset
 
     rows = Dataset.from_file(str(folder / ROWS))
-    rows._fingerprint = folder.name  # so that what is computed from these rows can be found again
+    rows._fingerprint = folder.name  # stable, so that `datasets` finds its cached results for these rows
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What decides which token ids a source's rows become: layout, columns, the user's function, template, tokenizer."""
+"""The recipe from rows to token ids: layout, columns, the user's function, template, tokenizer."""
 
 import hashlib
 import json
@@ -22,14 +22,15 @@ from dpo_runner.errors import DataError, LeftOut, RowError
 
 @dataclass
 class Recipe:
-    """What turns a source's rows into token ids.
+    """The settings and template that convert a source's rows to token ids.
 
     Attributes:
-        conf: how rows are read.
+        conf: settings for reading rows.
         template: tokenizer and chat template.
-        template_options: what of the configuration went into `template`.
-        key: where the source stands in the configuration, for messages.
-        layout: found by the first rows.
+        template_options: the settings used to build `template`.
+        key: configuration key of the source, for messages.
+        layout: detected from the first rows; None before.
+        formatter: the user's function, or None.
     """
 
     conf: SourceFields
@@ -43,7 +44,7 @@ class Recipe:
         self.formatter = load_formatter(self.conf.formatter) if self.conf.formatter else None
 
     def digest(self, source: RowSource) -> str:
-        """Return the key under which the result of this recipe on `source` is kept."""
+        """Return the cache key for the result of this recipe on `source`."""
         conf, code = self.conf, Path(__file__).parents[1]
         parts = [
             source.digest(),
@@ -57,14 +58,14 @@ class Recipe:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def without_mapping(self) -> "Recipe":
-        """Return a recipe for rows that have been through `rows` already."""
+        """Return a recipe for rows already processed by `rows`."""
         return replace(self, conf=replace(self.conf, columns={}, formatter=None))
 
     def rows(self, row: Row | RowError) -> list[Row]:
-        """Return what the user's columns and formatter make of a decoded row: one row or several.
+        """Apply the user's formatter and column names to a decoded row; return one row or several.
 
         Raises:
-            LeftOut: the formatter leaves it out.
+            LeftOut: the formatter leaves the row out.
             RowError: the row cannot be used.
         """
         if isinstance(row, RowError):
@@ -75,10 +76,10 @@ class Recipe:
         return [rename_columns(row, self.conf.columns) for row in rows] if self.conf.columns else rows
 
     def find_layout(self, batch: Batch, source: RowSource) -> str:
-        """Find the layout by a source's first rows, and return its description.
+        """Detect the layout from a source's first rows, and return its description.
 
         Raises:
-            DataError: none fits, several do, or none of the rows can be read.
+            DataError: no layout matches, several do, or none of the rows can be used.
         """
         rows, first = [], None
         for number, row in decode_rows(batch):
@@ -99,7 +100,7 @@ class Recipe:
         """Return a row's pairs, at least one.
 
         Raises:
-            LeftOut: its scores make none.
+            LeftOut: its scores allow no pair.
             RowError: the row cannot be used.
         """
         assert self.layout is not None
@@ -118,7 +119,7 @@ class Recipe:
 def _digest_tokenizer(tokenizer: Any) -> str:
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
-        backend.no_padding()  # what an earlier call has left there; it has no part in tokenizing
+        backend.no_padding()  # state left by an earlier call; does not affect tokenization
         backend.no_truncation()
         vocabulary = backend.to_str()
     else:
@@ -128,8 +129,10 @@ def _digest_tokenizer(tokenizer: Any) -> str:
 
 
 def _digest_module(function: Callable[[Row], Any]) -> str:
-    """Digest the file of the user's function; what it imports in turn is not seen."""
+    """Digest the source file of the user's function; modules that it imports are not covered."""
     file = getattr(sys.modules.get(function.__module__), "__file__", None)
     if file is None:
-        raise DataError(f"`data.formatter`: {function.__module__} has no source file to tell its versions apart")
+        raise DataError(
+            f"`data.formatter`: {function.__module__} has no source file, so changes to it cannot be detected"
+        )
     return hashlib.sha256(Path(file).read_bytes() + function.__qualname__.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Batches processed in order, by one process or by several."""
+"""Processing of batches in order, in one process or several."""
 
 import itertools
 import os
@@ -21,19 +21,19 @@ from dpo_runner.errors import RowError, RunError
 
 ROWS_PER_BATCH = 500
 BATCHES_BEFORE_WORKERS = 8
-"""So many batches are processed before it is worth to start further processes."""
+"""Number of batches processed before starting workers pays off."""
 
 
 def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) -> Iterator[Outcome]:
-    """Process batches in order, in this process at first, and in several where there are many batches.
+    """Process batches in order, in this process at first, in several if there are many batches.
 
     Args:
         batches: of one source.
-        recipe: with its layout found.
-        num_proc: processes to use; None takes all cores.
+        recipe: with its layout set.
+        num_proc: processes to use; None uses all cores.
 
     Raises:
-        RunError: a process died.
+        RunError: a worker process died.
     """
     assert recipe.layout is not None
     if recipe.layout.name == "helpsteer":
@@ -58,7 +58,7 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunError(
-                f"`{recipe.key}`: a process that prepares the data died, perhaps for want of memory; "
+                f"`{recipe.key}`: a worker process died while preparing the data, perhaps out of memory; "
                 "try training.dataset_num_proc=1"
             ) from None
         finally:
@@ -66,7 +66,7 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
 
 
 def _group(batches: Iterator[Batch], recipe: Recipe) -> Iterator[Batch]:
-    """Join rows of one response each into rows of several; it takes one process, since neighbours belong together."""
+    """Group rows of one response each, in this process, because adjacent rows belong together."""
     for file, rows in _by_file(batches, recipe):
         numbers: list[int] = []
         grouped: list[Any] = []
@@ -95,7 +95,7 @@ def _map(row: Row | RowError, recipe: Recipe) -> list[Row] | list[RowError]:
 
 @contextmanager
 def _without_tokenizer_threads() -> Iterator[None]:
-    """Keep the tokenizer's own threads off while processes are forked: theirs would wait for locks for ever."""
+    """Disable the tokenizer's threads while forking: in the child they would deadlock on inherited locks."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -109,13 +109,13 @@ def _without_tokenizer_threads() -> Iterator[None]:
 
 
 _recipe: Recipe
-"""A worker process's own; set once, when it starts."""
+"""The recipe of a worker process, set once when it starts."""
 
 
 def _start_worker(recipe: Recipe) -> None:
     global _recipe
     _recipe = recipe
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops the workers
 
 
 def _process_in_worker(batch: Batch) -> Outcome:

@@ -1,4 +1,7 @@
-"""A batch of raw rows, and how a worker process decodes it. Imports pyarrow only for rows that are Arrow's."""
+"""Batches of raw rows, and their decoding in a worker process.
+
+Imports pyarrow only for Arrow rows.
+"""
 
 import json
 import sys
@@ -9,17 +12,17 @@ from typing import Any
 
 from dpo_runner.errors import RowError, reason_of
 
-_KINDS = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+_KINDS = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one file as they stand in it: undecoded JSON, the objects of CSV, or an Arrow batch.
+    """Raw rows of one file: undecoded JSON, dicts from CSV, or an Arrow batch.
 
     Attributes:
         file: index into `RowSource.files`.
-        numbers: of each row, from 1: the line where it starts in a text format, else its row number; negative where
-            it is a row number in a text format, a list in JSON that has no lines.
+        numbers: number of each row, from 1: in a text format the line where it starts, else the row number; a
+            negative number is the row number in a JSON list that stands on one line.
         rows: a list of bytes, str, dict or RowError, or a `pyarrow.RecordBatch`.
     """
 
@@ -29,7 +32,7 @@ class Batch:
 
 
 def decode_rows(batch: Batch) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """Yield the number and the columns of each row, or why the row cannot be read."""
+    """Yield the number of each row, and its columns or the reason why it cannot be read."""
     rows = map(_decode, batch.rows) if isinstance(batch.rows, list) else _decode_arrow(batch.rows)
     return zip(batch.numbers, rows, strict=True)
 
@@ -47,16 +50,16 @@ def _decode(row: bytes | str | dict[str, Any] | RowError) -> dict[str, Any] | Ro
         return RowError("broken JSON", f"{error.msg.removesuffix(' at')} at column {error.pos + 1}")
     except RecursionError:
         return RowError("broken JSON", "nested too deeply")
-    except ValueError:  # the one that is left: Python's limit for integers
+    except ValueError:  # the only other cause: Python's limit on the digits of an int
         return RowError("broken JSON", f"a number of more than {sys.get_int_max_str_digits()} digits")
     return value if isinstance(value, dict) else RowError("not an object", _KINDS.get(type(value), "a number"))
 
 
 def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     columns = dict(pairs)
-    if len(columns) < len(pairs):  # the json module would silently take the last one
+    if len(columns) < len(pairs):  # the json module would silently keep the last one
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise RowError("duplicate key", f"{quote(name)} stands twice")
+        raise RowError("duplicate key", f"{quote(name)} appears twice")
     return columns
 
 
@@ -84,7 +87,7 @@ def _decode_arrow(batch: Any) -> Iterator[dict[str, Any] | RowError]:
 
 
 def _unpack(value: Any, kind: Any) -> Any:
-    """Decode the JSON text that `datasets` makes of values without a common Arrow type, such as tools' arguments."""
+    """Decode values without a common Arrow type, such as tool arguments: `datasets` stores them as JSON."""
     import pyarrow as pa
 
     if value is None:
@@ -99,4 +102,4 @@ def _unpack(value: Any, kind: Any) -> Any:
 
 
 def quote(name: str) -> str:
-    return f"`{repr(name)[1:-1]:.60}`"  # on one line, and without the lone surrogates that no terminal takes
+    return f"`{repr(name)[1:-1]:.60}`"  # on one line, without lone surrogates, which cannot be printed

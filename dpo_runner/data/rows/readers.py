@@ -1,4 +1,4 @@
-"""Reads files of rows in batches as they stand, in flat memory whatever their size."""
+"""Readers of raw rows from files, in batches; memory stays flat for files of any size."""
 
 import codecs
 import csv
@@ -14,26 +14,26 @@ from typing import Any, cast
 from dpo_runner.data.rows.decoding import Batch, quote
 from dpo_runner.errors import RowError, reason_of
 
-_CHUNK = 1 << 20  # bytes read at once
-_BATCH_BYTES = 32 << 20  # a batch of long rows ends early, so that memory stays flat whatever the rows are like
-_LONGEST_ROW = 64 << 20  # what is longer is no row, but a file that is not laid out as its suffix says
-_MOST_BLANK = 1 << 20  # lines or characters in a row; a packed file of them alone has no end for practical purposes
+_CHUNK = 1 << 20  # bytes per read
+_BATCH_BYTES = 32 << 20  # a batch of long rows ends early, so that memory stays flat
+_LONGEST_ROW = 64 << 20  # anything longer is not a row, but a file in a format other than its suffix says
+_MOST_BLANK = 1 << 20  # consecutive blank lines; a small compressed file can hold practically endless ones
 _SPACE = re.compile(r"[ \t\n\r]*")
-_OTHER_KINDS = (  # what a text file begins with that is none
-    (codecs.BOM_UTF32_LE, "it is UTF-32; save it as UTF-8"),  # begins like UTF-16
+_OTHER_KINDS = (  # first bytes of files that are not text
+    (codecs.BOM_UTF32_LE, "it is UTF-32; save it as UTF-8"),  # before UTF-16: it starts with the same bytes
     (codecs.BOM_UTF32_BE, "it is UTF-32; save it as UTF-8"),
     (codecs.BOM_UTF16_LE, "it is UTF-16; save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "it is UTF-16; save it as UTF-8"),
-    (b"\x1f\x8b", "it is packed by gzip; add .gz to its name"),
-    (b"\x28\xb5\x2f\xfd", "it is packed by zstd; add .zst to its name"),
-    (b"PAR1", "it is Parquet; name it so, with .parquet"),
-    (b"ARROW1", "it is Arrow; name it so, with .arrow"),
+    (b"\x1f\x8b", "it is compressed with gzip; add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd; add .zst to its name"),
+    (b"PAR1", "it is Parquet; rename it to end in .parquet"),
+    (b"ARROW1", "it is Arrow; rename it to end in .arrow"),
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
 )
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read on."""
+    """The rest of a file cannot be read."""
 
 
 def read_file(file: int, path: Path, suffix: str, size: int) -> Iterator[Batch]:
@@ -73,11 +73,11 @@ def _pack_arrow(file: int, batches: Iterable[Any], size: int) -> Iterator[Batch]
                 _check_column(column)
             for name, count in Counter(batch.schema.names).items():
                 if count > 1:
-                    raise Unreadable(f"column {quote(name)} stands twice")
+                    raise Unreadable(f"column {quote(name)} appears twice")
             step = max(1, min(size, batch.num_rows * _BATCH_BYTES // max(batch.nbytes, 1)))
             for start in range(0, batch.num_rows, step):
                 part = batch.slice(start, step).replace_schema_metadata()
-                sink = pa.BufferOutputStream()  # a slice is pickled with all that it is a slice of, a copy is not
+                sink = pa.BufferOutputStream()  # copy: a pickled slice would carry the whole batch with it
                 with pa.ipc.new_stream(sink, part.schema) as writer:
                     writer.write_batch(part)
                 part = pa.ipc.open_stream(sink.getvalue()).read_next_batch()
@@ -89,16 +89,16 @@ def _pack_arrow(file: int, batches: Iterable[Any], size: int) -> Iterator[Batch]
 
 def _check_column(column: Any) -> None:
     try:
-        column.validate(full=True)  # Arrow trusts the offsets in a file, and a wrong one ends the process
+        column.validate(full=True)  # Arrow trusts the offsets in a file; a wrong one crashes the process
     except ValueError as error:
-        if "UTF8" not in str(error):  # that costs one row only; see `_decode_arrow`
+        if "UTF8" not in str(error):  # invalid UTF-8 costs one row only; see `_decode_arrow`
             raise
 
 
 def _read_parquet(path: Path, size: int) -> Iterator[Any]:
     from pyarrow import parquet
 
-    # page by page; by default whole row groups are held, and a page's checksum is not looked at
+    # read page by page; by default pyarrow holds whole row groups and ignores page checksums
     settings = {"pre_buffer": False, "buffer_size": _CHUNK, "page_checksum_verification": True}
     with parquet.ParquetFile(path, **settings) as file:
         yield from file.iter_batches(size, use_threads=False)
@@ -118,7 +118,7 @@ def _read_arrow(path: Path) -> Iterator[Any]:
 
 
 def _read_text(path: Path, suffix: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row) from a text file, packed or not."""
+    """Yield (line, row) from a text file, compressed or not."""
     kind, _, packing = suffix.removeprefix(".").partition(".")
     with _open(path, packing) as file:
         start = file.peek(8)[:8]
@@ -170,9 +170,9 @@ def _limit_lines(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(_LONGEST_ROW)  # the csv module's own, 128 KiB, is less than a long conversation
+    csv.field_size_limit(_LONGEST_ROW)  # the csv module's default of 128 KiB is less than a long conversation
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # not strict, it guesses where a quoted cell ends
+    # without strict, the reader guesses where a quoted cell ends
     reader = csv.reader(_limit_lines(text), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -182,9 +182,9 @@ def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, 
         except StopIteration:
             return
         except csv.Error as error:
-            if "expected after" not in str(error):  # the rest of the file, or much of it, was taken for one cell
-                raise Unreadable(f"line {line}: a quote is opened that does not close ({error})") from None
-            yield line, RowError("broken quoting", f"{error}; a quote inside of quotes is written twice")
+            if "expected after" not in str(error):  # much or all of the rest of the file was read as one cell
+                raise Unreadable(f"line {line}: a quote is never closed ({error})") from None
+            yield line, RowError("broken quoting", f"{error}; double each quote inside quotes")
             continue
         if not cells:  # a blank line
             continue
@@ -197,23 +197,23 @@ def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, 
         header = cells
         for column, name in enumerate(header, start=1):
             if not name.strip():
-                raise Unreadable(f"line {line}: column {column} has no name (pandas writes none with index=False)")
+                raise Unreadable(f"line {line}: column {column} has no name (with pandas, write with index=False)")
             if name in header[: column - 1]:
-                raise Unreadable(f"line {line}: column {quote(name)} stands twice")
+                raise Unreadable(f"line {line}: column {quote(name)} appears twice")
 
 
 class _JsonText:
-    """A list of values, or objects one after another. Holds no more of the file than the value at hand."""
+    """A JSON list or concatenated JSON objects, read value by value; only the current one is in memory."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file, self.decode = file, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self.text, self.position, self.ended = "", 0, False
         self.line, self.line_start = 1, 0
-        # a number with too many digits for an int is found by `decode_rows`, where it costs one row and not the file
+        # leave ints as text: too many digits then fail in `decode_rows`, which costs one row instead of the file
         self.scan = json.JSONDecoder(parse_int=str).raw_decode
 
     def rows(self) -> Iterator[tuple[int, str]]:
-        """Yield (number, JSON text) of each value: its line, or where all share one, minus its place among them."""
+        """Yield (number, JSON text) of each value: its line, or minus its position if all share one line."""
         for place, (line, text) in enumerate(self._values(), start=1):
             if place == 1:
                 first_line, share_one = line, False
@@ -240,7 +240,7 @@ class _JsonText:
             raise self._broken("Extra data" if first == "[" else "Expecting an object, or one list of them")
 
     def _peek(self) -> str:
-        """Return the next character that is no space, or "" at the end."""
+        """Return the next non-blank character, or "" at the end."""
         blank = 0
         while True:
             match = _SPACE.match(self.text, self.position)
@@ -257,7 +257,7 @@ class _JsonText:
         if not self._peek():
             raise self._broken("the list never closes")
         while True:
-            # The last few characters may be the beginning of a longer number, name or escape.
+            # The last characters of the chunk may be part of a longer number, name or escape.
             certain = len(self.text) if self.ended else len(self.text) - 16
             try:
                 _, end = self.scan(self.text, self.position)
@@ -277,7 +277,7 @@ class _JsonText:
         return line, text
 
     def _read_on(self) -> None:
-        """Forget what is taken, and read on at least as much as is left: scanning again then costs no more than 2x."""
+        """Drop the consumed text and read at least as much as remains, so rescanning costs at most 2x."""
         rest = self.text[self.position :]
         data = self.file.read(max(_CHUNK, len(rest)))
         self.ended = not data

@@ -1,4 +1,7 @@
-"""Where rows come from: bundled pairs, local files, folders, globs, or the hub. Imports datasets only for the hub."""
+"""Sources of rows: bundled pairs, local files, folders, globs, or the hub.
+
+Imports datasets only for the hub.
+"""
 
 import hashlib
 import json
@@ -26,18 +29,18 @@ _METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "st
 _TRAINING = {"train", "training"}
 _EVALUATION = {"test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev"}
 
-_File = tuple[str, Path]  # as shown to people, and where it is
+_File = tuple[str, Path]  # display name, and path
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Files or a hub dataset, read from the beginning by each call of `batches`.
+    """Files or a hub dataset; each call of `batches` reads from the beginning.
 
     Attributes:
-        files: as shown to people.
-        setting: what named them, such as `data.path=pairs.jsonl`.
-        paths: of the files; empty for a hub dataset.
-        dataset: the hub dataset.
+        files: display names.
+        setting: the setting that names them, such as `data.path=pairs.jsonl`.
+        paths: paths of the files; empty for a hub dataset.
+        dataset: the hub dataset, or None.
     """
 
     files: tuple[str, ...]
@@ -46,18 +49,18 @@ class RowSource:
     dataset: Any = None
 
     def locate(self, file: int, number: int) -> str:
-        """Say where the row is that `number` of a `Batch` stands for."""
+        """Return the location of the row with this `number` of a `Batch`, as text."""
         place = self.place(file, number)
         return f"{place['file']}:{place['line']}" if "line" in place else f"{place['file']}, row {place['row']}"
 
     def place(self, file: int, number: int) -> dict[str, Any]:
-        """Return the same as `file`, and `line` or, where a file has no lines, `row`."""
+        """Return the location as a dict: `file`, and `line` or, for files without lines, `row`."""
         name = self.files[file]
         has_lines = number > 0 and self.dataset is None and _suffix(name) not in (".parquet", ".arrow")
         return {"file": name, "line": number} if has_lines else {"file": name, "row": abs(number)}
 
     def digest(self) -> str:
-        """Return a hex digest of the content and its formats, whatever the files are called and wherever they are.
+        """Return a hex digest of the contents and formats of the files; names and paths do not matter.
 
         Raises:
             DataError: a file cannot be read.
@@ -71,14 +74,14 @@ class RowSource:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise _mistake(self.setting, name, f"cannot be read; {reason_of(error)}") from None
-            total.update(f"{_suffix(name)} {content}\n".encode())  # the same bytes are other rows as .csv and as .tsv
+            total.update(f"{_suffix(name)} {content}\n".encode())  # the same bytes are other rows as .csv than as .tsv
         return total.hexdigest()
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all rows in order, at most `size` (at least 1) in a batch.
+        """Yield all rows in order, in batches of at most `size` rows (`size` at least 1).
 
         Raises:
-            DataError: a file is broken, or there is no row at all.
+            DataError: a file is broken, or there are no rows.
         """
         has_rows = False
         for index, name in enumerate(self.files):
@@ -98,7 +101,7 @@ class RowSource:
 
 
 def check_local_sources(conf: DataConf) -> None:
-    """Find what can be found wrong with local files before any library is imported that reads them.
+    """Check local sources without importing the libraries that read them.
 
     Raises:
         DataError: as `open_sources` does.
@@ -109,20 +112,20 @@ def check_local_sources(conf: DataConf) -> None:
 
 
 def source_key(name: str, conf: DataConf) -> str:
-    """Return where a source stands in the configuration, such as `data.sources.math`."""
+    """Return the configuration key of a source, such as `data.sources.math`."""
     return f"data.sources.{name}" if conf.sources else "data"
 
 
 def open_sources(conf: SourceFields, key: str) -> tuple[RowSource, RowSource | None]:
-    """Return the training rows, and the evaluation rows where the source brings them.
+    """Return the training rows, and the evaluation rows if the source has any (else None).
 
     Args:
-        conf: names the source.
-        key: where it stands in the configuration, such as `data` or `data.sources.math`.
+        conf: the source.
+        key: its configuration key, such as `data` or `data.sources.math`.
 
     Raises:
-        DataError: a file is missing, unreadable or of an unknown format, a folder holds none, a hub dataset is out
-            of reach, or a setting does not go with this kind of source.
+        DataError: a file is missing, unreadable or of an unknown format, a folder holds no data file, a hub dataset
+            cannot be loaded, or a setting does not apply to this kind of source.
     """
     if not conf.path:
         raise DataError(f"`{key}.path`: must be set (`{key}.path=VALUE`)")
@@ -133,18 +136,18 @@ def open_sources(conf: SourceFields, key: str) -> tuple[RowSource, RowSource | N
             train = _open_hub(conf, setting, conf.split)
             return train, named or (_open_hub(conf, setting, conf.eval_split) if conf.eval_split else None)
         files, eval_files = _list_local(conf, key, setting)
-        if named and not _expand(conf.path).is_file():  # of a folder or glob, what is evaluated is not trained on
+        if named and not _expand(conf.path).is_file():  # exclude evaluation files that the folder or glob also matches
             held_out = {path.resolve() for path in named.paths}
             files = [file for file in files if file[1].resolve() not in held_out]
         if not files:
-            raise DataError(f"`{setting}`: holds evaluation files only; call one of them train.jsonl or alike")
+            raise DataError(f"`{setting}`: holds evaluation files only; rename one of them to train.jsonl or similar")
         return _build(files, setting), named or (_build(eval_files, setting) if eval_files else None)
     except OSError as error:
         raise DataError(f"`{setting}`: cannot be read; {reason_of(error)}") from None
 
 
 def _list_local(conf: SourceFields, key: str, setting: str) -> tuple[list[_File], list[_File]]:
-    """Return the files for training, and those for evaluation that the source itself brings."""
+    """Return the training files, and the evaluation files that the source itself contains."""
     assert conf.path is not None
     root = _expand(conf.path)
     has_splits = (root / "dataset_dict.json").is_file()
@@ -177,7 +180,7 @@ def _list_local(conf: SourceFields, key: str, setting: str) -> tuple[list[_File]
 
 
 def _list_files(text: str, setting: str) -> list[_File]:
-    """Return the files, at least one, that a path, a folder or a glob stands for."""
+    """Return the files, at least one, of a path, folder or glob."""
     root = _expand(text)
     if (root / "dataset_dict.json").is_file():
         raise DataError(f"`{setting}`: the folder holds several splits; name the subfolder of one of them")
@@ -189,11 +192,11 @@ def _list_files(text: str, setting: str) -> list[_File]:
     elif root.exists():
         return [(text, root)]
     elif any(character in text for character in "*?["):
-        names = sorted(glob(str(root), recursive=True))  # noqa: PTH207 (that of Path takes hidden files too)
+        names = sorted(glob(str(root), recursive=True))  # noqa: PTH207 (Path.glob includes hidden files)
         files = [(name, Path(name)) for name in names if Path(name).is_file()]
         rule = "no file matches"
     elif root.is_symlink():
-        files, rule = [], "is a link that leads nowhere"
+        files, rule = [], "is a broken symlink"
     else:
         near = suggest(root.name, [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else [])
         files, rule = [], "no such file" + (f"; {near}" if near.startswith("did") else "")
@@ -204,7 +207,7 @@ def _list_files(text: str, setting: str) -> list[_File]:
 
 def _walk(root: Path) -> list[str]:
     def fail(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that may not be read
+        raise error  # by default os.walk skips unreadable folders
 
     found = []
     for folder, subfolders, names in os.walk(root, onerror=fail):
@@ -215,7 +218,7 @@ def _walk(root: Path) -> list[str]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `datasets` has written a folder with `save_to_disk`."""
+    """Return whether `datasets` wrote the folder with `save_to_disk`."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
@@ -230,7 +233,7 @@ def _read_metadata(path: Path, key: str, setting: str) -> list[str]:
 
 
 def _is_evaluation(relative: Path) -> bool:
-    """Whether a file's name, or else the name of the nearest folder that says so, has a word for evaluation rows."""
+    """Return whether the file name, or else the nearest folder name with a split word, means evaluation."""
     for part in reversed(relative.parts):
         words = set(re.split("[^a-z]+", part.lower()))
         if words & (_TRAINING | _EVALUATION):
@@ -239,7 +242,7 @@ def _is_evaluation(relative: Path) -> bool:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a path can only mean a dataset of the hub: it looks like one, and nothing here is called so."""
+    """Return whether a path must be a hub dataset: it looks like one, and no local file or folder matches."""
     path = Path(text)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) or path.exists() or _suffix(text) in _SUFFIXES:
         return False
@@ -249,7 +252,7 @@ def is_hub_id(text: str) -> bool:
 def _expand(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # `~` and a user who does not exist
+    except RuntimeError:  # `~name` of an unknown user
         return Path(text)
 
 
@@ -262,7 +265,7 @@ def _build(files: list[_File], setting: str) -> RowSource:
     for name, path in files:
         if not path.is_file():
             is_broken = path.is_symlink() and not path.exists()
-            raise _mistake(setting, name, "is a link that leads nowhere" if is_broken else "no such regular file")
+            raise _mistake(setting, name, "is a broken symlink" if is_broken else "no such regular file")
         if (suffix := _suffix(name)) not in _SUFFIXES:
             raise _mistake(setting, name, f"no such format `{suffix}`; use {_FORMATS}")
         with path.open("rb") as file:
@@ -276,8 +279,8 @@ def _open_hub(conf: SourceFields, setting: str, split: str) -> RowSource:
 
     try:
         dataset = datasets.load_dataset(conf.path, conf.subset, split=split, revision=conf.revision)
-    except Exception as error:  # the hub's client passes on whatever its transports and file readers raise
-        reason = f"neither a file here nor a hub dataset in reach; {reason_of(error)}"
+    except Exception as error:  # the hub client passes on any exception of its transports and file readers
+        reason = f"neither a local file nor a reachable hub dataset; {reason_of(error)}"
         raise DataError(f"`{setting}` (split {split}): {reason}") from None
     return RowSource((f"{conf.path} (split {split})",), setting, dataset=dataset)
 

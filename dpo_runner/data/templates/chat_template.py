@@ -1,6 +1,6 @@
-"""From messages to token ids, exactly as the tokenizer's own chat template has it.
+"""Tokenization of pairs with the tokenizer's chat template.
 
-For each row: one BOS where the tokenizer uses one, the generation prompt once, each answer closed once, and
+Each row has one BOS if the tokenizer uses one, the generation prompt once, and each answer closed once;
 prompt_ids + completion_ids are the tokens of the whole conversation, tokenized as one text and split by position.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Ids = list[int]
 
 _NEAR_END = 256
-"""Characters at a prompt's end in which its last control token is looked for."""
+"""Characters at the end of a prompt that are searched for its last control token."""
 
 
 @dataclass(slots=True)
@@ -30,8 +30,8 @@ class Encoded:
     Attributes:
         prompt_ids: BOS to generation prompt.
         chosen_ids, rejected_ids: the completions, closed.
-        mismatch: where the template or tokenizer makes other tokens of the prompt before an answer than alone, what
-            became what; the prompt is then what both have in common.
+        mismatch: empty, or a description of the differing tokens if the prompt is tokenized differently before an
+            answer than alone; prompt_ids are then the common prefix.
     """
 
     prompt_ids: Ids
@@ -41,18 +41,18 @@ class Encoded:
 
 
 class ChatTemplate:
-    """A tokenizer and how it renders conversations, found out once by rendering a few.
+    """A tokenizer and the properties of its chat template, found once by rendering a few conversations.
 
     Args:
-        tokenizer: with a chat template; without one, single turns are taken as plain text.
-        system_prompt: the system turn for conversations that have none.
-        on_no_system_role: `fold` a system turn into the first user turn where the template knows none, or `error`.
+        tokenizer: with a chat template; without one, single turns are used as plain text.
+        system_prompt: system turn for conversations without one.
+        on_no_system_role: if the template has no system role, `fold` system turns into the first user turn or `error`.
 
     Attributes:
-        bos: id of the token that a row begins with, or None.
-        eos: the tokenizer's EOS.
-        end_of_turn: id of the token that the template closes an answer with, or None where it leaves it open.
-        generation_prompt_length: tokens of what the template writes at a prompt's end for the model to go on from.
+        bos: id of the BOS token that rows begin with, or None.
+        eos: id of the tokenizer's EOS token.
+        end_of_turn: id of the token with which the template closes an answer; None if it leaves answers open.
+        generation_prompt_length: length of the template's generation prompt, in tokens.
 
     Raises:
         ConfigError: the tokenizer has no EOS token, or the template cannot render one question and answer.
@@ -72,7 +72,7 @@ class ChatTemplate:
         bos = tokenizer.bos_token_id
         self.bos: int | None = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-        # A text may be cut after these, and both halves tokenized alone, without any token becoming another.
+        # Tokenizers always split at these tokens: the text before and after can be tokenized separately.
         self._marks = any_of(
             token
             for token, kind in added.items()
@@ -85,39 +85,39 @@ class ChatTemplate:
         self.generation_prompt_length = len(self._tokenize([self._renderer.generation_prompt])[0])
 
     def describe(self) -> list[str]:
-        """Return what a person should know of the template, a line each."""
+        """Return the properties of the template that matter to the user, one line each."""
         name = self.tokenizer.convert_ids_to_tokens
         if self.tokenizer.chat_template is None:
             return [f"none: prompt and answer are joined as plain text, {name(self.eos)} is added"]
         notes = []
         if self.end_of_turn is None:
-            notes.append(f"leaves an answer open, {name(self.eos)} is added after it")
+            notes.append(f"leaves an answer open, so {name(self.eos)} is added")
         elif self.end_of_turn != self.eos:
             notes.append(f"ends an answer with {name(self.end_of_turn)}, not with the tokenizer's EOS {name(self.eos)}")
         else:
             notes.append(f"ends an answer with {name(self.eos)}")
         if "strftime_now" in str(self.tokenizer.chat_template):
-            notes.append("writes the date of the day on which rows are tokenized into them")
+            notes.append("writes the date of tokenization into the rows")
         return notes + self._renderer.describe_system_role()
 
     def encode(self, pair: Pair) -> Encoded:
         """Tokenize one pair, each of its three texts as a whole.
 
         Raises:
-            RowError: the template refuses it, or it holds control tokens as text.
+            RowError: the template refuses the pair, or it has control tokens in its text.
         """
         texts = self._renderer.render_pair(pair)
         prompt, chosen, rejected = self._tokenize([texts.prompt, texts.chosen, texts.rejected])
         return self._split(pair, self._with_bos(prompt), self._with_bos(chosen), self._with_bos(rejected))
 
     def encode_batch(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
-        """Tokenize many pairs, with the same result as `encode`, and tokenizing each prompt once instead of thrice.
+        """Tokenize many pairs with the same result as `encode`, but each prompt once instead of three times.
 
-        A prompt ends with control tokens (its generation prompt), and tokenizers cut a text at these before anything
-        else: the tokens up to the last of them, which is in all three texts, do not depend on what follows.
+        A prompt ends with control tokens (its generation prompt), and tokenizers split a text at these first. So the
+        tokens up to the last control token, shared by all three texts, do not depend on the text after it.
 
         Raises:
-            DpoRunnerError: a tokenizer does not keep to that.
+            DpoRunnerError: the tokenizer violates this assumption.
         """
         results: list[Encoded | RowError | None] = [None] * len(pairs)
         shared: list[tuple[int, Rendered, int, str]] = []
@@ -163,7 +163,7 @@ class ChatTemplate:
         alone = self._attempt(pair)
         if str(alone) != str(shared):
             raise DpoRunnerError(
-                f"the tokenizer {type(self.tokenizer).__name__} makes other tokens of a prompt than of its parts; "
+                f"the tokenizer {type(self.tokenizer).__name__} tokenizes a prompt in parts differently; "
                 f"please report this: {pair.prompt!r:.200}"
             )
 
@@ -174,7 +174,7 @@ class ChatTemplate:
         return last
 
     def _tokenize_tail(self, token: str, text: str) -> Ids:
-        """Tokenize what follows a prompt's last control token; it is the same few words for nearly all rows."""
+        """Tokenize the text after a prompt's last control token, cached: nearly all rows share it."""
         if (token, text) not in self._tails:
             if len(self._tails) > 1000:
                 self._tails.clear()
@@ -197,7 +197,7 @@ class ChatTemplate:
         return ids if ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _split(self, pair: Pair, prompt: Ids, chosen: Ids, rejected: Ids) -> Encoded:
-        """Split two whole conversations at the prompt's end, and make sure that each answer is closed once."""
+        """Split two conversations at the end of the prompt, and check that each answer is closed once."""
         length, mismatch = len(prompt), ""
         if chosen[:length] != prompt or rejected[:length] != prompt:
             other = chosen if chosen[:length] != prompt else rejected
@@ -245,18 +245,18 @@ def apply_chat_template(
     """Tokenize one preference row as a run would.
 
     Args:
-        row: in any layout that `data.format` knows, making one pair.
-        tokenizer: with the chat template to apply; without one, a row of single turns is taken as plain text.
+        row: in any known layout of `data.format`; only its first pair is used.
+        tokenizer: with the chat template to apply; without one, a row of single turns is used as plain text.
         format, system_prompt, on_no_system_role, on_template_mismatch: as in the `data` group.
 
     Returns:
-        `prompt_ids`, `chosen_ids` and `rejected_ids`. prompt_ids begin with exactly one BOS where the tokenizer
-        uses one and end with the generation prompt; each completion holds exactly one end-of-turn token per
-        assistant turn; prompt_ids + chosen_ids are the tokens of the whole conversation (and EOS, where the
-        template leaves an answer open).
+        `prompt_ids`, `chosen_ids` and `rejected_ids`. prompt_ids begin with exactly one BOS if the tokenizer uses
+        one and end with the generation prompt; each completion has exactly one end-of-turn token per assistant turn;
+        prompt_ids + chosen_ids are the tokens of the whole conversation (plus EOS if the template leaves an answer
+        open).
 
     Raises:
-        ConfigError: the row has no known layout, cannot be used, or the template breaks one of these promises.
+        ConfigError: the row has no known layout, cannot be used, or the template breaks one of these guarantees.
     """
     pairs = read_pairs(row, find_layout([row], format), "best_vs_worst")
     if not pairs:
@@ -268,8 +268,8 @@ def apply_chat_template(
 
 
 def describe_mismatch(mismatch: str) -> str:
-    """Explain what `Encoded.mismatch` found, and what to do about it."""
+    """Return the error message for an `Encoded.mismatch`, with its remedy."""
     return (
-        f"the prompt becomes other tokens before an answer than alone: {mismatch}; "
-        "data.on_template_mismatch=longest_common_prefix takes what both have in common as the prompt"
+        f"the prompt is tokenized differently before an answer than alone: {mismatch}; "
+        "data.on_template_mismatch=longest_common_prefix uses the common prefix as the prompt"
     )

@@ -1,4 +1,4 @@
-"""Messages as text by a chat template; templates for models that have none."""
+"""Rendering of messages with a chat template, and built-in templates for models without one."""
 
 import re
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 _PROBE = "Zq7pxv"
-"""A text that no template writes by itself."""
+"""A text that no template contains."""
 
 
 @dataclass(slots=True)
 class Rendered:
-    """One pair as texts: the prompt up to its generation prompt, and both whole conversations."""
+    """One pair as text: the prompt including the generation prompt, and both whole conversations."""
 
     prompt: str
     chosen: str
@@ -31,13 +31,13 @@ class Renderer:
 
     Args:
         tokenizer: with the template; without one, a single question and its answer are joined as plain text.
-        system_prompt: the system turn for conversations that have none.
-        on_no_system_role: `fold` a system turn into the first user turn where the template knows none, or `error`.
+        system_prompt: system turn for conversations without one.
+        on_no_system_role: if the template has no system role, `fold` system turns into the first user turn or `error`.
 
     Attributes:
         knows_system: whether the template renders a system turn.
-        generation_prompt: what it writes at a prompt's end for the model to go on from.
-        ending: what it writes after an answer.
+        generation_prompt: text that the template adds at the end of a prompt.
+        ending: text that the template adds after an answer.
 
     Raises:
         ConfigError: the template cannot render one question and answer.
@@ -54,38 +54,38 @@ class Renderer:
             self._probe()
 
     def describe_system_role(self) -> list[str]:
-        """Return what becomes of system turns where the template knows none, as a line; else no line."""
+        """Return a line on the treatment of system turns if the template has no system role, else none."""
         if self.knows_system or self.tokenizer.chat_template is None:
             return []
         then = "folded into the first user turn" if self._on_no_system_role == "fold" else "refused"
-        return [f"knows no system role: a system turn is {then}"]
+        return [f"has no system role: a system turn is {then}"]
 
     def render_prompt(self, messages: list[Message], variables: dict[str, Any]) -> str:
-        """Return a prompt's text with the generation prompt.
+        """Return the text of a prompt, including the generation prompt.
 
         Raises:
-            RowError: the template refuses it.
+            RowError: the template refuses the prompt.
         """
         return self._render(self._place_system(messages), True, variables)
 
     def _place_system(self, prompt: list[Message]) -> list[Message]:
-        """Add the system turn that is missing, and fold one that the template does not know."""
+        """Add the configured system turn if there is none, and fold it if the template has no system role."""
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
         if self.knows_system or prompt[0]["role"] != "system" or self.tokenizer.chat_template is None:
             return prompt
         if self._on_no_system_role == "error":
             raise RowError(
-                "system turn", "the chat template knows no system role; data.on_no_system_role=fold folds it"
+                "system turn", "the chat template has no system role; data.on_no_system_role=fold folds the turn"
             )
         system, first, *rest = prompt
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     def render_pair(self, pair: Pair) -> Rendered:
-        """Return a pair's three texts.
+        """Render the three texts of a pair.
 
         Raises:
-            RowError: the template refuses it, or it holds control tokens as text.
+            RowError: the template refuses the pair, or it has control tokens in its text.
         """
         for column, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
             for message in messages:
@@ -116,7 +116,7 @@ class Renderer:
                     messages, tokenize=False, add_generation_prompt=generation_prompt, **variables
                 )
             )
-        except Exception as error:  # a template's own raise_exception, or a Jinja error: it concerns this row
+        except Exception as error:  # raise_exception of the template, or a Jinja error: it affects this row only
             raise RowError("the chat template refuses the row", str(error)) from None
 
     def _probe(self) -> None:
@@ -137,7 +137,7 @@ class Renderer:
 
 
 def find_special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the ids of all special tokens: of BOS, EOS and such, and of a chat template's own."""
+    """Return the ids of all special tokens: BOS, EOS etc., and those added for a chat template."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
 
@@ -166,10 +166,10 @@ CHAT_TEMPLATES = {
 
 
 def resolve_chat_template(name: str) -> str:
-    """Return the Jinja text that `model.chat_template` names.
+    """Return the Jinja text for `model.chat_template`, a built-in name or a file.
 
     Raises:
-        ConfigError: it is neither the name of a template nor a readable file.
+        ConfigError: the value is neither a built-in name nor a readable file.
     """
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]

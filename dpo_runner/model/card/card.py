@@ -1,7 +1,7 @@
-"""The model card of a run's result: README.md with metadata that a hub accepts, and the run's curves beside it.
+"""The model card of a run's result: README.md with metadata that a hub accepts, and plots.
 
-The card in a run's directory and the one of an exported folder differ in how the folder is called in code, and in
-how far back its origin is known.
+The card in a run's directory and that of an exported folder differ in the folder's name in code, and in how much of
+its origin is known.
 """
 
 import json
@@ -31,7 +31,7 @@ from dpo_runner.model.quantization import describe_quantization
 logger = logging.getLogger(__name__)
 
 PLOTS = "plots"
-"""The folder beside README.md that holds the curves."""
+"""The folder of the plots, next to README.md."""
 
 
 def write_card(
@@ -41,14 +41,14 @@ def write_card(
     lineage: dict[str, Any] | None = None,
     say: Callable[[str], None] = logger.warning,
 ) -> None:
-    """Write README.md and `plots/` into a folder that holds a run's weights already.
+    """Write README.md and `plots/` to a folder that already holds a run's weights.
 
     Args:
-        folder: with adapter_config.json where it holds an adapter.
-        facts: of the run.
-        name: what code calls the folder: a path, or the id of the repository that it is going to be.
-        lineage: what lineage.json holds, for an export; None: `folder` is the run's own.
-        say: shows one line to a person, where the curves cannot be drawn: the card goes without.
+        folder: has adapter_config.json if it holds an adapter.
+        facts: the run's.
+        name: the folder in the card's code: a path, or the id of the future repository.
+        lineage: contents of lineage.json, for an export; None for the run's own folder.
+        say: shows one line to the user if the curves cannot be drawn; the card is then written without them.
     """
     adapter_file = folder / "adapter_config.json"
     adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.exists() else None
@@ -85,7 +85,7 @@ def write_card(
 def _draw_plots(folder: Path, facts: RunFacts, say: Callable[[str], None]) -> list[Plot]:
     try:
         return write_plots(folder, facts.events)
-    except Exception as error:  # whatever it is, it is not to cost the weights
+    except Exception as error:  # a failed plot must not lose the weights
         logger.exception("the curves cannot be drawn")
         say(f"the model card has no curves; drawing them failed: {reason_of(error)}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +133,7 @@ def _describe_results(facts: RunFacts) -> list[str]:
 
 
 def _name_metric(key: str, facts: RunFacts) -> tuple[str, str]:
-    """Return a metric without its prefixes, and the source it is about (`""`: all)."""
+    """Return a metric without its prefixes, and its source (`""` for all)."""
     metric = key.removeprefix("eval_")
     sources = resolve_sources(facts.conf.data)
     source = next((name for name in sources if len(sources) > 1 and metric.startswith(f"{name}_")), "")
@@ -196,8 +196,8 @@ def _describe_origin(facts: RunFacts, lineage: dict[str, Any] | None) -> list[st
             "sft_adapter": sft if model.adapter else None,
             "dpo_run": {"name": facts.conf.run_name, "commit": environment["commit"]},
         }
-        rest = "This is the result as it lies in the run's directory. `python -m dpo_runner.export` makes a folder to "
-        rest += "publish of it, with the digests of all weights in lineage.json."
+        rest = "This is the result in the run's directory. `python -m dpo_runner.export` creates a folder to publish "
+        rest += "from it, with the digests of all weights in lineage.json."
     else:
         known = lineage
         rest = f"The run's configuration has sha256 {lineage['dpo_run']['config_sha256']}. Everything else is in "

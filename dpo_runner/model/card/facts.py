@@ -1,4 +1,4 @@
-"""Figures, metadata and citations of a model card."""
+"""Facts about a run for its model card: figures, metadata and citations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,39 +7,30 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from dpo_runner.config.metrics import METRICS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf, resolve_sources
 from dpo_runner.data.rows.sources import is_hub_id
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.reading import read_metrics, read_object
 
-LABELS = {
-    "loss": "loss",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward of chosen answers",
-    "rewards/rejected": "reward of rejected answers",
-    "logps/chosen": "log-probability of chosen answers",
-    "logps/rejected": "log-probability of rejected answers",
-    "response_tokens": "tokens per sampled answer",
-    "responses_at_cap": "sampled answers cut off at their limit",
-}
-"""What a card calls a metric, without the prefixes of its name, in its order."""
+LABELS = {metric.key.removeprefix("eval_"): metric.label for metric in METRICS}
+"""Labels of the metrics in a card, in its order; the keys lack the prefix `eval_`."""
 _METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "reward_margin", "loss": "loss"}
-"""What goes into the metadata, and as which type of metric."""
+"""Metrics in the metadata, with their metric types."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card tells of a finished run.
+    """The facts about a finished run that its card shows.
 
     Attributes:
-        conf: the run, as it was configured.
-        reference: what the policy was compared with, in words.
-        summary: what summary.json holds.
-        report: data_report.json.
-        environment: environment.json.
-        events: metrics.jsonl's.
+        conf: the run's configuration.
+        reference: description of the reference.
+        summary: contents of summary.json.
+        report: contents of data_report.json.
+        environment: contents of environment.json.
+        events: contents of metrics.jsonl.
     """
 
     conf: RunConf
@@ -51,20 +42,20 @@ class RunFacts:
 
 
 def read_facts(run_dir: Path, conf: RunConf, reference: str, summary: dict[str, Any]) -> RunFacts:
-    """Read the rest of what a card tells from a run's directory, which may lack summary.json yet."""
+    """Build the facts from the arguments and a run's directory, which may still lack summary.json."""
     report, environment = (read_object(run_dir / name) for name in ("data_report.json", "environment.json"))
     return RunFacts(conf, reference, summary, report, environment, read_metrics(run_dir))
 
 
 def hub_base(conf: RunConf, environment: dict[str, Any]) -> str | None:
-    """Return the hub id of the model beneath all adapters, or None where it is no model of the hub."""
+    """Return the hub id of the model beneath all adapters, or None if it is not from the hub."""
     name, loaded = conf.model.model_name_or_path, environment["model"]
     was_folder = loaded["base"] == name and loaded["fingerprint"] is not None
     return name if is_hub_id(name) and not was_folder else None
 
 
 def build_metadata(facts: RunFacts, is_adapter: bool) -> ModelCardData:
-    """Return a card's metadata, without what the hub refuses, such as a folder's path in the place of an id."""
+    """Return a card's metadata, without values that the hub rejects, such as a path instead of an id."""
     conf = facts.conf
     base = hub_base(conf, facts.environment)
     is_lora = is_adapter and (conf.lora is None or conf.lora.peft_type == "LORA")
@@ -84,7 +75,7 @@ def build_metadata(facts: RunFacts, is_adapter: bool) -> ModelCardData:
 
 
 def _hub_split(facts: RunFacts, name: str, source: SourceConf, split: str) -> str | None:
-    """Return which split of a hub dataset a source took its `train` or `eval` pairs from; None: of no hub dataset."""
+    """Return the hub dataset's split of a source's `train` or `eval` pairs; None for other data."""
     files = [
         file
         for part in facts.report["sources"]
@@ -92,12 +83,12 @@ def _hub_split(facts: RunFacts, name: str, source: SourceConf, split: str) -> st
         for file in part["files"]
     ]
     if split == "eval" and not files:
-        return _hub_split(facts, name, source, "train")  # held out of those
+        return _hub_split(facts, name, source, "train")  # held out from the training pairs
     return next((of for of in (source.split, source.eval_split) if files == [f"{source.path} (split {of})"]), None)
 
 
 def _list_results(facts: RunFacts, sources: dict[str, SourceConf]) -> Iterator[EvalResult]:
-    """Yield the evaluations on hub datasets; the metadata has no place for others."""
+    """Yield the evaluations on hub datasets; the metadata cannot hold others."""
     for name, source in sources.items():
         prefix = "eval_" if len(sources) == 1 else f"eval_{name}_"
         split = _hub_split(facts, name, source, "eval")
@@ -145,11 +136,11 @@ _LOSSES = {
     "discopop": """Chris Lu et al.: *Discovering Preference Optimization Algorithms with and for Large Language
   Models*. arXiv:2406.08414""",
 }
-"""By `training.loss_type`; the others are DPO's own, or have no paper."""
+"""Citations by `training.loss_type`; the other losses are from the DPO paper or have no paper."""
 
 
 def list_citations(conf: RunConf) -> list[str]:
-    """Return what a run's methods are to be cited by, one entry each."""
+    """Return the citations of a run's methods, one entry per paper."""
     losses = conf.training.loss_type
     named = [losses] if isinstance(losses, str) else losses
     cited = [_DPO, *(_LOSSES[loss] for loss in named if loss in _LOSSES), _TRL]

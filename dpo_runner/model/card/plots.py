@@ -1,4 +1,4 @@
-"""A run's curves as PNG files for its model card. Imports matplotlib only when something is drawn."""
+"""Plots of a run's curves as PNG files for its model card. matplotlib is imported only for drawing."""
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 _TRAIN, _EVAL, _CHOSEN, _REJECTED = "#78838f", "#1f5fa8", "#1b7f6b", "#b4472e"
 _INK, _FAINT = "#333a41", "#d9dde1"
-_WIDTH, _HEIGHT, _DPI = 7.0, 2.9, 200  # inches; shown at 700 pixels, type of 9 points is 12.5 pixels high
+_WIDTH, _HEIGHT, _DPI = 7.0, 2.9, 200  # inches; at a display width of 700 pixels, 9-point type is 12.5 pixels high
 _ACCURACY = "Reward accuracy"
 _SMOOTHED_FROM = 60
-"""From so many points on, single training batches are drawn faintly, and their running mean over them."""
+"""From this many points on, training batches are drawn faintly under their running mean."""
 _MARKED_UNTIL = 30
-"""Up to so many evaluations, each is marked by a dot."""
+"""Up to this many evaluations, each is marked with a dot."""
 _LABEL_GAP = 11.0
-"""Least distance between two labels at the ends of lines, in points."""
+"""Least distance between the labels of two lines, in points."""
 
 
 class Plot(NamedTuple):
-    """A file that `write_plots` has written.
+    """A file written by `write_plots`.
 
     Attributes:
         file: its name in the folder.
-        description: what it shows, for those who cannot see it.
+        description: alternative text.
     """
 
     file: str
@@ -40,14 +40,14 @@ class _Line(NamedTuple):
 
 
 def write_plots(folder: Path, events: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Draw loss, rewards and log-probabilities over the optimizer steps, as far as there are events for them.
+    """Draw loss, rewards and log-probabilities over the optimizer steps, if there are events for them.
 
     Args:
-        folder: where to write; made if it is not there and there is something to draw.
-        events: metrics.jsonl's, under TRL's names.
+        folder: the target; created if it is missing and there is something to draw.
+        events: contents of metrics.jsonl, under TRL's names.
 
     Returns:
-        What was drawn. Equal events give equal bytes.
+        The files written. Equal events give equal bytes.
     """
     panels = {
         "loss.png": [("Loss", _train_and_eval(events, "loss"))],
@@ -78,7 +78,7 @@ def _train_and_eval(events: Sequence[dict[str, Any]], key: str) -> list[_Line]:
 
 
 def _shifts(events: Sequence[dict[str, Any]]) -> list[_Line]:
-    """Return how far evaluation log-probabilities are from the first ones; those of training batches differ anyway."""
+    """Return evaluation log-probabilities minus their first value; training batches differ anyway."""
     lines = []
     for label, color in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         points = _series(events, f"eval_logps/{label}")
@@ -88,7 +88,7 @@ def _shifts(events: Sequence[dict[str, Any]]) -> list[_Line]:
 
 
 def _series(events: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return step and value. Of two evaluations after the same step the second is of the weights that were best."""
+    """Return (step, value) points; a second evaluation at a step is of the best weights and left out."""
     points: dict[int, float] = {}
     for event in events:
         if key in event and isfinite(event[key]):
@@ -105,11 +105,11 @@ def _draw(path: Path, panels: list[tuple[str, list[_Line]]]) -> None:
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, lines) in zip(every, panels, strict=True):
         _fill(axes, title, lines)
-    layout.execute(figure)  # so that the distances between the labels are known
+    layout.execute(figure)  # fixes the distances between the labels
     for axes, (_, lines) in zip(every, panels, strict=True):
         _label_ends(axes, lines)
     layout.execute(figure)
-    figure.set_layout_engine("none")  # or saving lays it out, and draws it, once more
+    figure.set_layout_engine("none")  # otherwise savefig lays out and draws the figure again
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -142,14 +142,14 @@ def _fill(axes: "Axes", title: str, lines: list[_Line]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the mean of each value and its neighbours, about a twentieth of all."""
+    """Return the running mean over a window of about a twentieth of all values."""
     reach = len(values) // 40
     windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def _label_ends(axes: "Axes", lines: list[_Line]) -> None:
-    """Write each line's name beside its end, two apart from one another where they would overlap."""
+    """Write each line's name next to its end; move two labels apart if they would overlap."""
     right = axes.get_xlim()[1]
     ends = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""How a run's result is loaded and asked, as the Python code of its model card."""
+"""Python code of a model card that loads a run's result and generates an answer."""
 
 import json
 from typing import Any
@@ -17,25 +17,25 @@ _ASK = [
     'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
 ]
 _ON_SFT = {
-    "continue": "The adapter is {sft}, trained further: it holds that one's weights and goes on the bare base.",
-    "stack": "The adapter holds {sft} and what was trained on top of it, joined into one; it goes on the bare base.",
+    "continue": "The adapter is {sft}, trained further: it includes those weights and goes on the bare base.",
+    "stack": "The adapter joins {sft} and the adapter trained on top of it into one; it goes on the bare base.",
     "merge": "The adapter goes on the base with {sft} merged into it, as above, not on the bare base.",
 }
 
 
 def describe_use(facts: RunFacts, name: str, adapter: dict[str, Any] | None) -> list[str]:
-    """Return code that answers a question, and what there is to know about it, as lines of Markdown.
+    """Return code that answers a question, and notes on it, as lines of Markdown.
 
     Args:
-        facts: of the run.
-        name: what code calls the folder.
-        adapter: adapter_config.json; None where the folder holds a whole model.
+        facts: the run's.
+        name: the folder in the code.
+        adapter: contents of adapter_config.json; None if the folder holds a whole model.
     """
     code = _load_adapter(facts, name) if adapter is not None else _load_model(facts, name)
     notes = [] if adapter is None else _note_base(facts, adapter)
     if facts.conf.quant is not None:
         notes.append(
-            f"Trained on a base quantized to {describe_quantization(facts.conf.quant)}, of which nothing is in this "
+            f"Trained on a base quantized to {describe_quantization(facts.conf.quant)}, which is not part of this "
             "folder: answers on the unquantized base may differ from the run's own."
         )
     return ["```python", *code, "", *_ASK, "```", *(f"\n{note}" for note in notes)]
@@ -54,7 +54,7 @@ def _load_model(facts: RunFacts, name: str) -> list[str]:
 def _load_adapter(facts: RunFacts, name: str) -> list[str]:
     model = facts.conf.model
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
-    revision = facts.environment["model"]["commit"] or model.revision  # the branch may have moved since
+    revision = facts.environment["model"]["commit"] or model.revision  # the branch may have moved
     base, pinned = _quote(model.model_name_or_path), "" if revision is None else f", revision={json.dumps(revision)}"
     imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if _is_made(facts):
@@ -64,7 +64,7 @@ def _load_adapter(facts: RunFacts, name: str) -> list[str]:
         ]
         file = "" if model.gguf_file is None else f", gguf_file={_quote(model.gguf_file)}"
         base, pinned = f"resolve_model_path(ModelConf({base}{pinned}{file}))", ""
-    # In the dtype of training: an SFT adapter merged in another one would make another base.
+    # In the dtype of training: merging an SFT adapter in another dtype would give another base.
     load = [
         f"tokenizer = AutoTokenizer.from_pretrained({_quote(name)}{trust})",
         f"model = AutoModelForCausalLM.from_pretrained({base}{pinned}, dtype={_quote(model.dtype)}{trust})",
@@ -86,19 +86,19 @@ def _note_base(facts: RunFacts, adapter: dict[str, Any]) -> list[str]:
     if model.adapter is not None:
         notes.append(_ON_SFT[model.adapter_mode].format(sft=f"`{mask_secrets(model.adapter)}`"))
     if _is_made(facts):
-        notes.append(f"The base, {base}, is made by dpo_runner, which has to be installed for that.")
+        notes.append(f"The base, {base}, is created by dpo_runner, which has to be installed for that.")
     elif hub_base(facts.conf, facts.environment) is None:
-        notes.append(f"The base, {base}, is a folder of whoever trained this; put your copy of it in its place.")
+        notes.append(f"The base, {base}, is a folder on the training machine; replace it with the path of your copy.")
     if adapter["base_model_name_or_path"] != model.model_name_or_path:
         notes.append(
-            "`adapter_config.json` names its base as the machine that trained it has it, so elsewhere "
-            "`AutoPeftModelForCausalLM` does not find it; the code above does."
+            "`adapter_config.json` names its base as on the training machine, so "
+            "`AutoPeftModelForCausalLM` does not find it elsewhere; the code above does."
         )
     return notes
 
 
 def _is_made(facts: RunFacts) -> bool:
-    """Whether the base is no folder or repository that transformers loads."""
+    """Return whether the base is created by dpo_runner, so that transformers cannot load it by name."""
     name = facts.conf.model.model_name_or_path
     return name.startswith((PYPI_PREFIX, RANDOM_PREFIX)) or name.endswith(".gguf") or bool(facts.conf.model.gguf_file)
 

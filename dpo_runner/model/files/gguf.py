@@ -1,4 +1,4 @@
-"""GGUF files, dequantized once into an ordinary transformers folder: reading one takes ten times as long."""
+"""GGUF files, dequantized once into a regular transformers folder, which loads ten times as fast."""
 
 import hashlib
 import struct
@@ -15,7 +15,7 @@ _HEAD_BYTES = 2**20
 
 
 def load_gguf_path(file: Path) -> Path:
-    """Return the folder of a GGUF file's dequantized weights (bf16) and tokenizer, made on first use.
+    """Return the folder with a GGUF file's dequantized weights (bf16) and tokenizer, created on first use.
 
     Raises:
         ConfigError: transformers cannot read it.
@@ -23,13 +23,13 @@ def load_gguf_path(file: Path) -> Path:
     """
     stat = file.stat()
     with file.open("rb") as opened:
-        digest = hashlib.sha256(opened.read(_HEAD_BYTES))  # the header, which holds names, shapes and tokenizer
+        digest = hashlib.sha256(opened.read(_HEAD_BYTES))  # the header: names, shapes and tokenizer
     digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
     folder = cache_dir() / f"gguf-{digest.hexdigest()[:16]}"
     if not (folder / "config.json").exists():
         try:
             model, tokenizer = read_gguf(file, str(file))
-        # what transformers and the reader of GGUF raise of damaged files, and of architectures that they do not know
+        # raised by transformers and its GGUF reader for damaged files and unsupported architectures
         except (ValueError, OSError, NotImplementedError, KeyError, struct.error) as error:
             reason = reason_of(error)
             raise ConfigError(f"`model.model_name_or_path={file}`: cannot be read as GGUF; {reason}") from None
@@ -42,7 +42,7 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
 
     Args:
         file: the GGUF file.
-        name: what the model's config calls its origin.
+        name: the model's origin, for `_name_or_path` in its config.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +56,7 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
         trust_remote_code=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    # transformers refuses to save what it believes to be packed GGUF, although the weights are dense by now.
+    # transformers takes the model for packed GGUF and refuses to save it, although its weights are now dense.
     model.config.quantization_config = None
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -65,7 +65,9 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write a model and its tokenizer into a folder of the cache; of several processes, the first to finish wins.
+    """Write a model and its tokenizer to a folder in the cache.
+
+    If several processes do so at once, the first to finish wins.
 
     Raises:
         RunError: the cache cannot be written to.

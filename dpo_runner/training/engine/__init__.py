@@ -1,1 +1,1 @@
-"""Exact speed-ups of TRL's `DPOTrainer`, each of which can be switched off."""
+"""Exact speed-ups of TRL's `DPOTrainer`; each can be switched off."""

@@ -1,4 +1,4 @@
-"""Puts the engine into a trainer, part by part, and says which part stays out and why."""
+"""Installation of the engine into a trainer, part by part, with a reason for each part left out."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from dpo_runner.training.engine.token_batches import TokenBatches, choose_budget
 from dpo_runner.training.memory.device import keep_freed_memory
 
 _VERSION = 3
-"""Of the forward whose results the store keeps; to be raised whenever its rounding may change."""
+"""Version of the forward whose results the store keeps; raise it whenever the rounding may change."""
 
 
 @dataclass
 class Engine:
-    """What the engine has found out for a trainer.
+    """The engine's settings and datasets for a trainer.
 
     Attributes:
-        max_tokens: of a micro-batch; None where rows are counted.
-        has_reference_columns: whether the rows have the reference's log-probabilities, so that it need not run.
-        train_dataset: the trainer's rows.
-        eval_dataset: likewise; by source where there are several.
+        max_tokens: limit of a micro-batch; None if micro-batches are counted in rows.
+        has_reference_columns: whether the rows carry the reference's log-probabilities, so that it need not run.
+        train_dataset: the trainer's training rows.
+        eval_dataset: the trainer's evaluation rows; a dict by source if there are several.
     """
 
     max_tokens: int | None
@@ -45,21 +45,21 @@ class Engine:
 def install_engine(
     trainer: TokenBatches, conf: EngineConf, blueprint: Blueprint, shape: DataShape, say: Callable[[str], None]
 ) -> Engine:
-    """Put the engine into a trainer that has not trained yet.
+    """Install the engine into a trainer that has not trained yet.
 
     Args:
         trainer: TRL's, with its reference in place.
-        conf: what to put in.
-        blueprint: of the model.
-        shape: of the rows, as the trainer cuts them.
-        say: shows one line to a person.
+        conf: selects the parts to install.
+        blueprint: the model's.
+        shape: row lengths after the trainer's truncation.
+        say: shows one line to the user.
     """
     use_cpu = trainer.accelerator.device.type == "cpu"
     if conf.lean_layers:
         make_lean(trainer.model, use_cpu)
     reason = _share_prefixes(trainer, conf, shape.longest) if conf.shared_prefix else "engine.shared_prefix=false"
     shares = reason is None
-    keep_freed_memory()  # not before the self-check: its blocks have other sizes, and would leave gaps in the heap
+    keep_freed_memory()  # after the self-check, whose blocks have other sizes and would leave gaps in the heap
     if conf.shared_prefix and reason is not None:
         say(f"engine.shared_prefix: TRL's own forward is taken; {reason}")
     engine = Engine(None, False, trainer.train_dataset, trainer.eval_dataset)
@@ -73,11 +73,11 @@ def install_engine(
 
 
 def describe_engine(conf: RunConf, blueprint: Blueprint, longest: int) -> str:
-    """Say for the plan which parts of the engine a run will have, and why not the others.
+    """Return one line for the plan: the parts of the engine that a run will use, and why not the others.
 
     Args:
-        conf: the run.
-        blueprint: of its model.
+        conf: the run's configuration.
+        blueprint: its model's.
         longest: tokens of the longest row.
     """
     stored = "reference from the store" if blueprint.reference.is_stored else "reference run along"
@@ -92,7 +92,7 @@ def describe_engine(conf: RunConf, blueprint: Blueprint, longest: int) -> str:
 
 
 def why_not_packed(conf: RunConf, blueprint: Blueprint, longest: int) -> str | None:
-    """Say why a run takes TRL's forward, as far as its settings and the model's config tell; None where it does not."""
+    """Return why a run's settings and model config require TRL's forward; None if they do not."""
     if not conf.engine.shared_prefix:
         return "engine.shared_prefix=false"
     chosen = conf.model.attn_implementation
@@ -103,7 +103,7 @@ def why_not_packed(conf: RunConf, blueprint: Blueprint, longest: int) -> str | N
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
-    """Put the packed forward into policy and reference, or say why not."""
+    """Install the packed forward in policy and reference, or return why not."""
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for model in models:
         if reason := why_not_packable(model, longest, dropout=not trainer.args.disable_dropout):
@@ -124,9 +124,9 @@ def _add_stored_reference(
     description: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Give the engine's rows the reference's log-probabilities, from the store where it has them."""
+    """Add the reference's log-probabilities to the engine's rows, from the store if they are there."""
     adapter = reference_adapter(trainer)
-    # On a CPU a head that is trained is scored by another kernel, with other rounding.
+    # On a CPU a trained head is scored by another kernel, with different rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
     packed = f"packed {_VERSION}, head {head}"
     computed = f"{packed if shares else f'padded {_VERSION}'}, autocast {trainer.accelerator.mixed_precision}"
@@ -135,7 +135,7 @@ def _add_stored_reference(
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
     except TypeError as error:
-        say(f"engine.reference_store: the reference runs along; it has {error}, which cannot be told apart")
+        say(f"engine.reference_store: not used, the reference runs along; it has {error}, which cannot be hashed")
         return
     limit = int(conf.reference_store_gb * 1e9)
     with ReferenceStore(digest, {**description, **made_of}, limit) as store:
@@ -151,6 +151,6 @@ def _add_stored_reference(
     if store.left_out:
         say(
             f"engine.reference_store_gb={conf.reference_store_gb:g}: the store is full; {store.left_out:,} pairs were "
-            "scored and not kept; a higher limit makes room, or `python -m dpo_runner.cache clear reference`"
+            "scored and not kept; raise the limit, or run `python -m dpo_runner.cache clear reference`"
         )
     engine.has_reference_columns = True

@@ -1,18 +1,20 @@
-"""Micro-batches of so many tokens, whatever batches their pairs come from, within one optimizer step.
+"""Micro-batches with a token budget, formed across the batches of one optimizer step.
 
 TRL's step over A batches of b pairs each has the gradient of
 
     L = 1/A Σ_i 1/b Σ_j ℓ_ij
 
-with ℓ_ij the loss of one pair, so pairs may be grouped in any way: a micro-batch of n pairs counts n / (A b) of its
-mean. Pairs of batches that differ in size, as at an epoch's end, are not mixed, for they do not count the same.
+with ℓ_ij the loss of one pair, so pairs may be grouped in any way: the mean of a micro-batch of n pairs is weighted
+by n / (A b). Pairs of batches of different sizes, as at the end of an epoch, are not mixed, because their weights
+differ.
 
-TRL logs means over each of its batches, of pairs or of tokens. After the gradients are there, its `_compute_loss` is
-called once more for each batch as it was, with the collected values of its tokens in the place of a model, and logs
-what it would have logged.
+TRL logs means over each of its batches, of pairs or of tokens. Once the gradients are computed, its `_compute_loss` is
+called again for each original batch, with the recorded values of its tokens instead of a model, and logs the same
+values as without the engine.
 
-Kept as TRL's batches: losses that are no sums over pairs (`aot` and `aot_unpaired` sort them, `sft` averages over all
-tokens), several processes, whose micro-batches would have to be as many, and models that do not take packed rows.
+TRL's batches are kept for losses that are not sums over pairs (`aot` and `aot_unpaired` sort them, `sft` averages over
+all tokens), for several processes, which would all need the same number of micro-batches, and for models that do not
+take packed rows.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ from dpo_runner.training.engine.packed.forward import base_of
 from dpo_runner.training.engine.packed.packing import pack_pairs
 
 _ENOUGH = 1024
-"""Tokens from which on a CPU is no faster with more at a time, while its memory grows."""
+"""Tokens beyond which a larger micro-batch takes more memory and is not faster on a CPU."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -41,7 +43,7 @@ for _name in ("get_batch_samples", "training_step", "_compute_loss"):
 
 
 class Place(NamedTuple):
-    """Where a pair stands: which batch of the step, and which pair of that."""
+    """Position of a pair: index of its batch in the step, and of the pair in that batch."""
 
     batch: int
     row: int
@@ -49,32 +51,32 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that are scored together, and what TRL has to divide their mean loss by: A b / n."""
+    """Pairs that are scored together, and the divisor of their mean loss for TRL: A b / n."""
 
     places: list[Place]
     divisor: float
 
 
 def why_not_grouped(loss_type: str | Sequence[str]) -> str | None:
-    """Say why batches have to stay as they are under a loss, or a mix of several, or return None."""
+    """Return why a loss, or a mix of several, requires TRL's batches; None if it does not."""
     kinds = LOSSES_OF_WHOLE_BATCHES.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
     if kinds:
-        return f"training.loss_type={', '.join(sorted(kinds))} is no sum over pairs"
+        return f"training.loss_type={', '.join(sorted(kinds))} is not a sum over pairs"
     return "there are several processes" if count_processes() > 1 else None
 
 
 def choose_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool) -> int | None:
-    """Return how many tokens a micro-batch may have; None where rows are counted.
+    """Return the token budget of a micro-batch; None if micro-batches are counted in rows.
 
     Args:
-        conf: its `max_tokens_per_micro_batch`; None chooses.
+        conf: has `max_tokens_per_micro_batch`; None chooses a budget.
         batch_size: `training.per_device_train_batch_size`.
         largest: tokens of the largest pair, its prompt counted once.
         use_cpu: whether the run trains on a CPU.
 
     Returns:
-        The setting, or as many tokens as `batch_size` of the largest pairs have: the most that TRL's own batches can
-        have, which now every micro-batch comes near to. On a CPU no more than it needs to be fast.
+        The setting, or the tokens of `batch_size` pairs of the largest size: the maximum of TRL's own batches, which
+        every micro-batch now approaches. On a CPU it is capped, since larger is not faster there.
     """
     if conf.max_tokens_per_micro_batch is not None:
         return conf.max_tokens_per_micro_batch or None
@@ -83,11 +85,11 @@ def choose_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool
 
 
 def group_pairs(sizes: Sequence[Sequence[int]], budget: int) -> list[MicroBatch]:
-    """Group the pairs of one optimizer step (first fit, the largest first).
+    """Group the pairs of one optimizer step (first-fit decreasing).
 
     Args:
         sizes: tokens of each pair of each batch.
-        budget: tokens that a micro-batch may have; a pair that has more is one by itself.
+        budget: tokens that a micro-batch may have; a larger pair gets a micro-batch of its own.
     """
     places = [Place(batch, row) for batch, rows in enumerate(sizes) for row in range(len(rows))]
     places.sort(key=lambda place: sizes[place.batch][place.row], reverse=True)
@@ -106,7 +108,7 @@ def group_pairs(sizes: Sequence[Sequence[int]], budget: int) -> list[MicroBatch]
 
 
 class TokenBatches(DPOTrainer):  # type: ignore[misc]
-    """Trainer mixin: takes its steps in micro-batches of `max_tokens` where that is set."""
+    """Trainer mixin that splits its steps into micro-batches of `max_tokens`, if that is set."""
 
     max_tokens: int | None = None
     _total_train_tokens: float  # TRL's
@@ -118,7 +120,7 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
         return batches, items
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Do TRL's step for one of its batches; in micro-batches, all work of the step is done with its last batch."""
+        """Do TRL's step for one of its batches; micro-batches all run at the last batch of the optimizer step."""
         micro_batches = self._regroup()
         if micro_batches is None:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -137,7 +139,7 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
         return self._log_batches(model, models, scores)
 
     def _regroup(self) -> list[MicroBatch] | None:
-        """Return the step's micro-batches, or None where they are TRL's batches."""
+        """Return the step's micro-batches, or None if they equal TRL's batches."""
         if self.max_tokens is None:
             return None
         if self._taken == 0:
@@ -149,7 +151,7 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _unlogged(self) -> Iterator[None]:
-        """Let TRL note nothing of a micro-batch."""
+        """Discard the metrics that TRL records for a micro-batch."""
         metrics, tokens = self._metrics["train"], self._total_train_tokens
         self._metrics["train"] = defaultdict(list)
         try:
@@ -158,7 +160,7 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
             self._metrics["train"], self._total_train_tokens = metrics, tokens
 
     def _log_batches(self, model: Any, models: list[Any], scores: "_Scores") -> torch.Tensor:
-        """Let TRL note what its batches give, and return the step's loss."""
+        """Record TRL's metrics for its own batches, and return the step's loss."""
         losses = []
         for index, batch in enumerate(self._batches):
             inputs = self._prepare_inputs(batch)
@@ -171,14 +173,14 @@ Forward = Callable[..., Any]
 
 
 class _Scores:
-    """What each token of the step's batches was given, call by call: the policy's scores, and perhaps a reference's."""
+    """Recorded scores of the step's tokens, call by call: the policy's, then any reference's."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._shapes = [(batch["input_ids"].size(0), batch["input_ids"].size(1) - 1) for batch in batches]
         self._calls: list[list[FusedCausalLMOutput]] = []
 
     def record(self, places: Sequence[Place]) -> Callable[[Forward], Forward]:
-        """Keep what forwards give for a micro-batch."""
+        """Return a wrapper that records a forward's outputs for a micro-batch."""
         call = 0
 
         def around(forward: Forward) -> Forward:
@@ -194,7 +196,7 @@ class _Scores:
         return around
 
     def replay(self, batch: int) -> Callable[[Forward], Forward]:
-        """Give for a batch of TRL's what was kept of its pairs, in the order of the calls."""
+        """Return a wrapper whose forward replays the recorded outputs of one of TRL's batches, in call order."""
         calls = iter(self._calls)
         return lambda forward: lambda *args, **kwargs: next(calls)[batch]
 
@@ -216,7 +218,7 @@ class _Scores:
 
 @contextlib.contextmanager
 def _forward_of(models: Sequence[Any], around: Callable[[Forward], Forward]) -> Iterator[None]:
-    """Put `around` about the scoring forward of base models."""
+    """Wrap the scoring forwards of the base models in `around`."""
     bases = [base_of(model) for model in models]
     forwards = [base.forward for base in bases]
     for base, forward in zip(bases, forwards, strict=True):
@@ -234,11 +236,11 @@ def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def select_pairs(batches: Sequence[Batch], places: Sequence[Place]) -> Batch:
-    """Return the batch that TRL's collator would have made of these pairs, padded as wide as the widest of theirs."""
+    """Return these pairs as a batch of TRL's collator, padded to the widest of their batches."""
     width = max(batches[place.batch]["input_ids"].size(1) for place in places)
     selected: Batch = {}
     for key, first in batches[0].items():
-        if first.dim() == 1:  # a value for each pair
+        if first.dim() == 1:  # one value per pair
             selected[key] = torch.stack([batches[place.batch][key][place.row] for place in places])
             continue
         rows = []

@@ -1,4 +1,4 @@
-"""Free memory, out-of-memory errors, and one setting of the allocator. Importing this imports no torch."""
+"""Free memory, out-of-memory errors, and an allocator setting. Importing this does not import torch."""
 
 import ctypes
 import platform
@@ -13,13 +13,13 @@ _KEEP_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the buffers that it frees, instead of handing them back to the kernel every time.
+    """Make the allocator keep freed buffers instead of returning them to the kernel each time.
 
-    A training step frees and asks again for the same buffers of a few hundred megabytes (log-probabilities over
-    the vocabulary); by default glibc maps each of them anew and the kernel zeroes every page. Changes no result.
+    A training step frees and reallocates the same buffers of a few hundred megabytes (log-probabilities over the
+    vocabulary); by default glibc maps each of them anew and the kernel zeroes every page. Results do not change.
 
     Returns:
-        Whether the allocator took the setting; False where there is no glibc.
+        Whether the allocator accepted the setting; False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -37,23 +37,23 @@ _MEMORY_WORDS = (
     "cannot allocate memory",
     "alloc_failed",
 )
-"""What libraries say; the last one is cuBLAS's and cuDNN's."""
+"""Parts of libraries' error messages; the last one is from cuBLAS and cuDNN."""
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
 _ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
-"""What oneDNN says where it gets no memory, and elsewhere too; so many bytes being free tell which it is."""
+"""oneDNN's message for a lack of memory and other errors; with fewer free bytes it is the former."""
 
 _ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", re.IGNORECASE)
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 class OutOfMemory(RunError):
-    """A part of a run has found too little memory.
+    """Error of a part of a run that ran out of memory.
 
     Args:
         part: such as `training`.
-        sizes: what was asked for, and what was free where, in words.
-        tokens: of a micro-batch, at most; None where rows are counted.
-        advice: what would take less.
+        sizes: the requested size, the free size and the device, in words.
+        tokens: limit of a micro-batch; None if micro-batches are counted in rows.
+        advice: settings that take less memory.
     """
 
     def __init__(self, part: str, sizes: str, tokens: int | None = None, advice: str = "") -> None:
@@ -61,18 +61,18 @@ class OutOfMemory(RunError):
         self.part, self.sizes, self.tokens = part, sizes, tokens
 
     def advised(self, advice: str) -> "OutOfMemory":
-        """Return the same with advice, and without what was held when it happened."""
+        """Return a copy with advice, without the traceback and cause, which keep tensors alive."""
         return OutOfMemory(self.part, self.sizes, self.tokens, advice)
 
 
 @contextmanager
 def watch_memory(part: str, tokens: int | None = None, advice: str = "") -> Iterator[None]:
-    """Say which part of a run it was that memory ran out in; of parts within parts, the inner one.
+    """Turn an out-of-memory error into one that names the part of the run; of nested parts, the inner one.
 
     Args:
-        part: its name.
-        tokens: of a micro-batch, at most; None where rows are counted.
-        advice: what would take less, where that is known beforehand.
+        part: the part's name.
+        tokens: limit of a micro-batch; None if micro-batches are counted in rows.
+        advice: settings that take less memory, if known in advance.
 
     Raises:
         OutOfMemory: with the library's own error as its cause.
@@ -88,7 +88,7 @@ def watch_memory(part: str, tokens: int | None = None, advice: str = "") -> Iter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or what caused it, is of memory that ran out, on a device or on the host."""
+    """Return whether an error, or any of its causes, is out of memory, on a device or on the host."""
     return _find_cause(error) is not None
 
 
@@ -121,11 +121,10 @@ def format_bytes(size: float) -> str:
 
 
 def read_memory(of_host: bool) -> tuple[str, int, int]:
-    """Return a device's name, its memory in bytes, and how much of that is free.
+    """Return a device's name, its total memory and its free memory in bytes.
 
     Args:
-        of_host: the machine's own memory, within what the process may take of it (`ulimit -v`); otherwise the GPU's
-            where there is one.
+        of_host: read the host's memory, limited by `ulimit -v`; otherwise the GPU's, if there is one.
     """
     import psutil
     import torch

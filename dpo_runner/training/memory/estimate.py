@@ -1,7 +1,8 @@
-"""The peak memory of a training run from the model's config alone: no weights, no tokenizer, no device of that size.
+"""Estimate of a training run's peak memory from the model's config alone.
 
-The real model class, PEFT's layers, bitsandbytes' layers and TRL's fused head run forward and backward on fake
-tensors, which have shapes and dtypes only, while it is recorded what is alive.
+It needs no weights, no tokenizer, and no device of the run's size. The real model class, PEFT's layers, bitsandbytes'
+layers and TRL's fused head run forward and backward on fake tensors, which have shapes and dtypes only, while a tracker
+records which tensors are alive.
 """
 
 import copy
@@ -35,9 +36,9 @@ from dpo_runner.training.memory.fake_step import (
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
 
 _FULL_DEPTH = 8
-"""Deeper models are run with this many and half as many layers, and the rest is the difference, layer by layer."""
+"""Deeper models are run with this many and half as many layers and extrapolated linearly."""
 
-_COPIES = {  # values of 4 bytes that an optimizer keeps for each weight
+_COPIES = {  # 4-byte values that an optimizer keeps per weight
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
     "paged_adamw": 2,
@@ -54,7 +55,7 @@ _COPIES = {  # values of 4 bytes that an optimizer keeps for each weight
     "adagrad": 1,
     "sgd": 0,
 }
-_COPIES_8BIT = {  # values of one byte, with an absmax of 4 bytes for each 256
+_COPIES_8BIT = {  # 1-byte values, with a 4-byte absmax per 256 of them
     "adamw_8bit": 2,
     "adamw_bnb_8bit": 2,
     "paged_adamw_8bit": 2,
@@ -68,16 +69,16 @@ _COPIES_8BIT = {  # values of one byte, with an absmax of 4 bytes for each 256
 
 @dataclass
 class MemoryEstimate:
-    """What a run holds when it holds most.
+    """The memory of a run at its peak.
 
     Attributes:
-        rows: bytes by what they are for; they add up to `total`.
-        phases: bytes that each phase holds at most, everything counted.
-        advice: the settings that would take most off.
-        length: tokens of the longest conversation that was reckoned with.
+        rows: bytes by purpose; they add up to `total`.
+        phases: peak bytes of each phase, everything counted.
+        advice: the settings that would save most.
+        length: tokens of the longest row assumed.
         device: the accelerator's name, or `CPU`.
         device_total: its memory in bytes.
-        device_free: how much of that is free, in bytes.
+        device_free: its free memory in bytes.
     """
 
     rows: dict[str, int]
@@ -90,27 +91,27 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Peak in bytes. The process itself, and CUDA's context, come on top (about 0.5 GB each)."""
+        """Peak in bytes, without the process itself and CUDA's context (about 0.5 GB each)."""
         return sum(self.rows.values())
 
     @property
     def phase(self) -> str:
-        """The phase that holds most."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
     def title(self) -> str:
-        """The heading of its table."""
+        """Heading of the estimate's table."""
         return f"estimated peak memory, with {self.length:,} tokens to the longest row"
 
     @property
     def totals(self) -> dict[str, int]:
-        """The peak beside what is free, in bytes."""
+        """The peak and the free memory, in bytes."""
         return {f"at the peak ({self.phase})": self.total, f"free on {self.device}": self.device_free}
 
     @property
     def shortage(self) -> str:
-        """What is lacking, and which settings take less."""
+        """One line with the memory needed, the memory free, and the settings that take less."""
         return (
             f"about {self.total / 1e9:.1f} GB are needed, {self.device_free / 1e9:.1f} GB are free on "
             f"{self.device} ({self.device_total / 1e9:.1f} GB in all); {self.advice}"
@@ -118,7 +119,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within what is free now."""
+        """True if the peak fits into the memory free now."""
         return self.total <= self.device_free
 
 
@@ -126,16 +127,16 @@ def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape:
     """Estimate a run's peak memory, on one device, from the model's config.
 
     Args:
-        conf: the run.
-        args: of its trainer.
-        blueprint: of its model.
-        shape: of its rows.
+        conf: the run's configuration.
+        args: its trainer's.
+        blueprint: its model's.
+        shape: row lengths of its data.
 
     Returns:
         The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
 
     Raises:
-        ConfigError: there is no config, or the setting is one that cannot be estimated.
+        ConfigError: there is no model config, or the memory of a setting cannot be estimated.
     """
     shape, args = shape.cut(conf.training.max_length), copy.copy(args)
     args.precompute_ref_log_probs |= blueprint.reference.is_stored
@@ -159,7 +160,7 @@ Rows = dict[str, int]
 
 
 def _advise(conf: RunConf, rows: Rows) -> str:
-    """Name the settings that would take most off, the largest share first."""
+    """Return the settings that would save most, the largest share first."""
     training = conf.training
     ways: dict[str, list[str]] = {"weights": [], "optimizer": [], "reference": [], ACTIVATIONS: [], LOGITS: []}
     if conf.quant is None:
@@ -207,10 +208,10 @@ def _extrapolate(
 
 
 def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataShape) -> tuple[Rows, dict[str, Rows]]:
-    """Run the phases on fake tensors, with the longest rows, or with the largest pairs where they are packed.
+    """Run the phases on fake tensors, with the longest rows, or with the largest pairs if they are packed.
 
     Returns:
-        What is held all the time, and what each phase holds beside that at its peak.
+        Bytes held throughout, and the additional bytes of each phase at its peak.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy, reference, held = build_fake_models(blueprint, args, mode)
@@ -251,7 +252,7 @@ def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataS
 
 
 def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
-    """Put the engine's forward into policy and reference where a run would, and say whether it would."""
+    """Install the engine's forward in policy and reference if a run would, and return whether it would."""
     if any(why_not_packable(model, length, not args.disable_dropout) for model in models):
         return False
     for model in models:
@@ -260,7 +261,7 @@ def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
 
 
 def count_tokens_at_once(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
-    """Return how many tokens a micro-batch will have; None where its rows are counted."""
+    """Return the tokens of a micro-batch; None if micro-batches are counted in rows."""
     batch = args.per_device_train_batch_size
     if (
         why_not_grouped(args.loss_type)
@@ -275,17 +276,17 @@ def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
     sizes = [parameter.numel() for parameter in trained]
     if name in _COPIES:
         return 4 * _COPIES[name] * sum(sizes)
-    if name in _COPIES_8BIT:  # weights of less than 4096 values keep 32 bits
+    if name in _COPIES_8BIT:  # state of weights with fewer than 4096 values stays 32-bit
         return _COPIES_8BIT[name] * sum(4 * n if n < 4096 else n + 4 * -(-n // 256) for n in sizes)
-    # Adafactor keeps row and column sums, without a first moment
+    # Adafactor keeps row and column sums and no first moment
     return 4 * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trained)
 
 
 def uses_cpu(args: DPOConfig) -> bool:
-    """Return whether the CPU trains."""
+    """Return whether training runs on the CPU."""
     return bool(args.use_cpu) or not torch.cuda.is_available()
 
 
 def read_device(args: DPOConfig) -> tuple[str, int, int]:
-    """Return the name of the device that trains, its memory in bytes, and how much of that is free."""
+    """Return the training device's name, its total memory and its free memory in bytes."""
     return read_memory(of_host=uses_cpu(args))

@@ -1,4 +1,4 @@
-"""The policy and its reference as a run would build them, for use under `FakeTensorMode`: shapes without memory."""
+"""The policy and its reference as a run builds them, on fake tensors, which have shapes but no memory."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -23,29 +23,29 @@ from dpo_runner.model.quantization import close_4bit_trap
 from dpo_runner.model.stacking import SFT
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-"""What DPOTrainer has the head compute for the policy."""
+"""Outputs of the fused head that DPOTrainer requests for the policy."""
 
 CHECKPOINT_KWARGS = {"use_reentrant": False, "preserve_rng_state": False}
-"""How checkpointing is done here: fake tensors have no random state to keep, and reentrance changes no size."""
+"""Checkpointing on fake tensors: no random state to preserve, and reentrance does not affect sizes."""
 
-_BLOCK, _NESTED_BLOCK = 64, 256  # weights to one absmax, and absmax to one absmax of theirs
+_BLOCK, _NESTED_BLOCK = 64, 256  # weights per absmax, and absmax values per nested absmax
 
 
 def build_fake_models(
     blueprint: Blueprint, args: DPOConfig, mode: FakeTensorMode
 ) -> tuple[nn.Module, nn.Module | None, dict[str, int]]:
-    """Build the policy, the reference where it is a model of its own, and count what they hold.
+    """Build the policy and, if it is a separate model, the reference; count their bytes.
 
     Args:
-        blueprint: of the run.
-        args: TRL's settings for it.
-        mode: the fake tensors'; not active yet, since bitsandbytes' layers cannot be made in it.
+        blueprint: the run's.
+        args: TRL's settings for the run.
+        mode: the fake tensors' mode; not active yet, because bitsandbytes' layers cannot be built in it.
 
     Returns:
-        Policy, reference or None, and bytes by what they are for.
+        Policy, reference or None, and bytes by purpose.
 
     Raises:
-        ConfigError: the checkpoint is quantized by another method than bitsandbytes', or a layer is not covered.
+        ConfigError: the checkpoint is quantized by a method other than bitsandbytes', or a layer is not covered.
     """
     quantization = _find_quantization(blueprint)
     policy, base = _build_on_meta(blueprint, quantization, lambda model: _put_adapters(model, blueprint))
@@ -68,12 +68,12 @@ def build_fake_models(
 
 
 def _build_reference(blueprint: Blueprint, precomputed: bool, mode: FakeTensorMode) -> tuple[nn.Module | None, int]:
-    """Return the reference where it is a model of its own while the policy trains, and the bytes that it holds."""
+    """Return the reference, or None if it is not a separate model during training, and its bytes."""
     copied = blueprint.reference.is_initial and blueprint.trains_all and not precomputed
     other = blueprint if copied else blueprint.reference_model
     if other is None:
         return None, 0
-    if other.name == blueprint.name:  # it has as many layers as the policy has here
+    if other.name == blueprint.name:  # cut to as many layers as the policy has in this simulation
         other = other.with_config(blueprint.config)
     quantization = _find_quantization(other)
     reference, base = _build_on_meta(other, quantization, lambda model: model)
@@ -87,7 +87,7 @@ def _build_reference(blueprint: Blueprint, precomputed: bool, mode: FakeTensorMo
 def _build_on_meta(
     blueprint: Blueprint, quantization: BitsAndBytesConfig | None, finish: Callable[[nn.Module], nn.Module]
 ) -> tuple[Any, set[int]]:
-    """Return the model, finished by `finish`, and the ids of the tensors that it had before."""
+    """Return the model after `finish`, and the `id()`s of the tensors that it had before."""
     config = copy.deepcopy(blueprint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -109,9 +109,9 @@ def _build_on_meta(
 
 
 def _make_fake(model: nn.Module, base: set[int]) -> list[torch.Tensor]:
-    """Put fake tensors in the place of those on the meta device, and return the ones that stand for `base`.
+    """Replace tensors on the meta device by fake ones, and return those that replace `base`.
 
-    Built as fake ones right away, they could not be moved and cast as PEFT does.
+    If the model were built on fake tensors from the start, PEFT could not move and cast them.
     """
     made: dict[int, Any] = {}
     with torch.no_grad():
@@ -135,7 +135,7 @@ def _quantized_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def _fill_quantized(model: nn.Module, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Give quantized layers packed weights, and return the state that goes with them."""
+    """Give quantized layers packed weights, and return their quantization state."""
     state: list[torch.Tensor] = []
     for layer in _quantized_layers(model):
         state += _fill_8bit(layer) if quantization.load_in_8bit else _fill_4bit(layer, quantization, dtype)
@@ -150,12 +150,12 @@ def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Sum up storages, each once however many tensors share it."""
+    """Return the bytes of the tensors' storages; a shared storage counts once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _find_quantization(blueprint: Blueprint) -> BitsAndBytesConfig | None:
-    """Return what the base's layers are quantized with, by the run or by the checkpoint."""
+    """Return the quantization of the base's layers, by the run or by the checkpoint."""
     own = blueprint.own_quantization
     if own is None:
         return blueprint.quantization
@@ -177,7 +177,7 @@ def _fill_4bit(layer: Any, quantization: BitsAndBytesConfig, dtype: torch.dtype)
         nested = QuantState(absmax=constants, code=torch.empty(256), blocksize=_NESTED_BLOCK, dtype=torch.float32)
     storage = quantization.bnb_4bit_quant_storage
     packed = torch.empty(-(-size // 2 // storage.itemsize), 1, dtype=storage)
-    layer.weight = nn.Parameter(packed, requires_grad=False)  # Params4bit would lose that it is fake
+    layer.weight = nn.Parameter(packed, requires_grad=False)  # Params4bit would drop the fake tensor type
     layer.weight.quant_state = QuantState(
         absmax=absmax,
         shape=torch.Size((layer.out_features, layer.in_features)),
@@ -196,14 +196,14 @@ def _fill_4bit(layer: Any, quantization: BitsAndBytesConfig, dtype: torch.dtype)
 def _fill_8bit(layer: Any) -> list[torch.Tensor]:
     layer.state.CB = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
     layer.state.SCB = torch.empty(layer.out_features)
-    layer.weight = nn.Parameter(layer.state.CB, requires_grad=False)  # Int8Params would lose that it is fake
-    layer.weight.CB = layer.weight.SCB = None  # in `state` already
+    layer.weight = nn.Parameter(layer.state.CB, requires_grad=False)  # Int8Params would drop the fake tensor type
+    layer.weight.CB = layer.weight.SCB = None  # already in `state`
     layer.weight.has_fp16_weights = False
     return [layer.state.SCB]
 
 
 def _put_adapters(model: nn.Module, blueprint: Blueprint) -> nn.Module:
-    """Put the adapters on that the trainer's model has, the trained one in fp32."""
+    """Add the adapters of the trainer's model, the trained one in fp32."""
     configs = blueprint.adapter_configs()
     if not configs:
         return model.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What one micro-batch does, in the trainer's order, on fake tensors: policy, reference, backward."""
+"""One micro-batch on fake tensors, in the trainer's order: policy, reference, backward."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def run_phase(
     args: DPOConfig,
     inputs: dict[str, Any],
 ) -> None:
-    """Do what one micro-batch does, in the trainer's order: the policy, then the reference, then backward."""
+    """Run one micro-batch in the trainer's order: the policy, then the reference, then backward."""
     trains = phase == "training"
     int8 = any(isinstance(layer, bnb.nn.Linear8bitLt) for layer in policy.modules())
     policy.train(trains or int8)  # see _score_reference
@@ -44,7 +44,7 @@ def run_phase(
             tracker.reclassify(parameter.grad, GRADIENTS)
 
     hooks = [parameter.register_post_accumulate_grad_hook(note_gradient) for parameter in trained]
-    if trains and args.gradient_accumulation_steps > 1:  # those of the micro-batches before
+    if trains and args.gradient_accumulation_steps > 1:  # gradients of earlier micro-batches
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
             note_gradient(parameter)
@@ -66,13 +66,13 @@ def run_phase(
 
 
 def build_padded_inputs(rows: int, length: int) -> dict[str, Any]:
-    """Return a batch of `rows` rows of `length` tokens, all of them scored."""
+    """Return a batch of `rows` rows of `length` tokens, all scored."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def build_packed_inputs(pair: PairShape, pairs: int, tokens: int | None = None) -> dict[str, Any]:
-    """Return a batch as the engine packs it: `pairs` pairs alike, or `tokens` tokens of such, the last one a part."""
+    """Return a packed batch: `pairs` equal pairs, or `tokens` tokens of them, the last one partial."""
     shapes = [pair] * pairs
     if tokens is not None:
         whole, rest = divmod(tokens, sum(pair))
@@ -92,8 +92,8 @@ def _score_reference(
     if reference is not None:
         return score(reference).sum(dim=1)
     training = policy.training
-    # Linear8bitLt in evaluation mode finds outliers by value, which fake tensors lack; without dropout and gradient
-    # the two modes hold the same.
+    # Linear8bitLt in evaluation mode finds outliers by value, which fake tensors lack; without dropout and gradients
+    # both modes use the same memory.
     policy.train(training or any(isinstance(layer, bnb.nn.Linear8bitLt) for layer in policy.modules()))
     with policy.disable_adapter():
         scores = score(policy).sum(dim=1)
@@ -102,13 +102,13 @@ def _score_reference(
 
 
 def count_dequantized_bytes(inputs: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> int:
-    """The dequantized weights, which bitsandbytes' 4-bit product makes and drops inside of one operator."""
+    """Return the bytes of dequantized weights that bitsandbytes' 4-bit product allocates internally."""
     return math.prod(shape) * inputs.dtype.itemsize
 
 
 @contextmanager
 def without_tile_copies() -> Iterator[None]:
-    """Let the head's tiles be folded in place where a GPU will do that in a Triton kernel, which allocates nothing."""
+    """Skip the head's tile computations, which a GPU runs in a Triton kernel that allocates nothing."""
     forward, backward = chunked_logprob._forward_tile, chunked_logprob._backward_tile
     chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *args, **kwargs: None
     try:

@@ -1,4 +1,4 @@
-"""Follow which tensors are alive while a model runs on fake tensors, which have shapes and dtypes but no memory."""
+"""Tracking of live tensors while a model runs on fake tensors, which have shapes but no memory."""
 
 import platform
 import weakref
@@ -12,22 +12,23 @@ from torch.utils._pytree import tree_iter
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 
 _HEAP_GAPS = {False: {ACTIVATIONS: 0.14, LOGITS: 0.7}, True: {ACTIVATIONS: 0.1}}
-"""What glibc's heap holds beyond the tensors that are alive, as a share of them, without and with packed pairs: a
-freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
-(benchmarks/memory.md), for where they fall depends on every small block in between."""
+"""Gaps in glibc's heap as a share of the live tensors, without and with packed pairs.
+
+A freed block's place is too small for an aligned block of the same size (before glibc 2.38). Fitted to measured peaks
+(benchmarks/memory.md), because the gaps depend on every small block in between."""
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Record the most bytes alive at once among the tensors made inside, and what they were then.
+    """Record the peak bytes of the tensors created inside, and their kinds at the peak.
 
     Args:
-        kept: tensors that are no part of the count, such as the weights.
-        widths: sizes over the vocabulary; a matrix that has one is counted as logits.
-        scratch: for operators that allocate what no tensor outside shows, a function of the arguments to bytes.
+        kept: tensors that are not counted, such as the weights.
+        widths: sizes over the vocabulary; a matrix with one of them is counted as logits.
+        scratch: functions from arguments to bytes, for operators whose allocations show in no output tensor.
 
     Attributes:
         peak: bytes.
-        alive: bytes at the peak, by what they are.
+        alive: bytes at the peak, by kind.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # fake tensors have no values; "not all are attended to" makes transformers build its mask
+            return (
+                0  # fake tensors have no values; 0, "not all tokens are attended to", makes transformers build a mask
+            )
         out = func(*args, **(kwargs or {}))
         for leaf in tree_iter(out):
             if isinstance(leaf, torch.Tensor):
@@ -55,7 +58,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def reclassify(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor as something else from here on, and a new one from here on at all."""
+        """Count a tensor as `kind` from now on; start counting it if it is new."""
         self._note(tensor)
         key = tensor.untyped_storage()._cdata
         if key in self._storages:
@@ -85,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def count_heap_gaps(alive: dict[str, int], packed: bool) -> int:
-    """Return the bytes that the allocator of the CPU holds beside tensors that are alive."""
+    """Return the bytes that the CPU's allocator holds in addition to live tensors."""
     if platform.libc_ver()[0] != "glibc":
         return 0
     return round(sum(share * alive[kind] for kind, share in _HEAP_GAPS[packed].items()))

@@ -1,4 +1,4 @@
-"""Attention by blocks on a CPU is torch's attention under a mask, forward and backward."""
+"""Blockwise attention on a CPU equals torch's attention under a mask, forward and backward."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def test_blocks_give_what_a_mask_gives(
     )
     for expected, found in zip(exact, ours, strict=True):
         assert (found - expected).norm() <= 1e-6 * expected.norm()
-    # in bf16 about as near to the truth as torch's own kernel, which wants heads of one size
+    # in bf16 about as close to fp64 as torch's own kernel, which requires heads of one size
     exact, theirs, ours = (
         differentiate(function, dtype, pairs, heads, 64)
         for function, dtype in ((mask, torch.float64), (mask, torch.bfloat16), (blocks, torch.bfloat16))
@@ -46,12 +46,15 @@ def test_blocks_give_what_a_mask_gives(
 
 @st.composite
 def layouts(draw: st.DrawFn, most: int = 300) -> list[PairLengths]:
-    """Draw one to three pairs whose parts reach over several blocks, and are often nothing, or a single token."""
+    """Draw one to three pairs whose parts span several blocks, and are often empty or a single token."""
     parts = st.sampled_from([0, 1, 127, 128, 129, 257]) | st.integers(0, most)
     pairs = []
     for _ in range(draw(st.integers(1, 3))):
-        prefix = draw(parts)  # 0: nothing in common
-        own, tail = draw(parts), draw(parts)  # own = 0: the chosen row is how the rejected one begins; tail the reverse
+        prefix = draw(parts)  # 0: no common prefix
+        own, tail = (
+            draw(parts),
+            draw(parts),
+        )  # own = 0: the chosen row is a prefix of the rejected one; tail = 0: the reverse
         pairs.append(PairLengths(prefix, max(prefix + own, 1), tail))
     return pairs
 
@@ -78,12 +81,14 @@ def test_whatever_the_layout_is_blocks_give_what_a_mask_gives(pairs: list[PairLe
         patch.setattr(cpu_attention, "_KEPT", kept)
         ours = differentiate(blocks, torch.float32)
     for expected, found in zip(exact, ours, strict=True):
-        error = (found - expected).norm(dim=-1).max()  # one token that sees a wrong one is lost in the whole
+        error = (
+            (found - expected).norm(dim=-1).max()
+        )  # by token: one with a wrong context would be lost in the overall norm
         assert error <= 1e-5 * max(1, expected.norm(dim=-1).max())
 
 
 def test_what_was_done_on_fake_tensors_leaves_nothing_behind() -> None:
-    """The memory estimate runs the same code in the same process before the training."""
+    """The memory estimate runs the same code in the same process before training."""
     pairs = LAYOUTS[2]
     exact = differentiate(lambda *inputs: attend_under_mask(*inputs, pairs, 0.3), torch.float64, pairs, (6, 2), 64)
     with FakeTensorMode():
@@ -110,7 +115,7 @@ def test_autocast_rounds_as_torchs_attention_does() -> None:
 
 @pytest.mark.parametrize("pairs", LAYOUTS, ids=str)
 def test_row_by_row_gives_what_a_mask_gives(pairs: list[PairLengths]) -> None:
-    """So accelerators attend."""
+    """Accelerators use this path."""
 
     def rows(*inputs: torch.Tensor) -> torch.Tensor:
         return attend_pairs(*inputs, pairs, 0.3)
@@ -135,8 +140,8 @@ def test_products_in_fp32_lose_nothing_and_leave_the_setting_alone() -> None:
     with cpu_attention._products_of(torch.bfloat16):
         inside = torch.bmm(factors[0].float(), factors[1].float().transpose(1, 2))
     assert inside.dtype == torch.float32
-    assert (inside - exact).norm() <= 1e-6 * exact.norm()  # of bfloat16 results it would be 1e-3
-    finer = torch.randn(3, 90, 64)  # not of 16 bits: nothing may be rounded
+    assert (inside - exact).norm() <= 1e-6 * exact.norm()  # it would be 1e-3 for bfloat16 results
+    finer = torch.randn(3, 90, 64)  # not representable in 16 bits: nothing may be rounded
     with cpu_attention._products_of(torch.float32):
         product = torch.bmm(finer, finer.transpose(1, 2))
     exact = torch.bmm(finer.double(), finer.double().transpose(1, 2))
@@ -145,10 +150,10 @@ def test_products_in_fp32_lose_nothing_and_leave_the_setting_alone() -> None:
         raise RuntimeError
     assert settings.fp32_precision == before
     try:
-        torch.backends.fp32_precision = "tf32"  # the general setting still decides
+        torch.backends.fp32_precision = "tf32"  # the general setting still applies
         assert settings.fp32_precision != before
         settings.fp32_precision = "bf16"
         with cpu_attention._products_of(torch.float32):
-            assert settings.fp32_precision == "bf16"  # somebody has chosen it
+            assert settings.fp32_precision == "bf16"  # an explicit choice is restored
     finally:
         torch.backends.fp32_precision = settings.fp32_precision = "none"

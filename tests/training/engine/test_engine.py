@@ -1,4 +1,4 @@
-"""The engine is TRL, only faster: losses, metrics, gradients and trained weights are those of TRL's own forward."""
+"""The engine gives the losses, metrics, gradients and trained weights of TRL's own forward."""
 
 import inspect
 import re
@@ -51,7 +51,7 @@ SETTINGS = [
 
 
 def test_every_loss_of_trl_is_compared() -> None:
-    """Also one that a newer TRL has: its names stand nowhere but in the comparisons that choose one."""
+    """Losses of a newer TRL are noticed too: the names are read from the comparisons in TRL's code."""
     known = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
     compared = {name for setting in SETTINGS for name in re.findall(r"\w+", setting[0].partition("loss_type=")[2])}
     assert len(known) > 10 and known == compared
@@ -62,7 +62,7 @@ def test_packed_training_is_trls(settings: list[str], tiny_run: list[str], tmp_p
     plain, weights, _ = train([*tiny_run, *settings, *PLAIN], tmp_path)
     packed, other, trainer = train([*tiny_run, *settings, *PACKED], tmp_path)
     assert is_packed(trainer)
-    # TRL's own gradient norms differ by 2e-5 between two padding widths under these, whose derivatives are steep
+    # TRL's own gradient norms differ by 2e-5 between two padding widths under these losses, whose derivatives are steep
     steep = any(kind in settings[0] for kind in ("discopop", "forward_kl"))
     assert_same(plain, packed, 3e-5 if steep else 1e-5)
     assert (other - weights).norm() <= 1e-5 * weights.norm()
@@ -93,13 +93,13 @@ EXACT: dict[str, dict[str, Any]] = {
     **{family: {"sliding_window": 96} for family in ("mistral", "gemma3")},
     "mixtral": {"router_aux_loss_coef": 0.0},
 }
-"""Families whose packed rows are exact, with what of their config makes them so."""
+"""Families whose packed rows are exact, with the config changes that this requires."""
 
 
 def compare_family(
     family: str, changes: dict[str, Any], tiny_run: list[str], tokenizer: Any, tmp_path: Path
 ) -> tuple[Any, Any]:
-    """Train with TRL's forward and with the engine, find the same, and return the engine's trainer and its model."""
+    """Compare trainings with TRL's forward and the engine; return the engine's trainer and model."""
     folder = make_family(family, tokenizer, tmp_path / family, **changes)
     overrides = [*tiny_run, f"model.model_name_or_path={folder}", "data.on_overlong=trl", "training.max_length=96"]
     plain, weights, _ = train([*overrides, *PLAIN], tmp_path, steps=3)
@@ -117,7 +117,7 @@ def test_packed_training_of_a_family_is_trls(family: str, tiny_run: list[str], t
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {key for key, changes in EXACT.items() if not changes}))
 def test_every_other_family_is_refused(family: str, tiny_run: list[str], tokenizer: Any, tmp_path: Path) -> None:
-    """Short windows, capped scores, routers, and attention of their own."""
+    """They have short windows, capped scores, routers, or custom attention."""
     trainer, _ = compare_family(family, {}, tiny_run, tokenizer, tmp_path)
     assert not is_packed(trainer)
 
@@ -130,7 +130,7 @@ def test_the_plan_promises_what_is_compared_here() -> None:
 def test_packing_gives_every_token_the_context_of_its_own_row(
     batch_of: tuple[list[dict[str, list[int]]], int | None, str],
 ) -> None:
-    """No common prefix, one row a prefix of the other, the same row twice, single tokens: whatever rows there are."""
+    """Rows include no common prefix, one row a prefix of the other, the same row twice, and single tokens."""
     rows, limit, mode = batch_of
     batch = DataCollatorForPreference(0, limit, mode)(rows)
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
@@ -139,7 +139,7 @@ def test_packing_gives_every_token_the_context_of_its_own_row(
 
     packed = packing.input_ids[0].tolist()
     assert len(packed) == sum(pair.chosen + pair.tail for pair in packing.pairs)
-    seen: list[list[int]] = []  # by packed place, the row of tokens up to there
+    seen: list[list[int]] = []  # by packed position, the tokens of its row up to there
     start = 0
     for index, pair in enumerate(packing.pairs):
         chosen = ids[index][real[index]].tolist()

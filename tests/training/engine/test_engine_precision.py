@@ -1,9 +1,9 @@
-"""The engine in 16 bits and on a quantized base: no less exact than TRL's own forward, whatever the rows are.
+"""The engine in 16 bits and on a quantized base is no less exact than TRL's own forward, for any rows.
 
-Between two padding widths TRL's forward makes the same products and nearly all sums in the same order, so that most
-bits agree. The engine's attention adds up in blocks that begin elsewhere, its head and the prefix's gradients round
-elsewhere; with PyTorch's unblocked attention log-probabilities agree to the bit. Otherwise what can be asked of both is
-how far they are from the same model in fp32.
+At two padding widths, TRL's forward computes the same products and nearly all sums in the same order, so that most
+bits agree. The engine's attention sums in blocks that begin elsewhere, and its head and the prefix's gradients round
+at other points; with PyTorch's unblocked attention log-probabilities are bitwise the same. Otherwise the tests compare
+the distance of both from the same model in fp32.
 """
 
 import json
@@ -27,26 +27,26 @@ from tests.support.trainers import build
 BATCHES, SIZE = 6, 4
 
 WIDTHS = (None, 48, 160)
-"""To which TRL pads: as long as the longest row, and to multiples, up to some hundred tokens more."""
+"""TRL's padding: to the longest row (None), or to a multiple of this many tokens."""
 
 
 class Measured(NamedTuple):
-    """What a model makes of some batches."""
+    """Results of a model on some batches."""
 
     logps: torch.Tensor
-    """Of all completion tokens."""
+    """One per completion token."""
     losses: torch.Tensor
-    """Of each batch."""
+    """One per batch."""
     gradients: torch.Tensor
-    """Of each batch and trained weight."""
+    """One per batch and trained weight."""
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[str]:
-    """Overrides of a run on pairs of all lengths."""
+    """Overrides of a run on pairs of many lengths."""
     draw = random.Random(0)
 
-    def some(most: int) -> str:  # a token is a letter
+    def some(most: int) -> str:  # one letter is one token
         return "".join(draw.choice("aeinrst ") for _ in range(draw.randint(1, most)))
 
     pairs = [{"prompt": some(90), "chosen": some(60), "rejected": some(60)} for _ in range(2 * BATCHES * SIZE)]
@@ -55,7 +55,7 @@ def rows(tmp_path: Path) -> list[str]:
 
 
 def build_moved(overrides: list[str], folder: Path) -> Any:
-    """Return a trainer whose adapter is no longer a new one, as every call with the same settings makes it."""
+    """Return a trainer with changed adapter weights, the same for every call with the same settings."""
     trainer = build(overrides, folder)
     torch.manual_seed(3)
     for name, parameter in trainer.model.named_parameters():
@@ -92,7 +92,7 @@ def measure(trainer: Any, width: int | None = None) -> Measured:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the mean absolute difference; the largest one is a single rounding of 16 bits, of whichever token."""
+    """Return the mean absolute difference; the largest one would be a single 16-bit rounding of any token."""
     return (one - other).abs().mean().item()
 
 
@@ -103,11 +103,14 @@ KINDS = {
         ["quant=nf4", "training.bf16=false", "quant.bnb_4bit_compute_dtype=float32"],
     ),
 }
-"""By name, what a run computes in, and the same weights in fp32."""
+"""By name, overrides of a precision, and of the same weights in fp32."""
 
 
 def assert_as_exact(engine: torch.Tensor, trl: list[torch.Tensor], exact: torch.Tensor) -> None:
-    """The engine is as far from fp32 as TRL at its worst width, give or take a tenth, and never as far from TRL."""
+    """Assert that the engine is as close to fp32 as TRL at its worst width, within a tenth.
+
+    Its distance from TRL at any width must not exceed that distance.
+    """
     rounding = max(distance(width, exact) for width in trl)
     assert 0 < distance(engine, exact) <= 1.1 * rounding
     assert max(distance(engine, width) for width in trl) <= rounding
@@ -122,7 +125,7 @@ def test_in_16_bits_the_engine_is_as_exact_as_trl(kind: str, rows: list[str], tm
     packing = build_moved([*rows, *rounded, *PACKED], tmp_path)
     assert is_packed(packing)
     packed = measure(packing)
-    for name in ("logps", "gradients"):  # of so few losses a mean difference says little
+    for name in ("logps", "gradients"):  # too few losses for a mean difference
         assert_as_exact(getattr(packed, name), [getattr(one, name) for one in plain], getattr(exact, name))
 
 
@@ -130,7 +133,7 @@ def test_in_16_bits_the_engine_is_as_exact_as_trl(kind: str, rows: list[str], tm
 def test_where_attention_has_one_order_of_sums_the_engine_differs_no_more_than_two_widths(
     kind: str, rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention goes block by block, and blocks are others where rows are; that is all that differs."""
+    """The only difference is that blocks of attention depend on the positions of rows."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *layout: Any) -> torch.Tensor:
         return attend_pairs(q[None], k[None], v[None], *layout)[0]
@@ -152,7 +155,7 @@ def test_in_16_bits_the_engine_trains_as_trl_does(kind: str, rows: list[str], tm
 
     def trained(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
         logged, weights, _ = train([*rows, *overrides], tmp_path, steps=4)
-        left_out = (*_TIMES, "total_flos")  # the latter counts padding
+        left_out = (*_TIMES, "total_flos")  # total_flos counts padding
         metrics = [value for entry in logged for key, value in sorted(entry.items()) if not key.endswith(left_out)]
         return torch.tensor(metrics), weights
 
@@ -166,7 +169,7 @@ def test_in_16_bits_the_engine_trains_as_trl_does(kind: str, rows: list[str], tm
 
 @pytest.fixture(scope="module")
 def trainers(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """TRL's forward and the engine's, of the same weights in fp32."""
+    """Trainers with TRL's forward and with the engine's, with the same weights in fp32."""
     folder = tmp_path_factory.mktemp("trainers")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={folder / 'rows.jsonl'}"]
@@ -177,13 +180,13 @@ def trainers(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def assert_as_trl(trainers: tuple[Any, Any], rows: list[dict[str, list[int]]], limit: int | None, mode: str) -> None:
-    """Each token has the log-probability and the gradient that TRL gives it."""
+    """Assert that each token has TRL's log-probability and gradient."""
     found = []
     for trainer in trainers:
         inputs = DataCollatorForPreference(0, limit, mode)(rows)
         logps = score(trainer, inputs)
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        weights = torch.linspace(1, 2, len(logps))  # lest what is of one token may stand for another's
+        weights = torch.linspace(1, 2, len(logps))  # distinct, so that swapped tokens are noticed
         gradients = torch.autograd.grad((logps * weights).sum(), trained, materialize_grads=True)
         found.append((logps.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
     (plain, wanted), (packed, gradient) = found
@@ -200,7 +203,7 @@ def test_whatever_the_rows_are_each_token_has_the_log_probability_and_gradient_t
 
 
 LONGEST = 4096
-"""Tokens that the tiny model has positions for."""
+"""The tiny model's `max_position_embeddings`."""
 
 
 @st.composite
@@ -211,7 +214,7 @@ def long_pairs(draw: st.DrawFn) -> list[dict[str, list[int]]]:
     for _ in range(draw(st.integers(1, 2))):
         lengths = {key: draw(st.integers(1, 300) | st.just(1)) for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
         row = {key: tokens.choices(range(1, 250), k=length) for key, length in lengths.items()}
-        same = draw(st.sampled_from([0, 1, 300]))  # how many tokens the answers begin with alike, if they have them
+        same = draw(st.sampled_from([0, 1, 300]))  # length of the answers' common prefix, if they are that long
         row["rejected_ids"][:same] = row["chosen_ids"][: min(same, len(row["rejected_ids"]))]
         rows.append(row)
     return rows
@@ -224,6 +227,6 @@ def long_pairs(draw: st.DrawFn) -> list[dict[str, list[int]]]:
 def test_whatever_the_lengths_are_from_one_token_to_all_that_the_model_takes(
     trainers: tuple[Any, Any], rows: list[dict[str, list[int]]], limit: int | None, mode: str
 ) -> None:
-    """Attention goes by blocks of 128 queries; here there are many."""
+    """Attention uses blocks of 128 queries; these rows have many."""
     assert trainers[0].model.config.max_position_embeddings == LONGEST
     assert_as_trl(trainers, rows, limit, mode)

@@ -1,4 +1,4 @@
-"""The frozen head gives what TRL's kernel gives, and leaves out the statistics that nobody reads."""
+"""The frozen head gives the results of TRL's kernel, and skips unused statistics."""
 
 import torch
 from trl.kernels import ChunkedLogProbFunction
@@ -10,7 +10,7 @@ ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def score(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...] = ALL):
-    """Return the five results, and the gradient of the hidden states."""
+    """Return the five results and the gradient of the hidden states."""
     hidden = hidden.clone().requires_grad_()
     results = trl_utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 0.7, 64, None, 1.5, outputs)
     (results[0] * torch.arange(len(targets))).sum().backward()

@@ -1,4 +1,4 @@
-"""Layers that keep less give what the layers they replace give, and keep less."""
+"""Lean layers give the results of the layers that they replace, and save less for the backward pass."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from tests.support.families import FAMILIES, make_family
 from tests.support.layers import adapt
 
 NORM_AND_MLP = {"llama", "mistral", "qwen2", "qwen3"}
-"""Families both of whose layers are Llama's; others have a norm or an MLP of their own."""
+"""Families whose norm and MLP are both Llama's; others have their own."""
 
 
 def differentiate(model: PeftModel, autocast: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return logits, the adapter's gradient (flat), and the bytes kept for the backward pass."""
+    """Return logits, the adapter's gradient (flat), and the bytes saved for the backward pass."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_the_norm_is_llamas(dtypes: tuple[str, str]) -> None:
     torch.manual_seed(1)
     norm = LlamaRMSNorm(300, eps=1e-5).to(of_weight).requires_grad_(False)
     norm.weight.copy_(torch.randn(300))
-    x = torch.randn(2, 700, 300).to(of_input)  # more rows than go into the cache at a time
+    x = torch.randn(2, 700, 300).to(of_input)  # more rows than one block
 
     def run(forward, x, outer):
         x = x.clone().requires_grad_()
@@ -55,7 +55,7 @@ def test_the_norm_is_llamas(dtypes: tuple[str, str]) -> None:
     expected, theirs = run(norm, x, outer)
     found, ours = run(lambda x: RMSNorm.apply(x, norm.weight, norm.variance_epsilon), x, outer)
     assert found.dtype == expected.dtype and torch.equal(found, expected)
-    # the gradient against fp64, in which the same formula is written out
+    # compare the gradient with autograd's of the written-out formula in fp64
     exact = x.double().requires_grad_()
     weight = norm.weight.double()
     (weight * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)).backward(
@@ -94,16 +94,16 @@ def test_every_family_computes_the_same_and_only_copies_of_llamas_layers_are_rep
     assert (same - logits).norm() <= 1e-6 * logits.norm()
     assert (alike - gradient).norm() <= 1e-6 * gradient.norm()
     has_mlp = any(name.endswith("MLP") for name in replaced)
-    assert less < kept if has_mlp else less <= kept  # in fp32 a norm keeps no copies
+    assert less < kept if has_mlp else less <= kept  # in fp32 a norm saves no copies
 
 
 def test_lora_keeps_its_input_as_it_is_under_autocast(tiny_model: str) -> None:
     models = [adapt(tiny_model) for _ in range(2)]
-    make_lean(models[1], use_cpu=False)  # casts alone
+    make_lean(models[1], use_cpu=False)  # only casts
     (logits, gradient, kept), (same, alike, less) = (differentiate(model, autocast=True) for model in models)
     assert torch.equal(same, logits) and torch.equal(alike, gradient)
     assert less < 0.95 * kept
-    with torch.no_grad():  # an answer is generated without autocast, where fp32 weights need an fp32 input
+    with torch.no_grad():  # generation runs without autocast, so that fp32 weights need an fp32 input
         ids = torch.arange(3, 51).view(1, 48)
         assert torch.equal(models[1](input_ids=ids).logits, models[0](input_ids=ids).logits)
 

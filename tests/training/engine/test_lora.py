@@ -1,4 +1,4 @@
-"""A LoRA layer as one function gives what PEFT's gives, and PEFT's own is taken wherever there is more to it."""
+"""A LoRA layer as one function gives PEFT's results, and PEFT's own layer is used in all other cases."""
 
 from collections.abc import Callable
 
@@ -69,7 +69,7 @@ def test_in_fp32_outputs_and_gradients_are_pefts(monkeypatch: pytest.MonkeyPatch
         assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert count_products(monkeypatch, lambda: differentiate(ours, x, False)) == 2
     make_lean(fresh := build(torch.float32), use_cpu=True)
-    empty = differentiate(fresh, torch.zeros(0, 7, 48), False)  # an expert that no token reaches
+    empty = differentiate(fresh, torch.zeros(0, 7, 48), False)  # like an expert without tokens
     assert [tensor.shape for tensor in empty[:2]] == [(0, 7, 24), (0, 7, 48)] and not any(map(torch.any, empty[2:]))
 
 
@@ -94,7 +94,7 @@ def test_generation_and_inputs_of_another_dtype_are_left_to_peft(monkeypatch: py
             assert count_products(monkeypatch, lambda: model(x.bfloat16())) == 2  # evaluation
     assert count_products(monkeypatch, lambda: model(x.bfloat16())) == 0  # fp32 adapters, no autocast
     with torch.autocast("cpu", torch.bfloat16):
-        assert count_products(monkeypatch, lambda: model(x)) == 1  # the second layer's input has 16 bits
+        assert count_products(monkeypatch, lambda: model(x)) == 1  # the second layer's input is 16-bit
         with model.disable_adapter():
             assert count_products(monkeypatch, lambda: model(x.bfloat16())) == 0
 

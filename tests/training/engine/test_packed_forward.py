@@ -1,4 +1,4 @@
-"""What the packed forward would not give exactly is refused, each with its reason."""
+"""Models for which the packed forward would not be exact are refused, each with its reason."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     ("mixtral", {"router_aux_loss_coef": 0.001}, "TRL adds the loss of the experts' router"),
     ("mixtral", {"router_aux_loss_coef": 0.0}, None),
     ("llama", {"attention_dropout": 0.1}, "dropout is on"),
-    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0}, "dropout is on"),  # of embeddings, in a module
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0}, "dropout is on"),  # embd_pdrop, a module
     ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, None),
-    ("opt", {}, "dropout is on"),  # in no module
+    ("opt", {}, "dropout is on"),  # not a module
     ("opt", {"dropout": 0.0}, None),
     ("opt", {"dropout": 0.0, "layerdrop": 0.1}, "dropout is on"),
     ("llama", {"layer_types": ["linear_attention", "full_attention"]}, "the model has layers of the kind linear_att"),
@@ -67,7 +67,7 @@ def test_dropout_of_an_adapter_that_is_no_module_is_never_disabled(method: type,
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_other_attention_is_refused(attention: str) -> None:
-    for family in ("llama", "gemma2"):  # which caps its scores, and has no other than these
+    for family in ("llama", "gemma2"):  # gemma2, which caps its scores, supports only these
         model = make_model(make_config(family), attention)
         assert why_not_packable(model, 64, dropout=True) == f"model.attn_implementation is {attention}, not sdpa"
 
@@ -75,7 +75,7 @@ def test_other_attention_is_refused(attention: str) -> None:
 def test_prompt_learning_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(make_config("llama", vocab_size=64))
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert why_not_packable(tuned, 64, dropout=True) == "prompt learning puts tokens of its own before each row"
+    assert why_not_packable(tuned, 64, dropout=True) == "prompt learning prepends virtual tokens to each row"
 
 
 def test_models_that_take_images_are_refused() -> None:

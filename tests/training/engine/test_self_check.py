@@ -1,4 +1,4 @@
-"""Before training, two forwards say what no rule about configs knows; the run's random numbers stay undrawn."""
+"""The self-check finds what no rule about configs covers, and leaves the run's random state unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def name_family(family: str, tiny_run: list[str], tokenizer: Any, folder: Path, 
 def test_dropout_that_is_no_module_is_found_and_training_is_what_it_was(
     tiny_run: list[str], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """TRL's `disable_dropout` silences modules only; OPT drops out by a function, which a packed pair would share."""
+    """TRL's `disable_dropout` reaches only modules; OPT calls a function, and packed pairs share a mask."""
     overrides = [*name_family("opt", tiny_run, tokenizer, tmp_path), "training.disable_dropout=true"]
     plain, weights, _ = train([*overrides, *PLAIN], tmp_path, steps=2)
     with caplog.at_level("INFO"):

@@ -1,4 +1,4 @@
-"""What the reference thinks of a pair is computed once, found whenever it is the same, and never when it is not."""
+"""Reference log-probabilities are computed once, and found again only for the same reference and pair."""
 
 import re
 import sqlite3
@@ -31,7 +31,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pairs each call has scored with the reference."""
+    """Number of pairs that each call scored with the reference."""
     from dpo_runner.training.engine.reference import columns as reference
 
     counts: list[int] = []
@@ -45,12 +45,12 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def reference_of(trainer: Any) -> torch.Tensor:
-    """[2, rows]: what stands in the training rows."""
+    """Return the reference columns of the training rows, [2, rows]."""
     return torch.tensor([trainer.train_dataset[name] for name in REF_COLUMNS])
 
 
 def by_hand(trainer: Any) -> torch.Tensor:
-    """[2, rows]: the same, each row scored alone from the logits of the model without its adapter."""
+    """Return the same, [2, rows], each row scored alone from the logits of the model without its adapter."""
     with trainer.model.disable_adapter():
         return logps_of(trainer.model, list(trainer.train_dataset)).view(2, -1)
 
@@ -64,7 +64,7 @@ def test_it_holds_what_the_reference_gives(tiny_run: list[str], tmp_path: Path) 
 def test_a_second_run_is_the_first_one_to_the_last_bit_wherever_its_reference_came_from(
     tiny_run: list[str], tmp_path: Path, scored: list[int]
 ) -> None:
-    build([*tiny_run, *FP32, *STORED, "data.max_train_samples=5"], tmp_path)  # some are there already
+    build([*tiny_run, *FP32, *STORED, "data.max_train_samples=5"], tmp_path)  # stores some of the pairs
     some, *_ = train([*tiny_run, *STORED], tmp_path, steps=4)
     scored.clear()
     all_there, weights, _ = train([*tiny_run, *STORED], tmp_path, steps=4)
@@ -86,7 +86,7 @@ def test_training_with_it_is_training_without(tiny_run: list[str], tmp_path: Pat
     stored, others, _ = train([*tiny_run, *STORED], tmp_path)
     for expected, found in zip(live, stored, strict=True):
         for key in expected.keys() - {"train_runtime"}:
-            # before the first step every pair is a tie, which rounding decides
+            # before the first step every pair is a tie that rounding decides
             if (
                 "runtime" not in key
                 and "per_second" not in key
@@ -99,7 +99,7 @@ def test_training_with_it_is_training_without(tiny_run: list[str], tmp_path: Pat
 def test_adapters_are_turned_off_once_for_many_pairs(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT goes through all modules each time, which takes as long as a small pair's forward."""
+    """Each switch in PEFT visits all modules, which takes as long as a small pair's forward."""
     trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
     turned_off = []
     turn_off = PeftModel.disable_adapter
@@ -107,14 +107,14 @@ def test_adapters_are_turned_off_once_for_many_pairs(
     assert len(score_pairs(trainer, list(trainer.train_dataset))) == len(trainer.train_dataset) > 1 == len(turned_off)
 
 
-MISSES = [  # what changes the reference, or the rows that it is given
+MISSES = [  # changes to the reference or its input rows
     ["training.max_length=40", "data.on_overlong=trl"],
     ["training.max_length=40", "data.on_overlong=trl", "training.truncation_mode=keep_end"],
     ["model.dtype=bfloat16"],
     ["quant=nf4"],
     ["model.attn_implementation=eager"],
     ["engine.shared_prefix=false"],
-    ["lora=none"],  # trains the head, which is then scored by another kernel
+    ["lora=none"],  # trains the head, which then uses another kernel
 ]
 
 HITS = [
@@ -137,7 +137,7 @@ HITS = [
 def test_another_reference_is_another_one(
     changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
 ) -> None:
-    """Of these TRL's own cache returns the first run's values for the second one's cut rows."""
+    """For truncated rows TRL's own cache returns the values of the first run to the second."""
     build([*tiny_run, *FP32, *STORED], tmp_path)
     scored.clear()
     trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
@@ -173,7 +173,7 @@ def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path,
 def test_other_precision_of_fp32_products_is_another_reference(
     tiny_run: list[str], tmp_path: Path, scored: list[int]
 ) -> None:
-    """As `training.tf32` sets it on a GPU."""
+    """`training.tf32` sets it on a GPU."""
     build([*tiny_run, *FP32, *STORED], tmp_path)
     scored.clear()
     products = torch.backends.mkldnn.matmul
@@ -186,7 +186,7 @@ def test_other_precision_of_fp32_products_is_another_reference(
 
 
 def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path) -> None:
-    """TRL's own cache returns None's values for 0.0, whose right ones are others."""
+    """TRL's own cache wrongly returns the values of None for 0.0."""
     build([*tiny_run, *FP32, *STORED], tmp_path)
     for alpha in (0.0, 0.5):
         trainer = build([*tiny_run, *FP32, *STORED, f"training.ld_alpha={alpha}"], tmp_path)
@@ -264,7 +264,7 @@ def test_runs_at_once_fill_one_store_and_each_is_the_run_alone(
 
 
 def put(digest: str, limit: int = 10**9, pairs: int = 20) -> int:
-    """Fill a reference's file with 16 kB for each pair, and return how many had no room."""
+    """Fill a reference's file with 16 kB per pair, and return how many pairs had no room."""
     with ReferenceStore(digest, {"model": digest}, limit) as store:
         for k in range(pairs):
             store.add({bytes([k]): PairLogps(*[np.full(2000, k, np.float32)] * 2)})
@@ -283,7 +283,7 @@ def test_the_least_recently_used_make_room_and_nothing_in_use_does() -> None:
     for digest in ("a", "b", "c"):
         put(digest)
     size = list_references()[0].size
-    with ReferenceStore("a", {}, 10**9):  # the oldest, in use again
+    with ReferenceStore("a", {}, 10**9):  # the oldest one is in use again
         assert [path.stem for path in make_room(int(1.5 * size))] == ["b", "c"]
     assert [(found.path.stem, found.pairs, found.description) for found in list_references()] == [
         ("a", 20, {"model": "a"})
@@ -326,7 +326,7 @@ def test_several_processes_keep_the_limit_together(tmp_path: Path) -> None:
     names = ("one", "one", "other")
     processes = [start_python("-c", textwrap.dedent(program), name, str(limit)) for name in names]
     assert [process.wait() for process in processes] == [0, 0, 0]
-    assert 0 < size_of_all() <= limit  # who ends last may have deleted what the others, gone by then, had kept
+    assert 0 < size_of_all() <= limit  # the last process may have deleted the files of the others, which had ended
 
 
 def test_a_run_says_how_many_pairs_it_does_not_keep(
@@ -353,7 +353,7 @@ def test_whatever_the_reference_is_the_store_has_what_it_gives(
     stored = build([*tiny_run, *FP32, *named, *STORED], tmp_path)
     rows = [live.train_dataset[index] for index in range(len(live.train_dataset))]
     batch = live.data_collator(rows)
-    if "ref_chosen_logps" in batch:  # TRL's own, computed before
+    if "ref_chosen_logps" in batch:  # TRL's own precomputed values
         expected = torch.stack([batch.pop(name) for name in REF_COLUMNS])
     else:
         expected = torch.stack(live.compute_ref_log_probs(live.ref_model or live.model, batch))

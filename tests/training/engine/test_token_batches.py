@@ -1,4 +1,4 @@
-"""Micro-batches of any size give TRL's step: its gradient, and every value that it logs."""
+"""Micro-batches of any size give the gradient and the logged values of TRL's step."""
 
 import random
 from pathlib import Path
@@ -15,12 +15,12 @@ from tests.support.engines import PACKED, PLAIN, STORED, assert_same, train
 from tests.support.trainers import build
 
 SETTINGS = [
-    ["engine.max_tokens_per_micro_batch=1"],  # each pair by itself
+    ["engine.max_tokens_per_micro_batch=1"],  # each pair alone
     ["engine.max_tokens_per_micro_batch=100"],
     ["engine.max_tokens_per_micro_batch=1", "training.gradient_accumulation_steps=4"],
     ["engine.max_tokens_per_micro_batch=150", "training.gradient_accumulation_steps=4"],
     ["engine.max_tokens_per_micro_batch=100000", "training.gradient_accumulation_steps=4"],
-    # 3 does not divide the number of pairs, so that an epoch ends with a batch, and with a step, of their own size
+    # 3 does not divide the number of pairs, so that an epoch ends with a smaller batch and a smaller step
     *(
         [
             f"engine.max_tokens_per_micro_batch={tokens}",
@@ -41,11 +41,11 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 def test_any_grouping_is_trls_step(settings: list[str], tiny_run: list[str], tmp_path: Path) -> None:
-    stored = SETTINGS.index(settings) % 2 == 1  # whence the reference comes, grouping does not see
+    stored = SETTINGS.index(settings) % 2 == 1  # grouping does not depend on the reference's origin
     plain, weights, _ = train([*tiny_run, *settings, *PLAIN], tmp_path, steps=6)
     grouped, other, trainer = train([*tiny_run, *settings, *(STORED if stored else PACKED)], tmp_path, steps=6)
     assert trainer.max_tokens == int(settings[0].split("=")[1])
-    if stored:  # a tie before the first step is rounding's
+    if stored:  # rounding decides the ties before the first step
         for events in (plain, grouped):
             events[0].pop("rewards/accuracies")
     assert_same(plain, grouped)

@@ -1,4 +1,4 @@
-"""What is handed to the kernel for rows of many lengths is right: with one that does as documented, so are results.
+"""The variable-length kernel's arguments: with a stand-in as documented, results are right.
 
 The kernel itself runs on GPUs only; `scripts/bench/gpu.py` compares it there.
 """
@@ -29,7 +29,7 @@ def attend_segments(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """What `varlen_attn` does, segment by segment; its causal mask ends where both end."""
+    """Attend as `varlen_attn` does, segment by segment; its causal mask aligns the last query and key."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size == (-1, 0)
     assert enable_gqa == (query.size(1) != key.size(1)) and query.stride(2) == key.stride(2) == 1
     sizes = [ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k)]
@@ -71,16 +71,16 @@ def test_segments_are_the_rows_that_attend() -> None:
     assert segments.cu_seq_q.tolist() == [0, 4, 7, 9, 10, 11] and segments.cu_seq_k.tolist() == [0, 4, 9, 11, 12, 13]
     assert (segments.max_q, segments.max_k) == (4, 5)
     assert segments.keys.dtype == torch.int64 and segments.cu_seq_q.dtype == segments.cu_seq_k.dtype == torch.int32
-    assert pairs.segments(torch.device("cpu")) is segments  # for all layers
+    assert pairs.segments(torch.device("cpu")) is segments  # cached for all layers
     assert pairs.segments(torch.device("meta")).keys.device.type == "meta"
     ids = torch.arange(8).view(2, 4)
     assert isinstance(pack_pairs(ids, torch.ones_like(ids), ids).pairs, Pairs)
-    assert type(pairs)(pair for pair in pairs) == pairs  # so accelerate moves arguments to another device
+    assert type(pairs)(pair for pair in pairs) == pairs  # how accelerate moves arguments to another device
 
 
 def test_the_kernel_is_taken_where_it_has_code(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGPU(torch.Tensor):
-        """A tensor that says it lies on a GPU."""
+        """A tensor that reports a GPU as its device."""
 
         device = torch.device("cuda", 0)
 

@@ -1,4 +1,4 @@
-"""The memory estimate: exact where it can be, and in the right order where it is simulated."""
+"""The memory estimate: exact for weights, adapters and optimizer, ordered correctly if simulated."""
 
 import io
 import re
@@ -45,7 +45,7 @@ def run(*overrides: str, longest: int = 64) -> MemoryEstimate:
 
 def test_weights_adapters_and_optimizer_are_exact() -> None:
     rows = run().rows
-    assert rows["weights"] == pytest.approx(4 * TINY_WEIGHTS, abs=256)  # rotary frequencies beside them
+    assert rows["weights"] == pytest.approx(4 * TINY_WEIGHTS, abs=256)  # plus rotary frequencies
     assert rows["adapters"] == 4 * LORA_16
     assert rows["optimizer"] == 2 * 4 * LORA_16
     assert rows["reference"] == rows["quantization state"] == 0
@@ -64,7 +64,7 @@ def test_packed_pairs_take_what_they_have_in_tokens() -> None:
     def activations(*overrides: str, **shape: int) -> int:
         return estimate_of([*TINY, *overrides], 200, PairShape(**shape)).phases["training"]
 
-    shared = activations(prompt=180, chosen=20, rejected=20)  # as short a pair is one block of attention
+    shared = activations(prompt=180, chosen=20, rejected=20)  # a pair this short is one block of attention
     assert shared < 0.85 * activations(prompt=0, chosen=200, rejected=200)
     assert shared < 0.7 * activations("engine.shared_prefix=false", prompt=180, chosen=20, rejected=20)
 

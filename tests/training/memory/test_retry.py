@@ -1,4 +1,4 @@
-"""A run without enough memory says what would take less, or is the run that had smaller batches from the start."""
+"""A run out of memory names settings that take less, or equals one with smaller batches throughout."""
 
 import json
 import re
@@ -45,15 +45,15 @@ PADDED = ["engine.shared_prefix=false"]
 
 @pytest.fixture
 def four(tiny_run: list[str]) -> list[str]:
-    """A run with four pairs to a micro-batch, in fp32, so that it matters in the last digits alone how many."""
+    """Overrides with four pairs per micro-batch, in fp32, so that batching affects only the last digits."""
     small = ["samples.num_prompts=0", "data.max_eval_samples=3", "training.max_steps=3"]
     return [*tiny_run, *small, "training.per_device_train_batch_size=4", "training.bf16=false"]
 
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]]]:
-    """Let the model's forward find no memory for more than so many rows or tokens; returns what it was given."""
-    monkeypatch.setattr(self_check, "_draws_dropout", lambda *_: False)  # which has gradients, and is no training
+    """Make the forward run out of memory beyond a number of rows or tokens; return its input shapes."""
+    monkeypatch.setattr(self_check, "_draws_dropout", lambda *_: False)  # it has gradients, but is not training
 
     def limit(
         rows: int = sys.maxsize, tokens: int = sys.maxsize, where: Callable[[], bool] = torch.is_grad_enabled
@@ -276,7 +276,7 @@ def test_memory_that_is_really_too_little_is_told_in_one_line(tiny_run: list[str
 
 
 class OutOfMemoryError(RuntimeError):
-    """Called as torch's is."""
+    """Has the name of torch's error."""
 
 
 def test_memory_that_ran_out_is_recognised_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_memory_that_ran_out_is_recognised_wherever_it_is(monkeypatch: pytest.Mo
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
-    no_primitive = RuntimeError("could not create a primitive")  # oneDNN's, which has several reasons
+    no_primitive = RuntimeError("could not create a primitive")  # oneDNN's message for several causes
     assert not is_out_of_memory(no_primitive)
     monkeypatch.setattr(device_memory, "read_memory", lambda of_host: ("CPU", 10**10, 10**7))
     assert is_out_of_memory(no_primitive)
@@ -331,7 +331,9 @@ def test_what_was_learnt_of_memory_is_on_record_from_a_runs_first_moment(
             run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
     update_status(Path("r"), out_of_memory=records)
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_runner.records.directory.RunDirectory.note", killed)  # not even what comes next is reached
+        patch.setattr(
+            "dpo_runner.records.directory.RunDirectory.note", killed
+        )  # the run is killed before the next step
         with pytest.raises(RunInterrupted):
             run(load_conf([*tiny_run, RETRY, "run_dir=r"]))
     status = read_status(Path("r"))
@@ -368,7 +370,7 @@ def test_smaller_batches_take_as_many_pairs_to_a_step() -> None:
     sizes = [(c.training.per_device_train_batch_size, c.training.gradient_accumulation_steps) for c in rows]
     assert sizes == [(9, 2), (3, 6), (1, 18)]
     assert find_smaller(load_conf(["training.dataloader_drop_last=true"]), TRAINING, None, 100) == {}
-    # 18 pairs of at most 100 tokens are 1800, so that more is no more
+    # 18 pairs of at most 100 tokens are 1800, so that a larger budget has no effect
     assert find_smaller(conf, TRAINING, 10**6, 100) == {"engine.max_tokens_per_micro_batch": 900}
     assert find_smaller(conf, TRAINING, 150, 100) == {"engine.max_tokens_per_micro_batch": 100}
     assert find_smaller(conf, TRAINING, 100, 100) == {}

@@ -1,4 +1,4 @@
-"""Gradient checkpointing is switched on where memory asks for it, and only there."""
+"""Gradient checkpointing is switched on only if the run would not fit without it."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def have_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def explain(overrides: list[str]) -> str | None:
-    """Settle a run; return why checkpointing was switched on."""
+    """Settle a run and return why checkpointing was switched on."""
     conf = load_conf(overrides)
     settled = settle(conf, draw_blueprint(conf), DataShape(60, PairShape(20, 40, 40)), Path("checkpoints"))
     assert settled.asked is conf
@@ -44,7 +44,7 @@ def test_memory_decides(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) ->
     assert "GB without it, 0.0 GB free on a card" in str(explain(tiny_run))
     assert explain([*tiny_run, "engine.auto_gradient_checkpointing=false"]) is None
     assert explain([*tiny_run, "training.gradient_checkpointing=true"]) is None
-    assert explain([*tiny_run, "training.optim=adamw_anyprecision"]) is None  # which cannot be estimated
+    assert explain([*tiny_run, "training.optim=adamw_anyprecision"]) is None  # cannot be estimated
 
 
 def test_the_run_does_it_and_its_plan_says_why(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> No
 def test_packed_rows_of_which_few_are_taken_at_once_need_no_estimate(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which takes seconds: more, the longer they are. Padded, they might not fit."""
+    """An estimate takes seconds, more for longer rows. Padded, these rows might not fit."""
     few = ["training.per_device_train_batch_size=8", "training.max_length=2048"]
     bounds, taken = {}, []
     monkeypatch.setattr(checkpointing, "estimate_memory", lambda *_: taken.append(1) or estimate_memory(*_))

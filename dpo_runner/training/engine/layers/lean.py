@@ -1,25 +1,25 @@
-"""Layers that keep less for the backward pass and go over memory less often, for the same results.
+"""Layers that save less for the backward pass and read memory less often, with the same results.
 
-**Casts.** A LoRA layer's weights are fp32, its input under autocast has 16 bits. PEFT makes an fp32 copy of the input,
-and autocast a 16-bit copy of that, which has the input's own values and is kept for the backward pass. Without both the
-result and its gradient are the same to the bit. Left alone: layers with dropout, which is drawn and rounded in fp32
-there, and variants such as DoRA.
+**Casts.** A LoRA layer's weights are fp32; its input under autocast is 16-bit. PEFT makes an fp32 copy of the input,
+and autocast casts that copy back to 16 bits, which restores the input's values and is saved for the backward pass.
+Without both casts the result and its gradient are bitwise the same. Left alone: layers with dropout, which PEFT draws
+and rounds in fp32, and variants such as DoRA.
 
-**RMSNorm**, y = w · x r with r = (mean(x²) + ε)^-½. Autograd keeps two fp32 copies of x; its gradient needs x, which
-the residual stream has anyway, and r:
+**RMSNorm**, y = w · x r with r = (mean(x²) + ε)^-½. Autograd saves two fp32 copies of x; the gradient needs only x,
+which the residual stream keeps anyway, and r:
 
     ∂L/∂x = r g - x r³ mean(g x),        g = w · ∂L/∂y
 
-computed in fp32, a few rows at a time, so that they stay in the processor's cache. y is the same to the bit, the
-gradient up to the rounding of fp32 sums. Left alone: norms whose weight is trained.
+It is computed in fp32, a few rows at a time, so that they stay in the processor's cache. y is bitwise the same; the
+gradient is the same up to the rounding of fp32 sums. Left alone: norms whose weight is trained.
 
-**Gated SiLU**, silu(gate) · up: autograd keeps silu(gate) beside its factors; here the backward pass computes it again,
-to the bit.
+**Gated SiLU**, silu(gate) · up: autograd saves silu(gate) in addition to its factors; here the backward pass
+recomputes it, bitwise the same.
 
-On CPUs a plain LoRA layer is one function besides (`lora_layers.py`).
+On CPUs a plain LoRA layer also runs as one function (`lora.py`).
 
-The last two are for CPUs, and for models whose norm and MLP are, instruction for instruction, Llama's (Mistral, Qwen
-2 and 3, SmolLM and others have copies of them); others keep their own.
+RMSNorm and gated SiLU are replaced on CPUs only, and only in models whose norm and MLP have the same instructions as
+Llama's (Mistral, Qwen 2 and 3, SmolLM and others copy them); other models keep their own.
 """
 
 import types
@@ -36,11 +36,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from dpo_runner.training.engine.layers.lora import is_plain, multiply
 
 _CACHED = 2**19
-"""Elements at a time in what goes over them several times."""
+"""Elements per block in computations that pass over them several times."""
 
 
 class RMSNorm(torch.autograd.Function):
-    """Root mean square normalization (arXiv 1910.07467) with a frozen weight, rounded as `LlamaRMSNorm` rounds."""
+    """RMS normalization (arXiv 1910.07467) with a frozen weight and `LlamaRMSNorm`'s rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -70,7 +70,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
-    if isinstance(rows, FakeTensor):  # has no values to go over, and the memory estimate no time
+    if isinstance(rows, FakeTensor):  # no values to cache; one block keeps the memory estimate fast
         return [slice(None)]
     size = max(_CACHED // rows.size(1), 1)
     return [slice(start, start + size) for start in range(0, rows.size(0), size)]
@@ -81,24 +81,24 @@ class GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return what `gate` and `up` have for shape and dtype."""
+        """Return a tensor with the shape and dtype of `gate` and `up`."""
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gradients of both."""
+        """Return the gradients of `gate` and `up`."""
         gate, up = ctx.saved_tensors
         (gradient,) = gradients
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 def make_lean(model: nn.Module, use_cpu: bool) -> None:
-    """Let the layers of a trainer's model keep less; those of which it is not known to be exact stay what they are.
+    """Replace the layers of a trainer's model for which the lean version is known to be exact.
 
     Args:
-        model: with its adapter, whose trained weights are known by now.
-        use_cpu: whether it is trained on a CPU.
+        model: with its adapter in place and `requires_grad` set.
+        use_cpu: whether it trains on a CPU.
     """
     for module in model.modules():
         if use_cpu and is_plain(module):
@@ -120,7 +120,7 @@ def _casts_needlessly(layer: LoraLayer) -> bool:
 
 
 def _is_copy(module: nn.Module, original: type[nn.Module]) -> bool:
-    """Whether a module's forward has the very instructions of `original`'s, and none has been put in its place."""
+    """Return whether a module's forward has the instructions of `original`'s and is not replaced."""
     own, known = (getattr(each.forward, "__code__", None) for each in (type(module), original))
     return "forward" not in vars(module) and own is not None and _read(own) == _read(known)
 
@@ -130,7 +130,7 @@ def _read(code: Any) -> tuple[Any, ...]:
 
 
 def _keep_input_dtype(layer: Any, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Take the place of PEFT's `_cast_input_dtype`."""
+    """Replace PEFT's `_cast_input_dtype`; under autocast, pass a 16-bit input through."""
     if x is not None and torch.is_autocast_enabled(kind := x.device.type) and x.dtype == torch.get_autocast_dtype(kind):
         return x
     cast: torch.Tensor | None = type(layer)._cast_input_dtype(layer, x, dtype)

@@ -1,15 +1,15 @@
-"""A LoRA layer on a frozen linear one as one function, on a CPU.
+"""A LoRA layer on a frozen linear layer as one autograd function, for CPUs.
 
 With y = x Wᵀ + b + s (x Aᵀ) Bᵀ (arXiv 2106.09685, equation 3) and g = ∂L/∂y, the gradients are
 
     ∂x = g W + s (g B) A,        ∂A = s (g B)ᵀ x,        ∂B = s gᵀ (x Aᵀ)
 
-PEFT makes s (x Aᵀ) Bᵀ as large as y, scales it and adds it, and autograd adds both parts of ∂x; here the small product
-is added by the same matrix product that makes it. W, A and B are multiplied in the dtype that autocast chooses, as
-there, and sums are rounded once less.
+PEFT materializes s (x Aᵀ) Bᵀ at the size of y, scales it and adds it, and autograd adds both parts of ∂x; here the
+matrix product that computes the small term also adds it. W, A and B are multiplied in autocast's dtype, as in PEFT,
+and sums are rounded one time less.
 
-Left to PEFT: dropout, variants such as DoRA, several adapters at a time, merged ones, quantized layers, layers whose
-weights are trained, inputs of another dtype than they are multiplied in, and generation.
+Left to PEFT: dropout, variants such as DoRA, several active adapters, merged adapters, quantized layers, layers whose
+weights are trained, inputs whose dtype is not the dtype of the product, and generation.
 """
 
 from typing import Any
@@ -33,7 +33,10 @@ class LoraProduct(torch.autograd.Function):
         lora_B: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Return [..., out] for x [..., in], W [out, in] and b [out] of one dtype, A [r, in] and B [out, r] of any."""
+        """Return [..., out].
+
+        x [..., in], W [out, in] and b [out] have one dtype; A [r, in] and B [out, r] may have any.
+        """
         rows, down, up = x.reshape(-1, x.size(-1)), lora_A.to(x.dtype), lora_B.to(x.dtype)
         inner = torch.mm(rows, down.t()).mul_(scaling)
         output = F.linear(rows, weight, bias).addmm_(inner, up.t())
@@ -56,7 +59,7 @@ class LoraProduct(torch.autograd.Function):
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether a layer is PEFT's LoRA, without further ado, on a frozen linear layer that nobody has changed."""
+    """Return whether a layer is PEFT's plain LoRA on a frozen, unmodified linear layer."""
     if type(layer) is not LoraLinear or layer.lora_variant or layer.fan_in_fan_out:
         return False
     base = layer.base_layer
@@ -70,7 +73,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def multiply(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Take the place of the forward of a layer that `is_plain`."""
+    """Replace the forward of a layer that `is_plain`; fall back to PEFT's own if the call is not plain."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     weight = layer.base_layer.weight
     autocast = torch.is_autocast_enabled("cpu")

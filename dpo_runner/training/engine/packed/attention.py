@@ -1,11 +1,12 @@
-"""Attention over packed pairs: each token sees what it sees in its own row, and nothing else.
+"""Attention over packed pairs: each token attends to the same tokens as in its own row.
 
 With q, k, v of a pair laid out as `chosen ++ tail` and p the length of the common prefix, the chosen row attends
-causally to itself, and the tail to `k[:p] ++ k[tail]`, causally too. No mask of T × T is made.
-On CPUs `cpu_attention.py` does that, on GPUs in 16 bits `varlen_attention.py`; elsewhere it is done here, row by row.
+causally to itself, and the tail, also causally, to `k[:p] ++ k[tail]`. No T × T mask is materialized.
+`cpu_attention.py` does this on CPUs and `varlen_attention.py` on GPUs in 16 bits; otherwise `attend_pairs` does it
+here, row by row.
 
-transformers asks its `AttentionInterface` for the function of `attn_implementation`. The one registered here for
-`sdpa` is transformers' own for whoever does not pass `pairs`, so generation and plain forwards are what they were.
+transformers looks up the function of `attn_implementation` in its `AttentionInterface`. The one registered here for
+`sdpa` calls transformers' own if `pairs` is not passed, so generation and plain forwards are unchanged.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ from dpo_runner.training.engine.packed.packing import PairLengths, Pairs
 from dpo_runner.training.engine.packed.varlen_attention import attend_varlen, takes_varlen
 
 IMPLEMENTATION = "sdpa"
-"""The value of `attn_implementation` whose function knows packed pairs."""
+"""The value of `attn_implementation` whose function supports packed pairs."""
 
 
 def attend(
@@ -33,19 +34,19 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' `sdpa` does, or within `pairs` where they are given.
+    """Attend as transformers' `sdpa` does, or within `pairs` if they are given.
 
     Args:
         module: the attention layer.
         query: [1, heads, T, head size].
         key: [1, key-value heads, T, head size].
-        value: as `key`.
-        attention_mask: not used with `pairs`.
+        value: shaped like `key`.
+        attention_mask: ignored if `pairs` is given.
         pairs: the layout of the T tokens.
-        scaling: of the scores; 1/sqrt(head size) where None.
+        scaling: factor of the scores; None means 1/sqrt(head size).
 
     Returns:
-        [1, T, heads, head size], and None in the place of attention weights.
+        [1, T, heads, head size], and None instead of attention weights.
     """
     if pairs is None:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -55,7 +56,7 @@ def attend(
     scale = query.size(3) ** -0.5 if scaling is None else scaling
     kind = query.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)  # as torch's own attention does
+        dtype = torch.get_autocast_dtype(kind)  # as torch's attention does
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     if takes_varlen(query, key, value):
         return attend_varlen(query, key, value, pairs, scale), None
@@ -68,10 +69,10 @@ def attend(
 def attend_pairs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: list[PairLengths], scale: float
 ) -> torch.Tensor:
-    """Attend within pairs by torch's attention, row by row; shapes as for `attend`."""
+    """Attend within pairs with torch's attention, row by row; shapes as for `attend`."""
     repeats = query.size(1) // key.size(1)
     sizes = [size for pair in pairs for size in (pair.chosen, pair.tail)]
-    # One split and one concatenation each way; slices would each add a tensor of zeros in the backward pass.
+    # Split and concatenate once: each slice would add a tensor of zeros in the backward pass.
     parts = [tensor.split(sizes, dim=2) for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))]
     outputs = []
     for index, pair in enumerate(pairs):
@@ -85,5 +86,5 @@ def attend_pairs(
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="sdpa"` of this process's models understand `pairs`."""
+    """Register `attend` for `attn_implementation="sdpa"` in this process."""
     AttentionInterface.register(IMPLEMENTATION, attend)

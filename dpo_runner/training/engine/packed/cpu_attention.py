@@ -1,14 +1,14 @@
-"""Attention over packed pairs on a CPU, by matrix products over blocks of queries.
+"""Attention over packed pairs on a CPU, as matrix products over blocks of queries.
 
 With S = scale · Q Kᵀ, P = softmax(S), O = P V and D = rowsum(dO ∘ O), the gradients are (FlashAttention,
 arXiv 2205.14135, appendix B)
 
     dV = Pᵀ dO,    dS = P ∘ (dO Vᵀ - D),    dQ = scale · dS K,    dK = scale · dSᵀ Q
 
-torch's own flash kernel for CPUs computes the same in smaller tiles; for pairs of 100 to 1,000 tokens larger products
-take about half the time, forward and backward together (one core with avx512_bf16). S and dO Vᵀ, which exponentials
-and differences are taken of, are products in fp32, as they are in that kernel: of bfloat16 factors oneDNN adds them up
-in fp32 at the speed of bfloat16. Heads that share keys are one product, and so is a short pair.
+torch's flash kernel for CPUs computes the same in smaller tiles; for pairs of 100 to 1,000 tokens, larger products
+take about half the time, forward and backward together (one core with avx512_bf16). S and dO Vᵀ, whose exponentials
+and differences are taken, are fp32 products, as in that kernel: oneDNN accumulates products of bfloat16 factors in
+fp32 at the speed of bfloat16. Heads that share keys are computed in one product, and so is a short pair.
 """
 
 import contextlib
@@ -20,20 +20,21 @@ import torch
 from dpo_runner.training.engine.packed.packing import PairLengths
 
 _QUERIES = 128
-"""At a time: enough for fast products; few enough that little is computed beyond the diagonal."""
+"""Queries per block: enough for fast products, few enough to compute little beyond the diagonal."""
 
 _WHOLE = 256
-"""Tokens of a pair up to which it is one block: what is computed in vain takes less time than more products would."""
+"""Largest pair, in tokens, that is one block: masked scores cost less than additional products."""
 
 _KEPT = 1024
-"""Keys up to which P is kept for the backward pass; with more, it takes more memory than computing it anew is worth."""
+"""Most keys for which P is saved for the backward pass; beyond, P is recomputed to save memory."""
 
 
 class _Block(NamedTuple):
-    """Queries `[first, last)` see the prefix, `[start, start + prefix)`, and their own row, `[own, last)`, causally.
+    """Queries `[first, last)` and the ranges of keys that they see.
 
-    Of a pair in one block the queries of the tail, the last `tail` ones, do not see `hidden`, where the chosen row has
-    left the common prefix.
+    They attend to the prefix, `[start, start + prefix)`, and causally to their own row, `[own, last)`. In a pair that
+    is one block, the queries of the tail, the last `tail` ones, do not see `hidden`, the part of the chosen row after
+    the common prefix.
     """
 
     first: int
@@ -46,7 +47,7 @@ class _Block(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """How many keys its last query sees, or could see."""
+        """Number of keys in the block, including those that are masked."""
         return self.prefix + self.last - self.own
 
 
@@ -66,7 +67,7 @@ def _blocks(pairs: list[PairLengths]) -> Iterator[_Block]:
 
 
 class PairAttention(torch.autograd.Function):
-    """Each token of packed pairs attends to its own row up to itself."""
+    """Causal attention of each token of packed pairs to its own row."""
 
     @staticmethod
     def forward(
@@ -75,12 +76,12 @@ class PairAttention(torch.autograd.Function):
         """Attend.
 
         Args:
-            ctx: autograd's.
+            ctx: autograd's context.
             query: [heads, T, head size].
-            key: [key-value heads, T, head size], in the dtype of `query`; so is `value`.
-            value: [key-value heads, T, value size].
+            key: [key-value heads, T, head size], in the dtype of `query`.
+            value: [key-value heads, T, value size], in the dtype of `query`.
             pairs: the layout of the T tokens.
-            scale: of the scores.
+            scale: factor of the scores.
 
         Returns:
             [T, heads, value size].
@@ -142,13 +143,13 @@ def _group(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _see(tensor: torch.Tensor, block: _Block) -> torch.Tensor:
-    """Return the keys or values that a block sees, [key-value heads, n, size]."""
+    """Return the keys or values of a block, [key-value heads, n, size]."""
     own = tensor[:, block.own : block.last]
     return torch.cat([tensor[:, block.start : block.start + block.prefix], own], dim=1) if block.prefix else own
 
 
 def _add(total: torch.Tensor, block: _Block, part: torch.Tensor) -> None:
-    """Add the gradient of what a block sees to the gradient of all."""
+    """Add the gradient of a block's keys or values to the total."""
     if block.prefix:
         total[:, block.start : block.start + block.prefix] += part[:, : block.prefix]
     total[:, block.own : block.last] += part[:, block.prefix :]
@@ -156,13 +157,13 @@ def _add(total: torch.Tensor, block: _Block, part: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 products whose factors have values of `dtype` be as fast as they can without losing anything.
+    """Set the fastest exact precision for fp32 products whose factors hold values of `dtype`.
 
-    A bfloat16 value survives oneDNN's rounding of fp32 factors to bfloat16, and sums are in fp32 either way.
+    oneDNN's rounding of fp32 factors to bfloat16 leaves bfloat16 values unchanged, and sums are in fp32 either way.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
     before = settings.fp32_precision
-    settings.fp32_precision = "none"  # what torch's general setting says
+    settings.fp32_precision = "none"  # inherit torch's general setting
     restored = "none" if settings.fp32_precision == before else before
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else restored
     try:
@@ -173,23 +174,23 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _hide_later(device: torch.device) -> torch.Tensor:
-    """Return what to add to scores, so that no query sees keys that come after it: [queries, keys], fp32.
+    """Return the causal mask to add to scores, [queries, keys], fp32.
 
-    Made anew each time: kept from the memory estimate, it would be a fake tensor, which hides nothing from anyone.
+    Not cached: one cached during the memory estimate would be a fake tensor, which masks nothing.
     """
     size = max(_QUERIES, _WHOLE)
     return torch.full((size, size), float("-inf"), device=device).triu_(1)
 
 
 def _score(queries: torch.Tensor, keys: torch.Tensor, scale: float, later: torch.Tensor, block: _Block) -> torch.Tensor:
-    """Return S of a block, -inf where a key is not seen: [key-value heads, heads of each, queries, keys], fp32.
+    """Return S of a block, -inf at masked keys: [key-value heads, heads of each, queries, keys], fp32.
 
     Args:
         queries: [key-value heads, heads of each, T, head size].
         keys: [key-value heads, T, head size], fp32.
-        scale: of the products.
+        scale: factor of the products.
         later: see `_hide_later`.
-        block: which.
+        block: the block to score.
     """
     own = queries[:, :, block.first : block.last]
     products = torch.bmm(own.flatten(1, 2).float(), _see(keys, block).transpose(1, 2)).mul_(scale)

@@ -1,10 +1,10 @@
-"""Policy and reference score each pair's common prefix once, without padding, and no token that has no label.
+"""The packed forward: each pair's common prefix scored once, no padding, and only labelled tokens.
 
-TRL hands the model 2B padded rows and gets log-probabilities of shape [2B, L-1] back, in which its losses and metrics
-look up what they need. The forward put in here returns the same, from one packed row (`packing.py`), through segment
-attention (`attention.py`), with the vocabulary scored at completion tokens alone (`head.py`). A token's output
-depends on its own row only, so everything is what TRL computes up to the rounding of sums; gradients of the prefix
-add up from both answers, as they do in TRL's two copies.
+TRL passes the model 2B padded rows and gets back log-probabilities of shape [2B, L-1], from which its losses and
+metrics are computed. The forward installed here returns the same, from one packed row (`packing.py`), through segment
+attention (`attention.py`), with the vocabulary scored at completion tokens only (`head.py`). A token's output depends
+on its own row only, so all values are TRL's up to the rounding of sums; gradients of the prefix add up from both
+answers, as they do in TRL's two copies.
 
 With ρ = prompt length / completion length, (2ρ+2)/(ρ+2) times fewer tokens pass through the model
 (arXiv 2410.20305).
@@ -30,13 +30,13 @@ from dpo_runner.training.engine.packed.packing import Packing, pack_pairs
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of layers in which a token sees the others through `AttentionInterface` alone."""
+"""Layer types in which tokens interact only through `AttentionInterface`."""
 
 _COMPARED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt_neox"}
-"""Model types that tests have compared; about others the self-check has the last word."""
+"""Model types that the tests compare; the self-check decides about all others."""
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "dropout", "activation_dropout", "hidden_dropout")
-"""Keys of configs that models may read without an `nn.Dropout` of their own."""
+"""Config keys for dropout that models may apply without an `nn.Dropout` module."""
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -45,26 +45,26 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
-    """Whether the policy's output head is trained."""
+    """Return whether the policy's output head is trained."""
     return any(parameter.requires_grad for parameter in policy.get_output_embeddings().parameters())
 
 
 def why_not_packable(
     model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapters: Iterable[PeftConfig] = ()
 ) -> str | None:
-    """Say why a model's scoring forward cannot be replaced exactly, or return None where nothing speaks against it.
+    """Return why a model's scoring forward cannot be replaced exactly; None if no reason is known.
 
     Args:
-        model: as the trainer holds it; without weights, on the meta device, it serves too.
+        model: the trainer's, or one without weights on the meta device.
         longest: tokens of the longest row.
         dropout: whether dropout is left on.
-        adapters: that `model` does not have yet.
+        adapters: configs of adapters that `model` does not have yet.
     """
     to_come = list(adapters)
     adapters = [*to_come, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     if any(adapter.is_prompt_learning for adapter in adapters):
-        return "prompt learning puts tokens of its own before each row"
-    # Their dropout need not be a module, and no forward shows it beforehand: a new adapter adds 0 either way.
+        return "prompt learning prepends virtual tokens to each row"
+    # Their dropout need not be a module, and no forward reveals it before training: a new adapter adds 0 either way.
     others = [adapter for adapter in adapters if adapter.peft_type != PeftType.LORA and _drops_out(adapter)]
     if others:
         return f"the {others[0].peft_type.value} adapter has dropout, which training.disable_dropout need not reach"
@@ -87,7 +87,7 @@ def why_not_packable(
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
     drawn = dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
-    if drawn or getattr(config, "layerdrop", None):  # which is no nn.Dropout
+    if drawn or getattr(config, "layerdrop", None):  # layerdrop is not an nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None
 
@@ -106,20 +106,20 @@ def _names_dropout(model: PreTrainedModel) -> bool:
 
 
 def is_certain(model: PreTrainedModel) -> bool:
-    """Whether a model that `why_not_packable` lets pass passes the self-check too, as far as anyone can know before."""
+    """Return whether a model that passes `why_not_packable` is expected to pass the self-check too."""
     return model.config.model_type in _COMPARED and not _names_dropout(model)
 
 
 def share_prefixes(model: PreTrainedModel | PeftModel, trains_head: bool) -> Callable[[], None]:
-    """Replace the scoring forward that TRL has given to `model`; every other forward of it stays what it is.
+    """Replace TRL's scoring forward of `model`; its other forwards are unchanged.
 
     Args:
-        model: after `trl.trainer.utils.add_fused_lm_head` of its base.
-        trains_head: of the policy; it and the reference then share TRL's kernel for the head, lest they differ by
-            rounding before training.
+        model: its base has been through `trl.trainer.utils.add_fused_lm_head`.
+        trains_head: whether the policy's head is trained; policy and reference then both use TRL's kernel for the
+            head, so that they do not differ by rounding before training.
 
     Returns:
-        What takes it back.
+        A function that restores TRL's forward.
     """
     register_attention()
     base = base_of(model)
@@ -148,7 +148,7 @@ def _score(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """Return what TRL's forward returns for a padded batch; see `pack_pairs`, whose work may be done already."""
+    """Return the output of TRL's forward for a padded batch; `packing` is `pack_pairs` of it, or None."""
     if packing is None:
         packing = pack_pairs(input_ids, attention_mask, labels)
 
@@ -163,7 +163,7 @@ def _score(
             outputs = trl_forward(
                 input_ids=packing.input_ids,
                 position_ids=packing.position_ids,
-                # transformers takes a mask of four dimensions as it is; nobody reads this one
+                # transformers passes a four-dimensional mask through unchanged; this one is not used
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
                 pairs=packing.pairs,
                 shift_labels=packing.targets.unsqueeze(0),

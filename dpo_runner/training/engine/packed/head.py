@@ -1,20 +1,20 @@
-"""Log-probabilities of tokens straight from hidden states, for a frozen head on a CPU.
+"""Log-probabilities of tokens directly from hidden states, for a frozen head on a CPU.
 
 With z = scale · W h the logits of one token, t its target and s = Σ_v exp(z_v):
 
     log p_t = z_t - log s,        ∂ log p_t / ∂h = scale · [(1 - p_t) W_t - Σ_{v≠t} p_v W_v]
 
-The head is frozen, so the gradient is known but for one factor a token as soon as the logits are: it is taken at once,
-a few hundred tokens at a time, and the backward pass only multiplies. TRL's kernel computes all logits a second time
-there, and goes over them in fp32 where they have left the cache. 1 - p_t is taken as Σ_{v≠t} p_v, which loses nothing
-where p_t is nearly 1.
+The head is frozen, so the gradient is known up to one factor per token as soon as the logits are: the forward pass
+computes it, a few hundred tokens at a time, and the backward pass only multiplies. TRL's kernel recomputes all logits
+in the backward pass, and passes over them in fp32 after they have left the cache. 1 - p_t is computed as
+Σ_{v≠t} p_v, which loses no precision if p_t is nearly 1.
 
 Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head that is trained or has a bias, and
 `final_logit_softcapping`.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,16 +25,16 @@ from trl.trainer import utils as trl_utils
 assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its kernel elsewhere"
 
 _TOKENS = 256
-"""At a time: enough for fast matrix products, few enough that their logits take tens of megabytes."""
+"""Tokens per block: enough for fast products, few enough for logits to take tens of megabytes."""
 
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
 _CACHED = 2**20
-"""Logits at a time in what goes over them element by element, so that they stay in the processor's cache."""
+"""Logits per block in elementwise operations, so that they stay in the processor's cache."""
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """log p of each target, with the statistics of the distribution that TRL logs."""
+    """Log-probabilities of the targets, with the statistics of the distribution that TRL logs."""
 
     @staticmethod
     def forward(
@@ -48,15 +48,15 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         """Score N tokens.
 
         Args:
-            ctx: autograd's.
+            ctx: autograd's context.
             hidden: [N, H].
             weight: [V, H], frozen.
             targets: [N], int64.
-            scale: what logits are multiplied by.
-            wanted: of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`; the others are 0.
+            scale: factor of the logits.
+            wanted: any of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`; the others are returned as 0.
 
         Returns:
-            As TRL's `ChunkedLogProbFunction`, each [N] and all but the first without gradient: log p, entropy in nats,
+            As TRL's `ChunkedLogProbFunction`, each [N] and only the first with a gradient: log p, entropy in nats,
             log Σ_v p_v², mean logit (all fp32), whether the target is the first of the most likely tokens (bool).
         """
         device, count = hidden.device, hidden.size(0)
@@ -74,24 +74,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
                 block = logits[first : first + rows]
                 some = slice(start + first, start + first + block.size(0))
                 target = targets[some].unsqueeze(1)
-                if "is_top1" in wanted:
-                    largest, at = block.max(dim=1, keepdim=True)
-                    is_top1[some] = (at == target).squeeze(1)
-                else:
-                    largest = block.amax(dim=1, keepdim=True)
-                below = (block - largest.float()).mul_(scale)
-                target_below = below.gather(1, target)
-                if "mean_logits" in wanted:
-                    mean_logits[some] = below.mean(dim=1) + largest.squeeze(1) * scale
-                # of each token, relative to the most likely one
-                weights = below.exp() if "entropy" in wanted else below.exp_()
-                total = weights.sum(dim=1, keepdim=True)
-                log_total = total.log().squeeze(1)
-                log_probs[some] = target_below.squeeze(1) - log_total
-                if "entropy" in wanted:
-                    entropy[some] = log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1)
-                if "log_sum_sq_probs" in wanted:
-                    log_squares[some] = torch.linalg.vecdot(weights, weights).log() - 2 * log_total
+                scored = [each[some] for each in (log_probs, entropy, log_squares, mean_logits, is_top1)]
+                total, weights = _score_block(block, target, scale, wanted, scored)
                 if gradient is not None:
                     weights.scatter_(1, target, 0)
                     weights.scatter_(1, target, -weights.sum(dim=1, keepdim=True))
@@ -110,8 +94,44 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
 
 
+def _score_block(
+    block: torch.Tensor, target: torch.Tensor, scale: float, wanted: Collection[str], scored: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score a block of logits.
+
+    Args:
+        block: [rows, V].
+        target: [rows, 1].
+        scale: of the logits.
+        wanted: which results to compute.
+        scored: receives log p, entropy, log Σ p², mean logit and is_top1, [rows] each.
+
+    Returns:
+        Σ_v w_v, [rows, 1], and the weights w, [rows, V]: probabilities relative to that of the most likely token.
+    """
+    log_probs, entropy, log_squares, mean_logits, is_top1 = scored
+    if "is_top1" in wanted:
+        largest, at = block.max(dim=1, keepdim=True)
+        is_top1.copy_((at == target).squeeze(1))
+    else:
+        largest = block.amax(dim=1, keepdim=True)
+    below = (block - largest.float()).mul_(scale)
+    target_below = below.gather(1, target)
+    if "mean_logits" in wanted:
+        mean_logits.copy_(below.mean(dim=1) + largest.squeeze(1) * scale)
+    weights = below.exp() if "entropy" in wanted else below.exp_()
+    total = weights.sum(dim=1, keepdim=True)
+    log_total = total.log().squeeze(1)
+    log_probs.copy_(target_below.squeeze(1) - log_total)
+    if "entropy" in wanted:
+        entropy.copy_(log_total - torch.linalg.vecdot(weights, below) / total.squeeze(1))
+    if "log_sum_sq_probs" in wanted:
+        log_squares.copy_(torch.linalg.vecdot(weights, weights).log() - 2 * log_total)
+    return total, weights
+
+
 class _Dispatch:
-    """Stands where TRL looks up its kernel, with the same signature."""
+    """Replacement for TRL's kernel with the same signature; it falls back to that kernel."""
 
     @staticmethod
     def apply(
@@ -144,7 +164,7 @@ class _Dispatch:
 
 @contextlib.contextmanager
 def log_probs_alone() -> Iterator[None]:
-    """Leave out the statistics that TRL logs, where nobody reads them: as of a reference that is only scored."""
+    """Skip the statistics that TRL logs if they are unused, such as for a reference that is only scored."""
     token = _ALONE.set(True)
     try:
         yield
@@ -154,7 +174,7 @@ def log_probs_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen_head() -> Iterator[None]:
-    """Let TRL's scoring forward take the kernel of this module where it can."""
+    """Make TRL's scoring forward use this module's kernel if it applies."""
     trl_utils._ChunkedLogProbFunction = _Dispatch
     try:
         yield

@@ -1,7 +1,7 @@
-"""Preference pairs as one row without padding, in which each pair's common prefix stands once.
+"""Preference pairs packed into one row without padding, with each pair's common prefix stored once.
 
 A pair is laid out as `chosen ++ rejected[p:]`, where p is the length of the longest common prefix of its two rows
-(usually the prompt, and however many tokens the answers share). Positions of the rejected tail go on from p, so every
+(usually the prompt, plus any tokens that the answers share). Positions of the rejected tail continue from p, so every
 token has the position, and with `attention.py` the context, that it has in its own row.
 """
 
@@ -14,12 +14,12 @@ import torch
 
 
 def count_tokens(row: Mapping[str, Sequence[Any]]) -> int:
-    """Return how many tokens a pair has, as the trainer's data holds it; the prompt counts once."""
+    """Return the tokens of a pair from the trainer's dataset; the prompt counts once."""
     return sum(len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 class PairLengths(NamedTuple):
-    """Tokens of one packed pair: `prefix` common ones, within `chosen`; then `tail` of the rejected row."""
+    """Tokens of one packed pair: `chosen`, of which `prefix` are common; then `tail` of the rejected row."""
 
     prefix: int
     chosen: int
@@ -27,14 +27,14 @@ class PairLengths(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The rows of packed pairs that attend, empty tails left out, as a kernel for rows of many lengths wants them.
+    """The attending rows of packed pairs, without empty tails, as arguments of a variable-length kernel.
 
     Attributes:
-        keys: int64; which of the T tokens are a segment's keys, segment by segment; a prefix is there twice.
-        cu_seq_q: [segments + 1], int32; where each segment's queries begin, and where the last ones end.
-        cu_seq_k: the same of `keys`.
-        max_q: the most queries of a segment.
-        max_k: the most keys.
+        keys: int64; indices into the T tokens of each segment's keys, segment by segment; a prefix is there twice.
+        cu_seq_q: [segments + 1], int32; offsets at which each segment's queries begin, and the end of the last one.
+        cu_seq_k: the same for `keys`.
+        max_q: most queries of a segment.
+        max_k: most keys of a segment.
     """
 
     keys: torch.Tensor
@@ -45,7 +45,7 @@ class Segments(NamedTuple):
 
 
 class Pairs(list[PairLengths]):
-    """The lengths of packed pairs, in their order, and what attention makes of them: once, not in each layer."""
+    """The lengths of packed pairs in their order, with their `Segments` cached so that layers share them."""
 
     def __init__(self, pairs: Iterable[PairLengths] = ()) -> None:
         super().__init__(pairs)
@@ -83,9 +83,9 @@ class Packing:
         input_ids: [1, T], int64.
         position_ids: [1, T], int64; each token's position in its own row.
         pairs: lengths of each pair, in their order.
-        source: [N], int64; where the hidden state stands that predicts each label.
-        targets: [N], int64; the labels, chosen rows first, as TRL's batches have them.
-        mask: [2B, L-1], bool; which places of TRL's batch, shifted by one, the N labels fill, row by row.
+        source: [N], int64; index of the hidden state that predicts each label.
+        targets: [N], int64; the labels, chosen rows first, as in TRL's batches.
+        mask: [2B, L-1], bool; the positions of TRL's batch, shifted by one, that the N labels fill, row by row.
     """
 
     input_ids: torch.Tensor
@@ -97,22 +97,22 @@ class Packing:
 
 
 def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packing:
-    """Pack a batch as TRL's `DataCollatorForPreference` makes it.
+    """Pack a batch of TRL's `DataCollatorForPreference`.
 
     Args:
         input_ids: [2B, L], int64; B chosen rows, then their B rejected ones, padded on the right.
-        attention_mask: [2B, L], 1 where there is a token.
+        attention_mask: [2B, L], 1 at tokens, 0 at padding.
         labels: [2B, L], int64; the token itself where it is scored, -100 elsewhere.
     """
     length = input_ids.size(1)
     ids, real = (tensor.view(2, -1, length) for tensor in (input_ids, attention_mask.bool()))
     same = (ids[0] == ids[1]) & real[0] & real[1]
     prefix = same.long().cumprod(dim=1).sum(dim=1)  # [B]
-    own = torch.arange(length, device=ids.device) >= prefix.unsqueeze(1)  # [B, L]: no part of the common prefix
+    own = torch.arange(length, device=ids.device) >= prefix.unsqueeze(1)  # [B, L]: outside the common prefix
 
     kept = torch.stack([real[0], real[1] & own], dim=1)  # [B, 2, L]
     place = (kept.flatten().long().cumsum(dim=0) - 1).view_as(kept)
-    place = torch.stack([place[:, 0], torch.where(own, place[:, 1], place[:, 0])])  # [2, B, L], as TRL orders rows
+    place = torch.stack([place[:, 0], torch.where(own, place[:, 1], place[:, 0])])  # [2, B, L], in TRL's order of rows
 
     mask = labels[:, 1:] != -100
     sizes = torch.stack([prefix, *kept.sum(dim=2).unbind(dim=1)], dim=1)

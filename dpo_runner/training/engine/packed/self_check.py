@@ -1,13 +1,13 @@
-"""The packed forward against the padded one, on a few tokens of the run's own data, before anything relies on it.
+"""Self-check before training: packed against padded forward, on a few tokens of the run's data.
 
-Rules about configs cannot know every model; two forwards can. How far they may differ is measured too: by what it does
-to a token's log-probability when its row, a short one, begins differently, which is what a wrong mask or position
-amounts to.
+Rules about configs cannot cover every model; comparing two forwards can. The tolerance is measured too: it is a share
+of the change in a token's log-probability when its row, a short one, begins differently, which is the effect of a
+wrong mask or position.
 
-Dropout need not be a module: `torch.nn.functional.dropout` is found by scoring the same rows twice as in training,
-unless the model is of a kind that tests have compared.
+Dropout need not be a module: calls of `torch.nn.functional.dropout` are detected by scoring the same rows twice in
+training mode, unless tests have compared the model type.
 
-Runs of a sweep that share a base model, the rows compared, and the kind of adapter share the comparison too.
+Runs of a sweep with the same base model, compared rows and kind of adapter share one comparison.
 """
 
 import sys
@@ -25,32 +25,33 @@ from dpo_runner.training.engine.packed.forward import base_of, is_certain, share
 from dpo_runner.training.engine.packed.packing import count_tokens
 
 _SHORT, _LONG = 16, 128
-"""Tokens of each prompt and each answer, in two checks: attention goes by blocks, and has several in long rows only."""
+"""Tokens of each prompt and answer in the two checks; only long rows span several attention blocks."""
 
 _LOOKED_AT = 16
-"""Rows of which the largest is taken for the long check."""
+"""Rows searched for the largest one, used in the long check."""
 
 _SHARE = 0.25
-"""Of the effect of another beginning; rounding in 16 bits stays below, a token that sees a wrong context does not."""
+"""Tolerance as a share of the effect of another prompt: above 16-bit rounding, below a wrong context."""
 
 _SIZES = ("r", "lora_alpha")
-"""Of an adapter's config; how large it is and what it is multiplied by is no matter of who sees whom."""
+"""Keys of an adapter's config left out of the comparison: rank and scale do not affect masking."""
 
 _agreed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""What each base model that is still there, in the weights that it has, was compared with and passed."""
+"""The cases in which each live base model has passed the comparison with its current weights."""
 
 
 def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") -> str | None:
-    """Say how packed and padded log-probabilities differ by more than rounding, or return None.
+    """Return how packed and padded log-probabilities differ by more than rounding; None if they agree.
 
     Args:
-        trainer: with TRL's own forward.
+        trainer: still has TRL's own forward.
         trains_head: see `share_prefixes`.
-        settings: whatever else decides about the forwards. A model that agrees is not compared again under the same.
+        settings: anything else that affects the forwards. A model that agrees is not compared again under the same
+            settings.
     """
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     longest = sys.maxsize if trainer.args.max_length is None else trainer.args.max_length
-    room = (longest - 1) // 2  # a row that the collator cuts would have other answers under another prompt
+    room = (longest - 1) // 2  # rows must fit uncut: the collator would cut answers differently under another prompt
     if not room:
         return f"training.max_length={longest} leaves nothing to compare"
     some = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
@@ -105,7 +106,7 @@ def _describe_adapters(model: Any) -> dict[str, Any]:
 
 
 def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether training draws random numbers that change a token's log-probability; the run's own stay undrawn."""
+    """Return whether training draws random numbers that affect log p; keep the run's random state."""
     kind = trainer.accelerator.device.type
     devices = sorted({p.device.index for p in trainer.model.parameters() if p.device.type == kind != "cpu"})
 
@@ -116,7 +117,7 @@ def _draws_dropout(trainer: DPOTrainer, rows: Sequence[dict[str, Any]]) -> bool:
     with torch.random.fork_rng(devices, device_type=kind):
         before = read_states()
         first, second = (_score(trainer, trainer.model, rows, training=True) for _ in range(2))
-        # some kernels of a GPU add up in another order each time, and some models draw numbers that nothing depends on
+        # both: some GPU kernels sum in varying order, and some models draw numbers that do not affect the result
         return not torch.equal(first, second) and not all(map(torch.equal, before, read_states()))
 
 
@@ -130,7 +131,7 @@ def _cut(row: dict[str, Any], tokens: int) -> dict[str, list[int]]:
 
 
 def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `_score` does of rows, and of the same answers to their prompts reversed, all from one batch."""
+    """Return `_score` of the rows and of the same answers to reversed prompts, all from one batch."""
     elsewhere = [{**row, "prompt_ids": row["prompt_ids"][::-1] + row["prompt_ids"][:1]} for row in rows]
     sizes = [sum(len(row[key]) for row in rows) for key in ("chosen_ids", "rejected_ids") for _ in range(2)]
     parts = _score(trainer, model, [*rows, *elsewhere]).split(sizes)
@@ -138,7 +139,7 @@ def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]
 
 
 def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:
-    """Return log p of all completion tokens, [N], fp32; `training` has gradients too, without which dropout is off."""
+    """Return log p of all completion tokens, [N], fp32; `training` enables gradients and dropout."""
     inputs = label_completions(trainer._prepare_inputs(trainer.data_collator(rows)))
     was_training = model.training
     model.train(training)

@@ -1,13 +1,14 @@
-"""Attention over packed pairs in one call of a kernel for rows of many lengths, on a GPU, in 16 bits.
+"""Attention over packed pairs in one call of a variable-length kernel, on a GPU, in 16 bits.
 
-Every row that attends is a segment: a pair's chosen row, then what of the rejected row is its tail. Queries lie in
-memory segment by segment already. Keys are gathered once: of a chosen row its own, of a tail `k[:p] ++ k[tail]`. The
-kernel's causal mask ends with the last query at the last key, so query i of q sees the first k - q + i + 1 of k keys:
-in a chosen row (q = k) itself and those before, in a tail (k = p + q) the prefix too. Nothing is padded, no mask is
-made, and heads that share keys share them here too. Where the prefix is gathered twice its gradient is the sum of two.
+Each attending row is a segment: a pair's chosen row, then the tail of its rejected row. Queries already lie in memory
+segment by segment. Keys are gathered once: for a chosen row its own keys, for a tail `k[:p] ++ k[tail]`. The kernel's
+causal mask aligns the last query with the last key, so query i of q sees the first k - q + i + 1 of k keys: in a
+chosen row (q = k) itself and the keys before it, in a tail (k = p + q) the prefix too. Nothing is padded, no mask is
+materialized, and grouped-query heads share their keys here too. A prefix is gathered twice, so its gradient is the
+sum of two.
 
-Left to `attend_pairs` in `attention.py`: fp32, heads that the kernel has no code for, other devices than Nvidia's from
-Ampere on, a torch whose kernel does not know shared keys.
+Left to `attend_pairs` in `attention.py`: fp32, head sizes that the kernel does not support, devices other than Nvidia
+GPUs from Ampere on, and torch versions whose kernel lacks grouped-query attention.
 """
 
 import functools
@@ -20,11 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 from dpo_runner.training.engine.packed.packing import Pairs
 
 _LARGEST_HEAD = 192
-"""Beyond, the backward pass is not there on every card."""
+"""Largest head size whose backward pass every supported card has."""
 
 
 class Kernel(Protocol):
-    """What is used of the signature of `torch.nn.attention.varlen.varlen_attn`."""
+    """The part of the signature of `torch.nn.attention.varlen.varlen_attn` used here."""
 
     def __call__(
         self,
@@ -43,7 +44,7 @@ class Kernel(Protocol):
 
 
 def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel has code for these heads, in their dtype, on their device; shapes as for `attend`."""
+    """Return whether the kernel supports these heads, their dtype and device; shapes as for `attend`."""
     size = query.size(3)
     return (
         query.dtype == key.dtype == value.dtype

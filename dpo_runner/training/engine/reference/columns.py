@@ -1,8 +1,8 @@
-"""The reference's log-probabilities as columns of the data, from the store where it has them.
+"""The reference's log-probabilities as dataset columns, read from the store if they are there.
 
-With `ref_chosen_logps` and `ref_rejected_logps` in its rows TRL runs no reference while it trains or evaluates. On a
-CPU each pair is scored by itself, so that its value does not depend on which others were missing: a run that finds
-all of them in the store, some, or none is the same run to the last bit.
+If its rows have `ref_chosen_logps` and `ref_rejected_logps`, TRL runs no reference in training or evaluation. On a CPU
+each pair is scored alone, so that its value does not depend on which other pairs were missing: runs that find all,
+some or none of the pairs in the store are bitwise the same.
 """
 
 import random
@@ -27,13 +27,13 @@ from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
-_SLICE = 10_000  # rows whose token log-probabilities are held at a time
-_CHUNK = 64  # pairs that are asked for again just before they are scored, and kept together
+_SLICE = 10_000  # rows whose token log-probabilities are in memory at a time
+_CHUNK = 64  # pairs that are looked up again just before they are scored, and written together
 _TOKENS = 16_384  # in one forward on an accelerator
-_CHECKED = 3  # stored pairs that are scored again in each run
+_CHECKED = 3  # stored pairs that each run scores again
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Nats by which a token's stored log p may differ from what is computed now: rounding, with other threads."""
+"""Nats by which a stored log p may differ from a new one: rounding with another thread count."""
 
 Row = dict[str, Any]
 
@@ -41,16 +41,16 @@ Row = dict[str, Any]
 def add_reference_columns(
     trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore, say: Callable[[str], None]
 ) -> Dataset:
-    """Return `dataset` with what the reference thinks of each pair.
+    """Return `dataset` with the reference's summed log-probabilities of each pair in `REF_COLUMNS`.
 
     Args:
         trainer: has the reference, the collator, and `ld_alpha`.
         dataset: rows of token ids.
-        store: of this reference.
-        say: shows one line to a person.
+        store: this reference's.
+        say: shows one line to the user.
 
     Raises:
-        RunError: the store holds values that the reference does not give.
+        RunError: stored values differ from the reference's.
     """
     sums: list[tuple[float, float]] = []
     unchecked = _CHECKED
@@ -72,7 +72,7 @@ def add_reference_columns(
 
 
 def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
-    """Sum each answer's log p; tokens beyond the shorter one's length count `ld_alpha` (LD-DPO, arXiv 2409.06411)."""
+    """Sum each answer's log p; `ld_alpha` weights tokens beyond the shorter (LD-DPO, arXiv 2409.06411)."""
     shared = min(map(len, logps))
     alpha = 1.0 if ld_alpha is None else ld_alpha
     chosen, rejected = (
@@ -82,7 +82,7 @@ def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
 
 
 def _digest(row: Row, collator: Any) -> bytes:
-    """Identify a pair by what the model is given: both rows as `DataCollatorForPreference` cuts them."""
+    """Return a digest of a pair's model inputs: both rows as `DataCollatorForPreference` cuts them."""
     digest = xxhash.xxh3_128()
     for answer in ("chosen_ids", "rejected_ids"):
         prompt, completion = row["prompt_ids"], row[answer]
@@ -98,7 +98,7 @@ def _digest(row: Row, collator: Any) -> bytes:
 
 
 def _score_missing(trainer: DPOTrainer, missing: Mapping[bytes, Row], store: ReferenceStore) -> dict[bytes, PairLogps]:
-    """Score pairs and keep them. Several processes with the same pairs before them share the work among them."""
+    """Score pairs and store them; processes that score the same pairs at once share the work."""
     found: dict[bytes, PairLogps] = {}
     keys = list(missing)
     random.Random().shuffle(keys)
@@ -119,9 +119,9 @@ def _verify(trainer: DPOTrainer, known: Mapping[bytes, tuple[Row, PairLogps]], s
         for answer, old, new in zip(("chosen", "rejected"), expected, now, strict=True):
             if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=_TOLERANCE.get(dtype, 1e-3)):
                 raise RunError(
-                    f"{store.path}: has log-probabilities that the reference does not give: {old.sum():.3f} for a "
-                    f"{answer} answer (first tokens {row[f'{answer}_ids'][:5]}), and it is {new.sum():.3f}; "
-                    "`python -m dpo_runner.cache clear reference` starts anew"
+                    f"{store.path}: has log-probabilities that the reference does not give: {old.sum():.3f} instead "
+                    f"of {new.sum():.3f} for a {answer} answer (first tokens {row[f'{answer}_ids'][:5]}); "
+                    "`python -m dpo_runner.cache clear reference` deletes them"
                 )
 
 
@@ -131,7 +131,7 @@ def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
     found: list[PairLogps] = []
     trainer.model.eval()
     try:
-        with (  # around all batches: PEFT takes as long to turn adapters off and on as a small pair's forward does
+        with (  # once for all batches: switching PEFT's adapters off and on takes as long as a small pair's forward
             log_probs_alone(),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
             _reference_adapter(trainer),
@@ -151,7 +151,7 @@ def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
 
 
 def reference_adapter(trainer: DPOTrainer) -> str | None:
-    """Return which adapter of the trainer's model is the reference; None where it is the model without any."""
+    """Return the model's adapter that is the reference; None if that is the model without adapters."""
     return "ref" if trainer.ref_model is None and "ref" in getattr(trainer.model, "peft_config", ()) else None
 
 
@@ -162,7 +162,7 @@ def _reference_adapter(trainer: DPOTrainer) -> Any:
 
 
 def _batches(rows: Sequence[Row], isolate: bool) -> Iterator[Sequence[Row]]:
-    """Yield pairs one by one, or as many at a time as their tokens allow."""
+    """Yield batches of one pair if `isolate`, otherwise of as many pairs as fit into `_TOKENS`."""
     batch: list[Row] = []
     tokens = 0
     for row in rows:

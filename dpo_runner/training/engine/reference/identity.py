@@ -1,8 +1,8 @@
-"""What reference log-probabilities depend on, as one digest: the weights themselves, not where they came from.
+"""A digest of everything that reference log-probabilities depend on.
 
-Every tensor of the reference is hashed as it lies in memory, quantized if it is, merged if it was, resized if it was:
-whatever way it was loaded, the same digest means the same function. At 128 bits of XXH3 that takes 0.1 s a gigabyte.
-Left out is what the policy alone has: adapters other than the reference's.
+It covers the weights themselves, not their origin. Every tensor of the reference is hashed as it lies in memory, after
+any quantization, merging or resizing: however it was loaded, the same digest means the same function. With XXH3 at 128
+bits this takes 0.1 s per gigabyte. Adapters other than the reference's, which belong to the policy, are left out.
 """
 
 import json
@@ -19,25 +19,25 @@ from dpo_runner.training.engine.packed.forward import base_of
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 _IDLE_KEYS = ("_name_or_path", "transformers_version", "architectures", "base_model_name_or_path", "revision")
-"""Of a model's and an adapter's config; they change no result."""
+"""Keys of a model's and an adapter's config that do not affect results."""
 
 _TENSORS = (torch.Tensor, nn.Parameter, bnb.nn.Params4bit, bnb.nn.Int8Params)
-"""Kinds whose bytes, with those of the other entries of a state dict, say all there is to say."""
+"""Tensor types that are fully described by their bytes and those of the other entries of a state dict."""
 
 _PEFT_PREFIX, _WRAPPERS = "base_model.model.", ("base_layer", "original_module")
-"""What PEFT adds to the names of a model's own weights."""
+"""Prefix and parts that PEFT adds to the names of a model's own weights."""
 
 
 def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> tuple[str, dict[str, Any]]:
-    """Return a digest of a reference, and what it is made of.
+    """Return a digest of a reference, and the parts that it covers.
 
     Args:
-        model: holds the reference: a model of its own, or the policy's.
-        adapter: the adapter of `model` that is the reference; None where all are switched off.
-        forward: names the way log-probabilities are computed, autocast included.
+        model: holds the reference: a separate model, or the policy's.
+        adapter: the adapter of `model` that is the reference; None if it is the model with all adapters off.
+        forward: describes how log-probabilities are computed, autocast included.
 
     Raises:
-        TypeError: there are weights of a kind whose bytes cannot be read.
+        TypeError: there are weights of a type whose bytes cannot be read.
     """
     base = base_of(model)
     adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
@@ -71,13 +71,13 @@ def _describe_cpu() -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> Any:
-    """Return a tensor's bytes as they lie in memory: a uint8 array of one dimension.
+    """Return a tensor's bytes as they lie in memory: a one-dimensional uint8 array.
 
     Raises:
-        TypeError: it is of a kind whose bytes cannot be read, or do not say all there is to say.
+        TypeError: it is of a type whose bytes cannot be read or do not fully describe it.
     """
     if type(tensor) not in _TENSORS:
-        raise TypeError(f"weights of the kind {type(tensor).__name__}")
+        raise TypeError(f"weights of type {type(tensor).__name__}")
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 

@@ -1,15 +1,14 @@
-"""What a reference thinks of pairs of answers, computed once and kept on disk for every run that compares with it.
+"""Log-probabilities under the reference model, computed once and cached on disk for all its runs.
 
-One SQLite file for each reference (`identity.py` says what that is). In it one row for each pair: a digest of its two
-rows of token ids, cut as the trainer cuts them, and log p of each completion token. Sums are taken when they are asked
-for, so beta, learning rate, loss, seed, LoRA, `ld_alpha`, the order and the choice of pairs leave everything valid.
+There is one SQLite file per reference (`identity.py` defines its digest), with one row per pair: a digest of its two
+rows of token ids, cut as the trainer cuts them, and log p of each completion token. Sums are computed on reading, so
+entries stay valid under any beta, learning rate, loss, seed, LoRA, `ld_alpha`, and order or choice of pairs.
 
-All files together stay within a limit. Whoever adds rows holds a lock of the whole store, so that several processes,
-with one file or with many, do not each find the same room free.
+All files together stay within a limit. A process that adds rows holds a lock on the whole store, so that several
+processes, with one file or with many, do not each count the same free room.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from dpo_runner.errors import RunError
 from dpo_runner.io.files import cache_dir
+from dpo_runner.io.locks import lock
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen BLOB NOT NULL, rejected BLOB NOT NULL) WITHOUT ROWID;
@@ -42,16 +42,16 @@ class PairLogps(NamedTuple):
 
 
 class ReferenceStore:
-    """One reference's file, open. Several processes may have it open and write to it at once.
+    """One reference's open file; several processes may have it open and write to it at once.
 
     Args:
         digest: the reference's.
-        description: what it is, for a person who lists the cache.
-        limit: bytes that all references together may take; the least recently used others make room, and where that
-            is not enough, pairs are not kept.
+        description: shown in listings of the cache.
+        limit: bytes that all references together may take. The least recently used others are deleted to make room;
+            if that is not enough, pairs are not kept.
 
     Attributes:
-        left_out: how many pairs were not kept, for want of room.
+        left_out: number of pairs not kept because the store was full.
     """
 
     def __init__(self, digest: str, description: Mapping[str, Any], limit: int) -> None:
@@ -60,7 +60,7 @@ class ReferenceStore:
         self.path = folder / f"{digest}.sqlite"
         self._limit, self.left_out = limit, 0
         self._in_use = _lock_path(self.path).open("a")
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)
+        lock(self._in_use.fileno(), shared=True, wait=True, inherited=True)
         with self._store_errors():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
             with self._database:
@@ -68,7 +68,7 @@ class ReferenceStore:
                 self._database.execute(
                     "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", [json.dumps(description)]
                 )
-        self.path.touch()  # it is used now, whatever is written
+        self.path.touch()  # mark it as used, even if nothing is written
 
     def __enter__(self) -> Self:
         return self
@@ -80,13 +80,13 @@ class ReferenceStore:
         self._in_use.close()
         with _writing():
             size = self.path.stat().st_size if self.path.exists() else 0
-            if size > self._limit:  # it was filled under another limit
+            if size > self._limit:  # filled under another limit
                 _delete(self.path)
             else:
                 make_room(self._limit - size, keep=self.path)
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, PairLogps]:
-        """Return what is known of `keys`.
+        """Return the stored pairs among `keys`.
 
         Raises:
             RunError: the file is damaged.
@@ -102,7 +102,7 @@ class ReferenceStore:
         return found
 
     def add(self, pairs: Mapping[bytes, PairLogps]) -> None:
-        """Keep `pairs`, or none of them for want of room; where another process has been quicker, its rows stay."""
+        """Store `pairs`, or none of them if there is no room; rows that another process has added first stay."""
         rows = [(key, logps.chosen.tobytes(), logps.rejected.tobytes()) for key, logps in pairs.items()]
         with self._store_errors(), _writing(), self._database:
             self._database.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", rows)
@@ -111,7 +111,7 @@ class ReferenceStore:
                 self.left_out += len(rows)
 
     def _fits(self) -> bool:
-        """Make room for the file as it would now be written, and say whether there is enough."""
+        """Make room for the file at its uncommitted size, and return whether there is enough."""
         pages, page = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
         room: int = self._limit - pages * page
         if room < 0:
@@ -125,8 +125,8 @@ class ReferenceStore:
             yield
         except sqlite3.Error as error:
             raise RunError(
-                f"{self.path}: {error}; `python -m dpo_runner.cache clear reference` starts anew, "
-                "engine.reference_store=false does without"
+                f"{self.path}: {error}; `python -m dpo_runner.cache clear reference` deletes it, "
+                "engine.reference_store=false runs without the store"
             ) from error
 
 
@@ -136,7 +136,7 @@ def store_dir() -> Path:
 
 @dataclass(frozen=True)
 class StoredReference:
-    """One file of the store: its path, size in bytes, when it was last used (POSIX time), pairs, what it is."""
+    """One file of the store: its path, size in bytes, last use (POSIX time), number of pairs, description."""
 
     path: Path
     size: int
@@ -146,7 +146,7 @@ class StoredReference:
 
 
 def list_references() -> list[StoredReference]:
-    """Return what the store holds, the most recently used first. A damaged file has no `pairs`."""
+    """Return the files of the store, the most recently used first; `pairs` of a damaged file is None."""
     listed = []
     for path in store_dir().glob("*.sqlite"):
         pairs, description = None, {}
@@ -162,10 +162,10 @@ def make_room(limit: int, keep: Path | None = None) -> list[Path]:
 
     Args:
         limit: bytes.
-        keep: is neither counted nor deleted; what a process has open is counted, and not deleted.
+        keep: neither counted nor deleted. Files that a process has open are counted, but not deleted.
 
     Returns:
-        What was deleted.
+        The deleted files.
     """
     files = sorted(((path, stat) for path, stat in _stat_files() if path != keep), key=lambda file: file[1].st_mtime)
     total, deleted = sum(stat.st_size for _, stat in files), []
@@ -180,23 +180,21 @@ def make_room(limit: int, keep: Path | None = None) -> list[Path]:
 
 def _stat_files() -> Iterator[tuple[Path, os.stat_result]]:
     for path in store_dir().glob("*.sqlite"):
-        with contextlib.suppress(FileNotFoundError):  # deleted by another process since
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process
             yield path, path.stat()
 
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Let one process at a time decide how much room there is."""
-    with (store_dir() / "writing.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Hold the lock under which one process at a time counts free room."""
+    with (store_dir() / "writing.lock").open("a") as file:
+        lock(file.fileno(), wait=True, inherited=True)
         yield
 
 
 def _delete(path: Path) -> bool:
-    with _lock_path(path).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _lock_path(path).open("a") as file:
+        if lock(file.fileno(), inherited=True) is False:
             return False
         path.unlink(missing_ok=True)
     return True

@@ -1,0 +1,93 @@
+"""The metrics of a run: their labels, and which direction is better. Imports no torch."""
+
+import re
+from dataclasses import dataclass
+
+MAXIMIZE, MINIMIZE = "maximize", "minimize"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a run.
+
+    Attributes:
+        key: its name in summary.json, or `evaluation/` and its name in evaluation.json.
+        label: its name in full.
+        column: its name in a table, if it has one.
+        better: `maximize` or `minimize`; None if neither is better in itself.
+    """
+
+    key: str
+    label: str
+    column: str | None = None
+    better: str | None = None
+
+
+METRICS = (
+    Metric("eval_loss", "evaluation loss", "loss", MINIMIZE),
+    Metric("eval_rewards/accuracies", "reward accuracy", "accuracy", MAXIMIZE),
+    Metric("eval_rewards/margins", "reward margin", "margin", MAXIMIZE),
+    Metric("eval_rewards/chosen", "reward of chosen answers", None, MAXIMIZE),
+    Metric("eval_rewards/rejected", "reward of rejected answers"),
+    Metric("eval_logps/chosen", "log-probability of chosen answers", None, MAXIMIZE),
+    Metric("eval_logps/rejected", "log-probability of rejected answers"),
+    Metric("eval_logits/chosen", "logits of chosen answers"),
+    Metric("eval_logits/rejected", "logits of rejected answers"),
+    Metric("eval_entropy", "entropy"),
+    Metric("eval_mean_token_accuracy", "token accuracy", None, MAXIMIZE),
+    Metric("response_tokens", "tokens per answer", "tokens"),
+    Metric("responses_at_cap", "answers cut off at their limit"),
+    Metric("evaluation/reward_accuracy", "reward accuracy", None, MAXIMIZE),
+    Metric("evaluation/reward_margin", "reward margin", None, MAXIMIZE),
+    Metric("evaluation/chosen_shift", "log-prob shift, chosen (nats)", None, MAXIMIZE),
+    Metric("evaluation/rejected_shift", "log-prob shift, rejected (nats)"),
+    Metric("evaluation/kl_per_answer", "KL to the reference (nats per answer)", "KL", MINIMIZE),
+    Metric("evaluation/kl_per_token", "KL to the reference (nats per token)", None, MINIMIZE),
+    Metric("evaluation/policy_tokens", "tokens per answer, policy"),
+    Metric("evaluation/policy_cut_off", "share of answers cut off, policy"),
+    Metric("evaluation/reference_tokens", "tokens per answer, reference"),
+    Metric("evaluation/reference_cut_off", "share of answers cut off, reference"),
+    Metric("evaluation/win_rate", "win rate", None, MAXIMIZE),
+    Metric("evaluation/length_controlled_win_rate", "win rate, length-controlled", None, MAXIMIZE),
+    Metric("drift", "shift of the chosen answers", None, MINIMIZE),
+    Metric("perplexity", "perplexity", None, MINIMIZE),
+    Metric("kl", "KL", None, MINIMIZE),
+    Metric("accuracy", "accuracy", None, MAXIMIZE),
+    Metric("margin", "margin", None, MAXIMIZE),
+    Metric("runtime", "seconds", None, MINIMIZE),
+    Metric("memory_gb", "memory (GB)", None, MINIMIZE),
+    Metric("pairs_per_second", "pairs a second", None, MAXIMIZE),
+)
+"""In the order in which they are shown."""
+
+KEY_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
+"""The metrics that a sweep shows of each job."""
+
+BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens")
+"""The metrics that a run shows at its end."""
+
+_BY_KEY = {metric.key: metric for metric in METRICS}
+_PREFIX = re.compile(r"^(eval_|evaluation/)")
+
+
+def label_of(key: str) -> str:
+    """Return a metric's name in full."""
+    return _BY_KEY[key].label if key in _BY_KEY else key
+
+
+def column_of(key: str) -> str:
+    """Return a metric's name in a table."""
+    return (_BY_KEY[key].column if key in _BY_KEY else None) or key
+
+
+def direction_of(key: str) -> str | None:
+    """Return `maximize` or `minimize`, also for a metric of one source (`eval_<source>_…`); None if it is not known."""
+    known = (metric for metric in METRICS if metric.better is not None)
+    named = {_PREFIX.sub("", metric.key): metric.better for metric in known}
+    found = [name for name in named if re.search(rf"(^|[/_]){re.escape(name)}$", key)]
+    return named[max(found, key=len)] if found else None
+
+
+def evaluation_keys() -> list[str]:
+    """Return the metrics of an evaluation within a run, without the prefix `eval_`."""
+    return [metric.key.removeprefix("eval_") for metric in METRICS if metric.key.startswith("eval_")]
