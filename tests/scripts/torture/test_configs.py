@@ -2,6 +2,7 @@
 
 import pytest
 
+from dpo_runner.config import compose
 from dpo_runner.sweep import command_line
 from scripts.torture import configs
 
@@ -25,7 +26,8 @@ def test_what_is_printed_is_looked_at(mistakes: list[str], expected: str | None)
 
 
 def test_an_error_that_is_none_of_ours_is_a_finding(monkeypatch) -> None:
-    monkeypatch.setattr(command_line, "_UNCOMPOSABLE", ())
+    for module in (compose, command_line):
+        monkeypatch.setattr(module, "UNCOMPOSABLE", ())
     monkeypatch.setattr(configs, "check_command_line", command_line.check_command_line)
     with pytest.raises(Exception, match="nope"):
         configs.check_case(["run_name=${nope}"], [], None)
