@@ -115,7 +115,8 @@ def shrink(command: str, tiny_model: str) -> str:
     if command.startswith("make "):
         return ":"  # see test_make_targets_exist
     if command.startswith("python -m dpo_runner ") and "--" not in command:
-        command = re.sub(r"sweep\.search\.trials=\d+", "", command).replace("=DIR ", f"={tiny_model} ")
+        command = re.sub(r"sweep\.search\.trials=\d+|training\.max_steps=\d+", "", command)
+        command = command.replace("=DIR ", f"={tiny_model} ")
         given = {word.partition("=")[0] for word in shlex.split(command)}
         kept = [o for o in SMALL if o.partition("=")[0] not in given and not ("model" in given and "model" in o)]
         if "sweep.search" in command or "sweep=optuna" in command:
