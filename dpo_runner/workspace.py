@@ -87,7 +87,7 @@ def read_view(sweep_dir: Path) -> View:
         ConfigError: the folder is not a sweep's, its runs were not recorded by W&B, or nothing differs between them.
     """
     if not sweep_dir.is_dir() or read_record(sweep_dir) is None:
-        raise ConfigError(f"{sweep_dir}: is no sweep's directory (it has no sweep.json)")
+        raise ConfigError(f"{sweep_dir}: is not a sweep's directory (no sweep.json)")
     begun = [run for run in read_runs([sweep_dir])[0] if run.config]
     if not begun:
         raise ConfigError(f"{sweep_dir}: none of its runs has begun")

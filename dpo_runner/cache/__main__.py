@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     actions.add_parser("list", help="show what there is (the default)")
     clear = actions.add_parser("clear", help="delete it; the next run makes again what it needs")
     clear.add_argument("kinds", nargs="+", choices=(*_KINDS, "all"), metavar="KIND", help=f"{', '.join(_KINDS)} or all")
-    old = actions.add_parser("checkpoints", help="show the checkpoints of runs, and which of them are of no more use")
+    old = actions.add_parser("checkpoints", help="show the checkpoints of runs, and which of them are no longer needed")
     old.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (default: outputs)")
-    old.add_argument("--clear", action="store_true", help="delete those that are of no more use")
+    old.add_argument("--clear", action="store_true", help="delete those that are no longer needed")
     args = parser.parse_args(argv)
     console = Terminal()
     with honest_exit("interrupted"):

@@ -33,7 +33,7 @@ class Piece:
     Attributes:
         text: the decoded text.
         token_ids: the tokens, mostly one.
-        special: whether it is a special token of the tokenizer, always a piece of its own.
+        special: whether it is a special token of the tokenizer, always a separate piece.
     """
 
     text: str

@@ -65,7 +65,7 @@ def resolve_sweep_dir(sweep: SweepConf, run_name: str) -> Path:
         return find_fresh_folder(parent)
     record = read_record(path)
     if record is None and path.exists() and (not path.is_dir() or {found.name for found in path.iterdir()} - {_LOCK}):
-        raise ConfigError(f"`sweep.dir={path}`: holds something that is no sweep; use a new or empty folder")
+        raise ConfigError(f"`sweep.dir={path}`: holds something other than a sweep; use a new or empty folder")
     if record is not None and record.threads_per_worker != sweep.threads_per_worker:
         raise ConfigError(
             f"`sweep.threads_per_worker={sweep.threads_per_worker}`: the sweep in {path} runs with "
