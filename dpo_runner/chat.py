@@ -1,4 +1,4 @@
-"""Talk with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
+"""Chat with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
 
 import argparse
 import sys
@@ -25,10 +25,10 @@ class Chat:
         run_dir: the run's directory.
         max_new_tokens: an answer's length limit in tokens.
         temperature: 0 answers greedily, above 0 samples.
-        system: a system prompt; None takes the one that the run trained with (`data.system_prompt`), if any.
+        system: a system prompt; None for the one used in training (`data.system_prompt`), if any.
 
     Raises:
-        ConfigError: there is no finished run in `run_dir`.
+        ConfigError: `run_dir` does not hold a finished run.
     """
 
     def __init__(self, run_dir: Path, max_new_tokens: int, temperature: float = 0.0, system: str | None = None) -> None:
@@ -49,14 +49,14 @@ class Chat:
         self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
 
     def ask(self, text: str, show: Callable[[str], None]) -> str:
-        """Add a user turn, stream the answer's pieces to `show`, and add and return the whole answer."""
+        """Add a user turn, stream the answer to `show`, and return the whole answer after adding it."""
         self.messages.append({"role": "user", "content": text})
         answer = self._answer(self.messages, show)
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
     def compare(self, text: str) -> tuple[str, str]:
-        """Return the untuned and the tuned model's answers to one question, outside of the conversation."""
+        """Return the untuned and the tuned model's answers to one question, outside the conversation."""
         messages = [
             *(message for message in self.messages if message["role"] == "system"),
             {"role": "user", "content": text},
@@ -110,7 +110,7 @@ class Chat:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 failed, 2 the run directory or an argument is of no use, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 invalid run directory or argument, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.chat", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")

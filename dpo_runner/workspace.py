@@ -30,24 +30,24 @@ _CURVES = ("train/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 _STEP = "train/global_step"
 _MOST_RUNS = 200
 _NOT_IN_NAMES = ("So", "Sk", "Sm", "Sc", "Cs")
-"""Classes of characters that W&B takes for emojis and refuses in a view's name; "=" and "<" are among them."""
+"""Unicode categories that W&B treats as emojis and rejects in a view's name; "=" and "<" are among them."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What is compared, and where.
+    """A view that compares a sweep's runs in W&B.
 
     Attributes:
-        name: of the view.
-        entity: the user or team; None: the account's default.
+        name: the view's name.
+        entity: the user or team; None for the account's default.
         project: the W&B project.
-        group: the W&B group that the sweep's runs are in.
+        group: the W&B group of the sweep's runs.
         settings: dotted configuration keys that differ between the runs.
-        logarithmic: those of them whose values are spread over magnitudes.
-        metric: what the sweep is judged by, under TRL's name.
-        minimize: whether less of it is better.
-        folder: of W&B's files.
-        running: whether any of the runs goes on.
+        logarithmic: the keys of `settings` to show on a logarithmic axis.
+        metric: the sweep's objective, under TRL's name.
+        minimize: whether lower is better.
+        folder: the folder of W&B's files.
+        running: whether any run is still running.
     """
 
     name: str
@@ -65,7 +65,7 @@ class View:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 W&B did not take the view, 2 there is nothing to compare, 130 interrupted.
+    Exit codes: 0 done, 1 W&B did not save the view, 2 nothing to compare, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.workspace", description=__doc__, allow_abbrev=False)
     parser.add_argument("sweep_dir", type=Path, metavar="SWEEP_DIR", help="a sweep's directory")
@@ -74,20 +74,20 @@ def main(argv: list[str] | None = None) -> None:
         view = read_view(args.sweep_dir)
         put(f"saved  {save_view(view)}")
         for command in list_commands(view.folder)[1:]:
-            if view.running:  # W&B would take half a run for one that failed
+            if view.running:  # W&B would mark a half-uploaded run as failed
                 put("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
             else:
                 put(f"runs that the server lacks appear there after  {command}")
 
 
 def read_view(sweep_dir: Path) -> View:
-    """Return what there is to compare in a sweep.
+    """Return the view of a sweep.
 
     Raises:
-        ConfigError: it is no sweep, W&B has none of it, or nothing differs between its runs.
+        ConfigError: the folder is not a sweep's, its runs were not recorded by W&B, or nothing differs between them.
     """
     if not sweep_dir.is_dir() or read_record(sweep_dir) is None:
-        raise ConfigError(f"{sweep_dir}: is no sweep's directory (it has no sweep.json)")
+        raise ConfigError(f"{sweep_dir}: is not a sweep's directory (no sweep.json)")
     begun = [run for run in read_runs([sweep_dir])[0] if run.config]
     if not begun:
         raise ConfigError(f"{sweep_dir}: none of its runs has begun")
@@ -118,7 +118,7 @@ def save_view(view: View) -> str:
 
     Raises:
         ConfigError: `wandb-workspaces` is not installed.
-        RunError: there is no key, or the server cannot be reached or refuses.
+        RunError: there is no API key, or the server cannot be reached or refuses.
     """
     try:
         version("wandb-workspaces")
@@ -127,14 +127,14 @@ def save_view(view: View) -> str:
     import wandb
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # W&B logs there what is told here in one line
+        with contextlib.redirect_stderr(io.StringIO()):  # W&B logs errors there, which are raised here in one line
             entity = view.entity or wandb.Api().default_entity
             workspace = build_workspace(view, entity)
             workspace.save()
             return str(workspace.url)
     except wandb.errors.AuthenticationError as error:
         raise RunError(f"W&B cannot be reached, or not with this key (`wandb login`): {reason_of(error)}") from error
-    except Exception as error:  # of any of three libraries' kinds
+    except Exception as error:  # three libraries raise their own types
         raise RunError(f"W&B did not take the view: {reason_of(error)}") from error
 
 
@@ -184,20 +184,20 @@ def build_workspace(view: View, entity: str) -> Any:
             pinned_columns=[*map(_column, view.settings), f"summary:{OBJECTIVE}", "summary:state"],
         ),
     )
-    # As a text, which is the official way, a filter has the "=", "<" and ">" of its values doubled or changed.
+    # Set privately: the official way, a filter string, doubles or changes "=", "<" and ">" in values.
     workspace._stashed_filters_v2 = expr.filters_tree_to_v2(expr.And(expr.Metric("Group") == view.group).to_model())
     workspace._stashed_filter_string = workspace.runset_settings.filters
     return workspace
 
 
 def _column(key: str) -> str:
-    """Return what a column of the table of runs is called that shows a nested configuration key."""
+    """Return the name of the column for a configuration key in the table of runs."""
     section, _, rest = key.partition(".")
     return f"config:{section}.value.{rest}" if rest else f"config:{section}.value"
 
 
 def _is_logarithmic(values: Sequence[Any]) -> bool:
-    """Whether values are better told apart by their magnitude: positive numbers, the largest ten times the smallest."""
+    """Return whether values suit a log scale: positive numbers, the largest at least ten times the smallest."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     return len(numbers) == len(values) and min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
 

@@ -1,4 +1,4 @@
-"""What is kept between runs, and old checkpoints, listed and cleared.
+"""List and clear what is kept between runs, and old checkpoints.
 
 python -m dpo_runner.cache [list | clear KIND [KIND ...] | checkpoints [FOLDER ...] [--clear]]
 """
@@ -24,13 +24,13 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.training.engine.reference.store import list_references, make_room, store_dir
 
 Entry = tuple[Path, str]
-"""A file or folder, and what it is."""
+"""A file or folder, and its description."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 2 an argument is of no use, 130 interrupted.
+    Exit codes: 0 done, 2 invalid argument, 130 interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dpo_runner.cache",
@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     actions.add_parser("list", help="show what there is (the default)")
     clear = actions.add_parser("clear", help="delete it; the next run makes again what it needs")
     clear.add_argument("kinds", nargs="+", choices=(*_KINDS, "all"), metavar="KIND", help=f"{', '.join(_KINDS)} or all")
-    old = actions.add_parser("checkpoints", help="show the checkpoints of runs, and which of them are of no more use")
+    old = actions.add_parser("checkpoints", help="show the checkpoints of runs, and which of them are no longer needed")
     old.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (default: outputs)")
-    old.add_argument("--clear", action="store_true", help="delete those that are of no more use")
+    old.add_argument("--clear", action="store_true", help="delete those that are no longer needed")
     args = parser.parse_args(argv)
     console = Terminal()
     with honest_exit("interrupted"):
@@ -105,7 +105,7 @@ def _clear(kinds: list[str], console: Console) -> None:
         entries = list(_KINDS[kind]()) if cache_dir().is_dir() else []
         sizes = {path: _measure(path) for path, _ in entries}
         if kind == "reference":
-            make_room(0)  # leaves alone what a run has open
+            make_room(0)  # skips files that a run has open
         else:
             for path in sizes:
                 shutil.rmtree(path, ignore_errors=True)
@@ -117,7 +117,7 @@ def _clear(kinds: list[str], console: Console) -> None:
 
 
 def _show_checkpoints(folders: list[Path], clear: bool, console: Console) -> None:
-    """List the checkpoints of runs, and with `clear` delete those that are of no more use."""
+    """List the checkpoints of runs, and with `clear` delete the old ones."""
     runs, notes = find_checkpoints(folders)
     table = Table("run", "state", "old", "size", "kept")
     freed, refused = 0, list(notes)
@@ -144,7 +144,7 @@ def _show_checkpoints(folders: list[Path], clear: bool, console: Console) -> Non
 
 
 def _measure(path: Path) -> int:
-    """Return bytes on disk."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file())
 

@@ -1,4 +1,4 @@
-"""Checkpoints that nobody will need again: which they are, and their removal. Imports no torch."""
+"""Find and delete checkpoints that are not needed any more. Does not import torch."""
 
 import json
 import shutil
@@ -18,13 +18,13 @@ _LEFT_BEHIND = ("checkpoint-", "damaged-checkpoint-", ".saving-")
 
 @dataclass
 class RunCheckpoints:
-    """What is in one run's `checkpoints/`.
+    """The content of one run's `checkpoints/`.
 
     Attributes:
         run_dir: the run's directory.
-        state: of the run: status.json's, or `died`.
-        old: what can go: without it the run's result is what it is, or the run goes on where it would have.
-        kept: what stays, and why.
+        state: the run's state from status.json, or `died`.
+        old: deletable checkpoints: neither the run's result nor its continuation depends on them.
+        kept: checkpoints to keep, each with the reason.
     """
 
     run_dir: Path
@@ -36,22 +36,22 @@ class RunCheckpoints:
 def find_checkpoints(folders: Sequence[Path]) -> tuple[list[RunCheckpoints], list[str]]:
     """Find the checkpoints of all runs in or below some folders.
 
-    Of a finished run all are old, but for the best or the last one where its result is not of these weights. Of one
-    that is not finished none is, unless its own directory is among `folders`: then all but the best and the newest
-    whole one, from which it continues. Of one that is running none is.
+    Finished run: all are old, except the best or the last one if the run's result has other weights. Unfinished run:
+    none is old, unless its own directory is among `folders`; then all are old except the best one and the newest
+    whole one, from which the run continues. Running run: none is old.
 
     Returns:
-        The runs that have any, in the order of their paths, and what could not be read and why, a line each.
+        The runs with checkpoints, sorted by path, and one line for each run that cannot be read.
 
     Raises:
-        ConfigError: a folder is not there.
+        ConfigError: a folder does not exist.
     """
     found, notes = find_runs(folders)
     named = {folder.resolve() for folder in folders}
     runs = []
     for resolved, path in sorted(found.items()):
         try:
-            run = _judge(path, resolved in named)
+            run = _classify(path, resolved in named)
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             notes.append(f"{path}: cannot be read, so its checkpoints stay; {type(error).__name__}: {error}")
         else:
@@ -60,21 +60,21 @@ def find_checkpoints(folders: Sequence[Path]) -> tuple[list[RunCheckpoints], lis
 
 
 def clear_checkpoints(run: RunCheckpoints) -> None:
-    """Delete what is old, while nobody else can continue the run.
+    """Delete a run's old checkpoints, holding the run's lock.
 
     Raises:
-        ConfigError: somebody is at work there.
-        OSError: something cannot be deleted.
+        ConfigError: another process is using the run's directory.
+        OSError: a checkpoint cannot be deleted.
     """
     with RunDirectory(run.run_dir).claim():
         for path in run.old:
             shutil.rmtree(path)
 
 
-def _judge(path: Path, named: bool) -> RunCheckpoints:
+def _classify(path: Path, named: bool) -> RunCheckpoints:
     status = read_status(path)
     folder = path / "checkpoints"
-    if status is None or not folder.is_dir():  # no run of this program, or one without checkpoints
+    if status is None or not folder.is_dir():  # not a run of this program, or without checkpoints
         return RunCheckpoints(path, "unknown")
     state = str(status["state"])
     if state == "running" and find_death(path, status) is not None:
@@ -85,7 +85,7 @@ def _judge(path: Path, named: bool) -> RunCheckpoints:
     best = None if last is None else _find_best(last)
     if state == "finished":
         spare = (best, "the best weights") if read_summary(path)["weights"] == "last" else (last, "the last weights")
-        if spare[0] is not None and best != last:  # the result is of the others
+        if spare[0] is not None and best != last:  # the result has the other weights
             run.kept[spare[0]] = spare[1]
     elif state == "running" or not named:
         run.kept = dict.fromkeys(there, "the run is going on" if state == "running" else "the run is not finished")
@@ -97,7 +97,7 @@ def _judge(path: Path, named: bool) -> RunCheckpoints:
 
 
 def _find_best(checkpoint: Path) -> Path | None:
-    """Return the checkpoint with the best weights, as far as the run has looked for them and it is still there."""
+    """Return the checkpoint with the best weights; None if the run recorded none or it is gone."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     name = state.get("best_model_checkpoint")
     best = None if name is None else checkpoint.with_name(Path(name).name)

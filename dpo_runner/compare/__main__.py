@@ -25,7 +25,7 @@ _STDOUT = Path("-")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 2 there is nothing to compare or an argument is of no use, 130 interrupted.
+    Exit codes: 0 done, 2 invalid argument or nothing to compare, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="run or sweep directories, at any depth")
@@ -69,7 +69,7 @@ def _compare(args: argparse.Namespace) -> None:
         best = comparison.find_best_run()
         if best is None:
             raise ConfigError(f"--best: no finished run has {objective.metric}")
-        put(os.fsencode(best.path))  # it may hold bytes that are no text
+        put(os.fsencode(best.path))  # the path may not be valid UTF-8
         return
     console = Terminal()
     if len(files) == len(targets):
@@ -82,7 +82,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _check_overwriting(files: dict[str, Path], runs: list[RunRecord]) -> None:
-    """Refuse to write over what a run has left."""
+    """Refuse to overwrite a run's own files."""
     for flag, path in files.items():
         if path.exists() and any(path.resolve().is_relative_to(run.path.resolve()) for run in runs):
             raise ConfigError(f"{flag} {path}: is a run's own file; name another one")

@@ -1,4 +1,4 @@
-"""Runs side by side: which settings differ, which runs are one experiment under several seeds, which is best."""
+"""Comparison of runs: differing settings, runs joined over seeds, ranking, Pareto front."""
 
 import json
 import math
@@ -15,23 +15,23 @@ from dpo_runner.records.runs import RunRecord
 DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
 MARGIN = "eval_rewards/margins"
 DISTANCES = ("evaluation/kl_per_answer", "drift")
-"""How far a run has moved from its reference: measured, or else the shift of the chosen answers (nats per answer)."""
+"""Metrics of the distance from the reference: measured KL, or else the shift of chosen answers (nats per answer)."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What runs are ranked by.
+    """The metric that runs are ranked by.
 
     Attributes:
-        metric: its name.
-        minimize: whether less is better.
+        metric: the metric's name.
+        minimize: whether lower is better.
     """
 
     metric: str
     minimize: bool
 
     def sign(self, value: float) -> float:
-        """Return a number that is the smaller, the better the value is."""
+        """Return the value as a number to minimize."""
         return value if self.minimize else -value
 
 
@@ -40,9 +40,9 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        mean: of the `n` runs that have a value.
-        error: its standard error; None of a single run.
-        n: how many runs, each with another seed.
+        mean: the mean over the `n` runs that have a value.
+        error: the standard error of the mean; None for a single run.
+        n: the number of runs, each with a different seed.
     """
 
     mean: float
@@ -52,15 +52,15 @@ class Estimate:
 
 @dataclass
 class Row:
-    """One configuration: a run, or those that differ by their seed alone.
+    """One configuration: a run, or the runs that differ only in their seed.
 
     Attributes:
-        runs: all of them.
-        counted: those whose figures count: the finished ones, or where none is, all; one for each seed.
-        settings: values of the settings that differ between rows, None where there is none.
-        metrics: by name.
-        best: whether it is the best of the finished ones.
-        on_front: whether no other finished one has both a larger reward margin and moved less from the reference.
+        runs: all runs of the configuration.
+        counted: the runs that enter the metrics: the finished ones, or all if none is finished; one per seed.
+        settings: values of the settings that differ between rows; None if the row does not have one.
+        metrics: estimates by name.
+        best: whether it is the best finished row.
+        on_front: whether no other finished row has both a larger reward margin and a smaller distance.
     """
 
     runs: list[RunRecord]
@@ -87,22 +87,22 @@ class Row:
         return self.runs[0].name + (f" (+{more})" if more else "")
 
     def value(self, metric: str) -> float | None:
-        """Return a metric's mean where there is one that can be ranked."""
+        """Return a metric's mean; None if it is missing or not finite."""
         estimate = self.metrics.get(metric)
         return estimate.mean if estimate is not None and math.isfinite(estimate.mean) else None
 
 
 @dataclass
 class Comparison:
-    """Runs, compared.
+    """The result of comparing runs.
 
     Attributes:
-        runs: all of them.
-        rows: best first; those without a value of the objective last.
+        runs: all runs.
+        rows: the rows, best first; those without a value of the objective last.
         settings: the configuration keys that differ between rows.
-        objective: what they are ranked by.
-        distance: the metric of `DISTANCES` that the front is drawn over.
-        notes: what a reader should know, a line each.
+        objective: the metric that rows are ranked by.
+        distance: the metric of `DISTANCES` that the front uses.
+        notes: caveats for the reader, one line each.
     """
 
     runs: list[RunRecord]
@@ -118,7 +118,7 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics worth a column of a table, as far as any run has them."""
+        """Metrics for the columns of a table; only those that some run has."""
         wanted = (self.objective.metric, DEFAULT_OBJECTIVE, MARGIN, "eval_loss", self.distance, "response_tokens")
         return [name for name in dict.fromkeys(wanted) if any(name in row.metrics for row in self.rows)]
 
@@ -130,10 +130,10 @@ class Comparison:
 
 
 def choose_objective(metric: str, minimize: bool | None, runs: Sequence[RunRecord]) -> Objective:
-    """Return the objective, with the direction that is known for its metric unless one is given.
+    """Return the objective, with the metric's known direction if `minimize` is None.
 
     Raises:
-        ConfigError: no run has that metric (the default one may be missing), or its direction is not known.
+        ConfigError: no run has the metric (the default one may be missing), or its direction is unknown.
     """
     known = {name for run in runs for name in run.metrics}
     if known and metric not in known and metric != DEFAULT_OBJECTIVE:
@@ -146,21 +146,21 @@ def choose_objective(metric: str, minimize: bool | None, runs: Sequence[RunRecor
 
 
 def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool = False) -> Comparison:
-    """Compare runs: find what differs, join seeds, rank, and mark the best and the front.
+    """Compare runs: find differing settings, join seeds, rank, and mark the best row and the front.
 
-    Rows that are equally good are ranked by how far they moved from the reference, the nearer one first.
+    Ties are ranked by the distance from the reference, the smaller one first.
 
     Args:
         runs: see `read_runs`.
-        objective: what to rank by.
-        per_seed: keep runs apart that differ by their seed alone.
+        objective: the metric to rank by.
+        per_seed: do not join runs that differ only in their seed.
     """
     ignored = find_ignored(runs)
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         compared = {key: value for key, value in run.config.items() if key not in ignored}
         seed = compared.pop("seed", None)
-        # A run of unknown settings is like no other.
+        # A run with unknown settings is not joined with any other.
         apart = per_seed or seed is None
         identity = run.name if apart else json.dumps(compared, sort_keys=True)
         groups.setdefault(identity, []).append(run)
@@ -178,7 +178,7 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
 
 
 def _choose_distance(rows: list[Row], notes: list[str]) -> str:
-    """Return the first of `DISTANCES` that all finished rows have, measured on the same data."""
+    """Return the measured distance if all finished rows have it, on the same data; else the drift."""
     measured, drift = DISTANCES
     evaluated = {
         run.fingerprints["evaluation"] for row in rows for run in row.counted if "evaluation" in run.fingerprints
@@ -191,7 +191,7 @@ def _choose_distance(rows: list[Row], notes: list[str]) -> str:
 
 
 def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) -> Row:
-    """Join runs that differ by their seed; of several with the same seed, which are no further evidence, one counts."""
+    """Join runs that differ only in their seed; of several with the same seed only one counts."""
     finished = [run for run in group if run.finished]
     by_seed: dict[str, RunRecord] = {}
     for run in finished or group:
@@ -236,7 +236,7 @@ def _rank(comparison: Comparison) -> None:
 
 
 def _mark_front(comparison: Comparison) -> None:
-    """Mark the finished rows that no other one beats in reward margin and distance from the reference."""
+    """Mark the finished rows on the Pareto front of reward margin and distance from the reference."""
     points = list(_list_points(comparison))
     for row, margin, moved in points:
         row.on_front = not any(

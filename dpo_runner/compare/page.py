@@ -1,4 +1,4 @@
-"""A comparison of runs as one HTML page that needs no network and runs nothing out of the data."""
+"""A comparison of runs as one HTML page, without network access and with all data as inert text."""
 
 import json
 import math
@@ -19,25 +19,25 @@ from dpo_runner.records.runs import RunRecord, read_runs
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SCRIPT = Path(__file__).with_name("page.js")
 _POINTS = 600_000
-"""About how many points of curves a page holds in all; a browser stays quick with them."""
+"""Approximate limit on the curve points of a page, which keeps a browser responsive."""
 _MOST_POINTS, _LEAST_POINTS = 400, 60
 _ANSWERS = 4_000_000
-"""About how many characters of answers a page holds in all."""
+"""Approximate limit on the characters of all answers of a page."""
 _LONGEST_ANSWER = 4_000
 _EACH_ITS_OWN = ("run_dir", "wandb.name")
-"""Settings that no two runs share and that say nothing of the experiment."""
+"""Settings that are unique to each run and irrelevant to the experiment."""
 
 _NO_CURVE = re.compile(r"(^|[_/])(logits/\w+|entropy|mean_token_accuracy)$")
 
 
 def rebuild_page(sweep_dir: Path) -> Path:
-    """Write `compare.html` of all runs below a folder, whole or not at all, as after each finished job of a sweep.
+    """Write `compare.html` of all runs below a folder, atomically; called after each job of a sweep.
 
     Returns:
-        Where it is.
+        The path of the page.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
         OSError: the page cannot be written.
     """
     runs, _ = read_runs([sweep_dir])
@@ -75,13 +75,13 @@ def build_page(comparison: Comparison) -> str:
 
 
 def _name(runs: list[RunRecord]) -> str:
-    """Name what is compared by the folder that all runs are in."""
+    """Return the page's title: the folder that all runs are in, or the number of runs."""
     parents = {run.path.resolve().parent for run in runs}
     return parents.pop().name if len(parents) == 1 else f"{len(runs)} runs"
 
 
 def _embed(value: dict[str, Any]) -> str:
-    """Return JSON that ends no script element, whatever its texts are, and shows their control characters."""
+    """Return JSON that is safe inside a script element, with control characters made visible."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
@@ -97,7 +97,7 @@ def _embed(value: dict[str, Any]) -> str:
 
 
 def _build_payload(comparison: Comparison) -> dict[str, Any]:
-    """Return what the page's script draws; the runs come best row first."""
+    """Return the data that the page's script draws, runs sorted by row, best first."""
     runs = [run for row in comparison.rows for run in row.runs]
     at = {id(run): index for index, run in enumerate(runs)}
     seeds = len(comparison.rows) < len(runs)
@@ -152,7 +152,7 @@ def _build_row(row: Row, comparison: Comparison, at: dict[int, int]) -> dict[str
 
 
 def _split_configs(runs: list[RunRecord]) -> tuple[dict[str, Any], list[dict[str, Any] | None]]:
-    """Return what all configurations share, and for each run the rest; None where the settings are not known."""
+    """Return the settings that all runs share, and for each run the others; None if its settings are unknown."""
     told = [{key: value for key, value in run.config.items() if key not in _EACH_ITS_OWN} for run in runs]
     configs = [config for config in told if config]
     first = configs[0] if configs else {}
@@ -162,7 +162,7 @@ def _split_configs(runs: list[RunRecord]) -> tuple[dict[str, Any], list[dict[str
 
 
 def _collect_curves(runs: list[RunRecord]) -> dict[str, list[list[Any]]]:
-    """Return by metric, for each run that logged it, its index, steps and values, with the longest ones thinned."""
+    """Return by metric, for each run that logged it, [index, steps, values], with long curves thinned."""
     names = dict.fromkeys(name for run in runs for name in run.curves if not _NO_CURVE.search(name))
     total = sum(len(run.curves) for run in runs)
     most = max(_LEAST_POINTS, min(_MOST_POINTS, _POINTS // max(total, 1)))
@@ -175,7 +175,7 @@ def _collect_curves(runs: list[RunRecord]) -> dict[str, list[list[Any]]]:
 
 
 def _thin(curve: Curve, most: int) -> Curve:
-    """Return at most `most` points of a curve, evenly spread, the first and the last among them."""
+    """Return at most `most` points of a curve, evenly spaced, including the first and the last."""
     steps, values = curve
     if len(steps) <= most:
         return curve
@@ -184,7 +184,7 @@ def _thin(curve: Curve, most: int) -> Curve:
 
 
 def _collect_answers(runs: list[RunRecord], texts: dict[str, int]) -> list[list[list[int | None]]]:
-    """Return each run's prompts, answers before and answers after as places in `texts`, which holds each text once."""
+    """Return each run's prompts and answers before and after as indices into `texts`, adding each text once."""
 
     def place(text: str | None) -> int | None:
         if text is None:

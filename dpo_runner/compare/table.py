@@ -20,12 +20,12 @@ from dpo_runner.io.console import visible
 BEST, ON_FRONT = "★", "◆"
 _NO_LIMIT = 10_000
 _FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
-"""How a formula begins in Excel, LibreOffice and Google Sheets; a number with its sign is none."""
+"""The start of a formula in Excel, LibreOffice and Google Sheets; does not match signed numbers."""
 _STATES = {"finished": "green", "failed": "red", "running": "cyan"}
 
 
 def format_value(value: Any) -> str:
-    """Return a setting's or figure's value in few characters."""
+    """Return a short text of a setting's or metric's value."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -41,12 +41,12 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def show_table(comparison: Comparison, console: Console) -> None:
-    """Print the table, what its marks mean, and the front of reward margin against distance from the reference."""
+    """Print the table, its legend, and the front of reward margin against distance from the reference."""
     wide = console.options.update(max_width=_NO_LIMIT)
     shown = len(comparison.settings)
     table = _build_table(comparison, comparison.settings)
     width = Measurement.get(console, wide, table).maximum
-    if not console.is_terminal:  # nothing is gained by folding what goes into a file
+    if not console.is_terminal:  # output to a file or pipe needs no folding
         console.width = max(console.width, width)
     while width > console.width and shown:
         shown -= 1
@@ -107,12 +107,12 @@ def _label(metric: str) -> str:
 
 
 def _text(text: str) -> Text:
-    """Return data's text for the terminal: no markup, no control sequences."""
+    """Return untrusted text for the terminal, without markup and control sequences."""
     return Text(visible(text), overflow="fold")
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a JSON-ready record for each row, best first; figures that are no finite numbers are None."""
+    """Return a JSON-ready record for each row, best first; non-finite values are None."""
     return [
         {
             "name": row.name,
@@ -157,7 +157,7 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Return a line for each row, best first: all metrics that any has, with standard errors where seeds repeat."""
+    """Return a CSV line for each row, best first, with all metrics, and standard errors if seeds were joined."""
     names = list(dict.fromkeys([*comparison.metrics, *sorted({m for row in comparison.rows for m in row.metrics})]))
     seeds = any(len(row.runs) > 1 for row in comparison.rows)
     file = io.StringIO()
@@ -170,7 +170,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def _to_cell(value: Any) -> str:
-    """Return a cell's text; one that a spreadsheet would take for a formula, and run, begins with an apostrophe."""
+    """Return a cell's text, prefixed with an apostrophe if a spreadsheet would run it as a formula."""
     text = visible(str(value))
     return f"'{text}" if isinstance(value, str) and _FORMULA.match(text) else text
 

@@ -14,7 +14,7 @@ with on_ctrl_c(end_at_once):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 failed, 2 the configuration or data are of no use, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 invalid configuration or data, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")

@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_VERSION = 2  # part of a result's name: raise it where the same settings begin to give other figures
+_VERSION = 2  # part of a result's name: increase it if the same settings give other figures
 
 
 def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
-    """Evaluate a finished run, or go on where an earlier call was stopped.
+    """Evaluate a finished run, or continue an evaluation that was stopped.
 
     Args:
-        run_dir: the run's directory; results go into its evaluations/<name>/, where <name> is a digest of what is
-            evaluated: evaluation.json, pairs.jsonl, answers.jsonl and, with a judge, verdicts.jsonl.
-        overrides: of the sections data, samples and judge, and of a few keys of training.
-        console: where progress and results are shown.
+        run_dir: the run's directory. Results are written to its evaluations/<name>/, with a digest of what is
+            evaluated as <name>: evaluation.json, pairs.jsonl, answers.jsonl and, with a judge, verdicts.jsonl.
+        overrides: overrides of the sections data, samples and judge, and of a few keys of training.
+        console: the output for progress and results; None for the terminal.
 
     Returns:
-        What evaluation.json holds.
+        The content of evaluation.json.
 
     Raises:
-        ConfigError: there is no finished run, or an override or the data cannot be used.
-        RunError: the judge's endpoint refuses, or is not there.
+        ConfigError: the run is not finished, or an override or the data cannot be used.
+        RunError: the judge's endpoint refuses or cannot be reached.
     """
     from dpo_runner.io.logs import route_library_logs
     from dpo_runner.records.reading import check_finished, read_run_conf
@@ -72,7 +72,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
 
 
 def _prepare(run_dir: Path, conf: RunConf, foreign: bool, console: Console) -> "tuple[Task, PreTrainedTokenizerBase]":
-    """Load tokenizer and data, and name the evaluation after what it depends on."""
+    """Load tokenizer and data, and build the task, named by a digest of everything it depends on."""
     from dpo_runner.data.preferences import load_preferences
     from dpo_runner.model.blueprint import Blueprint
 
@@ -98,7 +98,7 @@ def _prepare(run_dir: Path, conf: RunConf, foreign: bool, console: Console) -> "
 
 
 def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", console: Console) -> dict[str, Any]:
-    """Do what is left to do of an evaluation, and sum it up."""
+    """Do the remaining work of an evaluation and summarize the results."""
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,7 +141,7 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], No
 
 
 def show_result(result: dict[str, Any], console: Console) -> None:
-    """Print what evaluation.json holds as a table."""
+    """Print the content of evaluation.json as a table."""
     evaluated, judge = result["evaluated"], result.get("judge", {})
     which = "all pairs" if evaluated["split"] == "all" else "evaluation pairs"
     title = f"{evaluated['pairs']:,} {which} of {', '.join(evaluated['data'])}"

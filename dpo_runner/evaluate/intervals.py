@@ -1,4 +1,4 @@
-"""What scores and answers amount to: means and ratios, each with a bootstrap interval."""
+"""Metrics of scores and answers: means and ratios with bootstrap intervals."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 10_000
-"""Bootstrap resamples behind each interval."""
+"""Number of bootstrap resamples per interval."""
 _RESAMPLES_AT_ONCE = 500
 
 Floats = npt.NDArray[np.float64]
 
 
 def draw_weights(groups: int, seed: int, resamples: int = RESAMPLES) -> Iterator[Floats]:
-    """Yield bootstrap resamples of `groups` groups as weights: how often each was drawn.
+    """Yield bootstrap resamples of `groups` groups as weights, the number of times each was drawn.
 
     Yields:
-        Arrays of shape [some resamples, groups]; each row sums to `groups`.
+        Arrays of shape [resamples in the batch, groups]; each row sums to `groups`.
     """
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
@@ -33,19 +33,19 @@ def estimate_ratios(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> dict[str, dict[str, float | None]]:
-    """Estimate ratios of sums, such as means, each with a 95 % bootstrap interval over groups of rows.
+    """Return ratios of sums, such as means, each with a 95 % bootstrap interval over groups of rows.
 
-    The percentile interval of the cluster bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    ch. 13): groups are drawn with replacement, and rows of one group stay together, since they are not independent.
+    Percentile interval of the cluster bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    ch. 13): groups are drawn with replacement; rows of one group stay together because they are not independent.
 
     Args:
-        values: by name, numerators and denominators of the rows; denominators of 1 make a mean.
+        values: by name, numerators and denominators of the rows; denominators of 1 give a mean.
         groups: each row's group, such as its prompt.
-        seed: of the resampling.
-        resamples: how many.
+        seed: the seed of the resampling.
+        resamples: the number of resamples.
 
     Returns:
-        By name `mean`, `low` and `high`; the bounds are None for a single group, which says nothing about others.
+        By name `mean`, `low` and `high`; the bounds are None for a single group, which has no variance to estimate.
     """
     names, members = np.unique(np.asarray(groups), return_inverse=True)
     columns = [np.asarray(side, np.float64) for both in values.values() for side in both]
@@ -61,7 +61,7 @@ def estimate_ratios(
 
 
 def to_estimate(mean: float, drawn: Sequence[Floats]) -> dict[str, float | None]:
-    """Return an estimate and the middle 95 % of its bootstrap values; without such values, no bounds."""
+    """Return an estimate with the central 95 % of its bootstrap values; bounds are None without values."""
     if not drawn:
         return {"mean": mean, "low": None, "high": None}
     low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
@@ -69,15 +69,15 @@ def to_estimate(mean: float, drawn: Sequence[Floats]) -> dict[str, float | None]
 
 
 def summarize_pairs(records: Sequence[dict[str, Any]], beta: float, seed: int) -> dict[str, Any]:
-    """Return reward accuracy and margin and the log-probabilities' shifts, with 95 % intervals over prompts.
+    """Return reward accuracy, reward margin and log-probability shifts, with 95 % intervals over prompts.
 
-    The reward is β·(log π(y|x) − log π_ref(y|x)) (DPO paper, arXiv 2305.18290, Eq. 5 without its constant); the
-    margin is that of chosen less that of rejected, and a pair counts as right where it is above 0, as in TRL.
+    The reward is β·(log π(y|x) − log π_ref(y|x)) (DPO paper, arXiv 2305.18290, Eq. 5 without its constant). The
+    margin is the chosen reward minus the rejected one; a pair counts as correct if it is above 0, as in TRL.
 
     Args:
-        records: of pairs.jsonl.
+        records: the records of pairs.jsonl.
         beta: the run's β.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
 
     Returns:
         By name `mean`, `low` and `high`; shifts in nats per completion.
@@ -98,19 +98,19 @@ def summarize_pairs(records: Sequence[dict[str, Any]], beta: float, seed: int) -
 
 
 def summarize_samples(records: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Return the KL divergence from the reference and the answers' lengths, with 95 % intervals over prompts.
+    """Return the KL divergence from the reference and the answer lengths, with 95 % intervals over prompts.
 
     KL(π‖π_ref) is estimated by the mean over the policy's samples of Σ_t log π − log π_ref, the unbiased estimator
-    k1 (Schulman, Approximating KL Divergence, 2020), of answers up to `samples.max_new_tokens`. A small one may come
-    out below 0.
+    k1 (Schulman, Approximating KL Divergence, 2020), of answers up to `samples.max_new_tokens`. The estimate of a
+    small KL may be negative.
 
     Args:
-        records: of answers.jsonl.
-        seed: of the bootstrap.
+        records: the records of answers.jsonl.
+        seed: the seed of the bootstrap.
 
     Returns:
-        By name `mean`, `low` and `high`: KL in nats per answer and per token (all nats by all tokens), lengths in
-        tokens, and shares of answers that `samples.max_new_tokens` cut off. Empty without answers.
+        By name `mean`, `low` and `high`: KL in nats per answer and per token (total nats / total tokens), lengths in
+        tokens, and the share of answers cut off at `samples.max_new_tokens`. Empty without answers.
     """
     if not records:
         return {}

@@ -19,13 +19,13 @@ from dpo_runner.io.files import JsonLines
 from dpo_runner.io.masking import MASK, mask_secrets
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try, where an endpoint is busy, failing, slow or gone."""
+"""Seconds to wait before each retry if an endpoint is busy, failing, slow or unreachable."""
 _LONGEST_WAIT = 60.0
 _LARGEST_REPLY = 2**22
 _NEWTON_STEPS = 50
 _LARGEST_LOGIT = 40.0
 LENGTH_PENALTY = 0.1
-"""λ of the ridge on the length coefficient."""
+"""λ of the ridge penalty on the length coefficient."""
 
 INSTRUCTION = (
     "You compare two answers to the last message of a conversation. Judge which one is better: more helpful, correct "
@@ -35,10 +35,10 @@ INSTRUCTION = (
 
 
 def check_judge(conf: JudgeConf) -> None:
-    """Refuse a `judge` section that cannot work.
+    """Check a `judge` section.
 
     Raises:
-        ConfigError: with a line for each mistake.
+        ConfigError: one line per mistake.
     """
     mistakes = []
     if not re.match(r"https?://[^/]", str(conf.base_url)):
@@ -53,7 +53,7 @@ def check_judge(conf: JudgeConf) -> None:
 
 
 def name_judge(conf: JudgeConf) -> dict[str, str]:
-    """Return whose verdicts these are, as it may be written: without secrets."""
+    """Return the judge's address and model without secrets, for records and results."""
     return {"base_url": _show_url(conf), "model": str(conf.model)}
 
 
@@ -62,18 +62,18 @@ def _show_url(conf: JudgeConf) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to wherever a redirect leads."""
+    """Blocks redirects: urllib would forward the API key to their targets."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Judge:
-    """Asks which of two answers is better.
+    """Client that asks a judge which of two answers is better.
 
     Args:
-        conf: a section that `check_judge` has passed. The key is read from the environment at each request, and
-            appears in nothing that is returned, raised or written.
+        conf: a section that `check_judge` accepts. The API key is read from the environment at each request and is
+            redacted from everything that is returned, raised or written.
     """
 
     def __init__(self, conf: JudgeConf) -> None:
@@ -81,10 +81,10 @@ class Judge:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def compare(self, messages: Sequence[dict[str, Any]], first: str, second: str) -> str:
-        """Return the judge's own words about `first` as A and `second` as B.
+        """Return the judge's reply about `first` as A and `second` as B.
 
         Raises:
-            RunError: the endpoint refuses, or is not there after several tries.
+            RunError: the endpoint refuses, or cannot be reached after several tries.
         """
         conversation = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
         question = f"{conversation}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\nWhich answer is better, A or B?"
@@ -151,10 +151,10 @@ class Judge:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """Return `A` or `B`, or None where the reply is neither of them alone.
+    """Return `A` or `B`; None if the reply is not clearly one of them.
 
-    `[[A]]` counts anywhere, as does a letter after a reasoning model's `</think>`. A guess at prose would be wrong
-    too often: "A" is a word.
+    Accepts `[[A]]` anywhere, or a lone letter, also after a reasoning model's `</think>`. Guessing from prose would
+    be wrong too often: "A" is a word.
     """
     text = reply.rpartition("</think>")[2].strip()
     marked = set(re.findall(r"\[\[([AB])\]\]", text))
@@ -167,20 +167,20 @@ def parse_verdict(reply: str) -> str | None:
 def judge_answers(
     conf: JudgeConf, answers: Sequence[dict[str, Any]], done: JsonLines, progress: Callable[[int], None]
 ) -> list[dict[str, Any]]:
-    """Have each pair of answers judged in both orders, since judges favour a position.
+    """Judge each pair of answers in both orders, because judges have a position bias.
 
     Args:
         conf: the judge.
-        answers: with `prompt` (messages), `policy` and `reference` (each with its `text`).
-        done: verdicts so far, of this and other judges; grows by one record for each pair judged.
-        progress: is told how many more pairs are judged.
+        answers: records with `prompt` (messages), `policy` and `reference` (each with its `text`).
+        done: verdicts so far, of this and other judges; one record is appended per pair judged.
+        progress: called with the number of pairs newly judged.
 
     Returns:
-        This judge's records, by `answer` (its number): `policy_first` and `reference_first` (the judge's words) and
-        `verdict`: 1 policy, 0 reference, 0.5 where the orders disagree, None where a reply is unparsable.
+        This judge's records, sorted by `answer` (its number): `policy_first` and `reference_first` (the judge's
+        replies) and `verdict`: 1 policy, 0 reference, 0.5 if the orders disagree, None if a reply is unparsable.
 
     Raises:
-        RunError: the endpoint refuses, or is not there.
+        RunError: the endpoint refuses or cannot be reached.
     """
     judge, name = Judge(conf), name_judge(conf)
     known = {record["answer"]: record for record in done.records if record["judge"] == name}
@@ -207,8 +207,8 @@ def judge_answers(
 def fit_length_control(verdicts: Floats, lengths: Floats, weights: Floats) -> Floats:
     """Return the win rate at equal length, by a logistic regression on length.
 
-    AlpacaEval 2 (Dubois et al., arXiv 2404.04475, Eq. 2) for one policy, so without the difficulty of instructions,
-    which takes many models to estimate:
+    AlpacaEval 2 (Dubois et al., arXiv 2404.04475, Eq. 2) for a single policy, so without the instruction-difficulty
+    term, which takes many models to estimate:
 
         P(policy wins) = σ(θ + φ z),  z = tanh(Δ / std(Δ)),  Δ = policy's length − reference's
 
@@ -218,7 +218,7 @@ def fit_length_control(verdicts: Floats, lengths: Floats, weights: Floats) -> Fl
     Args:
         verdicts: y, shape [answers].
         lengths: Δ in characters, shape [answers].
-        weights: w, how often each answer counts, shape [fits, answers].
+        weights: w, the weight of each answer, shape [fits, answers].
 
     Returns:
         Rates in [0, 1], shape [fits].
@@ -230,12 +230,12 @@ def fit_length_control(verdicts: Floats, lengths: Floats, weights: Floats) -> Fl
         p = 1 / (1 + np.exp(-np.clip(theta[:, None] + phi[:, None] * z, -_LARGEST_LOGIT, _LARGEST_LOGIT)))
         slope, curve = weights * (p - verdicts), weights * p * (1 - p)
         gradient = slope.sum(axis=1), slope @ z + LENGTH_PENALTY * phi
-        # 1e-12 keeps the system solvable where all agree and θ goes to infinity
+        # 1e-12 keeps the system solvable if all verdicts agree and θ goes to infinity
         h_tt, h_tp = curve.sum(axis=1) + 1e-12, curve @ z
         h_pp = curve @ (z * z) + LENGTH_PENALTY
         determinant = np.maximum(h_tt * h_pp - h_tp**2, 1e-18)
         steps = np.stack([h_pp * gradient[0] - h_tp * gradient[1], h_tt * gradient[1] - h_tp * gradient[0]])
-        steps = np.clip(steps / determinant, -1, 1)  # whole steps of Newton's may overshoot far from the optimum
+        steps = np.clip(steps / determinant, -1, 1)  # full Newton steps can overshoot far from the optimum
         theta = np.clip(theta - steps[0], -_LARGEST_LOGIT, _LARGEST_LOGIT)
         phi -= steps[1]
         if np.abs(steps).max() < 1e-9:
@@ -247,16 +247,16 @@ def fit_length_control(verdicts: Floats, lengths: Floats, weights: Floats) -> Fl
 def summarize_verdicts(
     records: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], seed: int
 ) -> dict[str, Any]:
-    """Return the win rate and the length-controlled win rate with 95 % intervals, and what was judged.
+    """Return the win rate and the length-controlled win rate with 95 % intervals, and counts of verdicts.
 
     Args:
-        records: as `judge_answers` returns them.
-        answers: what was judged, in the same order; each has a prompt of its own.
-        seed: of the bootstrap.
+        records: the records from `judge_answers`.
+        answers: the judged answers in the same order, one per prompt.
+        seed: the seed of the bootstrap.
 
     Returns:
-        `win_rate` and `length_controlled_win_rate` (`mean`, `low`, `high`, or None where nothing can be said; `note`
-        then says why), and the numbers of pairs `judged`, `ties` and `unparsable`.
+        `win_rate` and `length_controlled_win_rate` (`mean`, `low`, `high`, or None if it cannot be estimated, with
+        the reason in `note`), and the numbers of pairs `judged`, `ties` and `unparsable`.
     """
     both = [(record, answer) for record, answer in zip(records, answers, strict=True) if record["verdict"] is not None]
     summary: dict[str, Any] = {
@@ -271,7 +271,7 @@ def summarize_verdicts(
     verdicts = np.array([record["verdict"] for record, _ in both], np.float64)
     pairs = [(len(answer["policy"]["text"]), len(answer["reference"]["text"])) for _, answer in both]
     lengths = np.array([policy - reference for policy, reference in pairs], np.float64)
-    groups = [f"{number:09}" for number in range(len(both))]  # in order, for the weights below to mean the same
+    groups = [f"{number:09}" for number in range(len(both))]  # sorted, so that the weights below match
     summary |= estimate_ratios({"win_rate": (verdicts.tolist(), [1.0] * len(both))}, groups, seed)
     if lengths.min() > 0 or lengths.max() < 0:
         longer = "policy" if lengths.min() > 0 else "reference"

@@ -1,4 +1,4 @@
-"""What a model says of tokens: log-probabilities of completions, and samples; of a policy and of its reference."""
+"""Log-probabilities of completions and samples, from a policy and its reference."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,9 @@ class Compared:
 
     Attributes:
         policy: the tuned model, in evaluation mode.
-        own: the reference where it is a model of its own.
-        adapter: where it is not, the adapter of `policy` that is the reference in the place of the tuned one; None:
-            it is `policy` without any.
-        autocast: what the run has cast to when it scored; None: to nothing.
+        own: the reference if it is a separate model; None otherwise.
+        adapter: if `own` is None, the adapter of `policy` that gives the reference; None for `policy` without adapter.
+        autocast: the autocast dtype of the run's own scoring; None without autocast.
     """
 
     policy: "PreTrainedModel"
@@ -32,7 +31,7 @@ class Compared:
 
     @contextmanager
     def reference(self) -> "Iterator[PreTrainedModel]":
-        """Lend the reference; afterwards `policy` is as it was."""
+        """Yield the reference; `policy` is restored afterwards."""
         from dpo_runner.model.result import switched
 
         if self.own is not None:
@@ -42,7 +41,7 @@ class Compared:
             yield self.policy
 
     def as_in_the_run(self) -> AbstractContextManager[None]:
-        """Compute in the precision that the run was scored in."""
+        """Return the autocast context of the run's own scoring."""
         from dpo_runner.training.precision import autocast
 
         return autocast(self.policy.device, self.autocast)
@@ -56,10 +55,10 @@ def score_completions(
     Args:
         model: in evaluation mode.
         rows: prompt and completion tokens; scored as one right-padded batch of shape [rows, longest].
-        pad_id: any token; what stands there is masked.
+        pad_id: any token; padding is masked.
 
     Returns:
-        One sum for each row. The softmax is taken in float32, whatever the model computes in.
+        One sum per row. The softmax is computed in float32, whatever the model's dtype.
     """
     import torch
 
@@ -73,7 +72,7 @@ def score_completions(
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         sums = []
-        for row, (prompt, completion) in enumerate(rows):  # one by one: float32 logits of all would be the peak
+        for row, (prompt, completion) in enumerate(rows):  # row by row: all float32 logits would set the memory peak
             first, end = len(prompt), len(prompt) + len(completion)
             logps = torch.log_softmax(logits[row, first - 1 : end - 1].float(), dim=-1)
             chosen = logps.gather(1, ids[row, first:end].unsqueeze(1))
@@ -89,16 +88,16 @@ def sample_completions(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """Sample one completion of each prompt at temperature 1, from the model's whole distribution.
+    """Sample one completion of each prompt at temperature 1, from the model's full distribution.
 
-    `generate` would apply what the model was published with (top_k, a repetition penalty, …), and the samples would
-    not be the policy's. Each row has its own random numbers, so its sample does not depend on its batch.
+    `generate` would apply the model's published generation config (top_k, a repetition penalty, …), and the samples
+    would not follow the policy. Each row has its own random numbers, so its sample does not depend on its batch.
 
     Args:
         model: in evaluation mode.
-        prompts: tokens.
-        seeds: one for each prompt, from 0 up to 2**63.
-        max_new_tokens: where a completion is cut off.
+        prompts: the tokens of each prompt.
+        seeds: one per prompt, from 0 up to 2**63.
+        max_new_tokens: the length limit of a completion in tokens.
         stop_ids: tokens that end a completion.
         pad_id: any token.
 
@@ -121,7 +120,7 @@ def sample_completions(
                 input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            # the inverse of the distribution function, in float64 so that rare tokens keep their share
+            # inverse transform sampling, in float64 so that rare tokens keep their probability
             cumulated = torch.softmax(output.logits[:, -1].double(), dim=-1).cumsum(dim=-1)
             drawn = torch.tensor(draws[:, step : step + 1], device=device) * cumulated[:, -1:]
             ids = torch.searchsorted(cumulated, drawn, right=True).clamp(max=cumulated.shape[1] - 1)
@@ -137,5 +136,5 @@ def sample_completions(
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Return the seed of sample `number`, unlike that of any other sample or run."""
+    """Return the seed of sample `number`, different for every sample and run seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""What an evaluation of a finished run may change of the run's configuration."""
+"""Overrides for the evaluation of a finished run, applied to the run's configuration."""
 
 import re
 import tempfile
@@ -23,17 +23,17 @@ _LOCATION = ("path", "eval_path", "subset", "revision", "split", "eval_split")
 
 
 def compose(run: RunConf, overrides: Sequence[str]) -> RunConf:
-    """Return a run's configuration with an evaluation's overrides, checked as a run's own are.
+    """Return a run's configuration with an evaluation's overrides, checked like those of a run.
 
-    An option of the `data` group replaces the run's data section; anything else is set on top of it. Of data that the
-    run did not have all pairs are evaluated: eval_fraction and max_train_samples count only where they are set here.
+    An option of the `data` group replaces the run's data section; all other overrides are set on top of it. All pairs
+    of data that the run did not use are evaluated: eval_fraction and max_train_samples apply only if they are set here.
 
     Args:
         run: the run's own configuration.
         overrides: as on the command line.
 
     Raises:
-        ConfigError: with a line for each mistake, such as a key that an evaluation cannot change.
+        ConfigError: one line per mistake, such as a key that an evaluation cannot change.
     """
     keys = [re.split("=", text.lstrip("+~"), maxsplit=1)[0].partition("@")[0] for text in overrides]
     groups = ConfigFiles.over(None).groups()
@@ -47,12 +47,12 @@ def compose(run: RunConf, overrides: Sequence[str]) -> RunConf:
     if refused:
         raise ConfigError(refused)
     base = config_keys(run)
-    # An evaluation trains nothing, so the rules of evaluating and saving during training do not apply.
+    # An evaluation does not train, so the rules about evaluating and saving during training do not apply.
     base["training"] |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     if "data" in keys:
         del base["data"]
     with tempfile.TemporaryDirectory() as folder:
-        # as an experiment, the run's settings stand over the defaults and beneath the overrides
+        # as an experiment, the run's settings take precedence over the defaults but not over the overrides
         (Path(folder) / "experiment").mkdir()
         text = "# @package _global_\n" + yaml.safe_dump(base, sort_keys=False, allow_unicode=True)
         (Path(folder) / "experiment" / "evaluated_run.yaml").write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def compose(run: RunConf, overrides: Sequence[str]) -> RunConf:
 
 
 def is_foreign(conf: RunConf, run: RunConf) -> bool:
-    """Whether the data are others than those that the run was trained and evaluated on."""
+    """Return whether the data differ from those that the run was trained and evaluated on."""
 
     def locations(conf: RunConf) -> list[list[Any]]:
         return [[getattr(source, key) for key in _LOCATION] for source in resolve_sources(conf.data).values()]

@@ -1,4 +1,4 @@
-"""What an evaluation has its models do: score pairs and answer prompts, every batch on disk once it is done."""
+"""The model work of an evaluation: score pairs and answer prompts, writing each batch to disk."""
 
 import hashlib
 import json
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Task:
-    """What is evaluated.
+    """One evaluation.
 
     Attributes:
-        conf: the run's configuration with the evaluation's own settings.
-        data: the preference data, of which `split` is evaluated.
+        conf: the run's configuration with the evaluation's overrides.
+        data: the preference data.
+        split: the split of `data` that is evaluated.
         rows: the pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        folder: where the results are written.
+        folder: the folder of the results.
     """
 
     conf: RunConf
@@ -37,7 +38,7 @@ class Task:
     folder: Path
 
     def describe(self) -> dict[str, Any]:
-        """Return what an evaluation depends on, for evaluation.json."""
+        """Return the evaluation's inputs and settings, for evaluation.json."""
         from dpo_runner.model.blueprint import Blueprint
 
         autocast, moves = name_autocast(self.conf), self.conf.training.sync_ref_model
@@ -56,7 +57,7 @@ class Task:
 
 
 def name_autocast(conf: RunConf) -> str | None:
-    """Return the dtype that a run casts to when it scores, such as `bfloat16`; None where it has no autocast."""
+    """Return the autocast dtype that a run scores in, such as `bfloat16`; None without autocast."""
     from dpo_runner.training.precision import choose_autocast
 
     dtype = choose_autocast(conf.training)
@@ -64,10 +65,10 @@ def name_autocast(conf: RunConf) -> str | None:
 
 
 def load_compared(run_dir: Path, conf: RunConf) -> Compared:
-    """Load a run's policy and reference, in evaluation mode, on the GPU where there is one.
+    """Load a run's policy and reference in evaluation mode, on the GPU if there is one.
 
     Raises:
-        ConfigError: a model or adapter that the run names is not there any more.
+        ConfigError: a model or adapter that the run names does not exist any more.
     """
     import torch
 
@@ -97,7 +98,7 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
 
 
 def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, progress: Callable[[int], None]) -> None:
-    """Score each pair with policy and reference, going on after the pairs in `done`."""
+    """Score each pair with policy and reference, continuing after the pairs in `done`."""
     size = task.conf.training.per_device_eval_batch_size
     for start in _batches(done, len(task.rows), size, progress):
         rows = [task.rows[index] for index in range(start, min(start + size, len(task.rows)))]
@@ -127,9 +128,9 @@ def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, pr
 
 
 def _batches(done: JsonLines, total: int, size: int, progress: Callable[[int], None]) -> range:
-    """Return where the batches begin that are left to do; one that a kill has cut in two is done again whole.
+    """Return the start indices of the remaining batches; a partially written batch is redone as a whole.
 
-    A batch's rounding depends on its rows, and a resumed evaluation is to give the very same figures.
+    A batch's rounding depends on its rows, and a resumed evaluation must give identical figures.
     """
     whole = len(done.records) if len(done.records) == total else len(done.records) // size * size
     if whole < len(done.records):
@@ -139,13 +140,13 @@ def _batches(done: JsonLines, total: int, size: int, progress: Callable[[int], N
 
 
 def _cut(prompt: list[int], completion: list[int], conf: RunConf) -> tuple[list[int], list[int]]:
-    """Cut a pair that `data.on_overlong=trl` has left too long, as TRL's collator does in training."""
+    """Truncate a pair that `data.on_overlong=trl` left too long, as TRL's collator does in training."""
     limit, ids = conf.training.max_length, prompt + completion
     if limit is None or len(ids) <= limit:
         return prompt, completion
     if conf.training.truncation_mode == "keep_start":
         return prompt, completion[: limit - len(prompt)]
-    kept = min(len(completion), limit - 1)  # the first token of all is not predicted from anything
+    kept = min(len(completion), limit - 1)  # the very first token has no prediction
     return ids[-limit : len(ids) - kept], completion[-kept:]
 
 
@@ -156,7 +157,7 @@ def answer_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     progress: Callable[[int], None],
 ) -> None:
-    """Let policy and reference answer each prompt greedily, and score a sample of the policy's with both."""
+    """Answer each prompt greedily with policy and reference, and score a sample of the policy with both."""
     from dpo_runner.model.tokenizer import find_stop_ids
     from dpo_runner.training.answers import generate_answers
 
@@ -168,7 +169,7 @@ def answer_prompts(
         ids = [prompt.ids for prompt in prompts]
         seeds = [derive_seed(conf.seed, start + index) for index in range(len(prompts))]
         policy = generate_answers(compared.policy, tokenizer, prompts, length, size, stop_id)
-        with compared.as_in_the_run():  # drawn from the very distribution that they are scored with
+        with compared.as_in_the_run():  # sample from the same distribution that scores the samples
             samples = sample_completions(compared.policy, ids, seeds, length, stop_ids, pad_id)
             rows = list(zip(ids, samples, strict=True))
             policy_logps = score_completions(compared.policy, rows, pad_id)

@@ -1,4 +1,4 @@
-"""A finished run's result as one folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
+"""Export a finished run's result to a folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ with on_ctrl_c(end_at_once):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 exporting failed, 2 an argument or the run is of no use, 130 interrupted.
+    Exit codes: 0 done, 1 export failed, 2 invalid argument or run, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.export", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")

@@ -1,4 +1,4 @@
-"""A finished run's result as one folder to serve or publish: `python -m dpo_runner.export RUN_DIR --out DIR`."""
+"""Export of a finished run's result to a folder to serve or publish."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 ROUNDING_TOLERANCE = {"float32": 1e-6, "bfloat16": 0.05, "float16": 0.005}
-"""How far a saved dtype may move the distribution of the next token: a mean KL divergence in nats, some five times
-that of a 135M model tuned by a few steps."""
+"""Limit on the change of the next-token distribution by a saved dtype: mean KL divergence in nats, some five times
+that of a 135M model tuned for a few steps."""
 
 _FIXED_PROMPT = [{"role": "user", "content": "Name three things that a good explanation has, and say why."}]
 _PROMPTS, _PROMPT_TOKENS, _COMPARED_TOKENS = 4, 256, 64
@@ -42,23 +42,23 @@ def export_run(
     name: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write a finished run's model, or its adapter alone, with tokenizer, model card and lineage.json.
+    """Write a finished run's model, or only its adapter, with tokenizer, model card and lineage.json.
 
     Args:
         run_dir: the run's directory.
-        out: the folder to write, whole or not at all; there must be none, or an empty one.
+        out: the folder to write atomically; must be missing or empty.
         adapter_only: copy the adapter instead of merging it into the unquantized base.
-        dtype: of the saved weights; None takes the base checkpoint's own (full fine-tuning: the tuned weights').
-        max_shard_size: the largest weight file, such as `5GB`.
-        name: what the model card calls the folder in code; None takes `out`'s name.
-        say: is told what the check of the weights measured.
+        dtype: dtype of the saved weights; None for the base checkpoint's (full fine-tuning: the tuned weights').
+        max_shard_size: the limit on the size of a weight file, such as `5GB`.
+        name: the name of the folder in the model card's code; None for `out`'s name.
+        say: called with the results of the weight checks.
 
     Returns:
-        `out`, as an absolute path.
+        `out` as an absolute path.
 
     Raises:
-        ConfigError: there is no finished run, `out` is taken, or a model that the run names is missing.
-        RunError: the merged model's logits are not the adapter's, or writing failed. Nothing was written.
+        ConfigError: the run is not finished, `out` is not empty, or a model that the run names is missing.
+        RunError: the merged model's logits differ from the adapter's, or writing failed. Nothing was written.
     """
     from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.card.card import PLOTS, write_card
@@ -98,7 +98,7 @@ def export_run(
 
 
 def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
-    """Return the folder of a run's result; refuse an `out` that is taken, and a result that cannot be exported so."""
+    """Return the folder of a run's result, after checking `out` and that the result can be exported this way."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
     tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")
@@ -110,9 +110,9 @@ def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
 
 
 def _name_base(adapter_config: Path, facts: "RunFacts") -> None:
-    """Let adapter_config.json name the base by its hub id, not as this machine or the SFT adapter's had it.
+    """Write the base's hub id into adapter_config.json, instead of the name from this machine or the SFT adapter.
 
-    One on top of a merged SFT adapter keeps its folder: on the bare base it would be wrong, and nothing would say so.
+    An adapter on top of a merged SFT adapter keeps its base folder: on the bare base it would be silently wrong.
     """
     from dpo_runner.model.card.facts import hub_base
 
@@ -126,7 +126,7 @@ def _name_base(adapter_config: Path, facts: "RunFacts") -> None:
 def _build_model(
     conf: RunConf, run_dir: Path, tuned: Path, dtype: str | None, say: Callable[[str], None]
 ) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """Return the tuned model, merged in float32 and cast to the dtype to save, and what was measured on the way."""
+    """Return the tuned model, merged in float32 and cast to the dtype to save, and the measurements."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -137,7 +137,7 @@ def _build_model(
 
     full, trust = tuned.name == "model", conf.model.trust_remote_code
     source = ModelConf(model_name_or_path=str(tuned), trust_remote_code=trust) if full else conf.model
-    # In the dtype of training: an SFT adapter merged in another one would make another base.
+    # In the training dtype: merging an SFT adapter in another dtype would give a different base.
     blueprint = Blueprint(source)
     model: Any = load_base_model(blueprint)[0]
     if getattr(model.config, "quantization_config", None) is not None:
@@ -160,11 +160,11 @@ def _build_model(
         model, check["merge"] = _merge(model, tuned, prompts, say)
     expected = _compute_logits(model, prompts)
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():  # what the model keeps in another dtype than the rest of it stays so
+        if tensor.is_floating_point():  # tensors that the model keeps in a dtype of their own keep it
             tensor.data = tensor.data.to(getattr(torch, dtype) if loaded.get(key, usual) == usual else loaded[key])
     rounded = _compute_logits(model, prompts)
-    moved, allowed, effect = _diverge(expected, rounded), ROUNDING_TOLERANCE[dtype], check.get("merge", {}).get("kl")
-    check["rounding"] = {"kl": moved, "tolerance": allowed, "largest_difference": _largest(rounded - expected)}
+    moved, allowed, effect = _compute_kl(expected, rounded), ROUNDING_TOLERANCE[dtype], check.get("merge", {}).get("kl")
+    check["rounding"] = {"kl": moved, "tolerance": allowed, "largest_difference": _max_abs(rounded - expected)}
     of_tuning = f"; the adapter itself moves it by {effect:.3g}" if effect is not None else ""
     say(
         f"saving as {dtype} moves the distribution of the next token by {moved:.3g} nats (KL; tolerance "
@@ -177,7 +177,7 @@ def _build_model(
         )
     if effect is not None and moved > effect / 10:
         say(f"{dtype} rounds away a part of what was tuned; --dtype float32, or --adapter-only, keeps all of it")
-    # So that a plain `generate` ends an answer where the run's own samples and chat do.
+    # A plain `generate` must stop where the run's own samples and chat do.
     stops = find_stop_ids(model, tokenizer, template.end_of_turn)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return model, {"dtype": dtype, "check": check}
@@ -186,10 +186,10 @@ def _build_model(
 def _merge(
     base: Any, adapter: Path, prompts: "list[Tensor]", say: Callable[[str], None]
 ) -> "tuple[PreTrainedModel, dict[str, float]]":
-    """Merge the adapter and make sure, in float32, that the model computes what it did with the adapter on it.
+    """Merge the adapter and check, in float32, that the logits equal those with the unmerged adapter.
 
-    The tolerance is 1% of what the adapter moves the logits by, so that one merged not at all, twice or wrongly scaled
-    is found however little was trained; at most 1e-3 of the largest logit, and no less than float32's noise.
+    The tolerance is 1% of the adapter's effect on the logits, which detects an adapter merged not at all, twice or
+    with a wrong scale, however little it was trained; at most 1e-3 of the largest logit, and at least float32 noise.
     """
     from peft import PeftModel
 
@@ -197,12 +197,12 @@ def _merge(
     expected = _compute_logits(model, prompts)
     with model.disable_adapter():
         untuned = _compute_logits(model, prompts)
-        effect = _largest(untuned - expected)
+        effect = _max_abs(untuned - expected)
     try:
         model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise RunError(f"{adapter}: cannot be merged; {reason_of(error)}; nothing was written") from None
-    moved, scale = _largest(_compute_logits(model, prompts) - expected), _largest(expected)
+    moved, scale = _max_abs(_compute_logits(model, prompts) - expected), _max_abs(expected)
     allowed = min(max(effect / 100, scale * 1e-5), scale * 1e-3)
     say(
         f"merging, in float32, moves the logits of {len(prompts)} prompts by at most {moved:.3g} "
@@ -213,11 +213,11 @@ def _merge(
             f"{adapter}: merged, logits differ by {moved:.3g} > {allowed:.3g}; nothing was written; try --adapter-only"
         )
     measured = {"largest_difference": moved, "tolerance": allowed, "adapter_effect": effect, "largest_logit": scale}
-    return model, measured | {"kl": _diverge(expected, untuned)}
+    return model, measured | {"kl": _compute_kl(expected, untuned)}
 
 
 def _compute_logits(model: Any, prompts: "list[Tensor]") -> "Tensor":
-    """Return the logits at each prompt's last positions, one after another."""
+    """Return the logits at the last positions of each prompt, concatenated."""
     import torch
 
     with torch.no_grad():
@@ -225,24 +225,24 @@ def _compute_logits(model: Any, prompts: "list[Tensor]") -> "Tensor":
     return torch.cat(each).float().cpu()
 
 
-def _diverge(expected: "Tensor", logits: "Tensor") -> float:
-    """Return the mean over positions of KL(expected || other) in nats, from logits of shape [positions, vocabulary]."""
+def _compute_kl(expected: "Tensor", logits: "Tensor") -> float:
+    """Return the mean over positions of KL(expected || logits) in nats, for logits of shape [positions, vocabulary]."""
     before, after = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def _largest(logits: "Tensor") -> float:
-    return float(logits.abs().max())  # NaN where there is one
+def _max_abs(logits: "Tensor") -> float:
+    return float(logits.abs().max())  # NaN if any is NaN
 
 
 def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:
-    """Upload what `export_run` has written to a model repository, made (private unless `public`) where there is none.
+    """Upload an exported folder to a hub model repository, created (private unless `public`) if it is missing.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        RunError: the hub refused it or is out of reach; `folder` stays.
+        RunError: the hub refused the upload or cannot be reached; `folder` stays.
     """
     import huggingface_hub
 
@@ -250,7 +250,7 @@ def push_to_hub(folder: Path, repo_id: str, public: bool = False) -> str:
     try:
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of dpo_runner")
-    except Exception as error:  # the hub's client passes on whatever its transports raise
+    except Exception as error:  # the hub client passes on exceptions of its transports
         reason = mask_secrets(reason_of(error))
         raise RunError(f"--push-to-hub {repo_id}: {reason}; {folder} is written and stays") from None
     return str(url)

@@ -1,4 +1,4 @@
-"""Where a run's weights come from, and the digests by which anybody can tell that they are the same ones."""
+"""Lineage of a run's weights, with digests that identify them."""
 
 import hashlib
 from pathlib import Path
@@ -9,19 +9,19 @@ from dpo_runner.io.version import __version__
 
 
 def trace_origins(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return where a run's weights come from, base to run, with what identifies each.
+    """Return the lineage of a run's weights, from the base to the run, with commits and digests.
 
     Args:
-        conf: the run's configuration, its base at the commit that was trained on.
+        conf: the run's configuration, with the base at the commit used in training.
         run_dir: the run's directory.
-        tuned: the folder in it that holds the model or the adapter.
-        environment: what the run's environment.json holds.
+        tuned: the folder in it with the model or the adapter.
+        environment: the content of the run's environment.json.
 
     Returns:
         `base`, `sft_adapter` (or None), `dpo_run` and `export`.
 
     Raises:
-        ConfigError: the base or the SFT adapter is not there.
+        ConfigError: the base or the SFT adapter does not exist.
     """
     from dpo_runner.model.files.locations import resolve_adapter_path, resolve_model_path
 
@@ -44,7 +44,7 @@ def trace_origins(conf: RunConf, run_dir: Path, tuned: Path, environment: dict[s
 
 
 def _identify(location: str, revision: str | None) -> dict[str, Any]:
-    """Return hub commit and weights' digests of a folder, or of what the cache has of a hub repository."""
+    """Return hub commit and weight digests of a folder, or of a hub repository's files in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(location)
@@ -53,12 +53,12 @@ def _identify(location: str, revision: str | None) -> dict[str, Any]:
         if not isinstance(cached, str):
             return {"commit": revision, "sha256": {}}
         folder = Path(cached).parent
-    commit = folder.name if folder.parent.name == "snapshots" else None  # so the hub's cache is laid out
+    commit = folder.name if folder.parent.name == "snapshots" else None  # the layout of the hub's cache
     return {"commit": commit, "sha256": digest_weights(folder)}
 
 
 def digest_weights(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that decides what a model computes."""
+    """Return the SHA-256 of each file that affects a model's outputs, by name."""
     names = ("config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
     return {path.name: _hash(path) for path in sorted(path for name in names for path in folder.glob(name))}
 

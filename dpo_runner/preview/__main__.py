@@ -23,7 +23,7 @@ with on_ctrl_c(end_at_once):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 failed, 2 the configuration or data are of no use, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 invalid configuration or data, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.preview", description=__doc__, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for a run")
@@ -70,13 +70,13 @@ def _preview(args: argparse.Namespace) -> None:
             write_report("--html", args.html, build_page(data.report, rows, facts), console)
         if args.dropped is not None:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.dropped()]
-            # A lone surrogate has no UTF-8, but its escape is JSON.
+            # A lone surrogate cannot be encoded as UTF-8, but its escape is valid JSON.
             text = "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
             write_report("--dropped", args.dropped, text, console)
 
 
 def _check_overwriting(targets: dict[str, Path], report: DataReport) -> None:
-    """Refuse to write over the data."""
+    """Refuse to overwrite the data."""
     files = [Path(file).expanduser() for source in report.sources for file in source.files]
     for flag, path in targets.items():
         if path.exists() and any(file.exists() and file.samefile(path) for file in files):

@@ -1,4 +1,4 @@
-"""The data's report and some of its rows as one HTML page that needs no network and runs nothing out of the data."""
+"""The data report and sample rows as one HTML page, without network access and with all data as inert text."""
 
 import math
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ _BAR_HEIGHT = 44
 
 @dataclass(frozen=True)
 class Piece:
-    """The shortest run of tokens that is whole characters.
+    """The shortest sequence of tokens that decodes to whole characters.
 
     Attributes:
-        text: what it decodes to.
-        token_ids: its tokens, mostly one.
-        special: whether it is one of the tokenizer's special tokens, always alone.
+        text: the decoded text.
+        token_ids: the tokens, mostly one.
+        special: whether it is a special token of the tokenizer, always a separate piece.
     """
 
     text: str
@@ -46,8 +46,8 @@ class Row:
     """One training pair as the model sees it.
 
     Attributes:
-        where: the place it came from, such as `pairs.jsonl:12`.
-        parts: `prompt`, `chosen` and `rejected`.
+        where: the source location, such as `pairs.jsonl:12`.
+        parts: pieces of `prompt`, `chosen` and `rejected`.
     """
 
     where: str
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Plot:
-    """A figure, `height` pixels high and as wide as there is room, with what stands over it."""
+    """A figure, `height` pixels high and as wide as the page, with its heading and note."""
 
     heading: str
     note: str
@@ -68,7 +68,7 @@ class Plot:
 
 
 def name_data(report: DataReport) -> str:
-    """Name what was read, in short: sources of a mixture, or files without their folders."""
+    """Return a short name of the data: sources of a mixture, or files without their folders."""
     names = [
         name
         for source in report.sources
@@ -78,7 +78,7 @@ def name_data(report: DataReport) -> str:
 
 
 def shorten_list(names: list[str]) -> str:
-    """Join names, the first few of many."""
+    """Join names; if there are many, the first few and the number of the others."""
     rest = len(names) - _LONGEST_NAMES
     return ", ".join(names[:_LONGEST_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
 
@@ -86,13 +86,13 @@ def shorten_list(names: list[str]) -> str:
 def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> str:
     """Return the page as HTML.
 
-    Whatever comes from data or configuration is text in it: Jinja2 escapes it, plots get it escaped for plotly's own
-    markup, and the page's policy runs no script but the page's own and loads nothing.
+    Everything from data or configuration is inert text: Jinja2 escapes it, plot labels are escaped for plotly's own
+    markup, and the page's content security policy allows only its own scripts and no loading.
 
     Args:
-        report: what became of the rows.
+        report: the data report.
         rows: the training rows to show.
-        facts: label and text of lines beneath the title, such as the model.
+        facts: labels and texts of the lines below the title, such as the model.
     """
     return render_page(
         _TEMPLATE,
@@ -108,7 +108,7 @@ def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> st
 
 
 def _count(report: DataReport) -> list[tuple[str, str, str]]:
-    """Return the counts up front: number, what it counts, and a remark."""
+    """Return the page's headline counts as (number, label, remark)."""
     counts = []
     for name, label in (("train", "training pairs"), ("eval", "evaluation pairs")):
         if name in report.splits:
@@ -171,7 +171,7 @@ def _plot_counts(heading: str, bars: list[tuple[str, int, str]]) -> Plot:
         )
     )
     for (label, count, _), place in zip(bars, places, strict=True):
-        # Over its bar and not beside it: a reason is longer than a phone leaves room for.
+        # Above its bar, not next to it: a reason is too long for a phone's screen.
         text = f"<b>{count:,}</b>  {escape_label(label)}"
         figure.add_annotation(x=0, y=place, text=text, showarrow=False, xanchor="left", yanchor="bottom", yshift=-3)
     figure.update_layout(**_layout(left=2, right=8, top=4, bottom=4))
@@ -181,7 +181,7 @@ def _plot_counts(heading: str, bars: list[tuple[str, int, str]]) -> Plot:
 
 
 def _plot_lengths(part: str, lengths: Lengths, longest: int) -> Plot:
-    """Plot a histogram on an axis that reaches to `longest`, the same for what is to be compared."""
+    """Plot a histogram on an axis up to `longest`, which is shared by plots to be compared."""
     import plotly.graph_objects as go
 
     bins = list(pairwise(lengths.edges))
@@ -203,13 +203,13 @@ def _plot_lengths(part: str, lengths: Lengths, longest: int) -> Plot:
 
 
 def _describe_bin(low: float, high: float, last: bool) -> str:
-    """Name the whole numbers from `low` to below `high`, or to `high` where the bin is the last."""
+    """Return the integers of a bin from `low` to below `high`, or to `high` in the last bin, as a label."""
     first, end = math.ceil(low), math.floor(high) if last else math.ceil(high) - 1
     return f"{first:,} to {end:,}" if end > first else f"{first:,}"
 
 
 def _plot_bias(biases: dict[str, LengthBias]) -> Plot:
-    """Plot, for each split, the shares of pairs of which either answer is the longer one."""
+    """Plot for each split the shares of pairs with a longer chosen answer, equal lengths, a longer rejected answer."""
     import plotly.graph_objects as go
 
     equal = [max(0.0, 1 - bias.chosen_longer - bias.rejected_longer) for bias in biases.values()]
@@ -250,7 +250,7 @@ def _plot_bias(biases: dict[str, LengthBias]) -> Plot:
 
 
 def _layout(left: int, right: int, top: int, bottom: int) -> dict[str, Any]:
-    """Return what all figures share; their colours of text and lines are the page's, in light and dark."""
+    """Return the layout shared by all figures; the page sets colours of text and lines, in light and dark mode."""
     return {
         "template": "none",
         "margin": {"l": left, "r": right, "t": top, "b": bottom},

@@ -1,4 +1,4 @@
-"""Show what a run would train on, without a model: `python -m dpo_runner.preview [OVERRIDES]`."""
+"""Terminal output of the data preview: report tables, length histograms, training pairs."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -26,17 +26,17 @@ _LONGEST_PIECE = 64
 
 
 def split_pieces(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = ()) -> list[Piece]:
-    """Decode tokens one by one, where several make one character together.
+    """Decode tokens one by one, or together if several form one character.
 
-    Each is decoded with what stands before it, because many tokenizers drop the space that a text begins with.
+    Each is decoded with the tokens before it, because many tokenizers drop a leading space.
 
     Args:
         ids: the tokens.
-        tokenizer: theirs.
-        before: the tokens that `ids` follow.
+        tokenizer: the tokenizer of `ids`.
+        before: the tokens that precede `ids`.
 
     Returns:
-        Pieces whose texts, joined, are the text of `ids`.
+        Pieces whose joined texts are the text of `ids`.
     """
     special = find_special_ids(tokenizer)
 
@@ -57,14 +57,14 @@ def split_pieces(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", befor
         group.append(token)
         last = index + 1 == len(ids)
         complete = token in special or last or ids[index + 1] in special or len(group) == _LONGEST_PIECE
-        # U+FFFD stands for bytes that the next token may make whole, or for itself.
+        # U+FFFD is an incomplete character that the next token may complete, or a real U+FFFD.
         if complete or not decode(group).endswith("\ufffd"):
             close()
     return pieces
 
 
 def pick_rows(data: "PreferenceData", tokenizer: "PreTrainedTokenizerBase", count: int) -> list[Row]:
-    """Return `count` training pairs as the model sees them, spread evenly over the training set."""
+    """Return `count` training pairs as the model sees them, evenly spaced over the training set."""
     total = len(data.train)
     rows = []
     for number in range(min(count, total)):
@@ -79,8 +79,8 @@ def pick_rows(data: "PreferenceData", tokenizer: "PreTrainedTokenizerBase", coun
 
 
 def draw_bars(counts: Sequence[int], width: int = _BAR_WIDTH) -> str:
-    """Return a histogram as one line of at most `width` characters; only an empty bin is blank."""
-    step = -(-len(counts) // width)  # as many bins to each character, or even counts would look jagged
+    """Return a histogram as one line of at most `width` characters; only empty bins are blank."""
+    step = -(-len(counts) // width)  # the same number of bins per character, or uniform counts would look jagged
     sums = [sum(counts[start : start + step]) for start in range(0, len(counts), step)]
     most = max(sums)
     return "".join(_BARS[max(0, -(-count * len(_BARS) // most) - 1)] if count else " " for count in sums)
@@ -157,7 +157,7 @@ def _tally(counts: dict[str, int], what: str = "") -> list[str]:
 
 
 def _text(text: str) -> Text:
-    """Return data's text for the terminal: no markup, no control sequences."""
+    """Return untrusted text for the terminal, without markup and control sequences."""
     return Text(visible(text), overflow="fold")
 
 
@@ -166,7 +166,7 @@ def _lines(lines: Iterable[str]) -> Text:
 
 
 def show_rows(rows: list[Row], console: Console) -> None:
-    """Print training pairs; special tokens are inverse."""
+    """Print training pairs, special tokens in reverse video."""
     for row in rows:
         console.print()
         console.rule(Text(visible(row.where), style="bold"), align="left")

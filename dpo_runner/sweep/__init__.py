@@ -1,1 +1,1 @@
-"""Many runs as one experiment: axes -> points -> a directory with a job for each -> worker processes -> states."""
+"""Sweeps of many runs: axes -> points -> a directory with a job for each -> worker processes -> states."""

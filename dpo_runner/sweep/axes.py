@@ -1,4 +1,4 @@
-"""What a sweep's overrides span: the grid, axes that move together, and random points of it. Imports no torch."""
+"""A sweep's grid: axes from overrides, paired axes, random samples of points. Does not import torch."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ class Axis:
 
 
 def read_axis(override: Override) -> Axis:
-    """Return the values that one override gives its key, each as an override of its own."""
+    """Return an override as an axis, with one override per value."""
     if not override.is_sweep_override():
         return Axis(override.key_or_group, (str(override.input_line),))
     key = str(override.input_line).partition("=")[0]
@@ -39,15 +39,15 @@ def read_axis(override: Override) -> Axis:
 
 
 def merge_axes(axes: Sequence[Axis]) -> list[Axis]:
-    """Keep the last of each key, in the place of its first: the command line outdoes a sweep file."""
+    """Keep the last axis of each key at the position of the first: the command line overrides a sweep file."""
     return list({axis.key: axis for axis in axes}.values())
 
 
 def defer_sections(texts: Sequence[str]) -> list[str]:
-    """Let fields of `quant` and `lora` wait for the points, some of which bring these sections only then.
+    """Turn fixed fields of `quant` and `lora` into one-value choices, which Hydra applies per point.
 
-    Hydra composes what all points share beforehand, and fails on `quant.X=…` beside `quant=nf4,fp4`, where there
-    is no `quant` yet. A choice of one value is left out of that, and makes no axis.
+    Hydra first composes what all points share, and fails on `quant.X=…` with `quant=nf4,fp4`, because there is no
+    `quant` yet. A choice of one value is left out of that composition and does not add an axis.
     """
     return [
         re.sub("=(.*)", lambda value: f"=choice({value[1]})", text, count=1) if _is_fixed_field(text) else text
@@ -62,13 +62,13 @@ def _is_fixed_field(text: str) -> bool:
 
 
 def combine(axes: Sequence[Axis], sweep: SweepConf) -> list[tuple[str, ...]]:
-    """Return the overrides of each point, in the order in which they are to be run.
+    """Return the overrides of each point, in the order of execution.
 
-    The last axis varies fastest. With `sweep.sample`, so many different points of the grid come in random order,
-    and a larger sample begins with the smaller one.
+    The last axis varies fastest. `sweep.sample` draws that many distinct points of the grid in random order; a larger
+    sample begins with the smaller one.
 
     Raises:
-        ConfigError: `sweep.paired` names what is no axis, or axes of different lengths; or there are too many points.
+        ConfigError: `sweep.paired` names a key without an axis, or axes of different lengths; or too many points.
     """
     groups = _group(axes, sweep)
     total = math.prod(len(group[0].texts) for group in groups)
@@ -83,7 +83,7 @@ def combine(axes: Sequence[Axis], sweep: SweepConf) -> list[tuple[str, ...]]:
 
 
 def read_pairings(sweep: SweepConf) -> list[list[str]]:
-    """Return the lists of keys that move together: `sweep.paired` is one such list, or a list of them."""
+    """Return `sweep.paired`, which is one list of keys or a list of lists, as a list of lists."""
     if all(isinstance(item, str) for item in sweep.paired):
         return [list(sweep.paired)] if sweep.paired else []
     return [list(item) for item in sweep.paired]
@@ -133,7 +133,7 @@ def _point(axes: Sequence[Axis], groups: Sequence[Sequence[Axis]], index: int) -
 
 
 def read_sweep_conf(axes: Sequence[Axis], config_dir: str | None) -> SweepConf:
-    """Return the sweep's own settings, which are the same for all of its points."""
+    """Return the sweep's settings, which are the same for all points."""
     single = [axis for axis in axes if len(axis.texts) == 1]
     texts = [axis.texts[0] for axis in single if axis.key in ("sweep", "experiment") or axis.key.startswith("sweep.")]
     return _compose_sweep(tuple(texts), config_dir)

@@ -1,4 +1,4 @@
-"""The base model kept between the runs of a sweep's worker."""
+"""Reuse of the base model between the runs of one sweep worker."""
 
 import functools
 import gc
@@ -26,22 +26,22 @@ _CONSTANT = (
     *(type(None), bool, int, float, complex, str, bytes, type, Enum, torch.dtype, torch.device, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, weakref.ref),
 )
-"""Kinds that nobody changes in place."""
+"""Types that are not modified in place."""
 
 _DICTIONARIES, _SEQUENCES = (dict, OrderedDict, defaultdict), (list, set, tuple, frozenset)
 
 _LIBRARIES = ("torch.nn.", "transformers.", "bitsandbytes.")
-"""Whose objects have their state in their attributes."""
+"""Module prefixes of classes whose state is entirely in their attributes."""
 
 
 class Snapshot:
-    """A model as it is when this is made.
+    """A model's state at construction time, to restore later.
 
     Args:
-        model: recorded, and not changed.
+        model: recorded, not modified.
 
     Raises:
-        TypeError: it holds a kind of object that is not known here, in words that follow "it has".
+        TypeError: the model holds an object of an unknown type; the message continues "it has".
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,7 +49,7 @@ class Snapshot:
         self._objects: list[tuple[Any, type, dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor, bool, int]] = []
-        seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id is used twice
+        seen: dict[int, Any] = {}  # holds references, so that no id is reused
         waiting: list[Any] = [model]
         while waiting:
             value = waiting.pop()
@@ -58,7 +58,7 @@ class Snapshot:
                 waiting += self._record(value)
 
     def _record(self, value: Any) -> list[Any]:
-        """Record one object, and return those that it refers to."""
+        """Record one object and return the objects that it refers to."""
         found: list[Any] = []
         if isinstance(value, torch.Tensor):
             self._tensors.append((value, value.data, value.requires_grad, _digest(value)))
@@ -77,7 +77,7 @@ class Snapshot:
         return found
 
     def put_back(self) -> None:
-        """Make all that was recorded what it was, but for the content of weights."""
+        """Restore everything recorded except the content of weights."""
         for value, kind, attributes in self._objects:
             if type(value) is not kind:
                 value.__class__ = kind
@@ -90,7 +90,7 @@ class Snapshot:
             tensor.requires_grad_(requires_grad)
 
     def find_change(self) -> str | None:
-        """Name a weight that has other bytes than it had, in words; None where all have their own."""
+        """Return a phrase that names a weight whose bytes have changed; None if none has."""
         for tensor, _, _, digest in self._tensors:
             if _digest(tensor) != digest:
                 named = [*self._model.named_parameters(), *self._model.named_buffers()]
@@ -109,7 +109,7 @@ def _refill(container: Any, content: Any) -> None:
 
 
 _ON_TOP = ("adapter", "adapter_revision", "adapter_mode", "reference", "chat_template", "pad_token")
-"""Keys of `model` that decide about what comes upon a base, once nothing is merged into it."""
+"""Keys of `model` that affect only what is put on top of the base, given that nothing is merged into it."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,22 @@ class _Kept:
 class BasePool:
     """Keeps the base model of the last run for the next one.
 
-    For a process that executes several runs, one after another. The next `load`, `put_back` or `clear` takes the base
-    from the run that has it: that run's model is then the bare base again.
+    For a process that executes several runs in sequence. The next `load`, `put_back` or `clear` takes the base away
+    from the run that uses it: that run's model is the bare base again.
     """
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
     def load(self, blueprint: Blueprint, say: Say) -> tuple[PreTrainedModel, str]:
-        """Return what `load_base_model` returns, kept from the run before where it is the same.
+        """Return the result of `load_base_model`, reusing the base of the run before if it is the same.
 
         Args:
-            blueprint: of the run.
-            say: shows one line to a person.
+            blueprint: the run's blueprint.
+            say: shows one line to the user.
 
         Raises:
-            ConfigError: it cannot be loaded.
+            ConfigError: the base cannot be loaded.
         """
         reason = why_not_kept(blueprint)
         identity = None if reason else _identify(blueprint)
@@ -166,12 +166,12 @@ class BasePool:
         return base, path
 
     def put_back(self) -> None:
-        """Take all that a run has put on the base off it, so that the run's memory can be freed."""
+        """Restore the bare base, so that the memory of what a run put on it can be freed."""
         if self._kept is not None:
             self._kept.snapshot.put_back()
 
     def clear(self) -> None:
-        """Let go of the base."""
+        """Free the base."""
         if self._kept is not None:
             self._kept = None
             gc.collect()
@@ -180,7 +180,7 @@ class BasePool:
 
 
 def why_not_kept(blueprint: Blueprint) -> str | None:
-    """Return why the base of a run cannot serve another run; None where it can."""
+    """Return why a run's base cannot be reused by another run; None if it can."""
     lora, vocabulary = blueprint.lora, blueprint.vocabulary
     if blueprint.trains_all:
         return "its own weights are trained"
@@ -198,7 +198,7 @@ def why_not_kept(blueprint: Blueprint) -> str | None:
 
 
 def _identify(blueprint: Blueprint) -> str | None:
-    """Return everything that decides what is loaded, files by size and time; None where that is not known."""
+    """Return everything that determines what is loaded, files by size and mtime; None if it is unknown."""
     folder = Path(blueprint.base)
     version: Any = getattr(blueprint.config, "_commit_hash", None)
     if folder.is_dir():

@@ -1,7 +1,7 @@
-"""The check of a command line, which finds every mistake before Hydra stops at the first.
+"""Command-line checks that report every mistake, where Hydra stops at the first.
 
-Nothing is written and neither torch nor transformers is imported here, so a wrong command costs a
-fraction of a second and leaves nothing behind.
+Writes nothing and imports neither torch nor transformers, so a wrong command fails in a fraction of a second and
+leaves no files.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def check_command_line(argv: list[str]) -> list[str]:
     """Check a whole command: flags, overrides, the YAML files they select, and every point of a sweep.
 
     Returns:
-        One line for each mistake; empty where the command is sound.
+        One line per mistake; empty if the command is valid.
     """
     try:
         args = _build_parser().parse_args(argv)
@@ -53,7 +53,7 @@ def check_command_line(argv: list[str]) -> list[str]:
 
 
 def _check_flags(args: argparse.Namespace) -> Iterator[str]:
-    """Yield what Hydra would end with a traceback for."""
+    """Yield mistakes in flags that Hydra would answer with a traceback."""
     chosen = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, name)]
     if len(chosen) > 1:
         yield f"--{chosen[0].replace('_', '-')}: goes alone, not with --{chosen[1].replace('_', '-')}"
@@ -65,16 +65,16 @@ def _check_flags(args: argparse.Namespace) -> Iterator[str]:
 
 
 def choose_sweeper(argv: list[str]) -> list[str]:
-    """Return a sound command of a sweep, with Hydra's sweeper `optuna` in it where it is a search."""
+    """Return a valid sweep command, with `hydra/sweeper=optuna` added if it is a search."""
     args = _build_parser().parse_args(argv)
     if not args.overrides or not is_search(args.overrides, args.config_dir):
         return argv
-    at = argv.index(args.overrides[0])  # among the overrides, since they and flags must not be mixed
+    at = argv.index(args.overrides[0])  # next to the overrides: argparse does not allow flags between them
     return [*argv[:at], "hydra/sweeper=optuna", *argv[at:]]
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    """Return Hydra's parser of flags, with its complaints in our form."""
+    """Return Hydra's argument parser, raising ConfigError on bad flags."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -86,19 +86,19 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def find_override_mistakes(overrides: list[str], config_dir: str | None = None, multirun: bool = False) -> list[str]:
-    """Return one line for each mistake in `overrides`, in the files that they select, and in the points they span."""
+    """Return one line per mistake in `overrides`, in the files they select, and in the points they span."""
     checked = check_overrides(overrides, config_dir)
     if not checked.composable:
         return checked.mistakes
     if of_sweep := _find_sweep_mistakes(checked, config_dir, multirun):
         return [*checked.mistakes, of_sweep]
     broken, uncomposable = _find_point_mistakes(checked.sound, checked.files, config_dir)
-    # Where an override is wrong the whole may not compose, and the override's own line says why.
+    # A wrong override can keep the whole from composing; its own line already says why.
     return checked.mistakes + broken + ([] if checked.mistakes else uncomposable)
 
 
 def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, multirun: bool) -> str | None:
-    """Return why the overrides together are neither one run nor a sweep."""
+    """Return why the overrides together are neither a single run nor a sweep; None if they are."""
     intervals = checked.find_interval_mistakes()
     if intervals and not _is_search(checked.sound, config_dir):
         return intervals[0]
@@ -120,7 +120,7 @@ def _describe_options(key: str, files: ConfigFiles) -> str:
 def _find_point_mistakes(
     overrides: list[Override], files: ConfigFiles, config_dir: str | None
 ) -> tuple[list[str], list[str]]:
-    """Compose each point that the sound overrides span; return the rules broken, and why points do not compose."""
+    """Compose each point of the valid overrides; return the rules broken, and why points do not compose."""
     axes = merge_axes([_read_axis(override, files) for override in overrides])
     if empty := [axis.key for axis in axes if not axis.texts]:
         return [f"`{key}=glob(…)`: matches none of {_describe_options(key, files)}" for key in empty], []
@@ -157,7 +157,7 @@ def _is_search(overrides: Sequence[Override], config_dir: str | None) -> bool:
     try:
         return is_search([str(override.input_line) for override in overrides], config_dir)
     except UNCOMPOSABLE:
-        return True  # it does not compose either way, and the check of the points says why
+        return True  # does not compose either way; the check of the points reports why
 
 
 def _read_axis(override: Override, files: ConfigFiles) -> Axis:

@@ -1,4 +1,4 @@
-"""A sweep's directory: sweep.json, its lock, the states of its jobs. Imports no torch."""
+"""A sweep's directory: sweep.json, the lock, the states of its jobs. Does not import torch."""
 
 import json
 import os
@@ -22,16 +22,17 @@ from dpo_runner.sweep.points import Point, assign_names, split_name
 
 _RECORD = "sweep.json"
 _LOCK = "sweep.lock"
-_PATIENCE_SECONDS = 300  # a worker that is left alone ends its step and writes a checkpoint
+_LOCK_WAIT_SECONDS = 300  # a worker whose sweep died ends its step and writes a checkpoint
 
 
 @dataclass
 class SweepRecord:
-    """What sweep.json holds.
+    """The content of sweep.json.
 
     Attributes:
-        threads_per_worker: on which results depend to the last bit.
-        jobs: for each job directory's name, what it computes (`digest`) and the overrides that made it.
+        threads_per_worker: threads of each worker; bitwise results depend on it.
+        jobs: by name of the job's directory, the digest of its configuration (`digest`) and its overrides (`varied`,
+            `overrides`).
     """
 
     threads_per_worker: int
@@ -39,7 +40,7 @@ class SweepRecord:
 
 
 def read_record(path: Path) -> SweepRecord | None:
-    """Return sweep.json of a sweep's directory, or None where there is none."""
+    """Return sweep.json of a directory, or None if there is none."""
     try:
         return SweepRecord(**json.loads((path / _RECORD).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -47,10 +48,10 @@ def read_record(path: Path) -> SweepRecord | None:
 
 
 def resolve_sweep_dir(sweep: SweepConf, run_name: str) -> Path:
-    """Return the directory that a sweep goes into: a fresh one unless told otherwise. Creates nothing.
+    """Return the directory of a sweep: `sweep.dir`, the last one, or a fresh one. Creates nothing.
 
     Raises:
-        ConfigError: there is nothing to resume, or the directory holds something else or other settings.
+        ConfigError: there is nothing to resume, or the directory is not a sweep's or has other settings.
     """
     parent = Path("outputs") / "sweeps" / run_name
     if sweep.dir is not None:
@@ -64,7 +65,7 @@ def resolve_sweep_dir(sweep: SweepConf, run_name: str) -> Path:
         return find_fresh_folder(parent)
     record = read_record(path)
     if record is None and path.exists() and (not path.is_dir() or {found.name for found in path.iterdir()} - {_LOCK}):
-        raise ConfigError(f"`sweep.dir={path}`: holds something that is no sweep; use a new or empty folder")
+        raise ConfigError(f"`sweep.dir={path}`: holds something other than a sweep; use a new or empty folder")
     if record is not None and record.threads_per_worker != sweep.threads_per_worker:
         raise ConfigError(
             f"`sweep.threads_per_worker={sweep.threads_per_worker}`: the sweep in {path} runs with "
@@ -74,14 +75,14 @@ def resolve_sweep_dir(sweep: SweepConf, run_name: str) -> Path:
 
 
 def name_points(points: Sequence[Point], path: Path) -> list[str]:
-    """Return the directory's name for each point; what the sweep in `path` has already keeps its name."""
+    """Return the directory name of each point; points that the sweep in `path` has keep their names."""
     record = read_record(path)
     existing = {name: job["digest"] for name, job in record.jobs.items()} if record else {}
     return assign_names([point.digest for point in points], existing)
 
 
 def prepare(path: Path, names: Sequence[str], points: Sequence[Point], threads: int) -> None:
-    """Record the jobs in sweep.json, and make a directory, pending, for each that has none."""
+    """Record the jobs in sweep.json, and create a pending directory for each new one."""
     record = read_record(path) or SweepRecord(threads)
     for name, point in zip(names, points, strict=True):
         told = {key: [mask_override(text) for text in getattr(point, key)] for key in ("varied", "overrides")}
@@ -93,26 +94,26 @@ def prepare(path: Path, names: Sequence[str], points: Sequence[Point], threads: 
 
 
 def lock_sweep(path: Path, say: Callable[[str], None]) -> int:
-    """Make a sweep's directory and take it; nobody else can until this process and its workers have ended.
+    """Create and lock a sweep's directory until this process and its workers have ended.
 
     Returns:
-        The open file that holds the lock, for workers to inherit.
+        The file descriptor that holds the lock, for workers to inherit.
 
     Raises:
-        ConfigError: another sweep is at work there, or the directory cannot be written to.
+        ConfigError: another sweep is running there, or the directory cannot be written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"`sweep.dir={path}`: cannot be written to; {error.strerror}") from None
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + _LOCK_WAIT_SECONDS
     while lock(handle, inherited=True) is False:
         owner = os.pread(handle, 32, 0).decode()
         if (owner.isdecimal() and is_process_alive(int(owner))) or time.monotonic() > deadline:
             os.close(handle)
             raise ConfigError(f"`sweep.dir={path}`: process {owner} is running this sweep; wait for it, or stop it")
-        if deadline - time.monotonic() > _PATIENCE_SECONDS - 0.3:
+        if deadline - time.monotonic() > _LOCK_WAIT_SECONDS - 0.3:
             say(f"waiting for the last workers of process {owner}, which was killed, to stop")
         time.sleep(0.5)
     os.ftruncate(handle, 0)
@@ -121,20 +122,20 @@ def lock_sweep(path: Path, say: Callable[[str], None]) -> int:
 
 
 DONE = ("finished", "pruned")
-"""States of a job that is not run again."""
+"""States of jobs that are not run again."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job as its directory tells of it.
+    """The state of one job, read from its directory.
 
     Attributes:
         name: the directory's name.
-        state: pending, running, finished, failed, interrupted, pruned; died, where it was running and could not say so.
+        state: pending, running, finished, failed, interrupted, pruned; died if it was running and its process is gone.
         error: why it did not finish.
-        log: the file that tells more.
-        metrics: of the tuned model; {} unless it is finished.
-        checkpoint: the steps behind its last whole checkpoint, from which it would go on; None without one.
+        log: the file with the job's output.
+        metrics: metrics of the tuned model; {} unless finished.
+        checkpoint: the step of its last whole checkpoint, from which it would continue; None if there is none.
     """
 
     name: str
@@ -146,7 +147,7 @@ class JobState:
 
 
 def read_job(path: Path) -> JobState:
-    """Return the state of one job; a directory that is not there is of a job that is pending."""
+    """Return the state of one job; pending if its directory does not exist."""
     status = read_status(path) or {"state": "pending"}
     state, error = status["state"], status.get("error")
     if state == "running" and (death := find_death(path, status)) is not None:
@@ -163,13 +164,13 @@ def read_job(path: Path) -> JobState:
 
 
 def read_jobs(sweep_dir: Path) -> list[JobState]:
-    """Return the state of every job in a sweep's directory, in the order of their indices."""
+    """Return the state of every job in a sweep's directory, sorted by index."""
     found = [(split, path) for path in sweep_dir.iterdir() if (split := split_name(path.name)) and path.is_dir()]
     return [read_job(path) for _, path in sorted(found)]
 
 
 def read_progress(path: Path) -> int:
-    """Return how many optimizer steps a run has made; one that was killed may have made more since it last said so."""
+    """Return the number of optimizer steps a run has recorded; a killed run may have made more."""
     status, last = read_status(path) or {}, find_last_checkpoint(path / "checkpoints")
     if status.get("state") == "finished":
         return int(read_summary(path)["steps"])
@@ -178,5 +179,5 @@ def read_progress(path: Path) -> int:
 
 
 def show_metrics(metrics: dict[str, Any] | None) -> str:
-    """Return the key metrics as one line; empty where there are none."""
+    """Return the key metrics as one line; empty if there are none."""
     return "  ".join(f"{column_of(key)} {metrics[key]:.3f}" for key in KEY_METRICS if metrics and key in metrics)

@@ -1,6 +1,6 @@
-"""What one worker process does: run the jobs that it is sent, one after another, until there are no more.
+"""A sweep's worker process: runs the jobs sent to it, one after another.
 
-`python -m dpo_runner.sweep.executor FD` is started by `workers.py`, which sets its threads and its GPU beforehand.
+`workers.py` starts it as `python -m dpo_runner.sweep.executor FD`, with its threads and its GPU set.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 def perform(
     conf: RunConf, overrides: Sequence[str], log: Path | None = None, bases: "BasePool | None" = None
 ) -> dict[str, Any]:
-    """Run one job, and see to it that its status.json tells how it ended, whatever it did.
+    """Run one job and record in its status.json how it ended, however it ended.
 
     Args:
-        conf: the job; `run_dir` is set.
-        overrides: what it was composed from.
-        log: the file that holds what it prints, told in its status.
+        conf: the job's configuration, with `run_dir` set.
+        overrides: the overrides that it was composed from.
+        log: the file with the job's output; recorded in its status.
         bases: keeps the base model from one job to the next.
 
     Returns:
-        `state`, and where it did not finish `error`, and perhaps `out_of_memory` or `signal`.
+        `state`; if the job did not finish also `error`, and possibly `out_of_memory`, `has_advice` or `signal`.
     """
     from dpo_runner.train import run
 
@@ -61,14 +61,14 @@ def perform(
         name = signal.Signals(number).name
         update_status(path, state="interrupted", error=name, **place)
         return {"state": "interrupted", "error": name, "signal": number}
-    except RunBusy as error:  # its directory, status.json too, is another process's
+    except RunBusy as error:  # another process owns the directory, status.json included
         return {"state": "failed", "error": str(error)}
-    except BaseException as error:  # SystemExit too: the job may call what it likes
+    except BaseException as error:  # SystemExit too: code in the job may call sys.exit
         told = str(error).strip() if isinstance(error, DpoRunnerError) else describe_failure(error)
         if (status := read_status(path)) is not None and status != before and status["state"] == "failed":
-            told = str(status["error"])  # the run has recorded it in its own words
+            told = str(status["error"])  # the run's own description
         if isinstance(error, DpoRunnerError):
-            report(error)  # run.log has the traceback where there is any
+            report(error)  # run.log has the traceback, if any
         else:
             put_error(mask_text(traceback.format_exc()))
         update_status(path, state="failed", error=told, **place)
@@ -91,13 +91,13 @@ def choose_loader(conf: RunConf, bases: "BasePool | None") -> "LoadBase":
 def _build_callbacks(conf: RunConf, path: Path) -> Sequence[Any]:
     if conf.sweep.search.pruner is None:
         return ()
-    from dpo_runner.sweep.search.pruning import Pruning  # Optuna, which only a search needs to have
+    from dpo_runner.sweep.search.pruning import Pruning  # imports Optuna, which only a search needs
 
     return (Pruning(path, conf.sweep.search),)
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is the only argument."""
+    """Serve the connection whose file descriptor is the only command-line argument."""
     faulthandler.enable()
     connection = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGTERM, _interrupt)
@@ -106,11 +106,11 @@ def main() -> None:
     try:
         import torch
 
-        from dpo_runner import train as _run  # what takes long to import is imported once, before the first job
+        from dpo_runner import train as _run  # slow imports, done once before the first job
         from dpo_runner.sweep.base_pool import BasePool
 
         del _run
-        gc.freeze()  # what was imported stays; no collection goes through it again, not the one after each job either
+        gc.freeze()  # exclude what was imported from all later collections, such as the one after each job
         bases = BasePool()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         connection.send({"state": "ready"})
@@ -123,7 +123,7 @@ def main() -> None:
                 _clean_up(bases)
             connection.send(outcome)
             if outcome["state"] not in DONE:
-                return  # what went wrong may have left its marks on this process; a new one takes over
+                return  # this process may be in a bad state; a new one takes over
     except KeyboardInterrupt:
         return
 
@@ -133,7 +133,7 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _receive(connection: Connection, jobs: "queue.Queue[tuple[RunConf, Sequence[str]] | None]") -> None:
-    """Hand jobs to the main thread; where the sweep itself is gone, end this process as Ctrl-C would."""
+    """Pass jobs to the main thread; if the sweep's process is gone, end this one as Ctrl-C would."""
     try:
         while (job := connection.recv()) is not None:
             jobs.put(job)
@@ -144,7 +144,7 @@ def _receive(connection: Connection, jobs: "queue.Queue[tuple[RunConf, Sequence[
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Send all that this process prints, libraries in C included, to a file."""
+    """Redirect all output of this process, that of C libraries included, to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     saved = [os.dup(1), os.dup(2)]
     with log.open("ab") as file:
@@ -154,14 +154,14 @@ def _output_to(log: Path) -> Iterator[None]:
         yield
     finally:
         for stream, number, handle in zip((sys.stdout, sys.stderr), (1, 2), saved, strict=True):
-            with contextlib.suppress(OSError):  # its disk may be full
+            with contextlib.suppress(OSError):  # the disk may be full
                 stream.flush()
             os.dup2(handle, number)
             os.close(handle)
 
 
 def _clean_up(bases: "BasePool") -> None:
-    """Leave nothing of a job to the next one but the bare base model; nor the process in which W&B serves it."""
+    """Free everything of a job except the bare base model, and stop W&B's service process."""
     import torch
 
     from dpo_runner.records.wandb_run import stop_service

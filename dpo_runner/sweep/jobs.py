@@ -1,4 +1,4 @@
-"""A job is a point of a sweep with a place; Hydra's launchers get both as overrides."""
+"""Jobs: points of a sweep with their directories, passed to Hydra's launchers as overrides."""
 
 import dataclasses
 import re
@@ -19,9 +19,9 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        conf: with `run_dir` set.
-        overrides: what it was composed from.
-        label: what it varies, for a person.
+        conf: the configuration, with `run_dir` set.
+        overrides: the overrides that it was composed from.
+        label: what it varies, for display.
     """
 
     conf: RunConf
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `state` (finished, pruned, failed, interrupted), why, and after how many seconds."""
+    """The end of a job: `state` (finished, pruned, failed, interrupted), duration in seconds, and error."""
 
     job: Job
     state: str
@@ -45,23 +45,23 @@ class Outcome:
 
 
 def write_place(path: Path, name: str) -> list[str]:
-    """Return the overrides by which any of Hydra's launchers puts a job into the directory `name` of `path`."""
+    """Return the overrides that make any Hydra launcher put a job into the directory `name` of `path`."""
     return [_DIR + _quote(str(path)), _SUBDIR + _quote(name)]
 
 
 def read_place(overrides: Sequence[str]) -> tuple[Path, str]:
-    """Return the path and name that `write_place` has put among a job's overrides."""
+    """Return the path and name that `write_place` put into a job's overrides."""
     values = [next(text for text in overrides if text.startswith(key)).removeprefix(key) for key in (_DIR, _SUBDIR)]
     return Path(_unquote(values[0])), _unquote(values[1])
 
 
 def build_job(overrides: Sequence[str], config_dir: str | None, labels: Mapping[str, str]) -> Job:
-    """Compose a job from its point and its place.
+    """Compose a job from the overrides of its point and its directory.
 
     Args:
-        overrides: of the point, and of the place.
+        overrides: those of the point, and those of `write_place`.
         config_dir: the user's folder of config groups.
-        labels: what each job varies, by the name of its directory.
+        labels: each job's label by the name of its directory.
     """
     path, name = read_place(overrides)
     point = tuple(text for text in overrides if not text.startswith("hydra."))
@@ -70,18 +70,18 @@ def build_job(overrides: Sequence[str], config_dir: str | None, labels: Mapping[
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Return what each job of the sweep in `path` varies, by the name of its directory."""
+    """Return the label of each job of the sweep in `path`, by the name of its directory."""
     record = read_record(path)
     return {} if record is None else {name: label_point(job["varied"]) for name, job in record.jobs.items()}
 
 
 def place_conf(conf: RunConf, run_dir: Path, label: str) -> RunConf:
-    """Return a job's configuration: in its directory, and in W&B beside the others of its sweep.
+    """Return a job's configuration, with its directory and its sweep's W&B group.
 
     Args:
-        conf: the point's.
-        run_dir: the job's directory, in that of its sweep.
-        label: what it varies, which names it in W&B.
+        conf: the point's configuration.
+        run_dir: the job's directory, inside the sweep's.
+        label: what it varies; its name in W&B.
     """
     given = conf.wandb
     wandb = dataclasses.replace(
@@ -95,7 +95,7 @@ def place_conf(conf: RunConf, run_dir: Path, label: str) -> RunConf:
 
 
 def _quote(text: str) -> str:
-    """Return a text as Hydra's quoted string, in which only quotes, and backslashes before them, are special."""
+    """Return a text as a quoted string of Hydra, where only quotes and backslashes before them are special."""
     escaped = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), text)
     return f'"{escaped}"'
 

@@ -1,4 +1,4 @@
-"""The Hydra launcher `workers`, the default for `-m`: jobs run on worker processes that take one after another."""
+"""The Hydra launcher `workers`, the default for `-m`: runs jobs on a pool of worker processes."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from dpo_runner.sweep.workers import WorkerPool
 
 
 class WorkersLauncher(Launcher):  # type: ignore[misc]
-    """Runs each job in a process that outlives it, and that it cannot take along with it when it dies.
+    """Runs jobs in reused worker processes; a job that dies does not take the sweep down.
 
     Attributes:
-        inherited: open files that workers keep open for as long as they live.
+        inherited: file descriptors that workers keep open until they end.
         config_dir: the user's folder of config groups.
-        follow: called after each job with its directory's name, and whether jobs are still started; returns further
-            ones, as overrides.
-        total: how many jobs are expected; None: those that are launched.
+        follow: called after each job with its directory's name, and whether more jobs are started; returns further
+            jobs as overrides.
+        total: the expected number of jobs; None for the number launched.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         self.total: int | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take the sweep's settings. The task function stays unused: workers call `run` themselves."""
+        """Read the sweep's settings. The task function is unused: workers call `run` themselves."""
         sweep = OmegaConf.to_object(config.sweep)
         assert isinstance(sweep, SweepConf)
         self._sweep = sweep
@@ -44,12 +44,12 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         """Run a batch of jobs.
 
         Args:
-            job_overrides: for each job, at least one, its point and the `hydra.sweep.dir` and `subdir` that it goes to.
-            initial_job_idx: unused, the directories are named already.
+            job_overrides: for each job, its point's overrides with `hydra.sweep.dir` and `subdir`; at least one job.
+            initial_job_idx: unused; the directories have names already.
 
         Raises:
             RunInterrupted: a signal has stopped the sweep.
-            RunError: a worker cannot start at all.
+            RunError: workers cannot start.
         """
         place = read_place(job_overrides[0])[0]
         jobs = self._build_jobs(job_overrides, place)
@@ -89,7 +89,7 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
 
 
 def _job_return(job: Job, outcome: Outcome | None) -> JobReturn:
-    """Tell Hydra how a job ended; its own `return_value` raises where that was a failure."""
+    """Return a job's outcome for Hydra; reading `return_value` raises if the job failed."""
     done = outcome is not None and outcome.state in DONE
     result = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED if done else JobStatus.FAILED)
     if not done:

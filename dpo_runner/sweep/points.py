@@ -1,4 +1,4 @@
-"""Points of a sweep: composed, checked, named; keys without effect. Imports no torch."""
+"""Points of a sweep: composition, checks, names, keys without effect. Does not import torch."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
 
 
 def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
-    """Return the sha256 of what a configuration computes, as 64 hexadecimal digits.
+    """Return the sha256 of the keys that affect a configuration's results, as 64 hexadecimal digits.
 
-    Removed keys count with their former defaults, so that sweeps of earlier versions can be continued.
+    Removed keys enter with their former defaults, so that sweeps of earlier versions can be continued.
 
     Args:
         conf: the configuration.
-        ignored: dotted keys to leave out as well.
+        ignored: further dotted keys to leave out.
     """
 
     def keep(value: Any, prefix: str = "") -> Any:
@@ -38,17 +38,17 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
 
 
 def split_name(name: str) -> tuple[int, str] | None:
-    """Return index and hash of a job directory's name, or None where it is none."""
+    """Return index and hash from the name of a job's directory; None for any other name."""
     match = _JOB_NAME.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
 
 def assign_names(digests: Sequence[str], existing: Mapping[str, str]) -> list[str]:
-    """Return `<index>-<hash8>` for each job; one that exists keeps its name, new ones count on.
+    """Return `<index>-<hash8>` for each job; existing jobs keep their names, new ones get the next indices.
 
     Args:
-        digests: what each job computes, all different.
-        existing: names that are taken, and what those jobs compute.
+        digests: the digest of each job's configuration, all different.
+        existing: names in use, with the digests of those jobs.
     """
     known = {digest: name for name, digest in existing.items()}
     taken = [split[0] for name in existing if (split := split_name(name))]
@@ -67,10 +67,10 @@ class Point:
     """One configuration of a sweep.
 
     Attributes:
-        overrides: what it was composed from.
-        varied: those of them that differ within the sweep.
-        conf: the configuration; shared, not to be changed.
-        digest: the sha256 of what it computes.
+        overrides: the overrides that it was composed from.
+        varied: the overrides that differ within the sweep.
+        conf: the configuration; shared, must not be modified.
+        digest: the sha256 from `digest_config`.
     """
 
     overrides: tuple[str, ...]
@@ -90,7 +90,7 @@ class Point:
 
 
 def label_point(varied: Sequence[str]) -> str:
-    """Return what a point varies in short, such as `beta=0.1 r=8`; long fractions are rounded."""
+    """Return a short label of what a point varies, such as `beta=0.1 r=8`; long fractions are rounded."""
     pairs = [mask_override(text).lstrip("+").partition("=") for text in varied]
     short = shorten_keys([key for key, _, _ in pairs])
     label = " ".join(f"{short[key]}={value}" for key, _, value in pairs)
@@ -98,13 +98,13 @@ def label_point(varied: Sequence[str]) -> str:
 
 
 def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Point], int]:
-    """Compose and check every point that `axes` span, and merge those that compute the same.
+    """Compose and check every point that `axes` span, and merge points that compute the same.
 
     Returns:
-        The points in the order in which they are to be run, and how many duplicates were merged into them.
+        The points in the order of execution, and the number of duplicates merged into them.
 
     Raises:
-        ConfigError: with one line for each rule that is broken and each axis that changes nothing.
+        ConfigError: one line for each broken rule and each axis without effect.
     """
     varied = [axis.key for axis in axes if len(axis.texts) > 1]
     texts = combine(axes, read_sweep_conf(axes, config_dir))
@@ -128,7 +128,7 @@ def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Poi
 
 
 def find_axis_mistakes(varied: Sequence[str], confs: list[RunConf]) -> list[str]:
-    """Return one line for each axis that changes nothing, and for settings that a sweep cannot have."""
+    """Return one line for each axis without effect, and for settings that a sweep does not allow."""
     mistakes = [f"`{key}`: {reason}" for key in varied if (reason := find_no_op(key, confs))]
     if any(conf.resume == "never" for conf in confs):
         mistakes.append("`resume=never`: a sweep continues what sweep.dir holds; use a new sweep.dir instead")

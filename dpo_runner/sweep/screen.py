@@ -1,4 +1,4 @@
-"""What a sweep prints: plan, starts and ends of jobs, results, failures."""
+"""Terminal output of a sweep: plan, job starts and ends, results, failures."""
 
 import math
 import time
@@ -21,11 +21,11 @@ from dpo_runner.sweep.points import Point
 
 
 def list_failures(failed: Sequence[tuple[JobState, str]], total: int, path: Path) -> SweepFailed:
-    """Return the error that has the table of all failures.
+    """Return an error with a table of all failures.
 
     Args:
-        failed: each job that failed, with what it varies.
-        total: how many jobs there are.
+        failed: the failed jobs, each with its label.
+        total: the number of jobs.
         path: the sweep's directory.
     """
     lines = []
@@ -40,10 +40,10 @@ class SweepScreen:
     """Prints one sweep.
 
     Args:
-        total: how many points it has; 0 until that is known.
-        done: how many of them need not be run.
-        workers: how many jobs run side by side.
-        console: where to; the terminal unless told otherwise.
+        total: the number of points; 0 while unknown.
+        done: the number of points that are done already.
+        workers: the number of jobs that run in parallel.
+        console: the output; None for the terminal.
     """
 
     def __init__(self, total: int = 0, done: int = 0, workers: int = 1, console: Console | None = None) -> None:
@@ -56,7 +56,7 @@ class SweepScreen:
         self.console.print(escape(visible(mask_text(text))))
 
     def show_plan(self, path: Path, names: Sequence[str], points: Sequence[Point], merged: int) -> None:
-        """Show each point with its steps and what its directory holds already."""
+        """Show each point with its steps and the state of its directory."""
         table = Table("job", "varies", "steps", "state")
         jobs = [read_job(path / name) for name in names]
         for job, point in zip(jobs, points, strict=True):
@@ -75,7 +75,7 @@ class SweepScreen:
         self.say(f"started  {job.path.name}  {job.label}")
 
     def show_end(self, outcome: Outcome, state: JobState) -> None:
-        """Show how a job ended, its key metrics, and how long the rest may take."""
+        """Show how a job ended, its key metrics, and the estimated time left."""
         self._ended += 1
         left = self._total - self._ended
         told = show_metrics(state.metrics) if outcome.error is None else outcome.error.splitlines()[0]
@@ -91,10 +91,10 @@ class SweepScreen:
         )
 
     def renew_page(self, path: Path) -> bool:
-        """Write compare.html of the whole sweep anew.
+        """Rewrite compare.html of the whole sweep.
 
         Returns:
-            Whether that was possible; a page costs no job its result.
+            Whether it was written; a failure is shown and does not affect any job.
         """
         from dpo_runner.compare.page import rebuild_page
 
@@ -106,7 +106,7 @@ class SweepScreen:
         return True
 
     def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
-        """Show every job of the sweep with its state and key metrics, and where to look at all of them."""
+        """Show every job with its state and key metrics, and where to find the comparison and the curves."""
         table = Table("job", "varies", "state", *map(column_of, KEY_METRICS))
         for job, label in zip(jobs, labels, strict=True):
             figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in KEY_METRICS]

@@ -1,4 +1,4 @@
-"""Hydra's sweepers: `grid` runs every point, `optuna` a study's."""
+"""Sweepers for Hydra: `grid` runs every point, `optuna` the points that a study suggests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 def register_plugins() -> None:
-    """Make launcher and sweeper known to Hydra, which `conf/config.yaml` names as the defaults.
+    """Register launcher and sweepers with Hydra; `conf/config.yaml` names them as defaults.
 
-    Hydra takes plugins from the package `hydra_plugins` alone, judged by the name under which a class is registered.
-    The class has its own name back afterwards, since other launchers send it to processes that know no other.
+    Hydra accepts plugins only from the package `hydra_plugins`, going by the module name at registration. The real
+    module name is restored afterwards, because other launchers pickle the class and send it to other processes.
     """
 
     for plugin in (WorkersLauncher, GridSweeper, OptunaSweeper):
@@ -55,7 +55,7 @@ def register_plugins() -> None:
 
 
 class GridSweeper(Sweeper):  # type: ignore[misc]
-    """Runs the points of a grid, or a sample of them, through any of Hydra's launchers.
+    """Runs the points of a grid, or a sample of them, through any Hydra launcher.
 
     Args:
         params: axes of a sweep file (`hydra.sweeper.params`).
@@ -74,7 +74,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
 
         Raises:
             ConfigError: a point, an axis or the directory cannot be used; nothing was started.
-            SweepFailed: jobs failed, all of which it names.
+            SweepFailed: jobs failed; lists all of them.
             RunInterrupted: a signal stopped the sweep.
         """
         config_dir = read_config_dir(self._config)
@@ -90,7 +90,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         if any(point.conf.dry_run for point in points):
             return None
         handle = lock_sweep(path, screen.say)
-        names = name_points(points, path)  # another sweep may have ended there while this one waited
+        names = name_points(points, path)  # another sweep may have ended while waiting for the lock
         prepare(path, names, points, sweep.threads_per_worker)
         waiting = [pair for pair in zip(names, points, strict=True) if read_job(path / pair[0]).state not in DONE]
         try:
@@ -107,7 +107,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         return None
 
     def _build_launcher(self, path: Path) -> None:
-        """Make the launcher, some of which have files of their own in the sweep's directory."""
+        """Build the launcher with the sweep's directory set; some launchers write files there."""
         with read_write(self._config.hydra), open_dict(self._config.hydra):
             self._config.hydra.sweep.dir = str(path)
         self._launcher = Plugins.instance().instantiate_launcher(
@@ -115,7 +115,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         )
 
     def _check_launcher(self) -> None:
-        """Refuse settings that Hydra's own launchers would ignore."""
+        """Reject settings that Hydra's own launchers would ignore."""
         if isinstance(self._launcher, WorkersLauncher):
             return
         mistakes = [
@@ -136,7 +136,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
     def _launch(
         self, path: Path, waiting: Sequence[tuple[str, Point]], config_dir: str | None, handle: int
     ) -> Exception | None:
-        """Run jobs; return what another launcher raised, which has told less than the jobs' directories do."""
+        """Run jobs; return an exception of another launcher, since the jobs' directories have more detail."""
         if isinstance(self._launcher, WorkersLauncher):
             self._launcher.inherited, self._launcher.config_dir = [handle], config_dir
         overrides = [[*point.overrides, *write_place(path, name)] for name, point in waiting]
@@ -158,10 +158,10 @@ def read_config_dir(config: DictConfig) -> str | None:
 
 
 class OptunaSweeper(GridSweeper):
-    """Runs a search through any of Hydra's launchers.
+    """Runs a search through any Hydra launcher.
 
-    The launcher `workers` gets a new point as soon as a job has ended; to others they are given as many at once as
-    there are workers.
+    The launcher `workers` gets a new point as soon as a job has ended; other launchers get batches of one point per
+    worker.
     """
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -169,7 +169,7 @@ class OptunaSweeper(GridSweeper):
 
         Raises:
             ConfigError: a point, an axis, the study or the directory cannot be used; nothing was started.
-            SweepFailed: jobs failed, all of which it names.
+            SweepFailed: jobs failed; lists all of them.
             RunInterrupted: a signal stopped the search.
         """
         config_dir = read_config_dir(self._config)
@@ -185,12 +185,12 @@ class OptunaSweeper(GridSweeper):
         if corner.dry_run:
             return None
         handle = lock_sweep(path, screen.say)
-        from dpo_runner.sweep.search.trials import Search  # Optuna, which takes a second to import
+        from dpo_runner.sweep.search.trials import Search  # imports Optuna, which takes a second
 
         search = Search(path, space, sweep, config_dir)
         with search.alive():
             self._run(search, path, sweep, config_dir, handle)
-        return _judge(search, path, corner, screen)
+        return _report_outcome(search, path, corner, screen)
 
     def _run(self, search: "Search", path: Path, sweep: SweepConf, config_dir: str | None, handle: int) -> None:
         count = count_workers(sweep.workers)
@@ -208,13 +208,13 @@ class OptunaSweeper(GridSweeper):
             if trouble is not None:
                 raise RunError(f"the launcher failed: {describe_failure(trouble)}") from trouble
             if one_by_one:
-                return  # `follow` has told and taken everything
+                return  # `follow` has settled and taken all trials
             for name, _ in jobs:
                 search.settle(name)
 
 
 def _show_plan(screen: SweepScreen, space: Space, sweep: SweepConf, path: Path) -> None:
-    """Show what is searched, by whom and for what."""
+    """Show the search space, sampler, pruner and objective."""
     search = sweep.search
     table = Table("searched", "values")
     for key, dimension in space.dimensions.items():
@@ -227,11 +227,11 @@ def _show_plan(screen: SweepScreen, space: Space, sweep: SweepConf, path: Path) 
     screen.say(f"sweep directory  {path}")
 
 
-def _judge(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> None:
+def _report_outcome(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> None:
     """Show every job and the search's outcome.
 
     Raises:
-        SweepFailed: jobs failed, all of which it names.
+        SweepFailed: jobs failed; lists all of them.
     """
     all_labels = read_labels(path)
     jobs = [read_job(path / name) for name in search.list_jobs()]
@@ -255,12 +255,12 @@ def _judge(search: "Search", path: Path, conf: RunConf, screen: SweepScreen) -> 
 
 
 def summarize(jobs: Sequence[JobState], path: Path, refused: int = 0) -> list[str]:
-    """Return how many runs there were and how they ended, and the optimizer steps executed and saved.
+    """Return lines with the number of runs by state, and the optimizer steps executed and saved.
 
     Args:
-        jobs: of the sweep.
+        jobs: the sweep's jobs.
         path: the sweep's directory.
-        refused: how many trials had no job at all.
+        refused: the number of trials without a job.
     """
     states = [job.state for job in jobs]
     counts = {state: states.count(state) for state in ("finished", "pruned", "failed")}

@@ -1,4 +1,4 @@
-"""The pool of worker processes; why a worker died."""
+"""Pool of worker processes, and descriptions of how a worker died."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ _VMSTAT = Path("/proc/vmstat")
 
 
 def count_oom_kills() -> int:
-    """Return how many processes this machine has killed for want of memory; 0 where it does not tell."""
+    """Return the number of OOM kills on this machine; 0 if it is unknown."""
     if not _VMSTAT.exists():
         return 0
     lines = _VMSTAT.read_text(encoding="ascii").splitlines()
@@ -35,11 +35,11 @@ def count_oom_kills() -> int:
 
 
 def describe_death(returncode: int, oom_kills: int) -> tuple[str, bool]:
-    """Say how a worker died, and whether that was for want of memory.
+    """Return how a worker died, and whether it ran out of memory.
 
     Args:
-        returncode: as `subprocess` has it; negative for a signal.
-        oom_kills: how many processes the machine killed for want of memory while it ran.
+        returncode: as in `subprocess`; negative for a signal.
+        oom_kills: the number of OOM kills on the machine while the worker ran.
     """
     if returncode >= 0:
         return f"its process ended with exit code {returncode}", False
@@ -51,12 +51,12 @@ def describe_death(returncode: int, oom_kills: int) -> tuple[str, bool]:
 
 
 def advise_on_memory(conf: RunConf, workers: int, has_advice: bool) -> str:
-    """Name the overrides that would make a job smaller, those that change no result first.
+    """Return advice with overrides that make a job smaller; those that do not change results come first.
 
     Args:
-        conf: the job.
-        workers: of the sweep.
-        has_advice: whether the job's own error names its settings, as it does unless its process was killed.
+        conf: the job's configuration.
+        workers: the number of workers of the sweep.
+        has_advice: whether the job's own error already names settings; it does unless its process was killed.
     """
     ways = [f"sweep.workers={workers - 1}"] if workers > 1 else []
     ways += [] if has_advice else list_ways(conf)
@@ -64,8 +64,8 @@ def advise_on_memory(conf: RunConf, workers: int, has_advice: bool) -> str:
 
 
 _POLL_SECONDS = 0.2
-_FAREWELL_SECONDS = 30
-_FALSE_STARTS = 3
+_EXIT_SECONDS = 30
+_MOST_FAILED_STARTS = 3
 _NOTICE = b"\nrunning jobs stop after their step, with a checkpoint; Ctrl-C again stops them at once\n"
 
 
@@ -74,8 +74,8 @@ class Worker:
 
     Args:
         environment: variables to set in it.
-        log: where it writes what belongs to no job.
-        inherited: open files that it keeps open for as long as it lives.
+        log: the file for output outside of jobs.
+        inherited: file descriptors that it keeps open until it ends.
     """
 
     def __init__(self, environment: dict[str, str], log: Path, inherited: Sequence[int]) -> None:
@@ -93,7 +93,7 @@ class Worker:
                 stdout=file,
                 stderr=file,
                 pass_fds=[theirs.fileno(), *inherited],
-                process_group=0,  # a Ctrl-C of the terminal reaches the sweep alone, which passes it on once
+                process_group=0,  # Ctrl-C in the terminal reaches only the sweep, which forwards it once
             )
         theirs.close()
 
@@ -102,31 +102,31 @@ class Worker:
         self.connection.send((job.conf, list(job.overrides)))
 
     def receive(self) -> dict[str, Any] | None:
-        """Return a message; None where there is none, and a `died` one where there will be none any more."""
+        """Return a message, or None if there is none; `state` is `died` once the process has ended."""
         try:
             if self.connection.poll():
                 message: dict[str, Any] = self.connection.recv()
                 return message
         except (EOFError, OSError):
-            self.process.wait()  # its end of the connection closes a moment before it is gone
+            self.process.wait()  # its end of the connection closes shortly before it exits
         if self.process.poll() is None:
             return None
-        self.kill()  # what it has started
+        self.kill()  # its child processes
         error, of_memory = describe_death(self.process.returncode, count_oom_kills() - self._oom_kills)
         return {"state": "died", "error": error, "out_of_memory": of_memory}
 
     def dismiss(self) -> None:
-        """Let it end once it has nothing to do."""
+        """Ask the worker to end after its jobs."""
         try:
             self.connection.send(None)
         except OSError:
             return  # it has ended already
 
     def kill(self) -> None:
-        """End the worker and all that it has started, at once."""
+        """Kill the worker and its child processes."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+        except (ProcessLookupError, PermissionError):  # macOS raises the latter for a group of zombies
             return
 
 
@@ -134,10 +134,10 @@ class WorkerPool:
     """Runs jobs on worker processes.
 
     Args:
-        count: how many; None for one on each GPU, or one on the CPU.
-        threads: of each worker.
-        log_dir: where each worker writes what belongs to no job.
-        inherited: open files that workers keep open for as long as they live.
+        count: the number of workers; None for one per GPU, or one on the CPU.
+        threads: the number of threads of each worker.
+        log_dir: the folder for the workers' output outside of jobs.
+        inherited: file descriptors that workers keep open until they end.
     """
 
     def __init__(self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = ()) -> None:
@@ -146,14 +146,14 @@ class WorkerPool:
         self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
         self._workers: dict[int, Worker] = {}
         self._leaving: list[Worker] = []
-        self._false_starts = 0
+        self._failed_starts = 0
         self.signal: int | None = None
-        """The signal that has stopped the sweep, if one has."""
+        """The signal that has stopped the sweep, if any."""
 
     def run(self, jobs: deque[Job], on_start: Callable[[Job], None], on_end: Callable[[Outcome], None]) -> None:
-        """Run `jobs` in their order, each as soon as a worker is free, until none is left.
+        """Run `jobs` in order, each as soon as a worker is free, until none is left.
 
-        SIGINT and SIGTERM stop running jobs as Ctrl-C does a run, and no more are taken; a second one kills them.
+        SIGINT and SIGTERM stop running jobs as Ctrl-C stops a run, and no more are started; a second SIGINT kills them.
 
         Args:
             jobs: taken from the left; `on_end` may add to it or clear it.
@@ -161,60 +161,62 @@ class WorkerPool:
             on_end: called after each job.
 
         Raises:
-            RunError: no worker can start, again and again.
+            RunError: workers repeatedly fail to start.
         """
         try:
-            with self._signals_stop_it():
+            with self._handle_signals():
                 while (jobs and self.signal is None) or self._busy():
                     if self.signal is None:
-                        self._hire(len(jobs))
-                        self._hand_out(jobs, on_start)
+                        self._start_workers(len(jobs))
+                        self._assign_jobs(jobs, on_start)
                     wait([worker.connection for worker in self._workers.values()], _POLL_SECONDS)
                     for slot, worker in list(self._workers.items()):
                         if (message := worker.receive()) is not None:
-                            self._hear(slot, worker, message, on_end)
+                            self._handle_message(slot, worker, message, on_end)
         finally:
-            self._dismiss_all()
+            self._stop_workers()
 
     def _busy(self) -> int:
         return sum(worker.job is not None for worker in self._workers.values())
 
-    def _hand_out(self, jobs: deque[Job], on_start: Callable[[Job], None]) -> None:
+    def _assign_jobs(self, jobs: deque[Job], on_start: Callable[[Job], None]) -> None:
         for worker in self._workers.values():
             if jobs and worker.ready and worker.job is None:
                 on_start(jobs[0])
                 worker.give(jobs.popleft())
 
-    def _hear(self, slot: int, worker: Worker, message: dict[str, Any], on_end: Callable[[Outcome], None]) -> None:
+    def _handle_message(
+        self, slot: int, worker: Worker, message: dict[str, Any], on_end: Callable[[Outcome], None]
+    ) -> None:
         if message["state"] == "ready":
-            worker.ready, self._false_starts = True, 0
+            worker.ready, self._failed_starts = True, 0
             return
         if message["state"] not in DONE:
             self._leaving.append(self._workers.pop(slot))
         if worker.job is not None:
             job, worker.job = worker.job, None
-            on_end(self._conclude(worker, job, message))
+            on_end(self._build_outcome(worker, job, message))
         elif not worker.ready and self.signal is None:
-            self._false_starts += 1
-            if self._false_starts < _FALSE_STARTS:
+            self._failed_starts += 1
+            if self._failed_starts < _MOST_FAILED_STARTS:
                 return
             raise RunError(f"a worker could not start ({message['error']}); see {worker.log}")
 
-    def _conclude(self, worker: Worker, job: Job, message: dict[str, Any]) -> Outcome:
+    def _build_outcome(self, worker: Worker, job: Job, message: dict[str, Any]) -> Outcome:
         state, error = message["state"], message.get("error")
         died = state == "died"
         if died:
             state = "failed" if self.signal is None else "interrupted"
             if (told := (read_status(job.path) or {}).get("state")) in DONE:
-                state, error = str(told), None  # it died after its job, before it could say so
+                state, error = str(told), None  # it died after the job, before it sent the outcome
         if message.get("out_of_memory"):
             error = f"{error}\n{advise_on_memory(job.conf, self.count, message.get('has_advice', False))}".rstrip()
         if state not in DONE and (died or message.get("out_of_memory")):
             update_status(job.path, state=state, error=error, log=str(job.path / "job.log"))
         return Outcome(job, state, time.monotonic() - worker.started, error)
 
-    def _hire(self, jobs: int) -> None:
-        """Have as many workers as may be of use; one that has died is replaced as long as there is work."""
+    def _start_workers(self, jobs: int) -> None:
+        """Start workers up to the number that has work; a dead one is replaced while there are jobs."""
         for slot in range(self.count):
             if slot not in self._workers and len(self._workers) < self._busy() + jobs:
                 environment = {"OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
@@ -224,15 +226,15 @@ class WorkerPool:
                 self._workers[slot] = Worker(environment, log, self._inherited)
 
     @contextmanager
-    def _signals_stop_it(self) -> Iterator[None]:
+    def _handle_signals(self) -> Iterator[None]:
         def stop(number: int, frame: Any) -> None:
             again = self.signal is not None
             if again and number != signal.SIGINT:
-                return  # schedulers repeat it, while checkpoints are being written
+                return  # schedulers repeat SIGTERM while checkpoints are being written
             self.signal = self.signal or number
             if not again:
-                with contextlib.suppress(OSError):  # nobody may be there to read it
-                    os.write(2, _NOTICE)  # what else prints may be in the midst of printing
+                with contextlib.suppress(OSError):  # stderr may be closed
+                    os.write(2, _NOTICE)  # not print: the signal may have interrupted a print
             for worker in self._workers.values():
                 if again:
                     worker.kill()
@@ -246,7 +248,7 @@ class WorkerPool:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _dismiss_all(self) -> None:
+    def _stop_workers(self) -> None:
         workers = [*self._workers.values(), *self._leaving]
         for worker in self._workers.values():
             if worker.ready and worker.job is None:
@@ -255,7 +257,7 @@ class WorkerPool:
                 worker.kill()
         for worker in workers:
             try:
-                worker.process.wait(timeout=_FAREWELL_SECONDS)
+                worker.process.wait(timeout=_EXIT_SECONDS)
             except subprocess.TimeoutExpired:
                 worker.kill()
                 worker.process.wait()
@@ -263,12 +265,12 @@ class WorkerPool:
 
 
 def count_workers(count: int | None) -> int:
-    """Return how many workers `sweep.workers` means: null is one for each GPU, or one on the CPU."""
+    """Return the number of workers for `sweep.workers`: null means one per GPU, or one on the CPU."""
     return count or max(len(list_gpus()), 1)
 
 
 def list_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES calls each GPU that may be used, without importing torch."""
+    """Return the usable GPUs as named in CUDA_VISIBLE_DEVICES, without importing torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name.strip() and name.strip() != "-1"]
     program = shutil.which("nvidia-smi")

@@ -1,4 +1,4 @@
-"""`python -m dpo_runner.cache`: what is kept between runs, listed and cleared."""
+"""`python -m dpo_runner.cache`: listing and clearing what is kept between runs."""
 
 from pathlib import Path
 

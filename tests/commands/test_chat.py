@@ -1,4 +1,4 @@
-"""Talking with a finished run: once, compared, and in a conversation."""
+"""Chat with a finished run: single prompts, comparisons, conversations."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_an_answer_streams_and_the_conversation_is_remembered(run_dir: Path) -> 
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
 
-    config = (run_dir / "config.yaml").read_text()  # of a run that trained with a system prompt
+    config = (run_dir / "config.yaml").read_text()  # as of a run trained with a system prompt
     (run_dir / "config.yaml").write_text(config.replace("system_prompt: null", "system_prompt: Be kind."))
     assert Chat(run_dir, max_new_tokens=6).messages == [{"role": "system", "content": "Be kind."}]
     assert Chat(run_dir, max_new_tokens=6, system="Be brief.").messages[0]["content"] == "Be brief."
@@ -84,7 +84,7 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("arguments", [[], ["--compare"]], ids=["streamed", "compared"])
 def test_no_answer_commands_the_terminal(arguments, run_dir, monkeypatch, capsys) -> None:
-    """Streamed as it comes, and side by side; new lines and tabs stay."""
+    """Both streamed and side by side; newlines and tabs stay."""
     said = "one\n\ttwo \x1b]0;owned\x07 \x9b31m \u202e"
 
     def answer(self: Chat, messages: object, show: Callable[[str], None]) -> str:
@@ -112,5 +112,5 @@ def test_the_program_talks_in_the_terminal(run_dir: Path) -> None:
 
     compared = talk("--prompt", "Hello.", "--compare")
     assert "untuned" in compared and "tuned" in compared
-    conversation = talk(typed="Hello.\n/reset\n/nonsense\n")  # and then the input ends
+    conversation = talk(typed="Hello.\n/reset\n/nonsense\n")  # then the input ends
     assert "forgotten" in conversation and "no such command" in conversation

@@ -1,4 +1,4 @@
-"""The program as a person types it: exit codes, one-line errors, speed, and nothing left behind."""
+"""The command line: exit codes, one-line errors, speed, no files left behind."""
 
 import json
 import os

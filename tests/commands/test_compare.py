@@ -1,4 +1,4 @@
-"""The command: its table, its files, and the path that a script takes."""
+"""The compare command: table, files, and `--best` for scripts."""
 
 import csv
 import io

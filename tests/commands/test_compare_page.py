@@ -1,4 +1,4 @@
-"""The page of a comparison in a real browser: all of it drawn, nothing of the data run, quick with 200 runs."""
+"""The comparison page in a real browser: complete, runs nothing from the data, fast with 200 runs."""
 
 import html
 import itertools
@@ -29,7 +29,7 @@ def page_of(folder: Path) -> str:
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> str:
-    """A page of runs whose every text would like to run as a script or to steer."""
+    """A page of runs whose texts all contain scripts or control sequences."""
     for index, text in enumerate((SCRIPT, IMAGE, MARKUP)):
         name = f"{index}-{text}".replace("/", "∕")
         run = write_run(tmp_path / "runs" / name, training__loss_type=text + STEERING, training__beta=0.1 * (index + 1))

@@ -1,4 +1,4 @@
-"""What differs between runs, which of them are one experiment, and which is best."""
+"""Comparison of runs: differing settings, joined seeds, ranking."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Evaluating a finished run: agreement with the run itself, KL, resuming, other data, refusals."""
+"""Evaluation of a finished run: agreement with the run's own figures, KL, resuming, other data, refusals."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ FILES = ("pairs.jsonl", "answers.jsonl")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A trained adapter, one that has hardly moved, and a full fine-tuning."""
+    """A trained adapter, one that has hardly moved, and a full fine-tuning run."""
     folder = tmp_path_factory.mktemp("runs")
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -63,7 +63,7 @@ def test_it_agrees_with_the_runs_own_figures(runs: dict[str, Path], name: str) -
     result = evaluate(runs[name])
     assert result["reward_accuracy"]["mean"] == pytest.approx(after["eval_rewards/accuracies"], abs=1e-6)
     assert result["reward_margin"]["mean"] == pytest.approx(after["eval_rewards/margins"], abs=1e-4)
-    assert abs(after["eval_rewards/margins"]) > 1e-2  # else any reference would have passed
+    assert abs(after["eval_rewards/margins"]) > 1e-2  # otherwise any reference would pass
     assert 0.1 * result["chosen_shift"]["mean"] == pytest.approx(after["eval_rewards/chosen"], abs=1e-4)
     assert 0.1 * result["rejected_shift"]["mean"] == pytest.approx(after["eval_rewards/rejected"], abs=1e-4)
     assert result["policy_tokens"]["mean"] == pytest.approx(after["response_tokens"], abs=0.005)
@@ -74,7 +74,7 @@ def test_it_agrees_with_the_runs_own_figures(runs: dict[str, Path], name: str) -
     assert json.loads((folder / "evaluation.json").read_text()) == result
     counts = [len((folder / file).read_text().splitlines()) for file in FILES]
     assert counts == [result["evaluated"]["pairs"], result["evaluated"]["prompts_answered"]]
-    assert counts[0] < len(ROWS)  # the evaluation pairs alone
+    assert counts[0] < len(ROWS)  # only the evaluation pairs
     assert str(json.loads((folder / "pairs.jsonl").read_text().splitlines()[0])["where"]).endswith("pairs.jsonl:1")
 
 
@@ -129,14 +129,14 @@ def test_a_killed_evaluation_repeats_nothing_and_ends_the_same(
     before = {file: (folder / file).read_text() for file in FILES if (folder / file).exists()}
     scored, limit = 0, -1
     assert evaluate(trained, arguments) == expected
-    assert scored == total - survivors // 2 * 2  # a batch takes two calls, and is done again where a kill cuts it
+    assert scored == total - survivors // 2 * 2  # a batch takes two calls, and is redone if a kill interrupts it
     for name in ("evaluation.json", *FILES):
         assert (folder / name).read_bytes() == (results_of(whole) / name).read_bytes()
     for file, text in before.items():
         assert (folder / file).read_text().startswith(text)
 
     scored = 0
-    monkeypatch.setattr(command, "load_compared", None)  # a finished one loads no model
+    monkeypatch.setattr(command, "load_compared", None)  # a finished evaluation does not load a model
     assert evaluate(trained, arguments) == expected
     assert scored == 0
 

@@ -1,4 +1,4 @@
-"""What an evaluation may change of a run's configuration, and what stays as the run had it."""
+"""Overrides of an evaluation: allowed keys, and settings kept from the run."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_a_wrong_override_is_refused_in_one_line(run: RunConf, override: str, wo
     with pytest.raises(ConfigError) as caught:
         compose(run, [override])
     assert caught.value.mistakes[0].startswith(words)
-    assert len(caught.value.mistakes) == (2 if "file:" in override else 1)  # no judge.model either
+    assert len(caught.value.mistakes) == (2 if "file:" in override else 1)  # judge.model is missing too
 
 
 @pytest.mark.parametrize("extra", [[], ["lora=none"], ["quant=nf4", "training.beta=0.3"]], ids=str)

@@ -1,4 +1,4 @@
-"""Which models an evaluation compares, and in what precision."""
+"""The models that an evaluation compares, and the precision of its scores."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def paths(tiny_model: str, sft_adapter: str, tmp_path_factory: pytest.TempPathFa
 
 
 def train(overrides: list[str], paths: dict[str, str], folder: Path) -> dict[str, float]:
-    """Train a little, and return the run's own figures of the tuned model."""
+    """Train for a few steps, and return the run's own figures of the tuned model."""
     named = [f"{key}={paths.get(value, value)}" for key, _, value in (text.partition("=") for text in overrides)]
     shared = ["data.eval_fraction=0.4", "training.per_device_eval_batch_size=1"]
     fast = ["training.max_steps=2", "training.learning_rate=1e-2", "training.warmup_steps=0"]
@@ -51,8 +51,8 @@ def train(overrides: list[str], paths: dict[str, str], folder: Path) -> dict[str
 
 
 def check(run_dir: Path, after: dict[str, float], autocast: str | None) -> None:
-    """Compare what an evaluation measures with the run's own figures, those of the reference by themselves too."""
-    within = 5e-4 if autocast is None else 2e-3  # in 16 bits packed and padded rows round differently
+    """Compare an evaluation's figures with the run's own, and those of the reference separately."""
+    within = 5e-4 if autocast is None else 2e-3  # in 16 bits, packed and padded rows round differently
     result = evaluate(run_dir)
     assert result["evaluated"]["autocast"] == autocast
     assert result["reward_accuracy"]["mean"] == pytest.approx(after["eval_rewards/accuracies"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""The exported folder: what the run ended with, loadable by anybody, with where it came from."""
+"""The exported folder: the run's result, loadable by plain transformers, with its lineage."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs by their overrides, each made once; tests that change one copy it."""
+    """Runs by their overrides, each trained once; tests that modify one copy it."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
     rows = [
         {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": "Who knows?"} for n in range(24)
@@ -64,7 +64,7 @@ def assert_same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor], 
 
 
 def merge_by_hand(base: str, *adapters: Path | str) -> dict[str, torch.Tensor]:
-    """Add B A times alpha / r to the base's weights, without PEFT."""
+    """Add B A · alpha / r to the base's weights, without PEFT."""
     weights = weights_of(load(base))
     for adapter in map(Path, adapters):
         conf = json.loads((adapter / "adapter_config.json").read_text())
@@ -77,7 +77,7 @@ def merge_by_hand(base: str, *adapters: Path | str) -> dict[str, torch.Tensor]:
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
-    """Run a command that is refused, and return its exit code and its only line of errors."""
+    """Run a command that is refused; return its exit code and its only error line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in argv])
@@ -98,7 +98,7 @@ def test_plain_transformers_in_another_process_answers_as_chat_does(finished, tm
     chat = Chat(run_dir, max_new_tokens=24)
     assert answer_in_chat(chat) == tuned
     with chat.model.disable_adapter():
-        assert answer_in_chat(chat) != tuned  # so the comparison above says something
+        assert answer_in_chat(chat) != tuned  # so the comparison above is meaningful
 
 
 def test_an_adapter_trained_on_4_bits_is_merged_into_unquantized_weights(finished, tiny_model) -> None:
@@ -185,7 +185,7 @@ def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(finished, tiny_mo
     base = tmp_path / "bf16"
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
-    run_dir = finished(f"model.model_name_or_path={base}")  # which trains in float32
+    run_dir = finished(f"model.model_name_or_path={base}")  # trains in float32
     by_hand = merge_by_hand(str(base), run_dir / "adapter")
     for name, options in (("bfloat16", []), ("float16", ["--dtype", "float16"]), ("float32", ["--dtype", "float32"])):
         main([str(run_dir), "--out", name, *options])
@@ -194,7 +194,7 @@ def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(finished, tiny_mo
         assert_same(weights_of(model), {key: value.to(dtype).float() for key, value in by_hand.items()}, atol=1e-3)
         check = json.loads(Path(name, "lineage.json").read_text())["export"]["check"]
         assert (check["rounding"]["largest_difference"] > 0) == (name != "float32")
-        assert check["merge"]["largest_difference"] < 1e-5  # whatever the dtype that is saved
+        assert check["merge"]["largest_difference"] < 1e-5  # whatever dtype is saved
     assert json.loads(Path("bfloat16/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -351,7 +351,7 @@ def test_the_hub_is_called_only_when_asked(finished, tmp_path, monkeypatch, caps
             return f"https://huggingface.co/{repo_id}"
 
         def upload_folder(self, *, folder_path: Path, **options: Any) -> None:
-            assert (folder_path / "lineage.json").exists()  # written whole before
+            assert (folder_path / "lineage.json").exists()  # written completely before the upload
             calls.append((str(folder_path), options))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)

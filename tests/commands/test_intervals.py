@@ -1,4 +1,4 @@
-"""Bootstrap intervals that cover what they say, and what counts as right."""
+"""Coverage of bootstrap intervals, and pairs that count as correct."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_rows_of_one_prompt_are_drawn_together() -> None:
     values = [0.0, 1.0] * 10
     alone = estimate_ratios({"x": (values, [1.0] * 20)}, [str(i) for i in range(20)], 0)["x"]
-    # ten copies of two prompts: a quarter of resamples has the first alone, and a quarter the second
+    # ten copies of two prompts: a quarter of the resamples has only the first, a quarter only the second
     grouped = estimate_ratios({"x": (values, [1.0] * 20)}, [str(i % 2) for i in range(20)], 0)["x"]
     assert grouped == {"mean": 0.5, "low": 0.0, "high": 1.0}
     assert alone["low"] is not None and alone["high"] is not None
-    expected = 1.96 * 0.5 / np.sqrt(20)  # of a mean of 20 coin throws
+    expected = 1.96 * 0.5 / np.sqrt(20)  # for the mean of 20 coin tosses
     assert alone["high"] - 0.5 == pytest.approx(expected, abs=0.04) and 0.5 - alone["low"] == pytest.approx(
         expected, abs=0.04
     )

@@ -1,4 +1,4 @@
-"""Win rates by a judge: a stand-in endpoint on the loopback, its faults, and the length control."""
+"""Win rates by a judge: a fake endpoint on loopback, its faults, and the length control."""
 
 import json
 import re
@@ -26,7 +26,7 @@ KEY = "sk-loopback-0123456789abcdefghij"
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint that answers as `decide(first, second)` says, after the faults in `faults`."""
+    """An OpenAI-compatible endpoint that replies with `decide(first, second)`, after the faults in `faults`."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def conf_of(endpoint: Endpoint, **more: Any) -> JudgeConf:
 
 
 def make_answers(count: int) -> list[dict[str, Any]]:
-    """Answers of the policy that are longer more often than not."""
+    """Return pairs of answers in which the policy's is mostly longer."""
     generator = np.random.default_rng(1)
     answers = []
     for number in range(count):
@@ -165,7 +165,7 @@ def test_the_regression_finds_what_made_the_verdicts() -> None:
     twice = fit_length_control(np.tile(verdicts[:50], 2), np.tile(lengths[:50], 2), np.ones((1, 100)))
     weighted = fit_length_control(verdicts[:50], lengths[:50], np.full((3, 50), 2.0))
     assert weighted == pytest.approx(np.repeat(twice, 3), abs=1e-9)
-    # at the optimum of the stated objective the gradient is 0: no other rate does better
+    # at the optimum of the documented objective the gradient is 0
     z, y = np.tanh(lengths[:50] / lengths[:50].std()), verdicts[:50]
 
     def objective(theta: float) -> float:
@@ -233,7 +233,7 @@ def test_passing_faults_are_waited_out(endpoint: Endpoint, tmp_path: Path, fault
         ([401], "HTTP 401 Unauthorized; the environment variable JUDGE_KEY .* holds a key that is not accepted", 1),
         ([404], "HTTP 404 Not Found; is the address right", 1),
         ([400], r"HTTP 400 Bad Request: no: Bearer \*\*\*", 1),
-        ([307], "HTTP 307", 1),  # urllib would follow, key and all
+        ([307], "HTTP 307", 1),  # urllib would follow and send the key
         ([503] * 3, "HTTP 503 Service Unavailable, 3 times; the verdicts so far are kept", 3),
         (["drop"] * 3, "3 times; the verdicts so far are kept", 3),
         (["<html>"], r"its reply has no choices\[0\]", 1),
@@ -289,13 +289,13 @@ def test_an_evaluation_is_judged_without_its_key_being_written(
     judge = [f"judge.base_url={endpoint.url}", "judge.model=stand-in", "judge.api_key_env=JUDGE_KEY"]
     plain = evaluate(run_dir)
     assert "judge" not in plain
-    endpoint.decide = lambda first, second: f"A [[A]] {KEY}"  # an endpoint that gives the key away
+    endpoint.decide = lambda first, second: f"A [[A]] {KEY}"  # an endpoint that echoes the key
     endpoint.faults = [500, 429]
     result = evaluate(run_dir, judge)
     assert result["judge"]["win_rate"]["mean"] == 0.5 and result["judge"]["judged"] == 2
     assert {key: value for key, value in result.items() if key != "judge"} == plain
     assert len(endpoint.requests) == 4 + 2
-    assert evaluate(run_dir, judge) == evaluate(run_dir) == result  # finished: nothing is asked again
+    assert evaluate(run_dir, judge) == evaluate(run_dir) == result  # finished: no further requests
     assert len(endpoint.requests) == 4 + 2
     shown = capsys.readouterr()
     assert "win rate, length-controlled" in shown.out and "2 pairs of answers judged" in shown.out

@@ -1,4 +1,4 @@
-"""Digests that tell models apart, and commits out of the hub's cache."""
+"""Digests that identify models, and commits from the hub's cache."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ ENVIRONMENT = {"dpo_runner": "0.1.0", "commit": None}
 
 
 def write(folder: Path, *names: str) -> dict[str, str]:
-    """Write files that hold their own names, and return their digests."""
+    """Write files that contain their own names, and return their digests."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(name)

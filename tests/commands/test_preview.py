@@ -1,4 +1,4 @@
-"""What a run would train on: in the terminal, as a page in a real browser, and as a list of what was dropped."""
+"""The data preview: terminal output, the page in a real browser, and the list of dropped rows."""
 
 import html
 import json
@@ -48,7 +48,7 @@ def split_report(kept: int) -> SplitReport:
 
 @pytest.fixture
 def report() -> DataReport:
-    """A report whose every name and reason would like to run as a script or to steer the terminal."""
+    """A report whose names and reasons all contain scripts or terminal control sequences."""
     files = [f"data/{IMAGE}.jsonl".replace("</script>", ""), f"{STEERING}.jsonl"]
     return DataReport(
         template=[f"folded {SCRIPT}"],
@@ -129,7 +129,7 @@ def test_spaces_survive_tokenizers_that_drop_a_leading_one() -> None:
     model.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", unk_token="<unk>")
     ids = [2, 3, 4]
-    assert tokenizer.decode([3]) == "my"  # the trap
+    assert tokenizer.decode([3]) == "my"  # the leading space is dropped
     assert [piece.text for piece in split_pieces(ids, tokenizer)] == ["Hello", " my", " friend"]
     assert [piece.text for piece in split_pieces(ids[1:], tokenizer, before=ids[:1])] == [" my", " friend"]
 
@@ -221,7 +221,7 @@ def run_preview(*arguments: str) -> int:
 
 @pytest.fixture
 def few_pairs(tmp_path: Path) -> str:
-    """Overrides for forty pairs, two of them of no use."""
+    """Overrides for forty pairs, two of them unusable."""
     rows = [{"prompt": f"Q{n}\x1b[31m 日本?", "chosen": f"It is {n}. 🙂", "rejected": "No."} for n in range(38)]
     rows += [{"prompt": "Same?", "chosen": "yes", "rejected": "yes"}, {"prompt": "Gone?", "chosen": "yes"}]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -230,7 +230,7 @@ def few_pairs(tmp_path: Path) -> str:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
-    """Fail where weights are loaded; the tiny model is in its cache by now."""
+    """Fail if weights are loaded; the tiny model is in the cache already."""
     import transformers
 
     import dpo_runner.model.policy
@@ -246,7 +246,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
 
 def test_the_command_shows_the_data_and_loads_no_weights(few_pairs, no_weights, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    # overrides and options in any order, as the run's own command has it
+    # overrides and options in any order, as in the run command
     assert (
         run_preview("data=local_file", "--html", "page.html", few_pairs, "--dropped", "dropped.jsonl", "--rows=2") == 0
     )

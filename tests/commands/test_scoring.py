@@ -1,4 +1,4 @@
-"""Scores and samples against the long way, and the reference that a policy lends."""
+"""Scores and samples against naive computations, and the reference within a policy."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_the_reference_leaves_the_policy_as_it_was(model) -> None:
 
 
 def test_samples_follow_the_models_distribution_whatever_their_batch(model, tokenizer) -> None:
-    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0  # must not count
+    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0  # must have no effect
     prompts = [[5, 6, 7], [9], [10, 11]]
     together = sample_completions(model, prompts, [1, 2, 3], 6, [], tokenizer.pad_token_id)
     for prompt, seed, expected in zip(prompts, [1, 2, 3], together, strict=True):

@@ -1,4 +1,4 @@
-"""The saved comparison view: what is posted to W&B, and what is said where there is nothing to post."""
+"""The saved comparison view: what is posted to W&B, and errors if there is nothing to post."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.support.wandb_server import API_KEY, WandbServer
 
 
 class ViewServer(WandbServer):
-    """Takes views too."""
+    """A W&B server that also accepts views."""
 
     def __init__(self) -> None:
         self.views: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ def server() -> Iterator[ViewServer]:
 
 
 def write_sweep(path: Path, *points: dict[str, Any], objective: str = "eval_rewards/margins", **wandb: Any) -> Path:
-    """Write a sweep whose runs have begun, with these settings."""
+    """Write a sweep of runs that have begun, with these settings."""
     tracked = {"mode": "offline", "project": "mine", "entity": None, "group": path.name, "dir": str(path), **wandb}
     sweep = {"search": {"objective": objective, "direction": None}}
     for index, point in enumerate(points):
@@ -57,7 +57,7 @@ def write_sweep(path: Path, *points: dict[str, Any], objective: str = "eval_rewa
 
 
 def save(sweep: Path, server: ViewServer, **environment: str) -> tuple[int, str, str]:
-    """Run the command in a process of its own, since W&B keeps server and key for a process's life."""
+    """Run the command in a separate process, because W&B keeps server and key for a process's life."""
     server.views.clear()
     env = {**os.environ, "WANDB_BASE_URL": server.url, "HOME": str(sweep), **environment}
     result = run_python("-m", "dpo_runner.workspace", str(sweep), env=env)
@@ -169,8 +169,8 @@ def test_where_there_is_nothing_to_compare_the_command_says_so(
     write_sweep(tmp_path / "untracked", {"seed": 1}, {"seed": 2}, mode="disabled")
     write_sweep(tmp_path / "new")
     told = {
-        "run": "is no sweep's directory (it has no sweep.json)",
-        "absent": "is no sweep's directory",
+        "run": "is not a sweep's directory (no sweep.json)",
+        "absent": "is not a sweep's directory",
         "same": "nothing differs between the runs that have begun, 1 of them",
         "untracked": "its runs were not recorded by W&B (wandb=disabled)",
         "new": "none of its runs has begun",

@@ -1,4 +1,4 @@
-"""Shared by tests; from test_search_space."""
+"""Helper for tests of search spaces."""
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: sweeps as processes, whose jobs come to grief, wait or are killed as told."""
+"""Helpers for sweep tests: sweeps as processes whose jobs fail, wait or are killed on demand."""
 
 import json
 import os
@@ -13,9 +13,10 @@ from dpo_runner.sweep.directory import read_jobs
 from tests.support.common import ROWS
 from tests.support.programs import start_python
 
-# Found by Python before anything else where it is on PYTHONPATH. In the last of four steps, jobs come to grief by
-# their beta, and that of KILL takes the sweep along; in the third, that of HOLD waits while there is a file.
-# HALT=show_end:2 kills the sweep and its workers as it is about to show the second end of a job.
+# A sitecustomize.py, which Python imports at startup if it is on PYTHONPATH. In the last of four steps, a job fails in
+# a way that depends on its beta, and the job with beta KILL kills the sweep and itself; in the third step, the job with
+# beta HOLD waits while the file `held` exists. HALT=show_end:2 kills the sweep and its workers just before it shows the
+# second end of a job.
 FAULTS = """
 import importlib.machinery, os, signal, sys, time
 
@@ -92,20 +93,20 @@ sys.meta_path.insert(0, Patch)
 
 
 def furnish(folder: Path) -> Path:
-    """Put pairs to train on into a folder, and what makes jobs fail where they are told to."""
+    """Write training pairs and the sitecustomize.py with faults into a folder."""
     (folder / "sitecustomize.py").write_text(FAULTS)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 
 
 def start(folder: Path, *arguments: str, afresh: bool = False, **environment: str) -> "subprocess.Popen[str]":
-    """Start a sweep of small runs on what `furnish` has put into a folder.
+    """Start a sweep of small runs in a folder prepared by `furnish`.
 
     Args:
-        folder: where it is started.
-        arguments: of the command, besides what makes it small.
-        afresh: whether it and its workers import all they need themselves.
-        environment: over this process's own.
+        folder: the working directory.
+        arguments: further arguments of the command.
+        afresh: whether the sweep and its workers import everything themselves.
+        environment: variables added to this process's own.
     """
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
@@ -117,7 +118,7 @@ def start(folder: Path, *arguments: str, afresh: bool = False, **environment: st
         "env": {**os.environ, "PYTHONPATH": path, **environment},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
-        "start_new_session": True,  # a group of its own, as a terminal gives it
+        "start_new_session": True,  # a separate group, as in a terminal
     }
     if afresh:
         return subprocess.Popen([sys.executable, *command], text=True, **settings)
@@ -137,14 +138,14 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def release_stopped(sweep: Path, held: Path) -> None:
-    """Let a held job end its step once it has heard that it is to stop."""
+    """Release a held job once it has received the request to stop."""
     wait_until(lambda: any("stopping after this step" in log.read_text() for log in sweep.glob("*/job.log")))
     held.unlink()
     wait_until(lambda: any(job.state == "interrupted" for job in read_jobs(sweep)))
 
 
 def kill_while_held(process: "subprocess.Popen[str]", sweep: Path, held: Path) -> None:
-    """Kill a sweep within a job, which its worker notices: it ends the job as if it were told to."""
+    """Kill a sweep during a held job; the worker notices and interrupts the job."""
     wait_until(held.exists)
     process.kill()
     process.communicate()

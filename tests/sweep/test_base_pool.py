@@ -1,4 +1,4 @@
-"""A run on a base model that was kept is the run on one that was loaded for it, to the last bit; nothing is left."""
+"""A run on a kept base model equals, to the last bit, a run on a freshly loaded one; nothing leaks."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ KEPT = "the base model is kept from the run before"
 
 WITH, WITHOUT = "training.gradient_checkpointing=true", "training.gradient_checkpointing=false"
 
-OTHERS = [  # each leaves other traces on the base
+OTHERS = [  # each modifies the base in a different way
     [WITH, "lora.r=4", "training.beta=0.5", "seed=7"],
     [WITHOUT, "lora.use_dora=true", "engine.shared_prefix=false"],
     [WITH, "lora.target_modules=[q_proj,embed_tokens]", "engine.reference_store=false", "samples.max_new_tokens=9"],
@@ -40,7 +40,7 @@ OTHERS = [  # each leaves other traces on the base
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return all that a run has come to, but for times and memory."""
+    """Return all results of a run except times and memory."""
 
     def keep(entries: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -58,7 +58,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs one small configuration after another, and knows which of them had a kept base."""
+    """Runs one small configuration after another, and records which of them had a kept base."""
 
     def __init__(self, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         self.overrides, self.count, self._capsys = overrides, 0, capsys
@@ -85,7 +85,7 @@ def runner(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> Runner:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many models the pool holds on to each time it loads another."""
+    """Return a list of the number of models that the pool holds at each load."""
     held: list[int] = []
 
     def count(*args: Any) -> Any:
@@ -106,7 +106,7 @@ def test_a_run_after_others_is_the_run_alone(quantized: list[str], runner: Runne
     alone = {way: runner([way]) for way in (WITH, WITHOUT)}
     bases = BasePool()
     for changes in OTHERS:
-        if "quant=int8" not in quantized or "lora.use_dora=true" not in changes:  # which PEFT cannot do on a CPU
+        if "quant=int8" not in quantized or "lora.use_dora=true" not in changes:  # PEFT cannot do this on a CPU
             runner(changes, bases)
     for way in (WITH, WITHOUT, WITHOUT, WITH):
         assert runner([way], bases) == alone[way]
@@ -132,7 +132,7 @@ def test_other_families_are_kept_too(
 ) -> None:
     runner.overrides += [f"model.model_name_or_path={make_family(family, tokenizer, tmp_path / family)}"]
     if family == "qwen2":
-        runner.overrides.append("quant=nf4")  # its layers have biases, which bitsandbytes casts where they lie
+        runner.overrides.append("quant=nf4")  # its layers have biases, which bitsandbytes casts in place
     alone, bases = runner([]), BasePool()
     assert runner(["training.bf16=false", WITH, f"lora.target_modules=[{embedding}]"], bases) != alone
     assert runner([], bases) == alone
@@ -177,7 +177,7 @@ def test_many_runs_leave_nothing(runs: int, tiny_run: list[str]) -> None:
             setattr(getattr(conf, group), name, value)
         train_once(conf, data, bases, said)
         bases.put_back()
-        if number in (1, runs - 1):  # by the second run, all that is made on first use is there
+        if number in (1, runs - 1):  # objects created on first use exist by the second run
             live.append(count_live())
     settled, last = live
     assert last["objects"] - settled["objects"] < (runs - 2) * 100
@@ -239,7 +239,7 @@ LET_GO = {move_weight: "model.layers.1.self_attn.q_proj.weight", move_buffer: "m
 
 @pytest.fixture(scope="module")
 def alone() -> list[dict[str, Any]]:
-    """Room for the result that all of the next test's cases compare with."""
+    """Return a list for the result that all cases of the next test compare with."""
     return []
 
 
@@ -247,7 +247,7 @@ def alone() -> list[dict[str, Any]]:
 def test_whatever_was_done_to_the_base_the_next_run_is_the_run_alone(
     tamper: Any, runner: Runner, alone: list[dict[str, Any]]
 ) -> None:
-    """All but written weights is put back; a base whose weights were written to is told, and loaded anew."""
+    """Everything but weights is restored; a base with modified weights is reported and loaded again."""
     runner.overrides.append("training.max_steps=2")
     if not alone:
         alone.append(runner([]))
@@ -312,7 +312,7 @@ def test_files_that_have_changed_are_read_again(
 
 
 def test_weights_that_are_drawn_belong_to_their_seed(runner: Runner, tokenizer: Any, tmp_path: Path) -> None:
-    """A checkpoint without a head: transformers makes one up, from the run's seed."""
+    """A checkpoint without a head: transformers initializes one at random, from the run's seed."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(make_family("llama", tokenizer, tmp_path / "headless"))

@@ -1,4 +1,4 @@
-"""A sweep's directory: which one it is, who may work there, what is read from it, and how failures are told."""
+"""A sweep's directory: its choice, lock, records and job states, and the report of failures."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_a_new_sweep_is_pending_and_its_record_holds_no_secret(tmp_path: Path) -
 def test_states_are_read_as_they_are_and_a_dead_process_has_died(tmp_path: Path) -> None:
     names = make_sweep(tmp_path / "s")
     child = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as where a container's first process reaps none
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as if PID 1 of a container reaps none
     now = datetime.now(UTC).isoformat(timespec="seconds")
     update_status(tmp_path / "s" / names[0], state="running", pid=child.pid, heartbeat=now)
     update_status(tmp_path / "s" / names[1], state="running", pid=os.getpid(), heartbeat=now)
@@ -65,12 +65,12 @@ def test_which_directory_a_sweep_goes_into(tmp_path: Path) -> None:
         resolve_sweep_dir(SweepConf(resume="last"), "mine")
     for name in ("2026-01-02_00-00-00", "2026-01-03_00-00-00", "2026-01-01_00-00-00"):
         make_sweep(parent / name)
-    (parent / "2027-01-01_00-00-00").mkdir()  # no sweep
+    (parent / "2027-01-01_00-00-00").mkdir()  # not a sweep
     assert resolve_sweep_dir(SweepConf(resume="last"), "mine") == parent / "2026-01-03_00-00-00"
     assert resolve_sweep_dir(SweepConf(dir=str(tmp_path / "new")), "mine") == tmp_path / "new"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="holds something that is no sweep"):
+    with pytest.raises(ConfigError, match="holds something other than a sweep"):
         resolve_sweep_dir(SweepConf(dir=str(tmp_path / "full")), "mine")
     with pytest.raises(ConfigError, match="runs with 1, on which results depend"):
         resolve_sweep_dir(SweepConf(resume="last", threads_per_worker=2), "mine")
@@ -115,7 +115,7 @@ def test_a_job_has_its_place_also_in_w_and_b() -> None:
     placed = place_conf(load_conf(given), Path("a/b"), "seed=5")
     assert placed.wandb == load_conf(given).wandb
     assert place_conf(load_conf(["sweep=optuna_random"]), Path("a/b"), "").wandb.job_type == "search"
-    assert place_conf(load_conf(), Path("a/b"), ONLY_POINT).wandb.name is None  # the run's own name says more
+    assert place_conf(load_conf(), Path("a/b"), ONLY_POINT).wandb.name is None  # the run's own name is more informative
 
 
 def test_how_a_worker_died_is_told() -> None:

@@ -1,4 +1,4 @@
-"""The points of a sweep: what axes span, what is refused or merged, and what the jobs are called."""
+"""The points of a sweep: combinations of axes, refused and merged points, names of jobs."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_the_command_line_outdoes_a_sweep_file() -> None:
 def test_points_that_compute_the_same_are_merged() -> None:
     points, merged = build_points([axis("training.beta", "0.1", "0.10", "0.2")], None)
     assert ([point.conf.training.beta for point in points], merged) == ([0.1, 0.2], 1)
-    # Under sft beta is not read, under sigmoid it is: three computations.
+    # sft does not read beta, sigmoid does: three distinct computations.
     points, merged = build_points([axis("training.loss_type", "sft", "sigmoid"), BETAS], None)
     assert (len(points), merged) == (4, 2)
 
@@ -147,7 +147,7 @@ def test_a_changed_grid_keeps_names_and_counts_on() -> None:
     assert first == ["0-aaaaaaaa", "1-bbbbbbbb"]
     existing = dict(zip(first, ["a" * 64, "b" * 64], strict=True))
     assert assign_names(["c" * 64, "b" * 64, "d" * 64], existing) == ["2-cccccccc", "1-bbbbbbbb", "3-dddddddd"]
-    # Equal in eight digits alone: another configuration, hence another directory.
+    # Equal in eight digits only: a different configuration, hence a different directory.
     assert assign_names(["a" * 63 + "b"], existing) == ["2-aaaaaaaa"]
 
 

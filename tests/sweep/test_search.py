@@ -1,4 +1,4 @@
-"""Searches: the study and the jobs agree whatever is killed, and a pruner changes no run that it leaves alone."""
+"""Searches: study and jobs stay consistent after any kill; a pruner does not change runs that it does not stop."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def build_search(path: Path, *texts: str, trials: int = 5, **settings: Any) -> S
 
 
 def end(search: Search, path: Path, name: str, margin: float | None = None, state: str = "finished") -> None:
-    """Do as a job does, without the job."""
+    """Write the files of a job without running it."""
     update_status(path / name, state=state)
     if margin is not None:
         write_json(path / name / "summary.json", {"steps": 4, "after": {MARGINS: margin}})
@@ -49,7 +49,7 @@ def end(search: Search, path: Path, name: str, margin: float | None = None, stat
 
 
 def run_out(search: Search, path: Path) -> list[str]:
-    """Let every job that is still to come finish with its beta as its result; return their names."""
+    """Finish every remaining job with its beta as its result; return the names."""
     names = []
     while jobs := search.take(2):
         for name, point in jobs:
@@ -82,7 +82,7 @@ def test_trials_that_were_running_go_on_with_their_parameters_and_none_is_lost_o
     ((name, point),) = search.take(1)
     assert (name, search.study.trials[1].params) == (second, params)
     write_json(path / name / "summary.json", {"steps": 4, "after": {MARGINS: point.conf.training.beta}})
-    update_status(path / name, state="finished")  # killed after the job and before the study was told
+    update_status(path / name, state="finished")  # killed after the job, before its result was reported to the study
 
     search = build_search(path, sampler=sampler)
     names = run_out(search, path)
@@ -104,7 +104,7 @@ def build_and_run(path: Path, **settings: Any) -> Search:
 
 
 def test_a_point_that_is_suggested_again_is_not_run_again(tmp_path: Path) -> None:
-    texts = ("training.beta=0.1,0.2", "training.loss_type=sft,sigmoid")  # under sft, beta is not read: three points
+    texts = ("training.beta=0.1,0.2", "training.loss_type=sft,sigmoid")  # sft does not read beta: three points
     search = build_search(tmp_path / "s", *texts, trials=12)
     jobs = search.take(9)
     assert len(jobs) == 3  # the others wait for these
@@ -135,7 +135,7 @@ def test_failed_jobs_are_tried_again_when_the_search_goes_on_and_pruned_ones_are
     assert search.study.trials[3].params == search.study.trials[0].params
     assert search.study.trials[3].value == point.conf.training.beta
     assert build_search(path, trials=3).take(1) == []
-    assert len(build_search(path, trials=4).take(5)) == 1  # more trials are more points
+    assert len(build_search(path, trials=4).take(5)) == 1  # more trials give more points
 
 
 def test_a_point_that_breaks_a_rule_is_told_and_not_tried_again(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_callback_asks_the_pruner_after_each_evaluation_of_the_training(tmp_
     for margin in (3.0, 2.0, 4.0, 2.5):
         ((name, _),) = search.take(1)
         callback = Pruning(path / name, conf)
-        log(callback, 0, -9.0)  # the model as it is
+        log(callback, 0, -9.0)  # the untuned model
         callback.on_train_begin(None, None, None)
         try:
             for step in range(2, 34, 2):
@@ -232,10 +232,10 @@ def test_the_callback_asks_the_pruner_after_each_evaluation_of_the_training(tmp_
     again = Pruning(path / name, conf)
     again.on_train_begin(None, None, None)
     log(again, 2, 5.0)
-    again = Pruning(path / name, conf)  # the job goes on from a checkpoint before that evaluation
+    again = Pruning(path / name, conf)  # the job resumes from a checkpoint before that evaluation
     again.on_train_begin(None, None, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Optuna's, of a step that is reported twice
+        warnings.simplefilter("error")  # Optuna warns about a step that is reported twice
         log(again, 2, 5.0)
 
 
@@ -253,7 +253,7 @@ assert "no such file" in outcome["error"], outcome
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=200)
 
 
-# From here on real runs: five trials, of which the median pruner gives up all but the first and the last.
+# Real runs from here on: five trials; the median pruner stops all but the first and the last.
 SEARCH = (
     *("training.beta=0.1,0.4,0.7", "training.learning_rate=tag(log,interval(1e-5,1e-3))"),
     *("sweep.search.sampler=random", "sweep.search.seed=7", "sweep.search.trials=5"),
@@ -262,7 +262,7 @@ SEARCH = (
 
 
 def read_results(sweep: Path) -> dict[str, tuple[str, str]]:
-    """Return the adapter's digest and the metrics of each finished job, by its name."""
+    """Return adapter digest and metrics of each finished job, by name."""
     return {
         job.name: (
             hashlib.sha256((sweep / job.name / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),

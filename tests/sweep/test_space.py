@@ -1,4 +1,4 @@
-"""What a search may be told: axes in Hydra's syntax, its settings, and every mistake before anything starts."""
+"""Search spaces: axes in Hydra's syntax, settings, and mistakes reported before anything starts."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -15,7 +15,7 @@ TPE = "sweep.search.sampler=tpe"
 
 
 class Recorder:
-    """Stands for an Optuna trial: notes what is asked and answers with the upper end or the last choice."""
+    """Fake Optuna trial: records calls and returns the upper end or the last choice."""
 
     def __init__(self) -> None:
         self.asked: dict = {}
@@ -44,7 +44,7 @@ def test_hydras_syntax_becomes_what_optuna_asks() -> None:
         "training.warmup_steps=range(0.0, 0.3, 0.1)",
         "training.loss_type=sigmoid,ipo",
         "data.path=choice('a b', x.jsonl)",
-        "lora.target_modules=choice([q_proj,v_proj])",  # what becomes of a fixed field of a section
+        "lora.target_modules=choice([q_proj,v_proj])",  # the form of a fixed field of a section
     )
     trial = Recorder()
     overrides, varied = space.suggest(trial)
@@ -135,7 +135,7 @@ def test_the_sweeper_is_chosen_by_the_command() -> None:
 
 
 def test_the_command_line_outdoes_the_axes_of_a_sweep_file() -> None:
-    """The file's beta may be searched with log, and this one may not."""
+    """The file's beta can be searched with log, the command line's cannot."""
     (mistake,) = check_command_line(["sweep=optuna_tpe", "training.beta=tag(log,interval(0,1))"])
     assert "`training.beta=tag(log,interval(0,1))`: with log it must begin above 0" in mistake
 

@@ -1,4 +1,4 @@
-"""Sweeps from end to end: whatever happens to jobs, workers or the sweep, no result is lost, repeated or another's."""
+"""End-to-end sweeps: whatever fails or is killed, no result is lost, repeated or mixed up."""
 
 import csv
 import hashlib
@@ -26,7 +26,7 @@ def has_states(sweep: Path, states: list[str]) -> bool:
 
 
 def read_results(sweep: Path) -> dict[float, tuple[str, str]]:
-    """Return the adapter's digest and the metrics of each finished job, by its beta."""
+    """Return adapter digest and metrics of each finished job, by its beta."""
     results = {}
     for job in read_jobs(sweep):
         if job.state == "finished":
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, own_cache: None) -> Iterator[dict[float, tuple[str, str]]]:
-    """Three points on one worker, of a sweep that imports all it needs: what it gives, others must give to the bit."""
+    """Results of three points on one worker with fresh imports; other sweeps must match them bit for bit."""
     code, out, err = finish(start(folder, "training.beta=0.1,0.4,0.7", "sweep.dir=undisturbed", afresh=True))
     assert code == 0, err
     assert "about" in out and "left" in out and "accuracy" in out
@@ -77,10 +77,10 @@ def test_failing_jobs_cost_nobody_else_and_are_all_listed(
         assert Path(folder, str(jobs[index].log)).is_file() and f"log: {jobs[index].log}" in err
     assert "try engine.max_tokens_per_micro_batch=" in err
     assert "sweep.workers=1" in err
-    # Two workers, one after a failure of another's job: the same to the last bit as on one worker.
+    # Two workers, one started after another's job failed: bitwise the same as on one worker.
     assert read_results(folder / "faults")[0.1] == undisturbed[0.1]
 
-    # The same directory with a changed grid: the failed one goes on from its checkpoint, nothing is stale.
+    # The same directory with a changed grid: the failed job resumes from its checkpoint, nothing is stale.
     before = read_times(folder / "faults")
     code, out, err = finish(start(folder, "training.beta=0.4,0.1,0.7", "sweep.dir=faults"))
     assert code == 0, err
@@ -100,7 +100,7 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
 
     process = start(folder, *arguments, HOLD="0.1")
     wait_until(held.exists)
-    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all of the terminal's group, but its workers only once
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the terminal's whole group, the workers only once
     release_stopped(sweep, held)
     code, out, err = finish(process)
     assert code == 130 and "interrupted" in err and "sweep.dir=stopped" in err and "stop after their step" in err
@@ -123,7 +123,7 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None and workers[0].is_running()
-    os.killpg(process.pid, signal.SIGINT)  # twice: now
+    os.killpg(process.pid, signal.SIGINT)  # twice: stops at once
     began = time.monotonic()
     assert finish(process)[0] == 130 and time.monotonic() - began < 20
     assert not any(worker.is_running() for worker in workers)
@@ -136,11 +136,11 @@ def test_a_sweep_that_is_stopped_and_killed_again_and_again_ends_as_if_undisturb
     assert read_results(sweep) == undisturbed
     assert {name: read_times(sweep)[name] for name in before} == before
     code, out, _ = finish(start(folder, *arguments))
-    assert code == 0 and "started " not in out and out.count("finished") == 6  # plan and result
+    assert code == 0 and "started " not in out and out.count("finished") == 6  # in the plan and in the result
 
 
 def read_table(sweep: Path) -> list[dict[str, str]]:
-    """Return the rows that `compare --csv` has of a sweep, without what tells of the machine."""
+    """Return the rows of `compare --csv` for a sweep, without machine-dependent columns."""
     shown = run_python("-m", "dpo_runner.compare", ".", "--csv", "-", cwd=sweep)
     assert (shown.returncode, shown.stderr) == (0, "")
     timed = {"train_runtime", "pairs_per_second", "peak_memory_gb"}
@@ -166,8 +166,8 @@ def test_a_sweep_killed_at_each_boundary_of_its_jobs_and_within_one_repeats_and_
         code, _, err = finish(start(folder, *arguments, *resume, **environment))
         assert (code, err) == (-signal.SIGKILL, "")
         (sweep,) = (folder / "outputs/sweeps/boundaries").iterdir()
-        wait_until(partial(has_states, sweep, states))  # the worker may outlive the sweep by a moment
-        if environment.get("HALT") == "show_start:2":  # the page follows each job
+        wait_until(partial(has_states, sweep, states))  # the worker may outlive the sweep briefly
+        if environment.get("HALT") == "show_start:2":  # the page is written after each job
             shown = read_payload((sweep / "compare.html").read_text(encoding="utf-8"))["runs"]
             assert sorted(run["state"] for run in shown) == ["finished", "finished", "pending"]
     code, out, err = finish(start(folder, *arguments, "sweep.resume=last"))

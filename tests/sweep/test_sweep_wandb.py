@@ -1,4 +1,4 @@
-"""A sweep in W&B: one folder, one command to upload it, names that tell what differs, and outcomes that are true."""
+"""A sweep in W&B: one folder, one command to upload it, names that show what differs, correct outcomes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def server() -> Iterator[WandbServer]:
 
 
 def run_printed(out: str, program: str, folder: Path, server: WandbServer) -> str:
-    """Run the command that the sweep printed last for a W&B program, as a person would from there."""
+    """Run the last command that the sweep printed for a W&B program, as the user would in that folder."""
     *_, line = (line for line in out.splitlines() if line.startswith("curves ") and f"wandb {program} " in line)
     env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
     command = [WANDB, *shlex.split(line)[2:]]
@@ -40,7 +40,7 @@ def run_printed(out: str, program: str, folder: Path, server: WandbServer) -> st
 
 
 def list_parts(sweep: Path) -> dict[str, list[str]]:
-    """Return the folders of W&B runs by the ids that they were written under."""
+    """Return the folders of W&B runs by run id."""
     parts: dict[str, list[str]] = {}
     for path in sorted(sweep.rglob("*.wandb")):
         assert path.parent.parent == sweep / "wandb"
@@ -49,7 +49,7 @@ def list_parts(sweep: Path) -> dict[str, list[str]]:
 
 
 def release_recorded(folder: Path) -> None:
-    """Let a held job go on to its end once W&B has written what it had logged, which takes two seconds."""
+    """Release a held job once W&B has written what it logged, which takes two seconds."""
     wait_until((folder / "held").exists)
     time.sleep(5)
     (folder / "held").unlink()
@@ -81,10 +81,10 @@ def test_a_sweep_is_in_one_folder_which_one_command_uploads(folder: Path, own_ca
     assert {tuple(run.variables["tags"]) for run in runs} == {("mine",)}
     assert [run.config["training"]["beta"] for run in runs] == [0.1, 0.2, 0.4]
     places = {key: value for key, value in runs[0].config.items() if runs[2].config.get(key) != value}
-    assert set(places) <= {"training", "data_report", "_wandb"}  # the last two are of the run that was killed early
+    assert set(places) <= {"training", "data_report", "_wandb"}  # the last two belong to the run that was killed early
     assert not {"wandb", "sweep", "run_dir", "resume", "dry_run"} & set(runs[0].config)
     assert runs[0].summary["run_dir"] == f"one/{jobs[0].name}"
-    # One that finished, one that raised, one that was killed and could not say how it ended.
+    # One finished, one raised, one was killed before it could record its end.
     assert [run.exit_code for run in runs] == [0, 1, 1]
     assert [run.summary.get("state") for run in runs] == ["finished", "failed", None]
     assert runs[0].history and runs[1].history
@@ -94,7 +94,7 @@ def test_a_sweep_is_in_one_folder_which_one_command_uploads(folder: Path, own_ca
     assert runs[0].summary["eval/rewards/accuracies"] == metrics["eval_rewards/accuracies"]
     assert runs[0].summary["after/eval_rewards/margins"] == metrics["eval_rewards/margins"]
 
-    # Those that failed go on under the ids that they had, in further parts.
+    # Failed runs resume under their old ids, in further parts.
     code, out, err = finish(start(folder, *points, "wandb.tags=[mine]"))
     assert code == 0, err
     parts = list_parts(folder / "one")
@@ -104,7 +104,7 @@ def test_a_sweep_is_in_one_folder_which_one_command_uploads(folder: Path, own_ca
     assert [run.exit_code for run in runs] == [0] * 3
     assert {run.summary["state"] for run in runs} == {"finished"}
     code, out, _ = finish(start(folder, *points, "wandb.tags=[mine]"))
-    assert "wandb leet one/wandb" in out and "wandb sync" not in out  # everything is there
+    assert "wandb leet one/wandb" in out and "wandb sync" not in out  # nothing is left to upload
 
 
 def test_of_an_online_sweep_the_server_lacks_what_was_killed_alone(

@@ -1,4 +1,4 @@
-"""Sweeps of W&B's own: the committed example through their formatter and their agent, and the run's side of it."""
+"""W&B's own sweeps: the committed example with W&B's formatter and agent, and the run's part."""
 
 import json
 import os
@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).parents[2] / "scripts" / "wandb_sweep.yaml"
 
 
 class SweepServer(WandbServer):
-    """Hands out one run of a sweep, and then nothing."""
+    """Server that hands out one run of a sweep, then nothing."""
 
     def __init__(self, sweep: dict[str, Any], values: dict[str, Any]) -> None:
         self.sweep, self.values = sweep, values
@@ -51,7 +51,7 @@ def read_example() -> dict[str, Any]:
 
 
 def format_arguments(values: dict[str, Any]) -> list[str]:
-    """Return what W&B's agent puts in the place of `${args_no_hyphens}`."""
+    """Return the arguments that W&B's agent substitutes for `${args_no_hyphens}`."""
     formatted = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
     texts = formatted["args_no_hyphens"]
     assert isinstance(texts, list)
@@ -94,7 +94,7 @@ def test_values_of_every_kind_arrive_as_they_were(key: str, value: Any) -> None:
 
 
 def test_null_and_texts_that_are_not_plain_are_quoted_there() -> None:
-    """W&B's formatter writes what Python's `str` does: Hydra takes `None` for a text, and a comma for a list."""
+    """W&B's formatter uses Python's `str`: Hydra would read `None` as a text and a comma as a list."""
     assert load_conf(["model=tiny_random", *format_arguments({"data.path": "'a, b.jsonl'"})]).data.path == "a, b.jsonl"
     assert (
         load_conf(["model=tiny_random", *format_arguments({"training.max_length": "null"})]).training.max_length is None
@@ -111,7 +111,7 @@ def server() -> Iterator[SweepServer]:
 
 
 def start_agent(server: SweepServer, folder: Path, *further: str) -> subprocess.CompletedProcess[str]:
-    """Run W&B's own agent, whose command gets `further` overrides to make its run a short one."""
+    """Run W&B's own agent, with `further` overrides that shorten its run."""
     server.sweep["command"][-1:-1] = further
     command = [sys.executable, "-m", "wandb", "agent", "--count", "1", "me/theirs/s1"]
     with quick_python() as quick:

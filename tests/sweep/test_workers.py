@@ -1,4 +1,4 @@
-"""The pool of workers: where they run, and what happens where they cannot."""
+"""The pool of workers: placement, signals, and failures."""
 
 import fcntl
 import os
@@ -73,12 +73,12 @@ def test_one_signal_asks_running_jobs_to_stop_and_a_second_ctrl_c_kills(tmp_path
     busy, idle = Mock(), Mock(job=None)
     pool._workers = {0: busy, 1: idle}
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pool._signals_stop_it():
+    with pool._handle_signals():
         os.kill(os.getpid(), number)
         assert pool.signal == number and busy.process.terminate.called
         assert not idle.process.terminate.called and not busy.kill.called
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not busy.kill.called  # schedulers repeat it
+        assert not busy.kill.called  # schedulers repeat SIGTERM
         os.kill(os.getpid(), signal.SIGINT)
         assert busy.kill.called and idle.kill.called and pool.signal == number
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -1,4 +1,4 @@
-"""Stopping a run that a search's pruner gives up: asked after each evaluation, in the process of the run."""
+"""Trainer callback that stops a run if the search's pruner says so after an evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from dpo_runner.sweep.search.study import open_trial
 
 
 class Pruning(TrainerCallback):  # type: ignore[misc]
-    """Reports the objective of each evaluation to the study, and ends the run where its pruner says so.
+    """Reports the objective of each evaluation to the study, and ends the run if its pruner says so.
 
-    The run's schedules know nothing of it, so a run that is not stopped is the one that it would be without.
+    The run's schedules do not depend on the pruner, so a run that is not stopped is identical to one without it.
 
     Args:
-        run_dir: the job's directory, in the sweep's one.
-        search: whose pruner and objective are meant.
+        run_dir: the job's directory, inside the sweep's.
+        search: the search's settings, with pruner and objective.
 
     Raises:
-        RunError: the search's study has no running trial of this job.
+        RunError: the study has no running trial of this job.
     """
 
     def __init__(self, run_dir: Path, search: SearchConf) -> None:
@@ -36,15 +36,15 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
         self._training = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Judge an evaluation. Metrics of TRL's own reach `on_log` alone, not `on_evaluate`.
+        """Report an evaluation and ask the pruner. TRL passes its own metrics only to `on_log`, not `on_evaluate`.
 
         Raises:
-            RunPruned: the run is given up.
+            RunPruned: the pruner stops the run.
         """
         step = state.global_step
         if not self._training or self._objective not in logs or not state.is_world_process_zero:
             return
-        if step not in self._reported:  # a run that goes on from a checkpoint comes by here again
+        if step not in self._reported:  # a run resumed from a checkpoint repeats evaluations
             self._trial.report(logs[self._objective], step)
             self._reported.add(step)
         if step < state.max_steps and self._trial.should_prune():

@@ -1,4 +1,4 @@
-"""What a search chooses from, in Hydra's own syntax of intervals, ranges and choices. Imports no Optuna."""
+"""A search's space, read from Hydra's intervals, ranges and choices. Does not import Optuna."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ class Dimension:
 
     Attributes:
         key: dotted key or config group.
-        prefix: what stands before the `=` of its overrides.
+        prefix: the part of its overrides before the `=`.
         choices: the values as texts.
-        low: an int where only whole numbers are meant.
-        high: of the same type.
-        step: distance of the numbers from one another; None: all are meant.
-        log: whether magnitudes are equally likely instead of values.
+        low: the lower end; an int if only whole numbers are allowed.
+        high: the upper end, of the same type.
+        step: distance between the numbers; None for a continuous range.
+        log: whether to sample uniformly in the logarithm.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Dimension:
     log: bool = False
 
     def suggest(self, trial: Any) -> str:
-        """Return the override that an Optuna trial has, or now gets, for this key."""
+        """Return the override of an Optuna trial for this key, suggested now or before."""
         if self.choices:
             return f"{self.prefix}={trial.suggest_categorical(self.key, self.choices)}"
         ask = trial.suggest_int if isinstance(self.low, int) else trial.suggest_float
@@ -49,7 +49,7 @@ class Dimension:
         return f"{self.prefix}={ask(self.key, self.low, self.high, log=self.log, **step)!r}"
 
     def ends(self) -> list[str]:
-        """Return the overrides to check beforehand: all choices, or the ends."""
+        """Return the overrides to check in advance: all choices, or both ends."""
         return [f"{self.prefix}={value}" for value in self.choices or (repr(self.low), repr(self.high))]
 
     def __str__(self) -> str:
@@ -61,18 +61,18 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """A search's axes, in the order of its overrides; those with one value are the same in all points."""
+    """A search's axes, in the order of its overrides; axes with one value are fixed."""
 
     axes: tuple[Axis, ...]
     dimensions: Mapping[str, Dimension]
 
     def suggest(self, trial: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the overrides of a trial's point, and those of them that the search has chosen."""
+        """Return the overrides of a trial's point, and the subset that the search has chosen."""
         chosen = {key: dimension.suggest(trial) for key, dimension in self.dimensions.items()}
         return tuple(chosen.get(axis.key, axis.texts[0]) for axis in self.axes), tuple(chosen.values())
 
     def corners(self) -> list[tuple[str, ...]]:
-        """Return few points in which each end and each choice occurs."""
+        """Return a few points that together contain each end and each choice."""
         ends = {key: dimension.ends() for key, dimension in self.dimensions.items()}
         return [
             tuple(ends[axis.key][at % len(ends[axis.key])] if axis.key in ends else axis.texts[0] for axis in self.axes)
@@ -84,7 +84,7 @@ class Space:
 
 
 def is_search(texts: Sequence[str], config_dir: str | None) -> bool:
-    """Return whether a command's overrides, or the files that they select, ask for a search.
+    """Return whether a command's overrides, or the files they select, set a sampler.
 
     Raises:
         HydraException, OmegaConfBaseException: they do not compose.
@@ -101,14 +101,14 @@ def read_axis_ends(override: Override) -> Axis:
 
 
 def read_space(overrides: Sequence[Override], axes: Sequence[Axis]) -> Space:
-    """Return what the overrides of a search span.
+    """Return the space that the overrides of a search span.
 
     Args:
-        overrides: of a later one of the same key only the last counts.
-        axes: the same, each key once, with their values.
+        overrides: the parsed overrides; the last of each key counts.
+        axes: the same overrides as axes, one per key.
 
     Raises:
-        ConfigError: with one line for each axis that cannot be searched; or there is none.
+        ConfigError: axes cannot be searched, one line for each; or there is nothing to search.
     """
     dimensions: dict[str, Dimension] = {}
     mistakes: list[str] = []

@@ -1,4 +1,4 @@
-"""The Optuna study in a sweep's directory: an SQLite file that the search and its running jobs share."""
+"""The Optuna study in a sweep's directory, an SQLite file shared by the search and its running jobs."""
 
 import hashlib
 import re
@@ -18,25 +18,25 @@ from dpo_runner.errors import ConfigError, RunError
 
 STUDY_FILE = "study.db"
 CONFIGURATION = "configuration"
-"""In a study's definition: the digest of what is the same in all points."""
+"""Key in a study's definition of the digest of what all points share."""
 _NAME = "dpo_runner"
 _HEARTBEAT_SECONDS = 30
 _GRACE_SECONDS = 180
-_LOCK_SECONDS = 120  # jobs and the search write to one file in turn
+_LOCK_SECONDS = 120  # the search and its jobs write to one file
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def open_study(sweep_dir: Path, search: SearchConf, definition: dict[str, Any]) -> optuna.Study:
-    """Open a sweep's study, or begin it.
+    """Open a sweep's study, or create it.
 
     Args:
         sweep_dir: an existing folder.
-        search: how it is searched.
-        definition: what must not change from one start of the search to the next.
+        search: the search's settings.
+        definition: what must stay the same when the search is continued.
 
     Raises:
-        ConfigError: the study there is of another search.
+        ConfigError: the study there belongs to another search.
     """
     study = optuna.create_study(
         study_name=_NAME,
@@ -49,7 +49,7 @@ def open_study(sweep_dir: Path, search: SearchConf, definition: dict[str, Any]) 
     if found is None:
         study.set_user_attr("definition", definition)
     elif found != definition:
-        keys = sorted({**definition, **found}, key=CONFIGURATION.__eq__)  # axes say more than the digest, which is last
+        keys = sorted({**definition, **found}, key=CONFIGURATION.__eq__)  # the digest last: an axis is more informative
         differing = next(key for key in keys if found.get(key) != definition.get(key))
         if differing == CONFIGURATION:
             raise ConfigError(
@@ -64,10 +64,10 @@ def open_study(sweep_dir: Path, search: SearchConf, definition: dict[str, Any]) 
 
 
 def open_trial(sweep_dir: Path, search: SearchConf, job: str) -> optuna.Trial:
-    """Return the running trial of a job, to be reported to.
+    """Return the running trial of a job, to report values to.
 
     Raises:
-        RunError: there is none.
+        RunError: no trial is running for the job.
     """
     study = optuna.load_study(study_name=_NAME, storage=_open_storage(sweep_dir), pruner=_build_pruner(search))
     running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
@@ -78,14 +78,14 @@ def open_trial(sweep_dir: Path, search: SearchConf, job: str) -> optuna.Trial:
 
 
 def ask(study: optuna.Study) -> optuna.Trial:
-    """Return a new trial, or one that was put into the queue."""
+    """Return an enqueued trial, or else a new one."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Heartbeat of storage")  # `heartbeat` below sees to it
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # `heartbeat` below sends it
         return study.ask()
 
 
 def build_sampler(search: SearchConf, number: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler for one trial, seeded by its number: a search that goes on does not begin again."""
+    """Return the sampler for one trial, seeded by its number so that a continued search repeats no draws."""
     digest = hashlib.sha256(f"{search.seed}/{number}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     if search.sampler == "random":
@@ -95,7 +95,7 @@ def build_sampler(search: SearchConf, number: int) -> optuna.samplers.BaseSample
 
 @contextmanager
 def heartbeat(study: optuna.Study, running: Callable[[], Sequence[int]]) -> Iterator[None]:
-    """Let the study know, for as long as this lasts, that the trials of these ids are alive."""
+    """Record heartbeats of the trials whose ids `running` returns, while the context is open."""
     stopped = threading.Event()
 
     def beat() -> None:
@@ -124,7 +124,7 @@ def _build_pruner(search: SearchConf) -> optuna.pruners.BasePruner:
 def _open_storage(sweep_dir: Path) -> optuna.storages.RDBStorage:
     path = re.sub(r"[%?{}]", lambda match: quote(match[0]), str(sweep_dir.resolve() / STUDY_FILE))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeat_interval is experimental
         return optuna.storages.RDBStorage(
             f"sqlite:///{path}",
             engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}},

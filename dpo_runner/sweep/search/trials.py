@@ -1,4 +1,4 @@
-"""A search: the study asks for points, the points become jobs, and what becomes of the jobs is told to the study."""
+"""Search loop: the study suggests points, the points become jobs, and the jobs' results go back to the study."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -18,24 +18,24 @@ from dpo_runner.sweep.points import Point, digest_config
 from dpo_runner.sweep.search.space import Space
 from dpo_runner.sweep.search.study import CONFIGURATION, ask, build_sampler, heartbeat, open_study
 
-# What a trial is told besides its parameters and its value.
+# User attributes of a trial.
 _JOB, _EFFECT, _REFUSED, _RETRY_OF = "job", "effect", "refused", "retry_of"
 
 
 class Search:
-    """Takes points from a study and gives it their results.
+    """Takes points from a study and reports their results to it.
 
-    What a trial's job has come to is read from the job's directory. So nothing is lost with this process: a trial
-    that was running runs on, with its parameters and from its checkpoint, and one that failed is tried again.
+    Results are read from the jobs' directories, so nothing is lost if this process dies: a trial that was running
+    continues with its parameters and from its checkpoint, and a failed one is tried again.
 
     Args:
-        path: the sweep's directory, which nobody else works in.
-        space: what is searched.
+        path: the sweep's directory, locked by this process.
+        space: the search space.
         sweep: the sweep's settings.
         config_dir: the user's folder of config groups.
 
     Raises:
-        ConfigError: the study in `path` is of another search.
+        ConfigError: the study in `path` belongs to another search.
     """
 
     def __init__(self, path: Path, space: Space, sweep: SweepConf, config_dir: str | None) -> None:
@@ -47,7 +47,7 @@ class Search:
             "sweep.search.direction": str(read_direction(sweep.search)),
             CONFIGURATION: digest_config(first),
         }
-        prepare(path, [], [], sweep.threads_per_worker)  # first: what has files and no sweep.json is no sweep
+        prepare(path, [], [], sweep.threads_per_worker)  # before study.db: files without a sweep.json are rejected
         self.study = open_study(path, sweep.search, definition)
         self._waiting: dict[str, list[optuna.Trial]] = {}
         self._failed: set[str] = set()
@@ -69,19 +69,19 @@ class Search:
                 self.study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
 
     def _count_new(self) -> int:
-        """Return how many trials are still to be asked for; one that tries another again does not count."""
+        """Return the number of trials still to ask for; retries do not count."""
         trials = self.study.get_trials(deepcopy=False)
         return self._sweep.search.trials - sum(_RETRY_OF not in trial.user_attrs for trial in trials)
 
     def left(self) -> int:
-        """Return how many trials are still to be run, those that are running included."""
+        """Return the number of trials still to run, including running ones."""
         begun = [trial for trial in self.study.get_trials(deepcopy=False) if not trial.state.is_finished()]
         return max(self._count_new(), 0) + len(begun)
 
     def take(self, count: int) -> list[tuple[str, Point]]:
-        """Return up to `count` jobs to run now; fewer where the study has no more trials to come.
+        """Return up to `count` jobs to run now; fewer if the study has no more trials.
 
-        A point whose result is known, or that is running, takes no job.
+        A point that is running already, or whose result is known, needs no job.
         """
         jobs: list[tuple[str, Point]] = []
         while len(jobs) < count and (trial := self._next_trial()) is not None:
@@ -98,7 +98,7 @@ class Search:
         return jobs
 
     def settle(self, name: str) -> None:
-        """Tell the study what has become of a job; one that was interrupted stays a running trial."""
+        """Report a job's result to the study; the trial of an interrupted job stays running."""
         job = read_job(self._path / name)
         objective = self._sweep.search.objective
         if job.state not in (*DONE, "failed"):
@@ -116,24 +116,24 @@ class Search:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Keep the heartbeat of running trials in the study."""
+        """Send heartbeats of running trials to the study while the context is open."""
         with heartbeat(self.study, lambda: [trial._trial_id for group in [*self._waiting.values()] for trial in group]):
             yield
 
     def refused(self) -> list[str]:
-        """Return why points, in the order of the trials, could not be run at all."""
+        """Return why trials could not be run, one line each, in the order of the trials."""
         trials = self.study.get_trials(deepcopy=False)
         return [
             f"trial {trial.number}: {trial.user_attrs[_REFUSED]}" for trial in trials if _REFUSED in trial.user_attrs
         ]
 
     def list_jobs(self) -> list[str]:
-        """Return the directories of all jobs of the study, by their indices."""
+        """Return the directory names of all jobs of the study, sorted by index."""
         names = {trial.user_attrs[_JOB] for trial in self.study.get_trials(deepcopy=False) if _JOB in trial.user_attrs}
         return sorted(names, key=lambda name: int(name.partition("-")[0]))
 
     def find_best(self) -> tuple[str, float] | None:
-        """Return the job that has the best value, and that; None where none has finished."""
+        """Return the job with the best value, and the value; None if no trial has finished."""
         if not any(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False)):
             return None
         best = self.study.best_trial
@@ -147,7 +147,7 @@ class Search:
         return ask(self.study) if enqueued or self._count_new() > 0 else None
 
     def _build_point(self, trial: optuna.Trial) -> Point | None:
-        """Compose a trial's point; one that breaks a rule is told as failed, for good."""
+        """Compose a trial's point; if it breaks a rule, mark the trial as failed, never to be retried."""
         self.study.sampler = build_sampler(self._sweep.search, trial.number)
         overrides, varied = self._space.suggest(trial)
         try:
@@ -162,7 +162,7 @@ class Search:
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _name(self, point: Point, trial: optuna.Trial) -> str:
-        """Give a point its directory, which is that of another where both compute the same."""
+        """Return the name of a point's directory; points that compute the same share one."""
         effect = digest_config(point.conf, ignored_keys(point.conf))
         name = self._names.get(effect)
         if name is None:
