@@ -1,7 +1,7 @@
 """Run directories, checkpoints and sweeps of f25876f, the last commit with a flat package, still work.
 
-`old_runs.tar.gz` holds a finished run, one that was killed after a checkpoint, and a sweep that was killed in its
-second point; its README.txt has the commands. They have keys that were removed since (`engine.compile_layers` and others).
+`old_runs.tar.gz` holds a finished run, a run that was killed after a checkpoint, and a sweep that was killed in its
+second point; its README.txt has the commands. Their configurations have keys that were removed since.
 """
 
 import tarfile
