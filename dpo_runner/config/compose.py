@@ -6,16 +6,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_runner.config.adapter_config import recognise_adapter
-from dpo_runner.config.hydra_rules import UnsafeConfigError, check_composed
+from dpo_runner.config.hydra_rules import check_composed
 from dpo_runner.config.overrides import MOST_POINTS, check_overrides, first_line
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
@@ -50,21 +51,24 @@ def expand_overrides(overrides: Sequence[str]) -> list[str]:
     return expanded
 
 
-def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
+def compose_config(overrides: list[str], config_dir: str | None = None, run_mode: RunMode = RunMode.RUN) -> DictConfig:
     """Compose `conf/config.yaml` with Hydra overrides, outside of a Hydra application.
 
     Args:
         overrides: as on the command line, such as `["quant=nf4", "training.beta=0.2"]`.
         config_dir: a folder of the user's own config groups, searched after `conf/`.
+        run_mode: MULTIRUN leaves out overrides with several values, as Hydra does for a sweep's launcher and sweeper.
 
     Raises:
-        ConfigError: something would set what Hydra acts on, and could run code.
+        UnsafeConfigError: something would set what Hydra acts on, and could run code.
     """
     GlobalHydra.instance().clear()
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose(CONFIG_NAME, [*search_path, *expand_overrides(overrides)], return_hydra_config=True)
-    assert isinstance(config, DictConfig)
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        texts = [*search_path, *expand_overrides(overrides)]
+        config: DictConfig = hydra.compose_config(CONFIG_NAME, texts, run_mode, from_shell=False)
     check_composed(config)
     with open_dict(config):
         del config["hydra"]
@@ -127,8 +131,6 @@ def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | N
     """
     try:
         return compose_point(tuple(point), config_dir), [], []
-    except UnsafeConfigError as error:
-        return None, [], error.mistakes
     except ConfigError as error:
         return None, error.mistakes, []
     except UNCOMPOSABLE as error:

@@ -1,6 +1,7 @@
 """The check of a command's overrides, one by one, and of the files that they select. Imports no torch."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from dpo_runner.config.hydra_rules import check_hydra_override
+from dpo_runner.config.hydra_rules import find_key_mistakes
 from dpo_runner.config.keys import find_removed
 from dpo_runner.config.schema import SCHEMA, find_value_mistakes
 from dpo_runner.config.yaml_files import ConfigFiles
@@ -118,11 +119,12 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     key = override.key_or_group
     if (removed := find_removed(key)) is not None:
         return [removed], None
+    of_hydra = re.match(r"hydra(?![^./])", key)
+    if of_hydra and (forbidden := find_key_mistakes(text, key)):
+        return forbidden, None
     if override.is_delete():
         instead = f"use {key}=none" if key in ("lora", "quant") else f"set it to another value ({key}=VALUE)"
         return [f"`{text}`: nothing can be deleted; {instead}"], None
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return check_hydra_override(text, override), override
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
     known = key in groups or key in SCHEMA
@@ -130,6 +132,8 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
         return [f"`{text}`: `{key}` exists already; drop the +"], None
     if not (count := _count_values(override)) <= MOST_POINTS:
         return [f"`{text}`: has {count:,} values; an axis has at most {MOST_POINTS:,}"], None
+    if of_hydra:
+        return [], override
     check = files.find_option_mistakes if key in groups else find_value_mistakes
     lines = [line for value in values_of(override, files) for line in check(key, value)]
     if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):
@@ -175,5 +179,7 @@ def first_line(error: Exception) -> str:
     """Return the first line of why something does not compose, with its key where there is one."""
     if isinstance(error, RecursionError):
         return "nested too deeply, or something that leads back to itself"
+    if isinstance(error, HydraException):
+        error = HydraException(str(error).replace("composing config:\n", "composing config: "))
     key = getattr(error, "full_key", None)
     return f"`{key}`: {reason_of(error)}" if key else reason_of(error)

@@ -11,7 +11,7 @@ from hydra.plugins.config_source import ConfigSource
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_runner.config.hydra_rules import check_hydra_block
+from dpo_runner.config.hydra_rules import find_key_mistakes, is_axis
 from dpo_runner.config.keys import REMOVED_OPTIONS
 from dpo_runner.config.schema import SCHEMA, find_value_mistakes, schema_key
 from dpo_runner.errors import ConfigError, reason_of, suggest
@@ -39,16 +39,16 @@ class ConfigFiles:
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
 
     def find_hidden_files(self) -> list[str]:
-        """Return the user's files that Hydra would never read, or that are for Hydra itself and could run code."""
+        """Return the user's files that Hydra would never read, and a folder for Hydra itself, which could run code."""
         mistakes = []
-        patterns = ("*.yaml", "*/*.yaml", "hydra/*/*.yaml")  # as deep as groups are: it may be anyone's whole disk
+        patterns = ("*.yaml", "*/*.yaml", "hydra")  # as deep as groups are: it may be anyone's whole disk
         files = {path for folder in self.folders[1:] for pattern in patterns for path in folder.glob(pattern)}
         for path in sorted(files):
             name = path.relative_to(self.folders[1])
             if (CONF_DIR / name).exists():
                 mistakes.append(f"{name}: hidden by the project's own file of this name; choose another name")
-            elif name.parts[0] == "hydra":
-                mistakes.append(f"{name}: not allowed, Hydra's own configuration can run code")
+            elif name == Path("hydra"):
+                mistakes.append(f"{name}/: not allowed, Hydra's own configuration can run code")
         return mistakes
 
     def options(self, group: str) -> list[str]:
@@ -78,8 +78,13 @@ class ConfigFiles:
         path = self.find("sweep", option)
         if path is None or check_file(path, "sweep")[0]:
             return []  # find_file_mistakes names the line
-        axes = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params", default={})
-        return [f"{key}={value}" for key, value in axes.items()]
+        axes: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for key in ("hydra", "sweeper", "params"):
+            axes = axes.get(key) if isinstance(axes, dict) else None
+        pairs = axes.items() if isinstance(axes, dict) else ()
+        return [
+            f"{key}={value}" for key, value in pairs if is_axis(str(key), value)
+        ]  # others are refused when composed
 
     def find_file_mistakes(self, choices: dict[str, list[str]]) -> list[str]:
         """Check every YAML file that a command selects, the ones that those select included.
@@ -213,10 +218,12 @@ def _check_node(
     where = f"{path.parent.name}/{path.name}:{key_node.start_mark.line + 1}"
     if key_node.value not in values:
         yield f"{where}: a key must be a text"
-    elif key == "hydra" or key.startswith("hydra."):
-        if group:  # else it is the project's own
-            yield from check_hydra_block(value_node, where, group)
-    elif isinstance(value_node, yaml.MappingNode) and _has_entries(schema_key(key)):
+    elif key == "hydra" and not isinstance(value_node, yaml.MappingNode):
+        yield f"{where}: `hydra`: must hold `key: value` lines"
+    elif key.startswith("hydra."):
+        if path != CONF_DIR / f"{CONFIG_NAME}.yaml":
+            yield from (f"{where}: {line}" for line in find_key_mistakes(key, key, group))
+    elif isinstance(value_node, yaml.MappingNode) and (key == "hydra" or _has_entries(schema_key(key))):
         for inner_key, inner_value in value_node.value:
             yield from _check_node(inner_key, inner_value, values[key_node.value], key, path, group)
     else:
@@ -249,9 +256,6 @@ def _read_defaults(items: list[Any], group: str, place: str) -> tuple[list[str],
             mistakes.append(f"{place}: `defaults: {name}`: packages (@) are not supported; leave it out")
         elif isinstance(item, str):
             found.append((target.rpartition("/")[0], target.rpartition("/")[2]))
-        elif target.startswith("hydra/"):
-            if group and target != "hydra/launcher":
-                mistakes.append(f"{place}: `defaults: {name}`: not allowed, Hydra's own configuration can run code")
-        else:
+        elif not target.startswith("hydra/"):  # Hydra's own are checked when they are composed
             found += [(target, one) for one in (option if isinstance(option, list) else [option])]
     return mistakes, found

@@ -10,15 +10,21 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Glob, Override
+from hydra.types import RunMode
 
-from dpo_runner.config.compose import UNCOMPOSABLE, describe_uncomposable, try_point
-from dpo_runner.config.hydra_rules import UnsafeConfigError
+from dpo_runner.config.compose import (
+    UNCOMPOSABLE,
+    compose_config,
+    describe_uncomposable,
+    expand_overrides,
+    try_point,
+)
 from dpo_runner.config.overrides import CheckedOverrides, check_overrides, values_of
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.schema import SCHEMA
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import ConfigError, suggest
-from dpo_runner.sweep.axes import Axis, combine, merge_axes, read_axis, read_sweep_conf
+from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes, read_axis, read_sweep_conf
 from dpo_runner.sweep.points import find_axis_mistakes
 from dpo_runner.sweep.search.space import NOTHING_TO_SEARCH, is_search, read_axis_ends, read_space
 
@@ -90,11 +96,24 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
     checked = check_overrides(overrides, config_dir)
     if not checked.composable:
         return checked.mistakes
-    if of_sweep := _find_sweep_mistakes(checked, config_dir, multirun):
-        return [*checked.mistakes, of_sweep]
+    if mistake := _find_sweep_mistakes(checked, config_dir, multirun):
+        return [*checked.mistakes, mistake]
     broken, uncomposable = _find_point_mistakes(checked.sound, checked.files, config_dir)
     # A wrong override can keep the whole from composing; its own line already says why.
-    return checked.mistakes + broken + ([] if checked.mistakes else uncomposable)
+    mistakes = checked.mistakes + broken + ([] if checked.mistakes else uncomposable)
+    keys = [override.key_or_group for override in checked.sound]
+    of_sweep = multirun or "sweep" in checked.choices
+    if mistakes or not (of_sweep or len(set(keys)) < len(keys)):
+        return mistakes
+    # Hydra itself composes what is none of the points: what they share, and all values of a key that is set twice.
+    texts = expand_overrides(overrides)
+    try:
+        compose_config(defer_sections(texts) if of_sweep else texts, config_dir, RunMode.MULTIRUN)
+    except ConfigError as error:
+        return error.mistakes
+    except UNCOMPOSABLE as error:
+        return [describe_uncomposable(error, overrides)]
+    return []
 
 
 def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, multirun: bool) -> str | None:
@@ -107,7 +126,7 @@ def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, mult
         return "`run_dir`: names one run's directory; for a sweep set sweep.dir"
     if not multirun and (alone := checked.find_single_run_mistakes()):
         return alone[0]
-    if both := [key for key in of_sweep if key in several]:
+    if both := [key for key in several if key in of_sweep or key.startswith("hydra")]:
         return f"`{both[0]}`: is the same for all runs of a sweep; give it one value"
     return None
 
@@ -133,8 +152,6 @@ def _find_point_mistakes(
             sweep = read_sweep_conf(axes, config_dir)
             search = sweep.search.sampler is not None
             points = read_space(overrides, axes).corners() if search else combine(axes, sweep)
-    except UnsafeConfigError as error:
-        return [], error.mistakes
     except ConfigError as error:
         return error.mistakes, []
     except UNCOMPOSABLE as error:
@@ -156,7 +173,7 @@ def _find_point_mistakes(
 def _is_search(overrides: Sequence[Override], config_dir: str | None) -> bool:
     try:
         return is_search([str(override.input_line) for override in overrides], config_dir)
-    except UNCOMPOSABLE:
+    except (ConfigError, *UNCOMPOSABLE):
         return True  # does not compose either way; the check of the points reports why
 
 

@@ -131,6 +131,9 @@ COMMANDS = [
     (["-m", "seed=1,2", "hydra/launcher=slurm"], "is no installed launcher"),
     (["-m", "seed=1,2", "+hydra.launcher.partition=gpu"], "no such setting of hydra/launcher=workers; it has none"),
     (["-m", "seed=1,2", "hydra/launcher=basic,workers"], "is the same for all runs of a sweep"),
+    (["-m", "seed=1,2", "++hydra.launcher.x=1,2"], "is the same for all runs of a sweep"),
+    (["hydra/sweeper=optuna"], "these may be changed: hydra/launcher, hydra.launcher.*"),
+    (["~hydra.launcher"], "nothing can be deleted"),
     (["sweep.search.sampler=tpe", "sweep=optuna_tpe", "sweep.search.trials=0"], "must be at least 1"),
     (["--resolve"], "--resolve: is read by --cfg job alone"),
     (["--package=x", "--cfg", "job"], "--package=x: no such section"),
@@ -202,15 +205,15 @@ FILES = [
     ("# @package _global_\nhydra: 1", "`hydra`: must hold `key: value` lines"),
     ("# @package _global_\nhydra: {mode: MULTIRUN}", "use -m"),
     ("# @package _global_\nhydra: {run: {dir: x}}", "use run_dir=PATH"),
-    ("# @package _global_\nhydra: {job: {env_set: {PYTHONPATH: x}}}", "`hydra.job`: not allowed"),
+    ("# @package _global_\nhydra: {job: {env_set: {PYTHONPATH: x}}}", "z.yaml:2: `hydra.job`: not allowed"),
 ]
 # The file `sweep/z.yaml`.
 SWEEPS = [
     ("hydra: {mode: RUN}", "`hydra.mode=RUN`: must be MULTIRUN"),
-    ("hydra: {sweeper: {params: [a]}}", "must hold `key: values` lines"),
-    ("hydra: {sweeper: {params: {seed: [1, 2]}}}", "must be its values as a text, such as 0.05,0.1"),
-    ("hydra: {sweeper: {params: {seed: '${nope}'}}}", "must be its values as a text"),
-    ("hydra: {sweeper: {max_batch_size: 3}}", "holds `params` alone"),
+    ("hydra: {sweeper: {params: [a]}}", "`hydra.sweeper`: must hold `params` alone"),
+    ("hydra: {sweeper: {params: {seed: [1, 2]}}}", "must be a run's key and its values as a text, such as 0.05,0.1"),
+    ("hydra: {sweeper: {params: {seed: '${nope}'}}}", "must be a run's key and its values as a text"),
+    ("hydra: {sweeper: {max_batch_size: 3}}", "must hold `params` alone"),
     ("hydra: {sweeper: {params: {sede: '1,2'}}}", "`sede`: no such field; did you mean `seed`?"),
     (
         "hydra: {sweeper: {params: {engine.compile_layers: 'true,false'}}}",

@@ -105,6 +105,18 @@ IN_FILES: list[dict[str, str]] = [
     {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {_target_: evil.Mark, params: {seed: '1,2'}}}"},
     {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {params: {+hydra.callbacks.x._target_: evil.Mark}}}"},
     {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {params: {hydra.job_logging.root.handlers: '[x]'}}}"},
+    {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {params: {+hydra.searchpath: '[pkg://evil]'}}}"},
+    {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {params: {seed: '${oc.create:{_target_: evil.Mark}}'}}}"},
+    {
+        "sweep/z.yaml": GLOBAL + "defaults: [sub/y]\nhydra: {mode: MULTIRUN}",
+        "sweep/sub/y.yaml": GLOBAL + "hydra: {sweeper: {params: {hydra.searchpath: '[pkg://evil]'}}}",
+    },
+    # Hydra's launchers compose again with these.
+    {"experiment/z.yaml": GLOBAL + "hydra: {overrides: {hydra: ['hydra.searchpath=[pkg://evil]']}}"},
+    {
+        "experiment/z.yaml": GLOBAL + "defaults: [{override /hydra/env: sub/x}]",
+        "hydra/env/sub/x.yaml": "# @package hydra.overrides\nhydra: ['hydra.searchpath=[pkg://evil]']",
+    },
 ]
 CONTROLS = [IN_FILES[at] for at in (0, 5, 22)]
 """Of these it is shown that they run code where nothing is checked."""
@@ -172,8 +184,21 @@ def test_a_linked_folder_is_looked_into(attempt) -> None:
     attempt(*arguments)
 
 
-def test_what_the_check_of_files_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
-    """The second line of defence does not look at files at all."""
+def test_no_point_of_a_sweep_hides_what_hydra_composes_for_all(attempt) -> None:
+    """Hydra makes the launcher of what all points share, without the options that each of them has."""
+    sound = GLOBAL + "hydra: {launcher: {_target_: hydra_plugins.dpo_runner.WorkersLauncher}}"
+    evil = GLOBAL + f"hydra: {{launcher: {TARGET}}}"
+    files = {"training/z.yaml": evil, "experiment/a.yaml": sound, "experiment/b.yaml": sound}
+    attempt("-m", *write(files), "experiment=a,b")
+
+
+def test_no_second_value_of_a_key_hides_the_first(attempt) -> None:
+    """Hydra merges maps that are given twice."""
+    attempt("++lora.config={_target_:evil.Mark}", "++lora.config={a:b}")
+
+
+def test_what_the_check_of_keys_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
+    """The check of what is composed does not look at files at all."""
     from dpo_runner.config.compose import compose_config
     from dpo_runner.config.hydra_rules import UnsafeConfigError
 

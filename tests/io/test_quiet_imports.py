@@ -16,6 +16,12 @@ def test_a_run_imports_no_compiler() -> None:
     assert done.stdout.strip() == "False" and not done.stderr
 
 
+def test_a_result_is_loaded_without_the_library_that_draws_its_card() -> None:
+    code = "import sys, dpo_runner.model.result, dpo_runner.model.card.card; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_what_is_decorated_while_importing_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 

@@ -316,6 +316,8 @@ def test_what_is_cited_is_what_was_used() -> None:
     assert numbers("training=ipo") == ["2305.18290", "2310.12036", "2106.09685"]
     assert numbers("quant=nf4", "lora.use_dora=true")[1:] == ["2106.09685", "2402.09353", "2305.14314"]
     assert numbers("training.loss_type=[apo_zero,apo_down]", "lora=none") == ["2305.18290", "2408.06266"]
+    cited = list_citations(load_conf(["quant=nf4"]))
+    assert any("https://github.com/huggingface/trl" in line for line in cited) and not "".join(cited).count("\n")
 
 
 def test_every_metric_that_is_named_is_one_of_a_runs(facts) -> None:
