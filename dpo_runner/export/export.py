@@ -63,9 +63,8 @@ def export_run(
     from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.card.card import PLOTS, write_card
     from dpo_runner.model.card.facts import read_facts
-    from dpo_runner.records.reading import check_finished, read_run_conf
+    from dpo_runner.records.reading import read_run_conf
 
-    check_finished(run_dir)
     out = out.expanduser().resolve()
     tuned = _find_tuned(run_dir, out, adapter_only)
     conf = read_run_conf(run_dir)
@@ -98,7 +97,10 @@ def export_run(
 
 
 def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
-    """Return the folder of a run's result, after checking `out` and that the result can be exported this way."""
+    """Return the folder of a run's result, after checking the run, `out`, and that the result can be exported so."""
+    from dpo_runner.records.reading import check_finished
+
+    check_finished(run_dir)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there and not empty; name a folder that is not there yet")
     tuned = run_dir / ("model" if (run_dir / "model").is_dir() else "adapter")

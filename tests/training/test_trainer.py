@@ -111,7 +111,8 @@ def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_
     rows = load_preferences(conf, Blueprint(conf.model).tokenizer).train
 
     def fingerprint(*overrides: str, reference: str = "") -> str:
-        args = build_dpo_config(load_conf([*tiny_run, "data.on_overlong=trl", "training.bf16=false", *overrides]), tmp_path)
+        fixed = ["data.on_overlong=trl", "training.bf16=false"]
+        args = build_dpo_config(load_conf([*tiny_run, *fixed, *overrides]), tmp_path)
         trainer = types.SimpleNamespace(attention="sdpa", _identity=reference)
         return RunTrainer._prepare_dataset(trainer, rows, None, args, "train")._fingerprint
 
