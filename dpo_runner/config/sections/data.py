@@ -34,7 +34,7 @@ class SourceFields:
     columns: dict[str, str] = field(default_factory=dict)
     """Column renames, source to canonical, such as `{question: prompt, good: chosen, bad: rejected}`."""
     formatter: str | None = None
-    """Your `package.module:function`: maps a row to a row in a known layout, a list of such rows, or None to drop it."""
+    """Your `package.module:function`: maps a row to one in a known layout, a list of such rows, or None to drop it."""
     pairing: str = field(default="best_vs_worst", metadata={"choices": ("best_vs_worst", "best_vs_rest", "all_pairs")})
     """Pairs made from a row with more than two scored answers; equal scores make no pair."""
     min_score_gap: float = 0.0
@@ -63,8 +63,8 @@ class DataConf(SourceFields):
     sources: dict[str, SourceConf] = field(default_factory=dict)
     """A mixture of named sources, each with the fields of a source. Evaluation reports each by name."""
     eval_fraction: float = 0.1
-    """Share of prompts, chosen by a hash of the prompt alone, held out for evaluation if a source has no evaluation rows;
-    0: none."""
+    """Share of prompts, chosen by a hash of the prompt alone, held out for evaluation if a source has no evaluation
+    rows; 0: none."""
     max_train_samples: int | None = None
     """Maximum training rows (the first ones)."""
     max_eval_samples: int | None = None
@@ -83,15 +83,15 @@ class DataConf(SourceFields):
     on_overlong: str = field(
         default="drop", metadata={"choices": ("drop", "truncate_prompt_left", "truncate_completion", "trl")}
     )
-    """Pairs longer than `training.max_length`: drop them; cut the start of the prompt; cut the end of the answers (which
-    loses their EOS); or leave them to TRL, which cuts prompt and answer as one by `training.truncation_mode`."""
+    """Pairs longer than `training.max_length`: drop them; cut the start of the prompt; cut the end of the answers
+    (which loses their EOS); or leave them to TRL, which cuts prompt and answer as one by `training.truncation_mode`."""
     deduplicate: str | None = field(default=None, metadata={"choices": ("exact", "near")})
     """Keep only the first of identical or near-identical pairs, in training and in evaluation."""
     near_duplicate_threshold: float = 0.8
     """Minimum Jaccard similarity of token 5-grams (MinHash estimate) for `near` to treat two pairs as duplicates."""
     decontaminate: list[str] = field(default_factory=list)
-    """Drop training pairs that share a word n-gram with any of these: `eval` (this run's evaluation pairs), a local file
-    (text, or a format of `path`), or a hub dataset with subset and split (`openai/gsm8k/main:test`)."""
+    """Drop training pairs that share a word n-gram with any of these: `eval` (this run's evaluation pairs), a local
+    file (text, or a format of `path`), or a hub dataset with subset and split (`openai/gsm8k/main:test`)."""
     decontaminate_ngram: int = 13
     """n-gram length in words; a shorter prompt matches only as a whole."""
 

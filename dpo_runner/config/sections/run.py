@@ -37,8 +37,8 @@ class EngineConf:
     """Exact speed-ups: losses, metrics and gradients equal TRL's. Each can be switched off."""
 
     shared_prefix: bool = True
-    """Score each pair's common prefix once, without padding, and compute logits at completion tokens only. If that would
-    not be exact, TRL's forward is used and the plan says why."""
+    """Score each pair's common prefix once, without padding, and compute logits at completion tokens only. If that
+    would not be exact, TRL's forward is used and the plan says why."""
     max_tokens_per_micro_batch: int | None = None
     """Token limit of a micro-batch, a shared prefix counted once; the gradient stays the same. null: the tokens of
     per_device_train_batch_size of the largest pairs, on a CPU at most 1024; 0: TRL's batches."""
@@ -63,14 +63,14 @@ class ChecksConf:
     """Verify before training that policy = reference and that trained weights are fp32; after the first steps that they
     have moved."""
     on_nonfinite: str = field(default="stop", metadata={"choices": ("stop", "skip_batch")})
-    """If a step's loss or gradient is NaN or infinite: end the run, or skip and count the step. Its pairs are written to
-    nonfinite/ either way."""
+    """If a step's loss or gradient is NaN or infinite: end the run, or skip and count the step. Its pairs are written
+    to nonfinite/ either way."""
     max_skipped_batches: int = 10
     """With on_nonfinite=skip_batch: maximum skipped steps before the run ends."""
     on_out_of_memory: str = field(default="stop", metadata={"choices": ("stop", "smaller_batch")})
-    """If memory runs out: end the run, or continue from the last checkpoint with half the tokens per micro-batch (if rows
-    are counted: half the rows and twice the accumulation). Evaluation halves its batches. Recorded in status.json and
-    summary.json."""
+    """If memory runs out: end the run, or continue from the last checkpoint with half the tokens per micro-batch (if
+    rows are counted: half the rows and twice the accumulation). Evaluation halves its batches. Recorded in status.json
+    and summary.json."""
 
 
 @dataclass
