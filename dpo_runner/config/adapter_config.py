@@ -1,4 +1,4 @@
-"""An adapter's own adapter_config.json, as far as a configuration needs it. Imports no torch."""
+"""Read the base model from an adapter_config.json. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def read_adapter_base(adapter_config: Path) -> str | None:
     """Return the base model that an adapter_config.json names, or None.
 
     Raises:
-        ConfigError: it is no JSON object.
+        ConfigError: the file is not a JSON object.
     """
     try:
         value = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -22,17 +22,17 @@ def read_adapter_base(adapter_config: Path) -> str | None:
 
 
 def recognise_adapter(config: DictConfig) -> None:
-    """Take an adapter's folder that stands in the model's place for what it is: an SFT adapter, and its base.
+    """Rewrite `model.model_name_or_path` that points to an adapter folder as `model.adapter` plus its base.
 
     Raises:
-        ConfigError: the adapter names no base, or `config` names another adapter besides.
+        ConfigError: the adapter names no base, or `model.adapter` is set too.
     """
     name = str(config.model.model_name_or_path)
     try:
         file = Path(name).expanduser() / "adapter_config.json"
         if not file.is_file():
             return
-    except (OSError, RuntimeError):  # no name of a file at all; the check of the fields says why
+    except (OSError, RuntimeError):  # not a valid file name; the field checks report why
         return
     base = read_adapter_base(file)
     if config.model.adapter is not None:

@@ -1,4 +1,4 @@
-"""From overrides to a checked `RunConf`. Imports no torch."""
+"""Compose Hydra overrides into a validated `RunConf`. Imports no torch."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
 from dpo_runner.errors import ConfigError, reason_of
 
 ConfigStore.instance().store(name="base_config", node=RunConf)
-# Only their names: the command registers the classes when it runs (see dpo_runner/sweep/sweeper.py).
+# Names only: the command registers the classes at run time (see dpo_runner/sweep/sweeper.py).
 for _group, _name, _class in (
     ("launcher", "workers", "WorkersLauncher"),
     ("sweeper", "grid", "GridSweeper"),
@@ -39,24 +39,24 @@ _INTO_MAP = re.compile(
 
 
 def expand_overrides(overrides: Sequence[str]) -> list[str]:
-    """Let overrides name new entries of maps such as `data.sources` and `lora.config`, which Hydra wants marked.
+    """Prefix overrides that add map entries (`data.sources`, `lora.config`, …) with `++`, as Hydra requires.
 
     `data.sources.mine.path=x` becomes `++data.sources={mine:{}}` and `++data.sources.mine.path=x`.
     """
     names = dict.fromkeys(match[1] for text in overrides if (match := re.match(r"data\.sources\.([^.=]+)[.=]", text)))
     expanded = [f"++{text}" if _INTO_MAP.match(text) else text for text in overrides]
-    if names:  # beside the first of them: flags and overrides must not be mixed
+    if names:  # next to the first of them: flags and overrides must not be mixed
         first = next(at for at, text in enumerate(overrides) if re.match(r"data\.sources\.", text))
         expanded.insert(first, f"++data.sources={{{','.join(f'{name}:{{}}' for name in names)}}}")
     return expanded
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None, run_mode: RunMode = RunMode.RUN) -> DictConfig:
-    """Compose `conf/config.yaml` with Hydra overrides, outside of a Hydra application.
+    """Compose `conf/config.yaml` with Hydra overrides, outside a Hydra application.
 
     Args:
         overrides: as on the command line, such as `["quant=nf4", "training.beta=0.2"]`.
-        config_dir: a folder of the user's own config groups, searched after `conf/`.
+        config_dir: a folder with the user's config groups, searched after `conf/`.
         run_mode: MULTIRUN leaves out overrides with several values, as Hydra does for a sweep's launcher and sweeper.
 
     Raises:
@@ -76,17 +76,17 @@ def compose_config(overrides: list[str], config_dir: str | None = None, run_mode
 
 
 def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
-    """Turn a composed config into the typed object that a run is made of.
+    """Convert a composed config to a typed, validated `RunConf`.
 
-    An SFT adapter that is continued is trained in its own shape, so the default `lora`, which describes a new
-    one, gives way where no override speaks of it.
+    A continued SFT adapter keeps its own shape, so the default `lora`, which describes a new adapter, is dropped
+    unless an override sets `lora` or `experiment`.
 
     Args:
-        config: what Hydra composed.
-        overrides: what it was composed from.
+        config: the composed config.
+        overrides: the overrides it was composed from.
 
     Raises:
-        ConfigError: an unset `???`, an interpolation that leads nowhere, or what `RunConf` refuses.
+        ConfigError: an unset `???`, an unresolvable interpolation, or values that `RunConf` rejects.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -106,12 +106,12 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
 
 @functools.lru_cache(maxsize=MOST_POINTS)
 def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
-    """Compose and check one point of a sweep, once: the command's check, the plan and the launcher each ask for it.
+    """Compose and validate one point of a sweep; cached, since command check, plan and launcher each need it.
 
-    The result is shared: do not change it.
+    The result is shared: do not mutate it.
 
     Raises:
-        ConfigError, HydraException, OmegaConfBaseException: it is no sound configuration.
+        ConfigError, HydraException, OmegaConfBaseException: the point does not compose or is invalid.
     """
     return build_run_conf(compose_config(list(texts), config_dir), texts)
 
@@ -120,14 +120,14 @@ UNCOMPOSABLE = (
     *(HydraException, OmegaConfBaseException, YAMLError, TypeError, ValueError, AssertionError),
     *(ArithmeticError, RecursionError),
 )
-"""What Hydra and OmegaConf raise where overrides and files do not make a configuration."""
+"""Exceptions of Hydra and OmegaConf when overrides and files do not compose."""
 
 
 def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | None, list[str], list[str]]:
     """Compose one point.
 
     Returns:
-        The configuration, None where there is none; one line for each rule that it breaks; why it does not compose.
+        The configuration or None; one line per broken rule; the reasons why it does not compose.
     """
     try:
         return compose_point(tuple(point), config_dir), [], []
@@ -138,7 +138,7 @@ def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | N
 
 
 def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
-    """Say why a point does not compose; for a launcher, or a field of a section that is null, in our own words."""
+    """Return why a point does not compose; unknown launchers and fields of null sections get their own message."""
     for text in point:
         if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
             return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"
@@ -149,24 +149,26 @@ def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
 
 
 def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:
-    """Compose and check a run's configuration from Python, with the command line's overrides.
+    """Compose and validate a run's configuration from Python, with command-line overrides.
 
     >>> load_conf(["quant=nf4", "training.beta=0.2"]).training.beta
     0.2
 
     Raises:
-        ConfigError: with one line for each mistake found.
+        ConfigError: one line per mistake.
     """
     overrides = list(overrides or [])
     checked = check_overrides(overrides, config_dir)
     mistakes = checked.mistakes + (checked.find_single_run_mistakes() if checked.composable else [])
-    point = {override.key_or_group: str(override.input_line) for override in checked.sound}  # the last of each key
-    if checked.of_sweep()[0]:  # with sweep=NAME, whose points the command checks
+    point = {
+        override.key_or_group: str(override.input_line) for override in checked.sound
+    }  # the last of each key
+    if checked.of_sweep()[0]:  # with sweep=NAME, whose points the command validates
         point = {text: text for text in overrides}
     if not checked.composable or (mistakes and checked.of_sweep()[0]):
         raise ConfigError(mistakes)
     conf, broken, uncomposable = try_point(tuple(point.values()), config_dir)
-    # Where an override is wrong the whole may not compose, and the override's own line says why.
+    # A wrong override may keep the whole from composing; its own line is the better message.
     mistakes += broken + ([] if mistakes else uncomposable)
     if conf is None or mistakes:
         raise ConfigError(mistakes)

@@ -1,4 +1,4 @@
-"""What `python -m dpo_runner --help` says. Imports no torch."""
+"""The text of `python -m dpo_runner --help`. Imports no torch."""
 
 from dpo_runner.config.schema import SCHEMA
 from dpo_runner.config.yaml_files import ConfigFiles
@@ -6,7 +6,7 @@ from dpo_runner.io.version import __version__
 
 
 def build_help() -> str:
-    """Return the text of `--help`: what there is to choose, and examples to copy."""
+    """Return the text of `--help`: config groups, keys, options and examples."""
     files = ConfigFiles.over(None)
     groups = "\n".join(f"  {group:<12}{'  '.join(files.options(group))}" for group in files.groups())
     fields = "\n".join(

@@ -1,4 +1,4 @@
-"""What each configuration key affects, and the keys that were removed. Imports no torch."""
+"""Effects of configuration keys, removed keys and keys without effect. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dpo_runner.config.sections.run import RunFields
 
 
 class Effect(Enum):
-    """What a configuration key affects."""
+    """The effect of a configuration key."""
 
     COMPUTES = "what a run computes: it identifies a point of a sweep, and stays as it is on resume"
     RECORDS = "what is recorded or how fast: it identifies a point of a sweep, and may change on resume"
@@ -29,7 +29,7 @@ EFFECTS = {
     "training.output_dir": Effect.PLACES,
     "training.logging_dir": Effect.PLACES,
     "samples": Effect.RECORDS,
-    "checks.on_out_of_memory": Effect.RECORDS,  # which a run that has run out of memory is advised to set
+    "checks.on_out_of_memory": Effect.RECORDS,  # a run that ran out of memory is advised to set it and resume
     "training.save_strategy": Effect.RECORDS,
     "training.save_steps": Effect.RECORDS,
     "training.save_total_limit": Effect.RECORDS,
@@ -43,14 +43,14 @@ EFFECTS = {
     "training.dataloader_pin_memory": Effect.RECORDS,
     "training.dataset_num_proc": Effect.RECORDS,
 }
-"""Keys and sections by their effect; all others compute.
+"""Keys and sections by effect; all others are `COMPUTES`.
 
-training.dataloader_persistent_workers computes: without it each epoch draws one more random number.
+training.dataloader_persistent_workers is `COMPUTES`: without it each epoch draws one more random number.
 """
 
 
 def effect_of(key: str) -> Effect:
-    """Return what a dotted key affects."""
+    """Return the effect of a dotted key."""
     parts = key.split(".")
     sections = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((EFFECTS[section] for section in sections if section in EFFECTS), Effect.COMPUTES)
@@ -61,12 +61,12 @@ _QUANT = "use quant=nf4, fp4 or int8, or name a checkpoint that is quantized alr
 
 @dataclass(frozen=True)
 class RemovedKey:
-    """A key that was removed.
+    """A removed key.
 
     Attributes:
-        advice: what to do instead.
-        off: its values that had no effect, the former default first.
-        shapes_model: whether the run's model cannot be loaded without it.
+        advice: the replacement, for the error message.
+        off: values without effect, the former default first.
+        shapes_model: whether the run's model cannot be loaded without the key.
     """
 
     advice: str
@@ -80,11 +80,11 @@ REMOVED_KEYS = {
     "quant.config": RemovedKey(_QUANT, ({},), shapes_model=True),
 }
 REMOVED_OPTIONS = {"quant=other": _QUANT}
-"""Options of config groups, and what to do instead."""
+"""Removed options of config groups, each with its replacement."""
 
 
 def find_removed(key: str) -> str | None:
-    """Return the line that refuses a dotted key, or one beneath it; None where it was not removed."""
+    """Return the error line if a dotted key, or one of its parents, was removed, else None."""
     for name, removed in REMOVED_KEYS.items():
         if key == name or key.startswith(f"{name}."):
             return f"`{name}`: was removed; {removed.advice}"
@@ -92,13 +92,13 @@ def find_removed(key: str) -> str | None:
 
 
 def split_removed(written: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """Split what a run's config.yaml holds.
+    """Split the contents of a run's config.yaml into current and removed keys.
 
     Args:
-        written: the nested configuration, which may be damaged; it is left as it is.
+        written: the nested configuration, possibly damaged; not modified.
 
     Returns:
-        The configuration without removed keys, and those of them that were on, with their values.
+        The configuration without removed keys, and the removed keys that had an effect, with their values.
     """
     kept, active = dict(written), {}
     for key, removed in REMOVED_KEYS.items():
@@ -112,7 +112,7 @@ def split_removed(written: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, An
 
 
 def add_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a nested configuration with removed keys at their former defaults, as earlier versions hashed it."""
+    """Add removed keys with their former defaults, to reproduce the hashes of earlier versions."""
     added = dict(config)
     for key, removed in REMOVED_KEYS.items():
         section, _, name = key.partition(".")
@@ -123,12 +123,12 @@ def add_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NoOp:
-    """A key that is not read.
+    """A key that is ignored in some configurations.
 
     Attributes:
         key: the dotted key.
-        applies: whether it has no effect in a configuration.
-        reason: why, in words that follow the key.
+        applies: predicate: the key has no effect in this configuration.
+        reason: explanation, phrased to follow the key.
     """
 
     key: str
@@ -176,7 +176,7 @@ NO_OPS = (
 
 
 def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
-    """Return why an axis over `key` changes nothing in any of `confs`, or None where it may."""
+    """Return why an axis over `key` changes nothing in any of `confs`, or None if it may."""
     if effect_of(key) is Effect.PLACES:
         return "does not change what is computed, so its values would run the same thing again"
     rules = [rule for rule in NO_OPS if rule.key == key]
@@ -184,5 +184,5 @@ def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
 
 
 def ignored_keys(conf: RunFields) -> frozenset[str]:
-    """Return the dotted keys that this configuration does not read."""
+    """Return the dotted keys that have no effect in this configuration."""
     return frozenset(rule.key for rule in NO_OPS if rule.applies(conf))

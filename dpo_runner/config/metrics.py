@@ -1,4 +1,4 @@
-"""The metrics of a run: their labels, and which direction is better. Imports no torch."""
+"""The metrics of a run: labels and optimization direction. Imports no torch."""
 
 import re
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ MAXIMIZE, MINIMIZE = "maximize", "minimize"
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a run.
+    """One metric of a run.
 
     Attributes:
-        key: its name in summary.json, or `evaluation/` and its name in evaluation.json.
-        label: its name in full.
-        column: its name in a table, if it has one.
-        better: `maximize` or `minimize`; None if neither is better in itself.
+        key: the name in summary.json, or `evaluation/` plus the name in evaluation.json.
+        label: the full name.
+        column: the short name used as a table column, if any.
+        better: `maximize`, `minimize`, or None if neither direction is better.
     """
 
     key: str
@@ -58,30 +58,30 @@ METRICS = (
     Metric("memory_gb", "memory (GB)", None, MINIMIZE),
     Metric("pairs_per_second", "pairs a second", None, MAXIMIZE),
 )
-"""In the order in which they are shown."""
+"""All metrics, in display order."""
 
 KEY_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
-"""The metrics that a sweep shows of each job."""
+"""The metrics that a sweep shows for each job."""
 
 BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens")
-"""The metrics that a run shows at its end."""
+"""The metrics that a run shows before and after training."""
 
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _PREFIX = re.compile(r"^(eval_|evaluation/)")
 
 
 def label_of(key: str) -> str:
-    """Return a metric's name in full."""
+    """Return a metric's full name."""
     return _BY_KEY[key].label if key in _BY_KEY else key
 
 
 def column_of(key: str) -> str:
-    """Return a metric's name in a table."""
+    """Return a metric's column name in a table."""
     return (_BY_KEY[key].column if key in _BY_KEY else None) or key
 
 
 def direction_of(key: str) -> str | None:
-    """Return `maximize` or `minimize`, also for a metric of one source (`eval_<source>_…`); None if it is not known."""
+    """Return a metric's direction, or None if unknown; accepts metrics of one source (`eval_<source>_…`) too."""
     known = (metric for metric in METRICS if metric.better is not None)
     named = {_PREFIX.sub("", metric.key): metric.better for metric in known}
     found = [name for name in named if re.search(rf"(^|[/_]){re.escape(name)}$", key)]
@@ -89,5 +89,5 @@ def direction_of(key: str) -> str | None:
 
 
 def evaluation_keys() -> list[str]:
-    """Return the metrics of an evaluation within a run, without the prefix `eval_`."""
+    """Return the names of a run's evaluation metrics, without the prefix `eval_`."""
     return [metric.key.removeprefix("eval_") for metric in METRICS if metric.key.startswith("eval_")]

@@ -1,4 +1,4 @@
-"""`RunConf`, one run's whole configuration, checked when it is made. Imports no torch."""
+"""`RunConf`: the complete configuration of one run, validated on construction. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,10 @@ from dpo_runner.errors import ConfigError
 
 @dataclass
 class RunConf(RunFields):
-    """Everything that defines one run.
+    """The complete configuration of one run.
 
     Raises:
-        ConfigError: with one line for each field that is out of range or contradicts another.
+        ConfigError: one line per field that is out of range or contradicts another.
     """
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class RunConf(RunFields):
 
 
 def find_mistakes(conf: RunFields) -> list[str]:
-    """Return one line for each rule that `conf` breaks; an empty list means the run may start."""
+    """Return one line per broken rule; an empty list means that the run may start."""
     values = dict(walk_fields(conf))
 
     told = {key: list(check_field(key, field, value)) for key, (field, value) in values.items()}
@@ -45,7 +45,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
         ranges += [(f"data.sources.{name}.{key}", *rest) for key, rest in SOURCE_RANGES.items()]
     ranges = [rule for rule in ranges if rule[0] in values and not told[rule[0]]]
     mistakes += [line for rule in ranges for line in check_range(*rule, values[rule[0]][1])]
-    if not mistakes:  # contradictions between fields make sense only where each field does
+    if not mistakes:  # rules between fields assume that each field is valid
         mistakes = [
             *check_model_groups(conf),
             *check_data(conf),
@@ -60,7 +60,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
 
 
 def config_keys(conf: Any) -> dict[str, Any]:
-    """Return a run's configuration as plain containers, ready for YAML and JSON."""
+    """Return a run's configuration as plain containers, for YAML and JSON."""
     plain = OmegaConf.to_container(OmegaConf.structured(conf))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

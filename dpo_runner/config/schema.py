@@ -1,4 +1,4 @@
-"""The keys of a run's configuration, and what a value for one of them must be. Imports no torch."""
+"""The configuration schema: every key, and type checks of values. Imports no torch."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from dpo_runner.errors import reason_of, suggest
 
 
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Return for each key its last part, or as many of its last parts as tell it from the others."""
+    """Map each dotted key to its shortest unambiguous suffix."""
     short = {}
     for key in keys:
         parts = key.split(".")
@@ -39,7 +39,7 @@ def _walk_schema(cls: type, prefix: str = "") -> Iterator[tuple[str, type | None
 
 
 def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]:
-    kinds = (hint, *typing.get_args(hint))  # itself, or a union of a section with None
+    kinds = (hint, *typing.get_args(hint))  # the type itself, and the members of a union such as `QuantConf | None`
     section = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
     yield key, section
     if section is not None:
@@ -47,14 +47,14 @@ def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]
 
 
 SCHEMA: dict[str, type | None] = dict(_walk_schema(RunConf))
-"""Every dotted key of a run's configuration; a section's value is its dataclass, a field's is None.
+"""Every dotted key of a run's configuration; maps a section to its dataclass and a field to None.
 
-A map's entries stand under `*`, such as `data.sources.*.path`.
+The entries of a map are listed under `*`, such as `data.sources.*.path`.
 """
 
 
 def schema_key(key: str) -> str:
-    """Return a dotted key as SCHEMA has it, with `*` in the place of a map's own names."""
+    """Return a dotted key as spelled in SCHEMA, with `*` for the entry names of a map."""
     known = ""
     for name in key.split("."):
         step = f"{known}.{name}" if known else name
@@ -63,7 +63,7 @@ def schema_key(key: str) -> str:
 
 
 def find_value_mistakes(key: str, value: Any) -> list[str]:
-    """Return what is wrong with setting the dotted `key` to `value`: unknown names and wrong types."""
+    """Return one line per mistake in setting the dotted `key` to `value`: unknown keys, wrong types."""
     known = schema_key(key)
     if known not in SCHEMA:
         return [_describe_unknown(known if "*" in known else key)]
@@ -76,9 +76,9 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
             return []
         return [f"`{key}={value}`: is a section; set its fields ({key}.FIELD=VALUE) or choose an option of the group"]
     if isinstance(value, str) and ("${" in value or value == "???"):
-        return []  # resolved, or found missing, once the whole configuration is composed
+        return []  # resolved, or reported missing, after composition
     try:
-        if "*" in known:  # a name of the user's own: any will do
+        if "*" in known:  # an entry name chosen by the user: substitute any name
             OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True)
         else:
             OmegaConf.update(_blank_config(), key, value, force_add=False)
@@ -97,7 +97,7 @@ _ANY = "any"
 
 @functools.cache
 def _blank_config() -> DictConfig:
-    """Return a configuration to try values on; what it holds does not matter, its types do."""
+    """Return a scratch configuration for type checks; its values do not matter."""
     config = OmegaConf.structured(RunConf)
     config.quant, config.lora = QuantConf(), LoraConf()
     config.data.sources = {_ANY: SourceConf()}

@@ -1,4 +1,4 @@
-"""The rules of a run's `data` section that need no data. Imports no torch."""
+"""Rules of the `data` section that need no data. Imports no torch."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from dpo_runner.errors import suggest
 
 
 def check_data(conf: RunFields) -> Iterator[str]:
-    """Yield one line for each rule between the fields of `conf.data` that is broken."""
+    """Yield one line per broken rule between the fields of `conf.data`."""
     data, training = conf.data, conf.training
     yield from _check_sources(data)
     for name, source in data.sources.items() or [("", data)]:

@@ -10,7 +10,7 @@ from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
 from dpo_runner.io.masking import holds_secret
 
-# (key, lowest, is the lowest allowed, highest, is the highest allowed); None: no bound
+# (key, low, low inclusive, high, high inclusive); None: no bound
 RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("training.beta", 0, False, None, False),
     ("training.learning_rate", 0, False, None, False),
@@ -65,7 +65,7 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
 ]
 _RANGED = ("seed",)
 _LARGEST_INT = 2**31 - 1
-_LARGEST_FLOAT = 3.4e38  # of float32, in which losses are computed
+_LARGEST_FLOAT = 3.4e38  # float32 maximum; losses are computed in float32
 SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
     "weight": (0, False, None, False),
     "max_train_samples": (1, True, None, False),
@@ -159,11 +159,11 @@ _PATHS = (
     *("run_dir", "path", "eval_path", "model_name_or_path", "adapter", "reference", "chat_template", "gguf_file"),
     "decontaminate",
 )
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, as Linux has it
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 
 
 def check_text(key: str, value: str) -> Iterator[str]:
-    """Yield what is wrong with a text as the value of the dotted `key`."""
+    """Yield one line per mistake in a string value of the dotted `key`."""
     name = key.rpartition(".")[2]
     is_path = name in _PATHS or key in ("sweep.dir", "wandb.dir")
     if not value and not key.startswith("training.") and name not in ("system_prompt", "notes"):

@@ -17,7 +17,7 @@ _NEED_MORE = {
 
 
 def check_model_groups(conf: RunFields) -> Iterator[str]:
-    """Yield one line for each broken rule of the groups `model`, `quant` and `lora`."""
+    """Yield one line per broken rule of the groups `model`, `quant` and `lora`."""
     model, quant, lora = conf.model, conf.quant, conf.lora
     trains_adapter = lora is not None or (model.adapter is not None and model.adapter_mode == "continue")
     if quant is not None:

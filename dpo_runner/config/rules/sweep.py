@@ -1,4 +1,4 @@
-"""Rules of `sweep` and of a search. Imports neither torch nor Optuna."""
+"""Rules of `sweep` and `sweep.search`. Imports neither torch nor Optuna."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ _OPTUNA = "optuna>=5,<6"
 
 
 def read_direction(search: SearchConf) -> str | None:
-    """Return `maximize` or `minimize`; None if nothing is set and the objective has no direction of its own."""
+    """Return `maximize` or `minimize`; None if unset and the objective has no default direction."""
     return search.direction or direction_of(search.objective)
 
 
 def list_objectives(conf: RunFields) -> list[str]:
-    """Return the names of what a run's summary says about the tuned model."""
+    """Return the metrics that a run's summary has of the tuned model."""
     sources = [f"{name}_" for name in conf.data.sources] if len(conf.data.sources) > 1 else []
     answers = _ANSWERS if conf.samples.num_prompts else ()
     return [*(f"eval_{source}{name}" for source in ["", *sources] for name in evaluation_keys()), *answers]
 
 
 def check_search(conf: RunFields) -> Iterator[str]:
-    """Yield one line for each rule of a search that a configuration breaks."""
+    """Yield one line per broken rule of `sweep.search`."""
     search, where = conf.sweep.search, "sweep.search."
     changed = [
         field.name
@@ -70,7 +70,7 @@ def _check_installation(search: SearchConf) -> Iterator[str]:
 
 
 def check_sweep(sweep: SweepConf) -> Iterator[str]:
-    """Yield one line for each rule between the fields of `sweep` that is broken."""
+    """Yield one line per broken rule between the fields of `sweep`."""
     if sweep.dir is not None and sweep.resume is not None:
         yield f"`sweep.resume={sweep.resume}`: sweep.dir={sweep.dir} says already what to continue; set one of them"
     if sweep.on_error == "stop" and sweep.max_failures is not None:

