@@ -47,9 +47,8 @@ class RowError(DataError):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        detail = " ".join(
-            line.strip() for line in detail.splitlines()
-        )  # a template's error, for example, may have several lines
+        # The error of a chat template, for example, may have several lines.
+        detail = " ".join(line.strip() for line in detail.splitlines())
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 

@@ -56,14 +56,13 @@ def honest_exit(interrupted: str) -> Iterator[None]:
     except BrokenPipeError as error:
         if not has_lost_its_reader(sys.stdout):
             raise
-        silence(
-            sys.stdout, error
-        )  # raised by a library's print (Hydra's --cfg); the reader (`| head`) closed the pipe: not an error
+        # Raised by a library's print (Hydra's --cfg); the reader (`| head`) closed the pipe: not an error.
+        silence(sys.stdout, error)
     except KeyboardInterrupt as error:
         if sys.stderr is not None and sys.stderr.isatty():
             put_error("")  # the terminal echoed ^C on the current line
         put_error(f"error: {interrupted}")
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run passes its first signal's number
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run passes the number of its first signal
     finally:
         put("", end="")  # flush other prints here, where errors are handled
         gc.freeze()  # the final collections at interpreter exit would traverse all modules: over a second
