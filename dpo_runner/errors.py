@@ -1,4 +1,4 @@
-"""The errors a person sees, and the exit code that each one ends the program with."""
+"""Errors shown to the user, with their exit codes."""
 
 import errno
 import typing
@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 def suggest(wrong: object, right: typing.Iterable[str]) -> str:
-    """Return "; did you mean …?" with the nearest of the valid names, or the whole list where none is near."""
+    """Return "did you mean …?" with the closest valid name, else the list of names if it is short (25 at most)."""
     names = sorted(right)
     near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
     if near:
@@ -15,16 +15,16 @@ def suggest(wrong: object, right: typing.Iterable[str]) -> str:
 
 
 class DpoRunnerError(Exception):
-    """Base of every error that is shown as one line, without a traceback."""
+    """Base class of errors shown as one line, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(DpoRunnerError):
-    """The configuration (or what it points at) cannot be run; nothing was trained.
+    """The configuration, or a file it names, cannot be used; nothing was trained.
 
     Attributes:
-        mistakes: one line for each mistake found, all of them reported together.
+        mistakes: one line for each mistake; all are reported together.
     """
 
     exit_code = 2
@@ -35,41 +35,42 @@ class ConfigError(DpoRunnerError):
 
 
 class DataError(ConfigError):
-    """Preference data that cannot be used: a file, or all its rows together."""
+    """Unusable preference data: a file, or its rows as a whole."""
 
 
 class RowError(DataError):
-    """One row that cannot be used.
+    """One unusable row.
 
     Args:
-        reason: what kind of problem it is, the same words for all rows that have it.
-        detail: what is special about this row.
+        reason: the kind of problem, worded the same for all rows that have it.
+        detail: the part specific to this row.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        detail = " ".join(line.strip() for line in detail.splitlines())  # a template's words, say, may have several
+        # The error of a chat template, for example, may have several lines.
+        detail = " ".join(line.strip() for line in detail.splitlines())
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
 
 class LeftOut(RowError):
-    """One sound row of which no pair is made, because the configuration says so."""
+    """A valid row that the configuration excludes."""
 
 
 class RunBusy(ConfigError):
-    """Another process is running in the run directory, which is its own to write to."""
+    """Another process is running in the run directory."""
 
 
 class RunError(DpoRunnerError):
-    """The run was sound on paper and went wrong while it ran (a failed check, a non-finite loss, …)."""
+    """A valid run failed while it ran (a failed check, a non-finite loss, …)."""
 
 
 class SweepFailed(RunError):
     """Runs of a sweep failed.
 
     Args:
-        message: how many.
-        table: a line or more for each of them, shown beneath.
+        message: the number of failed runs.
+        table: one or more lines for each failed run, shown below the message.
     """
 
     def __init__(self, message: str, table: list[str]) -> None:
@@ -78,11 +79,11 @@ class SweepFailed(RunError):
 
 
 class RunPruned(DpoRunnerError):
-    """A search has given up the run; what it has logged so far is on disk.
+    """The search pruned the run; everything logged so far is on disk.
 
     Args:
-        step: the optimizer steps that were made.
-        steps: those that it would have had.
+        step: optimizer steps done.
+        steps: optimizer steps planned.
     """
 
     def __init__(self, step: int, steps: int) -> None:
@@ -91,10 +92,10 @@ class RunPruned(DpoRunnerError):
 
 
 class RunInterrupted(DpoRunnerError):
-    """The run was stopped from outside by a signal.
+    """A signal stopped the run.
 
     Args:
-        signal_number: the signal that ended it; the exit code is 128 plus it, as shells have it.
+        signal_number: the signal; the exit code is 128 plus this number, as in shells.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -103,9 +104,10 @@ class RunInterrupted(DpoRunnerError):
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return the kind of an error and what it says, in one line; of SystemExit, which says nothing, what happened.
+    """Return the class and message of an error in one line.
 
-    A library's message may have more lines, which are for a person who reads its traceback.
+    Of a library's message only the first line is kept; the traceback has the rest. SystemExit, which has no message,
+    is described as the call of sys.exit.
     """
     if isinstance(error, SystemExit):
         return f"the run called sys.exit({error.code!r})"
@@ -113,24 +115,24 @@ def describe_failure(error: BaseException) -> str:
         return f"no space is left on a disk; free some, and the same command goes on ({reason_of(error)})"
     name = type(error).__name__
     if isinstance(error, DpoRunnerError):
-        return f"{name}: {str(error).strip()}"  # in our own words, of which each line is a mistake
+        return f"{name}: {str(error).strip()}"  # each line is a mistake
     return name if (reason := reason_of(error)) == name else f"{name}: {reason}"
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what caused it, is of a disk without space."""
+    """Return whether an error, or one in its chain of causes, means that the disk is full."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "(os error 28)" in str(cause):  # so safetensors says it, whose errors are no OSError
+        if "(os error 28)" in str(cause):  # safetensors' errors are not OSErrors
             return True
         cause = cause.__cause__ or cause.__context__
     return False
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank, else the name of its class."""
+    """Return the first non-blank line of an error's message, else the name of its class."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.strerror} ({error.filename})"

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the plan, a progress bar, and the before and after."""
+"""Terminal output of a run: the plan, a progress bar, and results before and after training."""
 
 import errno
 import logging
@@ -27,10 +27,10 @@ _REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def visible(text: str) -> str:
-    """Return `text` with everything shown that could command a terminal, reorder a line or break an encoding.
+    """Return `text` with terminal control, bidirectional and unencodable characters made visible.
 
-    C0 controls become their pictures (ESC is ␛), C1 controls, surrogates and the controls of writing direction
-    their escapes; newlines and tabs stay.
+    C0 controls become control pictures (ESC is ␛); C1 controls, surrogates and bidirectional controls become escapes.
+    Newlines and tabs stay.
     """
     return _NOT_PLAIN.sub(lambda match: _visible_character(match[0]), text)
 
@@ -44,18 +44,18 @@ def _visible_character(character: str) -> str:
     return character
 
 
-# Private to rich, and overridden here: an upgrade that renames it must not pass unnoticed.
+# Private to rich and overridden below: fail loudly if an upgrade renames it.
 assert hasattr(Console, "_check_buffer"), "rich's Console._check_buffer is gone"
 
 
 class Terminal(Console):
-    """A console that goes quiet where it cannot be written to; rich would end the program then."""
+    """A console that goes quiet if writing to it fails; rich would exit the program."""
 
     def __init__(self, **settings: Any) -> None:
         show_every_character()
         super().__init__(highlight=False, **settings)
         self.trouble: BaseException | None = None
-        """Why nothing is shown any more."""
+        """The error that silenced the console."""
 
     def _check_buffer(self) -> None:
         try:
@@ -72,10 +72,10 @@ class Terminal(Console):
 
 
 class RunConsole:
-    """Prints one run.
+    """Print the progress and results of one run.
 
     Args:
-        console: where to; the terminal unless told otherwise.
+        console: the output; the terminal by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -88,7 +88,7 @@ class RunConsole:
         self._source: str | None = None
 
     def note_trouble(self) -> None:
-        """Let run.log, which there is from now on, say that the terminal went away before."""
+        """Record in run.log, once it exists, that the terminal had failed before."""
         if isinstance(self.console, Terminal) and self.console.trouble is not None:
             logger.info("nothing is printed: %s", self.console.trouble)
 
@@ -105,7 +105,7 @@ class RunConsole:
         self.console.print(table)
 
     def show_sizes(self, title: str, sizes: Mapping[str, int], totals: Mapping[str, int]) -> None:
-        """Show a table of sizes in bytes, as gigabytes; sizes of 0 are left out."""
+        """Show a table of sizes in gigabytes, given in bytes; sizes of 0 are left out."""
         table = Table("", title=title, title_justify="left")
         table.add_column("GB", justify="right")
         for label, size in sizes.items():
@@ -117,7 +117,7 @@ class RunConsole:
         self.console.print(table)
 
     def show_preparing(self, source: str, rows: int) -> None:
-        """Report that `rows` more rows of a source have been tokenized, every few seconds where there are many."""
+        """Count `rows` more tokenized rows of a source, and report progress every few seconds."""
         now = time.monotonic()
         if self._source != source:
             self._source, self._rows, self._since, self._told = source, 0, now, now
@@ -127,7 +127,7 @@ class RunConsole:
             self.say(f"tokenizing {source}: {self._rows:,} rows, {self._rows / (now - self._since):,.0f} rows/s")
 
     def start_training(self, first_step: int, steps: int, pairs_per_step: int, with_bar: bool) -> None:
-        """Begin to show steps `first_step` to `steps`, each of `pairs_per_step` pairs."""
+        """Start the display for steps `first_step` to `steps`, each of `pairs_per_step` pairs."""
         self._started, self._first, self._steps, self._pairs = time.monotonic(), first_step, steps, pairs_per_step
         self._with_bar = with_bar
         if with_bar and self.console.is_terminal:
@@ -143,7 +143,7 @@ class RunConsole:
             self._progress.start()
 
     def show_step(self, step: int, metrics: dict[str, Any] | None = None) -> None:
-        """Show that `step` steps are done, with the newest log event's figures where there are any."""
+        """Show that `step` steps are done, with the figures of the newest log event if there is one."""
         done = step - self._first
         speed = done * self._pairs / max(time.monotonic() - self._started, 1e-9)
         figures = ""
@@ -168,7 +168,7 @@ class RunConsole:
             self._progress = None
 
     def show_samples(self, samples: list[dict[str, Any]], who: tuple[str, str] = ("before", "after")) -> None:
-        """Show each sample's two answers, which it has under the names in `who`, side by side."""
+        """Show each sample's two answers, stored under the names in `who`, side by side."""
         for sample in samples:
             question = escape(visible(sample["prompt"][-1]["content"]))
             table = Table(title=question, title_justify="left", expand=True, show_lines=True)
@@ -180,7 +180,7 @@ class RunConsole:
             self.console.print(table)
 
     def show_summary(self, summary: dict[str, Any], labels: Mapping[str, str]) -> None:
-        """Show a run's figures before and after training; `labels` names those to show, by key."""
+        """Show a run's figures before and after training; `labels` maps the keys to show to their labels."""
         table = Table("", "before", "after")
         for key, label in labels.items():
             before, after = summary["before"].get(key), summary["after"].get(key)
@@ -204,7 +204,7 @@ class RunConsole:
 
 
 def format_clock(seconds: float) -> str:
-    """Return a length of time as m:ss or h:mm:ss."""
+    """Return a duration in seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

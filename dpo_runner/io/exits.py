@@ -1,4 +1,4 @@
-"""How a command ends: each mistake as a line on stderr, and an exit code that a script can trust."""
+"""Command exits: one stderr line per mistake, and a reliable exit code."""
 
 import gc
 import re
@@ -14,16 +14,16 @@ from dpo_runner.io.streams import has_lost_its_reader, put, put_error, silence
 
 _LONG_WORD = re.compile(r"(\S{300})\S{100,}(\S{60})")
 _LONGEST_LINE = 2000
-"""Characters of a mistake; a value may be as long as a command line allows."""
+"""In characters; a mistake may quote a value as long as a command line allows."""
 
 
 def report(error: DpoRunnerError) -> int:
-    """Print each mistake as one line, `error: …`, which commands no terminal and tells no secret.
+    """Print each mistake as one line, `error: …`, with secrets masked and control characters made visible.
 
     Returns:
         The exit code.
     """
-    from dpo_runner.io.console import visible  # rich, which a command that ends well may not need
+    from dpo_runner.io.console import visible  # imports rich, which a successful command may not need
 
     told = error.message if isinstance(error, SweepFailed) else str(error)
     lines = [f"error: {line}" for line in (error.mistakes if isinstance(error, ConfigError) else [told])]
@@ -33,17 +33,17 @@ def report(error: DpoRunnerError) -> int:
 
 
 def _to_line(mistake: str) -> str:
-    mistake = mistake.strip("\n").replace("\n", "␊").replace("\r", "␍")  # of a value: ours has none
+    mistake = mistake.strip("\n").replace("\n", "␊").replace("\r", "␍")  # from a quoted value
     line = _LONG_WORD.sub(r"\1…\2", mistake)
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 
 @contextmanager
 def honest_exit(interrupted: str) -> Iterator[None]:
-    """End the program where what happens inside fails: with the error's own code, or 130 after Ctrl-C.
+    """Exit the program if the block fails: with the error's exit code, or 130 after Ctrl-C.
 
     Args:
-        interrupted: what a person is told after Ctrl-C.
+        interrupted: the message after Ctrl-C.
 
     Raises:
         SystemExit: instead of a DpoRunnerError or KeyboardInterrupt.
@@ -56,12 +56,13 @@ def honest_exit(interrupted: str) -> Iterator[None]:
     except BrokenPipeError as error:
         if not has_lost_its_reader(sys.stdout):
             raise
-        silence(sys.stdout, error)  # in what others print (Hydra's --cfg): whoever has read enough has what he wanted
+        # Raised by a library's print (Hydra's --cfg); the reader (`| head`) closed the pipe: not an error.
+        silence(sys.stdout, error)
     except KeyboardInterrupt as error:
         if sys.stderr is not None and sys.stderr.isatty():
-            put_error("")  # the terminal has put ^C at the end of whatever was there
+            put_error("")  # the terminal echoed ^C on the current line
         put_error(f"error: {interrupted}")
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run's has the first signal's number
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run passes the number of its first signal
     finally:
-        put("", end="")  # what was printed elsewhere is flushed here, where that may fail
-        gc.freeze()  # the interpreter's last collections would go through every module's objects, for over a second
+        put("", end="")  # flush other prints here, where errors are handled
+        gc.freeze()  # the final collections at interpreter exit would traverse all modules: over a second

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, files of JSON lines, and the cache folder."""
+"""Atomic writes of files and folders, JSON Lines files, and the cache folder."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from dpo_runner.io.masking import mask_secrets
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
+    """Write a file atomically: under a temporary name first, then renamed."""
     _write_whole(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a file of lines, as they come, whole or not at all."""
+    """Write an iterable of lines to a file atomically, one at a time."""
     _write_whole(path, (line + "\n" for line in lines))
 
 
@@ -38,22 +38,22 @@ def _write_whole(path: Path, texts: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value, secrets masked, whole or not at all."""
+    """Write one JSON value atomically, with secrets masked."""
     write_text(path, json.dumps(mask_secrets(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
-    """Let `fill` write a folder beside `path`, then rename it to `path`.
+    """Let `fill` write a temporary folder next to `path`, then rename it to `path`.
 
     Args:
         path: the folder.
-        fill: writes its files into the folder that it is given.
-        replace: replace a folder that is there; otherwise that is an OSError.
+        fill: writes the files into the folder it receives.
+        replace: replace an existing folder; if False, an existing folder is an OSError.
     """
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp and safetensors make what only its owner can read
+        staging.chmod(0o755)  # mkdtemp and safetensors set owner-only permissions
         for file in staging.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         if replace:
@@ -65,7 +65,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = True)
 
 
 def replace_folder(path: Path, staging: Path, old: Path) -> None:
-    """Rename `staging` to `path`. A folder that is there moves to `old` first, and is deleted last."""
+    """Rename `staging` to `path`. An existing folder moves to `old` first and is deleted last."""
     if path.exists():
         path.rename(old)
         staging.rename(path)
@@ -75,42 +75,42 @@ def replace_folder(path: Path, staging: Path, old: Path) -> None:
 
 
 def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder of a cache; of several processes that do so at once, the first to finish wins.
+    """Write a cache folder; if several processes write it at once, the first to finish wins.
 
     Raises:
-        RunError: it cannot be written, for instance because the disk is full.
+        RunError: the folder cannot be written, for instance because the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill, replace=False)
     except OSError as error:
-        if not path.is_dir():  # not lost to another process: a real failure
+        if not path.is_dir():  # otherwise another process won
             raise RunError(
                 f"{path}: the cache cannot be written; {reason_of(error)}; DPO_RUNNER_CACHE names another folder"
             ) from error
 
 
 def cache_dir() -> Path:
-    """Where what is costly to make again is kept: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
+    """Return the cache folder: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
     configured = os.environ.get("DPO_RUNNER_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
 
 
 def find_fresh_folder(parent: Path) -> Path:
-    """Return a path in `parent` that is named by the time and not yet there. Creates nothing."""
+    """Return an unused path in `parent`, named by the current time. Creates nothing."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     return next(parent / name for name in names if not (parent / name).exists())
 
 
 class JsonLines:
-    """Records in a file that grows as work is done, one JSON object a line.
+    """An append-only file of records, one JSON object per line.
 
     Args:
-        path: the file. A last line that a kill has cut off is dropped.
+        path: the file. A last line cut off by a kill is dropped.
 
     Raises:
-        RunError: another line is no JSON.
+        RunError: any other line is not JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +134,7 @@ class JsonLines:
         write_text(self.path, "".join(map(_to_line, self.records)))
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Add records, on disk when this returns."""
+        """Append records; they are flushed to disk on return."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_to_line, records)))
             file.flush()

@@ -1,7 +1,7 @@
-"""Ctrl-C ends a command with one line and exit code 130, also while libraries are imported.
+"""Ctrl-C handling: a command ends with one line and exit code 130, also during imports.
 
-An exception would not do during imports: Python prints a traceback for it, and a library may swallow it.
-This module imports next to nothing, because it comes before everything that takes time.
+An exception is not enough during imports: Python prints a traceback for it, and a library may swallow it.
+This module imports almost nothing, because it loads before everything slow.
 """
 
 import os
@@ -17,7 +17,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextmanager
 def on_ctrl_c(handler: Handler) -> Iterator[None]:
-    """Let `handler` handle SIGINT inside this block, unless SIGINT is ignored or the program has its own handler."""
+    """Handle SIGINT with `handler` in this block, unless SIGINT is ignored or the program has its own handler."""
     previous = signal.getsignal(signal.SIGINT)
     ours = previous in (signal.default_int_handler, end_at_once, raise_once)
     if not ours or threading.current_thread() is not threading.main_thread():
@@ -33,7 +33,7 @@ def on_ctrl_c(handler: Handler) -> Iterator[None]:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """End the process; a signal handler."""
+    """Exit the process; a signal handler."""
     try:
         os.write(2, b"error: interrupted\n")
     finally:
@@ -41,18 +41,18 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def raise_once(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; a second Ctrl-C ends the process at once. A signal handler."""
+    """Raise KeyboardInterrupt; a second Ctrl-C exits the process at once. A signal handler."""
     signal.signal(number, end_at_once)
     raise KeyboardInterrupt(number)
 
 
 def handles_ctrl_c() -> bool:
-    """Whether this process is a command whose Ctrl-C is handled here."""
+    """Return whether this module handles Ctrl-C in this process."""
     return signal.getsignal(signal.SIGINT) in (end_at_once, raise_once)
 
 
 def _end_if_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
-    """End the process where Python would only report a KeyboardInterrupt in a callback, and go on."""
+    """Exit on a KeyboardInterrupt in a callback, which Python would only report."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         end_at_once(signal.SIGINT, None)
     sys.__unraisablehook__(unraisable)

@@ -1,21 +1,21 @@
-"""File locks, which the system releases when a process ends, however it ends."""
+"""File locks, which the system releases when the process ends, for any reason."""
 
 import errno
 import fcntl
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
-"""What network file systems without locks answer."""
+"""Errors from network file systems without locks."""
 
 
 def lock(handle: int, *, shared: bool = False, wait: bool = False, inherited: bool = False) -> bool | None:
     """Lock an open file.
 
     Args:
-        handle: its descriptor; open for writing, unless the lock is shared.
-        shared: share the lock with other shared locks.
+        handle: the file descriptor; open for writing, unless the lock is shared.
+        shared: take a shared lock.
         wait: wait until the lock is free.
-        inherited: let child processes that inherit the descriptor hold the lock too (flock). Otherwise it is this
-            process's own (lockf), and closing any descriptor of the file releases it.
+        inherited: let child processes that inherit the descriptor hold the lock too (flock). Otherwise the lock
+            belongs to this process alone (lockf), and closing any descriptor of the file releases it.
 
     Returns:
         True if the lock is taken, False if another process holds it, None if the file system has no locks.

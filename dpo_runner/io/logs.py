@@ -1,4 +1,4 @@
-"""Library messages go into run.log; quiet, fast imports."""
+"""Library logs redirected to run.log, and quiet, fast imports."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from dpo_runner.io.masking import mask_text
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keep what libraries print while they are imported away from the terminal, unless the import fails."""
+    """Suppress library warnings and log messages during imports, and speed the imports up."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -29,8 +29,8 @@ def quiet_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collecting_later() -> Iterator[None]:
-    """Let the garbage collector rest: it would go through half a million objects again and again, and find nothing."""
-    if not gc.isenabled():  # whoever has switched it off, an import around this one too, switches it on
+    """Disable the garbage collector: it would scan half a million live objects again and again and free nothing."""
+    if not gc.isenabled():  # an outer block or the program disabled it, and will enable it again
         yield
         return
     gc.disable()
@@ -42,9 +42,9 @@ def _collecting_later() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiling_later() -> Iterator[None]:
-    """Let functions that are decorated with `torch.compile` import the compiler when they are first called.
+    """Delay `torch.compile` of decorated functions to their first call.
 
-    bitsandbytes has four of them, and torch imports its inductor, most of a second, for the first.
+    bitsandbytes decorates four functions, and the first makes torch import inductor, which takes most of a second.
     """
     import torch
 
@@ -76,7 +76,7 @@ _CHATTY = ("transformers", "datasets", "trl", "peft", "accelerate", "bitsandbyte
 
 
 class _LogFile(logging.FileHandler):
-    """Says nothing of lines that a full disk does not take: what the run lives by is about to fail of that too."""
+    """Ignore write errors on a full disk; the run's own writes will fail and report it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -88,7 +88,7 @@ class _LogFile(logging.FileHandler):
 
 
 class _Masking(logging.Formatter):
-    """Writes no secret, whatever a library or a traceback says."""
+    """Mask secrets in every record, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_text(super().format(record))
@@ -96,10 +96,10 @@ class _Masking(logging.Formatter):
 
 @contextlib.contextmanager
 def route_library_logs(log: Path | None) -> Iterator[None]:
-    """Send log records, warnings and progress bars of the libraries to `log` instead of the terminal.
+    """Redirect the libraries' log records and warnings to `log`, and disable their progress bars.
 
     Args:
-        log: the file to add to; None drops all below errors, which go to the terminal.
+        log: the file to append to; None drops records below ERROR, and errors go to the terminal.
     """
     with quiet_imports():
         import datasets
@@ -121,7 +121,7 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
     logging.captureWarnings(True)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars read it
+    os.environ["TQDM_DISABLE"] = "1"  # read by TRL's progress bars
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Secrets, which are written and sent as `***`: what looks like one, and what the environment says is one.
+"""Masking of secrets as `***`: by their form, and by value if they are in the environment.
 
-Whatever leaves this process goes through here: files, logs, W&B, the terminal. Imports neither torch nor Hydra.
+All output of this process goes through here: files, logs, W&B, the terminal. Imports neither torch nor Hydra.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 MASK = "***"
 
-# A tokenizer's pad_token, eos_token, … are no secrets.
+# A tokenizer's pad_token, eos_token, … are not secrets.
 _SECRET_KEY = re.compile(
     r"(^|_)((?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)token"
     r"|secret|password|passwd|api_key|apikey|access_key|secret_key|private_key|credential)$",
@@ -25,7 +25,7 @@ _SECRET_VALUE = re.compile(
     r"|\bwandb_v1_[A-Za-z0-9_]{20,}|(?<![0-9a-fA-F/])[0-9a-f]{40}(?![0-9a-fA-F/])"
     r"|(?<=://)(?:[^/\s@:]*:[^/\s]+|[^/\s@:]{16,})(?=@)"
 )
-# `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name, and then a value.
+# `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name followed by a value.
 _NAMED_VALUE = re.compile(
     r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,40}[_-]){0,8}"
     r"(?:secret|password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
@@ -40,20 +40,20 @@ _SECRET_VARIABLE = re.compile(
 _NOT_SECRET_VARIABLES = ("PWD", "OLDPWD")
 _URL_PASSWORD = re.compile(r"://[^/\s@:]*:([^/\s]+)@")
 _SHORTEST = 6
-"""Characters of a secret in the environment; a shorter one cannot be told from an ordinary word."""
+"""Minimum characters of a secret in the environment; a shorter one could be an ordinary word."""
 _SHORTEST_NUMBER = 8
-"""Digits of a password; fewer would be masked in each figure that has them. Of other secrets none is a number."""
+"""Minimum digits of a password; a shorter one would mask parts of ordinary figures. No other secret is a number."""
 _PASSWORD_VARIABLE = re.compile(r"passw(or)?d|passphrase|(^|_)(pass|pwd|secret)(_|$)", re.IGNORECASE)
 _COMMIT_KEYS = ("revision", "adapter_revision", "commit")
-"""A commit is 40 hexadecimal digits, as is a W&B key; it is no secret."""
+"""A commit is 40 hexadecimal digits, like a W&B key, but is not a secret."""
 
 
 def mask_secrets(value: Any, key: str = "") -> Any:
-    """Return a copy of plain containers in which whatever looks like a secret is `***`.
+    """Return a copy of nested containers with everything that looks like a secret masked.
 
     Args:
-        value: of containers, texts and anything else, which is left as it is.
-        key: the name that the value has, if any.
+        value: dicts, lists, tuples and strings, nested; other values stay unchanged.
+        key: the name of the value, if any.
     """
     if isinstance(value, dict):
         return {name: mask_secrets(item, str(name)) for name, item in value.items()}
@@ -67,18 +67,18 @@ def mask_secrets(value: Any, key: str = "") -> Any:
 
 
 def mask_text(text: str) -> str:
-    """Return a text in which whatever looks like a secret is `***`."""
+    """Return the text with everything that looks like a secret masked."""
     return _NAMED_VALUE.sub(rf"\1{MASK}", _SECRET_VALUE.sub(MASK, _mask_known(text)))
 
 
 def mask_override(text: str) -> str:
-    """Return one `KEY=VALUE` override with its value masked where it looks like a secret."""
+    """Return one `KEY=VALUE` override with its value masked if it looks like a secret."""
     key, separator, value = text.partition("=")
     return f"{mask_text(key)}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a text holds what looks like a secret."""
+    """Return whether the text contains something that looks like a secret."""
     return mask_text(text) != text
 
 
@@ -89,15 +89,15 @@ def _mask_known(text: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compile_known(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
-    """Return a pattern of secrets that are known by value, the longest first since one may begin with another."""
+    """Return a pattern of the secrets known by value, longest first because one may be a prefix of another."""
     values = set(_find_in_environment(environment))
     return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
 
 
 def _find_in_environment(environment: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield the secrets among the environment's variables: by their names, and passwords in URLs such as a proxy's."""
+    """Yield secrets from environment variables: by name, and passwords in URLs such as a proxy's."""
     for name, value in environment:
-        value = value.strip()  # as whoever uses it does
+        value = value.strip()  # programs that read the variable strip it too
         if match := _URL_PASSWORD.search(value):
             if len(match[1]) >= _SHORTEST:
                 yield match[1]
@@ -112,13 +112,13 @@ def _find_in_environment(environment: Iterable[tuple[str, str]]) -> Iterator[str
 
 
 def _is_number(name: str, value: str) -> bool:
-    """Return whether a value is a setting such as MAX_TOKEN=1000000, or too short to be told from other figures."""
+    """Return whether a value is a numeric setting such as MAX_TOKEN=1000000, or too short a number to mask."""
     return value.isdecimal() and not (len(value) >= _SHORTEST_NUMBER and _PASSWORD_VARIABLE.search(name))
 
 
 def _is_path(value: str) -> bool:
-    """Return whether a value is the path of what is there, such as a file that holds the secret."""
+    """Return whether a value is an existing path, such as a file that holds the secret."""
     try:
         return value.startswith(("/", "~")) and Path(value).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long for a path, nobody's home, …
+    except (OSError, RuntimeError, ValueError):  # too long for a path, an unknown user's home, …
         return False

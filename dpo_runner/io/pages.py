@@ -1,4 +1,4 @@
-"""HTML pages that need no network, and the files that a command's flags name."""
+"""Self-contained HTML pages, and the output files named by command-line flags."""
 
 import html
 import secrets
@@ -18,15 +18,15 @@ _LONGEST_LABEL = 60
 
 
 def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """Return a page as HTML.
+    """Render a page as HTML.
 
-    Whatever comes from data or configuration is text in it: Jinja2 escapes it, plots get it escaped for plotly's own
-    markup, and the page's policy runs no script but the page's own and loads nothing.
+    Text from data or configuration is never markup: Jinja2 escapes it, `escape_label` escapes it for plotly, and the
+    page's content security policy runs only the page's own scripts and loads nothing.
 
     Args:
-        template: a file that includes `page_head.html`; it gets `plotlyjs`, and a `nonce` for scripts.
-        filters: of the template.
-        values: what it shows; texts that are `Markup` stay as they are.
+        template: a file that includes `page_head.html`; it receives `plotlyjs`, and a `nonce` for scripts.
+        filters: Jinja2 filters for the template.
+        values: template variables; `Markup` values are not escaped.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -49,19 +49,19 @@ def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **val
 
 
 def escape_label(text: str) -> str:
-    """Return data's text as one line of a plot, where plotly takes some tags and entities as markup."""
+    """Return text from data as a one-line plot label, escaped because plotly interprets some tags and entities."""
     line = " ".join(visible(text).split())
     return html.escape(line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…", quote=False)
 
 
 def check_targets(targets: dict[str, Path]) -> None:
-    """Refuse files that cannot be written, before minutes of work.
+    """Check that output files can be written, before minutes of work.
 
     Args:
-        targets: by flag, such as `--html`.
+        targets: output files by flag, such as `--html`.
 
     Raises:
-        ConfigError: with a line for each.
+        ConfigError: one line for each bad target.
     """
     mistakes = []
     for flag, path in targets.items():
@@ -77,10 +77,10 @@ def check_targets(targets: dict[str, Path]) -> None:
 
 
 def write_report(flag: str, path: Path, text: str, console: Console) -> None:
-    """Write a flag's file, and say so.
+    """Write the output file of a flag, and report its path.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         write_text(path, text)

@@ -1,7 +1,7 @@
-"""What every command prints goes through here, and nothing that becomes of a terminal changes what the command does.
+"""Standard output and error of every command; a failing stream never changes what the command does.
 
-A reader may go away (`| head`), a disk that output goes to may be full, an encoding may lack a character. The first two
-make a stream silent, the third shows an escape. Imports no rich, which a command may not need.
+The reader may close the pipe (`| head`), the disk may be full, the encoding may lack a character. The first two silence
+the stream, the third prints an escape. Does not import rich, which a command may not need.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from typing import IO, Any
 logger = logging.getLogger(__name__)
 
 TROUBLE = (OSError, ValueError)
-"""What writing to a stream may raise; the second where somebody has closed it, or for an encoding."""
+"""Errors of writing to a stream; ValueError if the stream is closed or the encoding fails."""
 
 _silent: set[int] = set()
-"""The standard streams that lead nowhere any more, by their file descriptors."""
+"""File descriptors of the standard streams that were redirected to the null device."""
 
 
 def show_every_character() -> None:
-    """Let the standard streams write an escape for what their encoding lacks (`LC_ALL=C`, PYTHONIOENCODING=ascii)."""
+    """Make the standard streams escape characters their encoding lacks (`LC_ALL=C`, PYTHONIOENCODING=ascii)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def put(text: str | bytes, end: str = "\n") -> None:
-    """Print a text, or bytes that may be no text."""
+    """Print a text, or bytes that may not be valid text."""
     _put(text, end, sys.stdout)
 
 
@@ -39,7 +39,7 @@ def put_error(text: str) -> None:
 
 
 def _put(text: str | bytes, end: str, stream: IO[str] | None) -> None:
-    if stream is None:  # a process may have none
+    if stream is None:  # a process may run without standard streams
         return
     show_every_character()
     try:
@@ -48,17 +48,17 @@ def _put(text: str | bytes, end: str, stream: IO[str] | None) -> None:
             stream.buffer.write(text + end.encode())  # type: ignore[attr-defined]
         else:
             stream.write(text + end)
-        stream.flush()  # else it would fail when the interpreter ends, which then changes the exit code
+        stream.flush()  # a failure at interpreter exit would change the exit code
     except TROUBLE as error:
         silence(stream, error)
 
 
 def silence(stream: Any, error: BaseException) -> None:
-    """Send what is still to be written to a stream nowhere, and note that in run.log, if there is one."""
+    """Redirect a standard stream to the null device, and record the reason in run.log, if there is one."""
     logger.info("nothing more is printed: %s", error)
     with contextlib.suppress(*TROUBLE, AttributeError):
         number = stream.fileno()
-        if number in (1, 2):  # another file is not ours to turn away
+        if number in (1, 2):  # never redirect another file
             _silent.add(number)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)
@@ -66,7 +66,7 @@ def silence(stream: Any, error: BaseException) -> None:
 
 
 def has_lost_its_reader(stream: Any) -> bool:
-    """Return whether a stream is a pipe that nobody reads."""
+    """Return whether a stream is a pipe whose reader has closed it."""
     try:
         asked = select.poll()
         asked.register(stream.fileno(), 0)
@@ -76,5 +76,5 @@ def has_lost_its_reader(stream: Any) -> bool:
 
 
 def is_silent() -> bool:
-    """Return whether stdout leads nowhere any more."""
+    """Return whether stdout was redirected to the null device."""
     return 1 in _silent

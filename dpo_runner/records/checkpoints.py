@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or do not count.
+"""Crash-safe checkpoints, verified by a manifest.
 
-A checkpoint is written under another name and flushed to the disk; its manifest, with each file's size and digest,
-comes last; then it gets its name. So a process may be killed, and the machine lose its power, at any instant: what has
-the name `checkpoint-N` and a manifest that holds is what was saved. Whatever became of one later (files cut off,
-deleted, swapped, bits flipped), its manifest does not hold any more, and it is put aside, not deleted.
+A checkpoint is written under a temporary name and flushed to disk; its manifest, with each file's size and digest, is
+written last; then it is renamed to `checkpoint-N`. So the process may be killed, or the machine lose power, at any
+instant: a `checkpoint-N` that matches its manifest is exactly what was saved. A checkpoint damaged later (files
+truncated, deleted, swapped, bits flipped) no longer matches its manifest; it is set aside, not deleted.
 """
 
 import errno
@@ -27,18 +27,18 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING, _DAMAGED = ".saving-", "damaged-"
 _ASIDE = re.compile(rf"{_DAMAGED}checkpoint-(\d+)(_\d+)?")
 _CHUNK = 2**24
-_NEXT_TO_NOTHING = 2**16  # bytes free on a disk that is full
+_NEXT_TO_NOTHING = 2**16  # bytes; a disk with less free space is full
 
 
 def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a checkpoint, seal it, and give it its name.
+    """Let `fill` write a checkpoint, seal it, and rename it to `path`.
 
     Args:
-        path: what it is to be called, `…/checkpoint-N`; one of this name that is there already is replaced.
-        fill: writes its files into the folder that it is given.
+        path: the final path, `…/checkpoint-N`; an existing checkpoint there is replaced.
+        fill: writes the files into the folder it receives.
 
     Raises:
-        RunError: a file cannot be written, as where the disk is full. Other checkpoints are what they were.
+        RunError: a file cannot be written, for instance because the disk is full. Other checkpoints stay unchanged.
     """
     staging = path.with_name(f"{_STAGING}{path.name}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -48,19 +48,19 @@ def write_sealed(path: Path, fill: Callable[[Path], None]) -> None:
         seal(staging)
         replace_folder(path, staging, old=path.with_name(f"{_STAGING}old-{path.name}"))
         _flush(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: so torch.save says that a disk is full
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = reason_of(error)
         if not is_disk_full(error) and path.parent.exists() and shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING:
-            reason = os.strerror(errno.ENOSPC)  # torch.save's own words are "unexpected pos 64 vs 0"
+            reason = os.strerror(errno.ENOSPC)  # torch.save's message is "unexpected pos 64 vs 0"
         shutil.rmtree(staging, ignore_errors=True)
         raise RunError(f"{path}: the checkpoint cannot be written; {reason}") from error
 
 
 def seal(folder: Path) -> None:
-    """Flush a folder's files to the disk and write its manifest.
+    """Flush a folder's files to disk and write its manifest.
 
     Raises:
-        OSError: something cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     manifest = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
@@ -71,11 +71,11 @@ def seal(folder: Path) -> None:
 
 
 def find_damage(checkpoint: Path, whole: bool) -> str | None:
-    """Say what a checkpoint lacks of what was sealed, or return None where it lacks nothing.
+    """Return how a checkpoint differs from its manifest, or None if it does not.
 
     Args:
-        checkpoint: its folder.
-        whole: read all files and compare digests; otherwise sizes alone.
+        checkpoint: the checkpoint's folder.
+        whole: read all files and compare digests; otherwise compare sizes only.
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -98,15 +98,15 @@ def find_damage(checkpoint: Path, whole: bool) -> str | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return what is called a checkpoint in `folder`, the newest, by its step, first."""
+    """Return the folders named `checkpoint-N` in `folder`, highest step first."""
     named = [(match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for match, path in sorted(named, key=lambda each: -int(each[0][1]))]
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files have the sizes that were sealed, or None; nothing is changed.
+    """Return the newest checkpoint whose files have the sizes in its manifest, or None. Changes nothing.
 
-    One that was sealed when a kill came before it had its name counts too: `open_last_checkpoint` gives it that.
+    A sealed checkpoint that was not renamed because of a kill counts too: `open_last_checkpoint` renames it.
     """
     unnamed = [rest for rest in folder.glob(f"{_STAGING}checkpoint-*") if _lacks_name(rest)]
     found = sorted([*list_checkpoints(folder), *unnamed], key=read_step, reverse=True)
@@ -114,28 +114,28 @@ def find_last_checkpoint(folder: Path) -> Path | None:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Return the number of optimizer steps that a checkpoint has behind it."""
+    """Return the number of optimizer steps done at a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def open_last_checkpoint(
     folder: Path, say: Callable[[str], None], needs_best: bool = False, examine_all: bool = False
 ) -> Path | None:
-    """Return the newest checkpoint that is what was sealed, to the bit, or None.
+    """Return the newest checkpoint that matches its manifest bit for bit, or None.
 
-    Newer ones that are not are put aside under another name. A save that was cut off is finished where only its name
-    was missing, and removed otherwise.
-    transformers' `get_last_checkpoint` takes the newest one, complete or not, and training goes on silently without
-    the optimizer's state where that is what is missing.
+    Newer, damaged checkpoints are set aside under another name. An interrupted save is renamed if it was complete, and
+    removed otherwise.
+    transformers' `get_last_checkpoint` returns the newest checkpoint, complete or not; if the optimizer's state is
+    missing, training continues silently without it.
 
     Args:
-        folder: of a run that nobody else has in hand.
-        say: shows one line to a person.
-        needs_best: the run ends with its best weights. Where these are lost, a checkpoint that was made after them is
-            put aside too: from one before them they are made again.
-        examine_all: read older ones too, which are going to be counted and deleted.
+        folder: the checkpoints folder of a run that no other process uses.
+        say: shows one line to the user.
+        needs_best: the run ends with its best weights. If they are lost, checkpoints saved after them are set aside
+            too, because a run continued from an earlier checkpoint computes them again.
+        examine_all: verify older checkpoints too, because they will be counted and deleted.
     """
-    for rest in sorted(folder.glob(f"{_STAGING}*")):  # sorted: a new one comes before the old one that it replaces
+    for rest in sorted(folder.glob(f"{_STAGING}*")):  # sorted: a new checkpoint precedes the old one it replaces
         named = rest.with_name(rest.name.removeprefix(_STAGING))
         if _lacks_name(rest) and find_damage(rest, whole=True) is None:
             rest.rename(named)
@@ -160,20 +160,20 @@ def open_last_checkpoint(
 
 
 def put_damaged_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Put checkpoints aside whose files are missing or cut off, so that none is counted, or deleted without a word."""
+    """Set aside checkpoints with missing or truncated files, so that none is counted, or deleted silently."""
     for path in list_checkpoints(folder):
         if damage := find_damage(path, whole=False):
             _put_aside(path, damage, say)
 
 
 def _lacks_name(rest: Path) -> bool:
-    """Whether a folder with a checkpoint's temporary name is the only one of that checkpoint."""
+    """Return whether a folder has a checkpoint's temporary name and no folder has its final name."""
     named = rest.with_name(rest.name.removeprefix(_STAGING))
     return _NAME.fullmatch(named.name) is not None and not named.exists()
 
 
 def _find_lost_best(checkpoint: Path, describe_error: Callable[[Path], str | None]) -> str | None:
-    """Say why a run that continues from `checkpoint` could not end with its best weights; None where it could."""
+    """Return why a run continued from `checkpoint` could not end with its best weights; None if it could."""
     step = _read_best(checkpoint)
     best = checkpoint.with_name(f"checkpoint-{step}")
     if not step or best == checkpoint or (damage := describe_error(best)) is None:
@@ -186,9 +186,10 @@ def _find_lost_best(checkpoint: Path, describe_error: Callable[[Path], str | Non
 
 
 def _gave_way(best: int, checkpoint: Path) -> bool:
-    """Whether what was the best at `checkpoint` was deleted for a better one, which will be made again from there.
+    """Return whether the best checkpoint as of `checkpoint` was deleted in favor of a better one.
 
-    That one was newer and is damaged itself, or it would be continued from.
+    A run continued from `checkpoint` computes that better one again. It was newer, and is damaged itself; otherwise
+    the run would continue from it.
     """
     aside = {path: int(match[1]) for path in checkpoint.parent.iterdir() if (match := _ASIDE.fullmatch(path.name))}
     newer = [path for path, step in aside.items() if step > read_step(checkpoint)]
@@ -196,7 +197,7 @@ def _gave_way(best: int, checkpoint: Path) -> bool:
 
 
 def _read_best(checkpoint: Path) -> int | None:
-    """Return the step of the best checkpoint so far, as one tells that may be damaged."""
+    """Return the step of the best checkpoint so far, from the state of a checkpoint that may be damaged."""
     try:
         step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["best_global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -223,7 +224,7 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems flush files, and no folders
+    except OSError as error:  # some network file systems cannot flush folders
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Which settings of several runs differ, as far as they say something of the experiment."""
+"""Settings in which runs differ, limited to those relevant to the experiment."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from dpo_runner.records.runs import RunRecord
 
 
 def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
-    """Return the keys that say nothing of the experiment: names, outputs, and where the same files were.
+    """Return the keys irrelevant to the experiment: names, outputs, and different paths of the same files.
 
-    That two runs used the same files is told by the fingerprints in their environment.json.
+    Runs used the same files if the fingerprints in their environment.json are equal.
     """
     keys = {key for run in runs for key in run.config}
     ignored = {key for key in keys if effect_of(key) is Effect.PLACES}
@@ -25,17 +25,17 @@ def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
 
 
 def _are_moved(runs: list[RunRecord], key: str) -> bool:
-    """Whether a key's values are paths that differ by their folder alone."""
+    """Return whether a key's values are absolute paths that differ only in their folder."""
     values = [run.config.get(key) for run in runs]
     paths = [PurePath(value) for value in values if isinstance(value, str)]
     return len(paths) == len(values) and all(p.is_absolute() for p in paths) and len({p.name for p in paths}) == 1
 
 
 def find_differing(configs: list[dict[str, Any]], ignored: set[str]) -> list[str]:
-    """Return the keys of which several configurations have several values, without `ignored`.
+    """Return the keys whose values differ between configurations, without `ignored`.
 
-    A section that is null in one run and set in another is a key of its own. A key that some runs lack, as where
-    another version wrote them, counts only where nothing else tells the runs apart.
+    A section that is null in one run and set in another counts as a key. A key missing in some runs, for instance
+    those of another version, counts only if the other keys do not distinguish all runs.
     """
     configs = [config for config in configs if config]
     keys = list(dict.fromkeys(key for config in configs for key in config if key not in ignored))
@@ -55,5 +55,5 @@ def _has(config: dict[str, Any], key: str) -> bool:
 
 
 def look_up(config: dict[str, Any], key: str) -> Any:
-    """Return a key's value; of a section, `set`."""
+    """Return a key's value; `set` for a section."""
     return config[key] if key in config else ("set" if _has(config, key) else None)

@@ -1,4 +1,4 @@
-"""A run directory and everything that is written into it."""
+"""The run directory and all writes to it."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from dpo_runner.records.reading import read_metrics, read_status
 from dpo_runner.records.status import HEARTBEAT_SECONDS, LOCK_FILE
 
 EVENT_KINDS = ("learning_rate", "eval_loss")
-"""What log events of the training and of an evaluation have, whatever else they lack."""
+"""Keys present in every log event of training, and of an evaluation."""
 
 
 def resolve_run_dir(conf: RunConf) -> Path:
@@ -35,13 +35,13 @@ def resolve_run_dir(conf: RunConf) -> Path:
 
 
 class RunDirectory:
-    """One run's directory; everything that is written into it goes through here.
+    """One run's directory; all writes to it go through this class.
 
     Args:
-        path: the directory; made if it is not there.
+        path: the directory; created if missing.
 
     Raises:
-        ConfigError: it cannot be written to.
+        ConfigError: the directory is not writable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,11 +64,11 @@ class RunDirectory:
 
     @contextmanager
     def claim(self) -> "Iterator[RunDirectory]":
-        """Be the only process that writes here for as long as this lasts, where the file system knows locks.
+        """Hold the directory's lock, if the file system has locks, so that no other process writes to it.
 
         Raises:
-            RunBusy: another process does.
-            ConfigError: it cannot be written to.
+            RunBusy: another process holds the lock.
+            ConfigError: the directory is not writable.
         """
         with self._writable():
             opened = (self.path / LOCK_FILE).open("a")
@@ -91,16 +91,16 @@ class RunDirectory:
     def write_status(self, state: str, **details: Any) -> None:
         """Record `running`, `finished`, `failed` or `interrupted`, and details such as the error.
 
-        A job of a sweep is `pending` before, and `pruned` where its search has stopped it.
+        A sweep's job is `pending` before it starts, and `pruned` if the search stopped it.
 
         Raises:
-            RunError: it cannot be written, as where the disk is full.
+            RunError: status.json cannot be written, for instance because the disk is full.
         """
         with self._lock:
             if state == "running":
                 self._status = {"started": _now()}
             else:
-                self._stopped.set()  # the run is over, and so is its heartbeat
+                self._stopped.set()  # the run has ended; stop its heartbeat
             place = {"pid": os.getpid(), "host": platform.node()}
             self._status |= {"state": state, **place, "heartbeat": _now(), **details}
             try:
@@ -109,31 +109,31 @@ class RunDirectory:
                 raise RunError(f"{self.path / 'status.json'}: cannot be written; {reason_of(error)}") from error
 
     def write_last_status(self, state: str, **details: Any) -> None:
-        """Record how a run has ended that did not finish, as far as its disk lets it."""
+        """Record the end of a run that did not finish; ignore write errors."""
         with contextlib.suppress(RunError):
             self.write_status(state, **details)
 
     def note_step(self, step: int) -> None:
-        """Let status.json say, from the next time that it is written, how many optimizer steps were made."""
+        """Record the number of optimizer steps done; the next write of status.json includes it."""
         with self._lock:
             self._status["step"] = step
 
     def drop_checkpoints(self) -> None:
-        """Free the room of the checkpoints of a run that will not be continued."""
+        """Delete the checkpoints of a run that will not be continued."""
         shutil.rmtree(self.checkpoints)
 
     def note(self, **details: Any) -> None:
-        """Add details to status.json while the state stays what it is."""
+        """Add details to status.json without changing the state."""
         with self._lock:
             self._status |= details
             self._renew_status()
 
-    def _renew_status(self) -> None:  # what the run lives by fails too where this does
+    def _renew_status(self) -> None:  # if this write fails, the run's own writes fail too and report it
         with contextlib.suppress(OSError):
             write_json(self.path / "status.json", self._status)
 
     def start_heartbeat(self) -> None:
-        """Renew status.json's `heartbeat` every few seconds for as long as this process lives."""
+        """Renew `heartbeat` in status.json every few seconds, until the run ends or the process dies."""
 
         def beat() -> None:
             while not self._stopped.wait(HEARTBEAT_SECONDS):
@@ -148,16 +148,16 @@ class RunDirectory:
         self._stopped.set()
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Add one log event to metrics.jsonl, as one line in one write."""
+        """Append one log event to metrics.jsonl, as one line in one write."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**metrics, "time": round(time.time(), 3)}) + "\n")
 
     def keep_metrics_until(self, step: int, logged: Collection[str]) -> None:
-        """Drop the log events that a resumed run is about to log again.
+        """Drop the log events that a resumed run will log again.
 
         Args:
-            step: of its checkpoint; what came later is dropped.
-            logged: which of `EVENT_KINDS` were logged of `step` before it was saved.
+            step: the checkpoint's step; later events are dropped.
+            logged: the `EVENT_KINDS` logged for `step` before the checkpoint was saved.
         """
         path = self.path / "metrics.jsonl"
         if path.exists():
@@ -170,7 +170,7 @@ class RunDirectory:
         write_json(self.path / "summary.json", summary)
 
     def write_data_report(self, report: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
-        """Keep what became of the data, and each row that was left out."""
+        """Write the data report, and each row that was left out."""
         write_json(self.path / "data_report.json", report)
         write_lines(
             self.path / "dropped_rows.jsonl", (json.dumps(mask_secrets(row), ensure_ascii=False) for row in dropped)
@@ -181,16 +181,16 @@ class RunDirectory:
 
 
 def _claims(file: IO[str]) -> bool:
-    """Lock a file, also if another process looks for a moment whether it is locked."""
+    """Lock a file; retry once, because a status check of another process takes the lock for a moment."""
     for pause in (0.05, 0):
-        if lock(file.fileno()) is not False:  # without locks, the heartbeat alone shows another process
+        if lock(file.fileno()) is not False:  # None: no locks; only the heartbeat shows another process
             return True
         time.sleep(pause)
     return False
 
 
 def update_status(run_dir: Path, **changes: Any) -> None:
-    """Change status.json of a run that has not begun or has ended, from outside of it; make both where needed."""
+    """Change status.json of a run that is not running; create the file and its directory if needed."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "status.json", {**(read_status(run_dir) or {}), **changes})
 

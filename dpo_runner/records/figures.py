@@ -1,10 +1,10 @@
-"""What a run's log and summary amount to: curves, and the figures that it is judged by."""
+"""Curves and result figures from a run's log and summary."""
 
 import re
 from typing import Any
 
 Curve = tuple[list[float], list[float]]
-"""Steps, and the values logged at them."""
+"""Steps, and the value logged at each."""
 
 _NO_CURVE = re.compile(
     r"^(step|epoch|time|global_step|total_flos)$|_?(runtime|per_second|preparation_time|num_tokens)$"
@@ -13,7 +13,7 @@ _NO_RESULT = re.compile(r"^(grad_norm|learning_rate)$")
 
 
 def to_number(value: Any) -> float | None:
-    """Return a number as a float; None of anything else, such as a Boolean or what a float cannot hold."""
+    """Return a number as a float; None for anything else, also a boolean or too large an integer."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -23,13 +23,13 @@ def to_number(value: Any) -> float | None:
 
 
 def read_numbers(values: Any) -> dict[str, float]:
-    """Return the entries of a mapping that are numbers; of anything else, none."""
+    """Return a mapping's numeric entries; {} if `values` is not a mapping."""
     pairs = values.items() if isinstance(values, dict) else ()
     return {str(key): number for key, value in pairs if (number := to_number(value)) is not None}
 
 
 def collect_curves(events: list[dict[str, Any]]) -> dict[str, Curve]:
-    """Return what was logged over optimizer steps, by name, without what tells of the machine only."""
+    """Return the logged values over optimizer steps, by name, without timings, throughput and counters."""
     curves: dict[str, Curve] = {}
     for index, event in enumerate(events):
         values = read_numbers(event)
@@ -43,16 +43,16 @@ def collect_curves(events: list[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def collect_results(curves: dict[str, Curve], summary: dict[str, Any], beta: float | None) -> dict[str, float]:
-    """Return the figures that a run is judged by; what was measured before its first step is none of them.
+    """Return a run's result figures, without those measured before its first step.
 
     Args:
         curves: see `collect_curves`.
-        summary: what summary.json holds; empty where the run has not ended.
-        beta: the run's β; None where it is not known.
+        summary: the contents of summary.json; empty if the run has not ended.
+        beta: the run's β; None if unknown.
 
     Returns:
-        By name, under TRL's names; beside them `chosen_shift` and `rejected_shift`, how far the log-probability of an
-        answer has moved from the reference (nats per answer), and `drift`, the size of the former.
+        The figures by TRL's names; in addition `chosen_shift` and `rejected_shift`, the change of an answer's
+        log-probability from the reference (nats per answer), and `drift`, the absolute value of `chosen_shift`.
     """
     newest = {name: (steps[-1], values[-1]) for name, (steps, values) in curves.items()}
     results = {name: value for name, (step, value) in newest.items() if step > 0 and not _NO_RESULT.search(name)}

@@ -1,4 +1,4 @@
-"""Where there are run directories: at any depth, of this program and of a plain Trainer."""
+"""Search for run directories at any depth, those of this program and of a plain Trainer."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,17 +7,18 @@ from pathlib import Path
 from dpo_runner.errors import ConfigError
 
 RUN_FILES = ("status.json", "summary.json")
-"""Either of them makes a folder a run of this program."""
+"""A folder with either file is a run of this program."""
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     """Find the run directories in or below some folders.
 
     Returns:
-        Each one's path as it was reached, once, by its resolved path; and a line for each folder that cannot be read.
+        The path through which each run was found, by its resolved path, so that each run appears once; and a line for
+        each unreadable folder.
 
     Raises:
-        ConfigError: a folder is not there.
+        ConfigError: a folder does not exist.
     """
     if missing := [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]:
         raise ConfigError(missing)
@@ -26,11 +27,11 @@ def find_runs(folders: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
 
 
 def _find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
-    """Yield the run directories in or below a folder; a run directory is not looked into.
+    """Yield the run directories in or below a folder; a run directory is not searched further.
 
     Args:
-        folder: where to look, at any depth, without hidden folders and links.
-        notes: gets a line for each folder that cannot be read.
+        folder: searched at any depth, without hidden folders and links.
+        notes: receives a line for each unreadable folder.
     """
     below: dict[str, list[Path]] = {}
 
@@ -41,7 +42,7 @@ def _find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
         path, present = Path(name), set(files)
         folders[:] = sorted(child for child in folders if not child.startswith("."))
         is_run = not present.isdisjoint(RUN_FILES)
-        # A sweep may keep a status of its own: without what a run always has, its folders are looked into first.
+        # A sweep may have its own status.json: search the folders below first if a run's other files are missing.
         if is_run and ("config.yaml" in present or "metrics.jsonl" in present or not folders):
             folders.clear()
             yield path

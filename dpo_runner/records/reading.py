@@ -1,4 +1,4 @@
-"""A run's files, read strictly: a missing or damaged one is one line with a remedy."""
+"""Strict reading of a run's files: a missing or damaged file raises one line with a remedy."""
 
 import json
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ PUT_BACK = "put it back as the run wrote it, or use another run_dir"
 
 @contextmanager
 def reading_errors(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong with a file inside into one line: the file, the reason, the remedy.
+    """Turn errors of the block into one line: the file, the reason, the remedy.
 
     Args:
-        path: the file.
-        remedy: what a person can do about it.
-        kinds: of errors, beside those of disks, JSON and YAML.
+        path: the file read in the block.
+        remedy: the user's cure.
+        kinds: error classes to catch in addition to OSError and those of JSON and YAML.
 
     Raises:
-        ConfigError: the file is missing, or cannot be used.
+        ConfigError: the file is missing or unusable.
     """
     caught: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError, yaml.YAMLError, *kinds)
     try:
@@ -42,10 +42,10 @@ def reading_errors(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator
 
 
 def read_object(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+    """Return the JSON object in a file.
 
     Raises:
-        ConfigError: there is no such file, or it holds anything else.
+        ConfigError: the file is missing or holds anything else.
     """
     with reading_errors(path, remedy):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -55,10 +55,10 @@ def read_object(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
+    """Return the mapping in a YAML file.
 
     Raises:
-        ConfigError: there is no such file, or it holds anything else.
+        ConfigError: the file is missing or holds anything else.
     """
     with reading_errors(path, remedy):
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -68,10 +68,10 @@ def read_mapping(path: Path, remedy: str = PUT_BACK) -> dict[str, Any]:
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """Return status.json of a run directory, or None where there is none.
+    """Return status.json of a run directory, or None if it does not exist.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     file = path / "status.json"
     if not file.exists():
@@ -87,10 +87,10 @@ def read_status(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the log events of a run directory, without a last line that a kill has cut off.
+    """Return the log events of a run directory, without a last line cut off by a kill.
 
     Raises:
-        ConfigError: another line is none.
+        ConfigError: any other line is not a log event.
     """
     file = path / "metrics.jsonl"
     if not file.exists():
@@ -111,17 +111,17 @@ def read_summary(path: Path) -> dict[str, Any]:
     """Return summary.json of a finished run's directory.
 
     Raises:
-        ConfigError: it is missing or damaged.
+        ConfigError: the file is missing or damaged.
     """
     remedy = 'put it back, or write {"state": "interrupted"} into status.json: the same command then makes it again'
     return read_object(path / "summary.json", remedy)
 
 
 def check_finished(run_dir: Path) -> None:
-    """Refuse a directory without a tuned model.
+    """Check that a directory holds a finished run, which has a tuned model.
 
     Raises:
-        ConfigError: it holds no run, or one that has not finished.
+        ConfigError: the directory holds no run, or an unfinished one.
     """
     status = read_status(run_dir)
     if status is None:
@@ -134,11 +134,11 @@ def check_finished(run_dir: Path) -> None:
 
 
 def read_run_conf(run_dir: Path) -> RunConf:
-    """Return the configuration that a run was started with, from its config.yaml.
+    """Return a run's configuration from its config.yaml.
 
     Raises:
-        ConfigError: it is missing, damaged or no run's, or sets a key that was removed and without which the run's
-            model cannot be loaded.
+        ConfigError: the file is missing, damaged or not a run's, or it sets a removed key that loading the run's model
+            requires.
     """
     path = run_dir / "config.yaml"
     with reading_errors(path, PUT_BACK, OmegaConfBaseException):

@@ -1,4 +1,4 @@
-"""Whether a run directory may be written to or continued, and what its checkpoints say of themselves."""
+"""Checks before a run directory is written to or continued, and the progress saved in checkpoints."""
 
 import json
 import os
@@ -17,34 +17,34 @@ from dpo_runner.records.reading import PUT_BACK, read_mapping, read_metrics, rea
 from dpo_runner.records.status import LOCK_FILE, find_death
 
 _EVALUATION_FOLLOWS = "training.logging_steps"
-"""Where training.eval_steps is not set."""
+"""The evaluation interval if training.eval_steps is not set."""
 _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
-"""What a run writes before its status.json, beside an empty checkpoints/."""
+"""Files written before status.json, next to an empty checkpoints/."""
 
 
 _CANNOT_TELL = f"without it nobody can tell whether the run may be continued: {PUT_BACK}"
 
 _MOVABLE = ("model.base",)
-"""In environment.json: a path, which may change while the files stay the same."""
+"""Keys of environment.json with paths, which may change while the files stay the same."""
 
 
 def read_epoch(checkpoint: Path) -> float:
-    """Return how many epochs a checkpoint has behind it, fractions included."""
+    """Return the number of epochs done at a checkpoint, with the fraction."""
     return float(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
 
 
 def read_logged(checkpoint: Path) -> set[str]:
-    """Return which kinds of log events there were of a checkpoint's step before it was saved, by what they have."""
+    """Return the `EVENT_KINDS` logged for a checkpoint's step before it was saved."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     events = [event for event in state["log_history"] if event["step"] == state["global_step"]]
     return {kind for kind in EVENT_KINDS if any(kind in event for event in events)}
 
 
 def check_unused(run_dir: Path) -> None:
-    """Refuse to write among files that no run has left there; one that was killed at once has left a few.
+    """Check that `run_dir` is missing, empty, or has only the first files of a run that was killed early.
 
     Raises:
-        ConfigError: `run_dir` is a file, or holds anything.
+        ConfigError: `run_dir` is a file, or holds anything else.
     """
     if run_dir.exists() and (not run_dir.is_dir() or not all(map(_is_beginning, run_dir.iterdir()))):
         raise ConfigError(
@@ -59,12 +59,14 @@ def _is_beginning(path: Path) -> bool:
 
 
 def check_free(run_dir: Path, status: dict[str, Any]) -> None:
-    """Refuse a run that is still going on; not to be asked by who holds its lock, who would lose it so.
+    """Check that no process is running in the directory.
+
+    The process that holds the lock must not call this: it would lose the lock.
 
     Raises:
         RunBusy: another process is running there.
     """
-    own = status.get("pid") == os.getpid() and status.get("host") == platform.node()  # containers all have a process 1
+    own = status.get("pid") == os.getpid() and status.get("host") == platform.node()  # every container has a process 1
     if status["state"] == "running" and not own and find_death(run_dir, status) is None:
         raise RunBusy(
             f"`run_dir={run_dir}`: process {status.get('pid')} is running there; wait for it, or use another run_dir"
@@ -72,23 +74,23 @@ def check_free(run_dir: Path, status: dict[str, Any]) -> None:
 
 
 def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> None:
-    """Refuse to continue a run that is not to be continued, or had another configuration.
+    """Check that a run may be continued, with the configuration it was started with.
 
     Args:
-        run_dir: where it is.
-        status: what its status.json holds.
-        conf: what is to be run now.
+        run_dir: the run's directory.
+        status: the contents of its status.json.
+        conf: the present configuration.
 
     Raises:
-        ConfigError: with one line for each key that differs from run_dir/config.yaml, or was on there and has been
-            removed; or what would be read of it is missing or damaged.
+        ConfigError: one line for each key that differs from run_dir/config.yaml, or is active there and has been
+            removed; or `conf` forbids resuming, or a file that resuming reads is missing or damaged.
     """
     if conf.resume == "never":
         raise ConfigError(
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
     if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
-        return  # nothing was trained: the run begins anew
+        return  # nothing was trained: the run starts from scratch
     written, active = split_removed(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
     removed = [
         f"`{key}={value}`: the run in {run_dir} was begun with it, and it was removed; use another run_dir"
@@ -108,21 +110,21 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
     ]
     if mistakes:
         raise ConfigError(mistakes)
-    if status["state"] != "finished":  # what will be read of it, before a model is loaded in vain
+    if status["state"] != "finished":  # fail on a damaged file before the slow model load
         read_object(run_dir / "environment.json", _CANNOT_TELL)
         read_metrics(run_dir)
 
 
 def check_same_inputs(run_dir: Path, environment: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Refuse to continue on other data or another model than the run began with.
+    """Check that a run continues with the data and the model it began with.
 
     Args:
-        run_dir: where its environment.json is.
-        environment: of this process; see `collect_environment`.
-        say: shows one line to a person: other libraries and hardware are allowed, and may round differently.
+        run_dir: the folder of the run's environment.json.
+        environment: the present environment; see `collect_environment`.
+        say: shows one line to the user; other libraries and hardware are allowed, but may round differently.
 
     Raises:
-        ConfigError: with one line for each difference.
+        ConfigError: one line for each difference.
     """
     before, now = (
         _flatten({part: each.get(part, {}) for part in ("model", "data", "packages", "hardware")})

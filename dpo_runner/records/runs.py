@@ -1,4 +1,4 @@
-"""What run directories hold, read from disk with nothing taken for granted: half-finished, failed, foreign ones too."""
+"""Tolerant reading of run directories, including unfinished, failed and foreign ones."""
 
 import json
 import math
@@ -18,24 +18,24 @@ from dpo_runner.records.find import RUN_FILES, find_runs
 from dpo_runner.records.status import find_death
 
 _MOST_NODES = 20_000
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with libyaml
 
 
 @dataclass
 class RunRecord:
-    """One run, as far as its directory tells.
+    """One run, read from its directory.
 
     Attributes:
         path: the directory.
-        name: what it is called among the others, unique.
-        state: status.json's; `died` where the process of a running one is gone, `unknown` where nothing says.
-        error: why it failed or died, or "".
-        config: the configuration by dotted key; empty where it is not known.
-        fingerprints: of `model` and `data`, independent of where they were, and of what was evaluated (`evaluation`).
-        metrics: results by name: those after training, or the newest ones of a run that has not ended.
+        name: a name unique among the runs read together.
+        state: the state in status.json; `died` if it is running but its process is gone, `unknown` if there is none.
+        error: why the run failed or died, or "".
+        config: the configuration by dotted key; empty if unknown.
+        fingerprints: of `model` and `data`, independent of their paths, and of the evaluated data (`evaluation`).
+        metrics: results by name: those after training, or the newest ones if the run has not ended.
         curves: logged values over optimizer steps, by name.
         samples: `prompt`, `before` and `after` as texts.
-        notes: what could not be read, and why, a line each.
+        notes: a line for each thing that could not be read, with the reason.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class RunRecord:
         return self.state == "finished"
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return what a JSON file of the directory holds; where it is of no use, nothing, and a note says why."""
+        """Return the object in a JSON file of the directory; {} if missing or unusable, the latter with a note."""
         text = self.read(name)
         if text is None:
             return {}
@@ -69,7 +69,7 @@ class RunRecord:
         return value
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the objects in a file of JSON lines; a note tells of those that are none."""
+        """Return the objects in a JSON Lines file; a note reports the lines that are not objects."""
         lines = (self.read(name) or "").split("\n")
         found: list[dict[str, Any]] = []
         bad = []
@@ -95,7 +95,7 @@ class RunRecord:
             return False
 
     def read(self, name: str) -> str | None:
-        """Return a file's text; where there is no such file, or it is no text, None, and a note says why it is none."""
+        """Return a file's text; None if it is missing or unreadable, the latter with a note."""
         try:
             return (self.path / name).read_text(encoding="utf-8") if self.has(name) else None
         except (OSError, UnicodeDecodeError) as error:
@@ -107,13 +107,13 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
     """Read every run in or below some folders.
 
     Args:
-        folders: run directories, sweep directories, or whatever holds such, at any depth.
+        folders: run directories, sweep directories, or folders that contain them at any depth.
 
     Returns:
-        The runs in the order of their names, and what of them could not be read and why, a line each.
+        The runs sorted by name, and a line for each thing that could not be read, with the reason.
 
     Raises:
-        ConfigError: a folder is not there.
+        ConfigError: a folder does not exist.
     """
     found, notes = find_runs(folders)
     runs = [_read_run(path) for path in found.values()]
@@ -124,7 +124,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
 
 
 def _name(runs: list[RunRecord], paths: list[Path]) -> None:
-    """Name each run by its path beneath what all have in common."""
+    """Name each run by its path relative to the common parent of all."""
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     for run, path in zip(runs, paths, strict=True):
         run.name = os.path.relpath(path, common)
@@ -175,10 +175,10 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
 
 
 def flatten(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and plain values of nested mappings; lists, and mappings without a key, are values.
+    """Yield dotted keys and plain values of nested mappings; lists and empty mappings are values.
 
     Raises:
-        ValueError: there are too many, as where a hostile file names its parts over and over.
+        ValueError: there are too many values, for instance in a hostile file that repeats YAML aliases.
     """
     seen = 0
 
@@ -192,7 +192,7 @@ def flatten(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, float) and not math.isfinite(value):
-            return str(value)  # JSON has no such number
+            return str(value)  # JSON has no infinities or NaN
         return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
     def walk(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -216,7 +216,7 @@ def _read_fingerprints(environment: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_trainer_state(run: RunRecord) -> list[dict[str, Any]]:
-    """Return the log events of a plain Trainer's output directory, from its newest state."""
+    """Return the log events of a plain Trainer's output directory, from its newest trainer_state.json."""
     places = [path for path in run.path.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
     places.sort(key=lambda path: int(path.name.partition("-")[2]))
     names = ["trainer_state.json", *(f"{path.name}/trainer_state.json" for path in reversed(places))]

@@ -1,4 +1,4 @@
-"""Tells whether the process of a run is alive: lock, heartbeat, process. Imports no torch."""
+"""Liveness of a run's process, from its lock, heartbeat and process id. Does not import torch."""
 
 import os
 import platform
@@ -13,24 +13,24 @@ from dpo_runner.io.locks import lock
 HEARTBEAT_SECONDS = 10
 
 LOCK_FILE = ".lock"
-"""In a run directory, held by the process that writes there; the system lets go of it however that ends."""
+"""A file in the run directory, locked by the writing process; the system releases the lock when that ends."""
 
 _SILENT_AFTER = 6 * HEARTBEAT_SECONDS
 
 
 def find_death(run_dir: Path, status: dict[str, Any]) -> str | None:
-    """Say how it is known that a run, `running` in its status.json, has died; None where it may well be alive.
+    """Return the evidence that a run, `running` in its status.json, has died; None if it may be alive.
 
-    A living process holds the lock of its run, and the system takes that from a dead one at once, whatever clocks and
-    process ids say; but it tells of processes on its own host alone. Elsewhere the heartbeat counts.
+    A live process holds its run's lock, and the system releases a dead process's lock at once, whatever the clocks and
+    process ids; but locks show only processes on the same host. Across hosts the heartbeat decides.
 
     Args:
-        run_dir: where it is.
-        status: what its status.json holds, which anybody may have written.
+        run_dir: the run's directory.
+        status: the contents of its status.json, which is untrusted.
     """
     pid, host, heartbeat = status.get("pid"), status.get("host"), status.get("heartbeat")
     killed = f"its process, {pid}, was killed, or went down with the machine"
-    if host == platform.node() and pid != os.getpid():  # whoever holds a lock loses it by asking
+    if host == platform.node() and pid != os.getpid():  # the holder of the lock would lose it by this check
         held = _is_held(run_dir / LOCK_FILE)
         if held is not None:
             return None if held else killed
@@ -38,13 +38,13 @@ def find_death(run_dir: Path, status: dict[str, Any]) -> str | None:
         silent = (datetime.now(UTC) - datetime.fromisoformat(str(heartbeat))).total_seconds()
     except (ValueError, TypeError):  # TypeError: a time without a zone
         return None
-    if abs(silent) > _SILENT_AFTER:  # one that is to come is of a clock that has been set since
+    if abs(silent) > _SILENT_AFTER:  # a heartbeat in the future: the clock was set back
         return f"no sign of life since {heartbeat}"
     return killed if host is None and isinstance(pid, int) and not is_process_alive(pid) else None
 
 
 def is_process_alive(pid: int) -> bool:
-    """Whether there is such a process; one that has ended, and that nobody has asked about (a zombie), is none."""
+    """Return whether a process exists; a zombie, which has ended but was not waited for, does not count."""
     try:
         return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
     except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative number
@@ -54,7 +54,7 @@ def is_process_alive(pid: int) -> bool:
 
 
 def _is_held(path: Path) -> bool | None:
-    """Return whether another process holds a lock file; None if that cannot be known."""
+    """Return whether another process holds a lock file; None if unknown."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe would block
         try:

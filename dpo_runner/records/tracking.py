@@ -1,4 +1,4 @@
-"""What a run tells Weights & Biases, which is imported only when it is used. Trouble with it never fails a run."""
+"""Weights & Biases logging. wandb is imported only when used, and its failures never fail a run."""
 
 import contextlib
 import logging
@@ -17,16 +17,16 @@ from dpo_runner.records.wandb_run import describe_error, has_lost_service, messa
 logger = logging.getLogger(__name__)
 
 OBJECTIVE = "objective"
-"""What W&B's summary calls the metric that a sweep is judged by, whichever it is."""
+"""The name in W&B's summary of the metric that a sweep optimizes."""
 
 
 class Tracker:
-    """What a run tells W&B. Every method is harmless when W&B is disabled or has failed.
+    """A run's W&B logger. No method does anything if W&B is disabled, and none raises if it fails.
 
     Args:
         wandb_run: the live `wandb.Run`, or None.
-        warn: shows one line to the person at the terminal.
-        refused: why it is not what the configuration asks for, where it is not.
+        warn: shows one line on the terminal.
+        refused: why `wandb_run` differs from what the configuration asks for, if it does.
     """
 
     def __init__(self, wandb_run: Any, warn: Callable[[str], None], refused: str | None = None) -> None:
@@ -37,12 +37,12 @@ class Tracker:
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
         self.state = "disabled" if wandb_run is None else f"online at {self.url}" if self.url else "offline"
-        """What status.json says about W&B."""
+        """The state of W&B in status.json."""
         if refused:
             self.state += f": {refused}"
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Log one event under the names that the Trainer's own W&B callback gives: train/… and eval/…"""
+        """Log one event under the names used by the Trainer's W&B callback: train/… and eval/…"""
         step = metrics["step"]
         named = {
             f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
@@ -52,11 +52,11 @@ class Tracker:
         self._attempt(lambda: self._run.log({**named, "train/global_step": step}))
 
     def log_data_report(self, report: dict[str, Any], lengths: Mapping[str, Any]) -> None:
-        """Log the account of the data.
+        """Log the data report.
 
         Args:
-            report: goes into the configuration.
-            lengths: histograms of tokens as (counts, edges), by `<split>/<part>`.
+            report: added to the W&B configuration.
+            lengths: token-count histograms as (counts, edges), by `<split>/<part>`.
         """
 
         def log_report() -> None:
@@ -70,11 +70,11 @@ class Tracker:
         self._attempt(log_report)
 
     def log_out_of_memory(self, records: list[dict[str, Any]]) -> None:
-        """Add to the configuration what was made smaller because memory ran out."""
+        """Add the reductions made after running out of memory to the W&B configuration."""
         self._attempt(lambda: self._run.config.update({"out_of_memory": records}, allow_val_change=True))
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Log the answers before and after as a table, and nothing where there are none."""
+        """Log the answers before and after training as a table, if there are any."""
 
         def log_table() -> None:
             import wandb
@@ -93,22 +93,22 @@ class Tracker:
             try:
                 self._run.log({"samples": wandb.Table(columns=columns, data=rows)})
             except Exception:
-                # Online, W&B asks the server about a table's artifact before it records anything. A table that is
-                # bound to the run is recorded without one, so that it is not lost while the server is away.
+                # Online, W&B asks the server for a table's artifact before it records anything. A table bound to the
+                # run is recorded without an artifact, so it is not lost if the server is unreachable.
                 table = wandb.Table(columns=columns, data=rows)
                 table.bind_to_run(self._run, "samples", self._run.step)
                 self._run.log({"samples": table})
                 raise
 
         if samples:
-            self._attempt(log_table, say=False)  # `finish` does so in a moment, with what can be done about it
+            self._attempt(log_table, say=False)  # `finish` soon reports the failure, with a cure
 
     def log_summary(self, summary: dict[str, Any], objective: str) -> None:
-        """Put the run's figures into the W&B summary, by which runs are compared.
+        """Add the run's figures to the W&B summary, which W&B compares runs by.
 
         Args:
-            summary: what summary.json holds.
-            objective: the metric of the tuned model that is `OBJECTIVE` too; left out where it was not measured.
+            summary: the contents of summary.json.
+            objective: the metric of the tuned model also logged as `OBJECTIVE`; skipped if it was not measured.
         """
         flat = {key: value for key, value in summary.items() if not isinstance(value, dict)}
         for phase in ("before", "after"):
@@ -118,12 +118,12 @@ class Tracker:
         self._attempt(lambda: self._run.summary.update(mask_secrets(flat)))
 
     def finish(self, state: str, exit_code: int, **figures: Any) -> None:
-        """Close the W&B run, and say so where the server does not have all of it.
+        """Close the W&B run, and warn if the server does not have all of it.
 
         Args:
-            state: finished, pruned, failed or interrupted, as in status.json; kept in the summary.
-            exit_code: anything but 0 makes it a failed run.
-            figures: for the summary.
+            state: finished, pruned, failed or interrupted, as in status.json; added to the summary.
+            exit_code: anything but 0 marks the W&B run as failed.
+            figures: added to the summary.
         """
         if self._run is None or self.folder is None:
             return
@@ -135,7 +135,7 @@ class Tracker:
             logger.exception("W&B failed")
             failure = describe_error(error)
             if has_lost_service(error):
-                stop_service()  # which would fail once more when this process ends, and fail its next run
+                stop_service()  # else it would fail again at exit, and in the next run
         self._run = None
         if self.url is None:
             if failure := failure or self._untold:
@@ -157,7 +157,7 @@ class Tracker:
         self._attempt(add)
 
     def commands(self) -> list[str]:
-        """Return the commands that show this run: in the terminal, and on the web where the server lacks some of it."""
+        """Return the commands that show this run, and upload it if the server lacks some of it."""
         return [] if self.folder is None else list_commands(self.folder.parent, self._id)
 
     def _attempt(self, call: Callable[[], Any], say: bool = True) -> None:
@@ -165,7 +165,7 @@ class Tracker:
             return
         try:
             call()
-        except Exception as error:  # whatever it is, the training is worth more than its curves
+        except Exception as error:  # no W&B failure may stop the training
             logger.exception("W&B failed")
             if say:
                 self._warn_once(describe_error(error))
@@ -173,7 +173,7 @@ class Tracker:
                 self._untold = describe_error(error)
 
     def _warn_once(self, failure: str) -> None:
-        """Tell of a failure, but not again at every event, as where W&B's own process has died."""
+        """Report the first failure only: if W&B's process has died, every event fails."""
         if not self._warned:
             self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
         self._warned = True
@@ -184,9 +184,9 @@ def track(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -
     """Open the W&B run that `conf.wandb` asks for, and close it with the run's outcome.
 
     Args:
-        conf: the run.
-        directory: holds the id of the W&B run, which a resumed run continues.
-        warn: shows one line to the person at the terminal.
+        conf: the run's configuration.
+        directory: the run's directory, with the id of the W&B run, which a resumed run continues.
+        warn: shows one line on the terminal.
     """
     with keep_data_in(find_folder(conf.wandb.dir, directory.path)):
         wandb_run, refused = open_run(conf, directory, warn)

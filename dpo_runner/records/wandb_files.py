@@ -1,4 +1,4 @@
-"""What W&B keeps on the disk: where it is, what of it the server has, and the commands that show and upload it."""
+"""W&B's local files: their folder, their upload state, and the commands that show and upload them."""
 
 import os
 import shlex
@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HEADER_BYTES = 7
-"""Of a .wandb file. One that holds no more, of a run that was killed at once, `wandb sync` cannot read."""
+"""The header of a .wandb file. `wandb sync` cannot read a file with a header only, left by a run killed at once."""
 
 
 _DATA_DIR = "WANDB_DATA_DIR"
 
 
 def find_folder(configured: str | None, default: Path) -> Path:
-    """Return the folder of W&B's files, which is in `wandb.dir`, or where that is not set in `default`."""
+    """Return the folder of W&B's files, in `wandb.dir` if that is set, else in `default`."""
     return (default if configured is None else Path(configured).expanduser()) / "wandb"
 
 
 @contextmanager
 def keep_data_in(folder: Path) -> Iterator[None]:
-    """Have W&B keep what it is going to upload (tables of answers, say) with its other files, not in the home folder.
+    """Make W&B keep files to upload (tables of answers, …) with its other files, not in the home folder.
 
-    There it would stay, one file for each run, and `wandb sync` on another machine would not find it.
+    In the home folder one file per run would remain, and `wandb sync` on another machine would not find it.
     """
     if _DATA_DIR in os.environ:
         yield
@@ -35,22 +35,22 @@ def keep_data_in(folder: Path) -> Iterator[None]:
 
 
 def find_parts(folder: Path, run_id: str) -> set[Path]:
-    """Return the folders into which W&B has recorded a run, one for each time that it was started."""
+    """Return the folders in which W&B recorded a run, one for each start."""
     return set(folder.glob(f"*run-*-{run_id}"))
 
 
 def mark_sent(part: Path) -> None:
-    """Let `wandb sync` know that the server has all that a part of a run holds."""
+    """Mark a part of a run as uploaded, for `wandb sync`."""
     for file in part.glob("*.wandb"):
         _mark(file).touch()
 
 
 def list_commands(folder: Path, run_id: str | None = None) -> list[str]:
-    """Return the commands that show runs: in the terminal, and on the web where the server lacks some of them.
+    """Return the commands that show runs in the terminal, and upload them if the server lacks some.
 
     Args:
-        folder: of W&B's files.
-        run_id: of the run that is to be uploaded; all in the folder unless told otherwise.
+        folder: the folder of W&B's files.
+        run_id: the run to upload; None for all in the folder.
     """
     files = sorted(folder.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name.removeprefix("offline-"))
     if not files:
@@ -72,9 +72,9 @@ def list_commands(folder: Path, run_id: str | None = None) -> list[str]:
 
 
 def _find_lacking(parts: Sequence[Path]) -> Sequence[Path]:
-    """Return what of a run, oldest first, is to be sent: all that came after the first that the server lacks.
+    """Return the parts of a run to upload, oldest first: from the first that the server lacks.
 
-    What it has of that is sent again, so that the newest figures stay the newest.
+    Later parts that the server has are uploaded again, so that the newest figures stay the newest.
     """
     first = next((index for index, part in enumerate(parts) if not _is_sent(part)), len(parts))
     return parts[first:]
@@ -89,5 +89,5 @@ def _is_sent(file: Path) -> bool:
 
 
 def _mark(file: Path) -> Path:
-    """Return the file by which `wandb sync` knows that a .wandb file has been uploaded."""
+    """Return the file that marks a .wandb file as uploaded, for `wandb sync`."""
     return file.with_suffix(".wandb.synced")

@@ -1,4 +1,4 @@
-"""Starting a W&B run: online, else offline, else not at all, with nothing left of a start that failed."""
+"""Start of a W&B run: online, else offline, else without W&B. A failed start leaves no files."""
 
 import logging
 import os
@@ -24,13 +24,13 @@ _Mode = Literal["online", "offline"]
 
 _TIMEOUT_SECONDS = 30
 _LONGEST_NAME = 128
-"""Characters of a name or a group; W&B's server refuses a run with longer ones."""
+"""Maximum characters of a name or a group; W&B's server rejects longer ones."""
 _LONGEST_REASON = 200
-"""Characters of an error that are shown; a server's answer may be a whole page."""
+"""Maximum characters shown of an error; a server's response may be a whole page."""
 
 
 class _Messages:
-    """Hears what W&B would print: it goes into run.log, and that an upload was given up is remembered."""
+    """Receiver of W&B's terminal messages: writes them to run.log and records an abandoned upload."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
@@ -50,21 +50,21 @@ messages = _Messages()
 
 
 def is_under_agent() -> bool:
-    """Return whether this process is a run of a sweep of W&B's own, started by `wandb agent`."""
+    """Return whether this process is a run of a W&B sweep, started by `wandb agent`."""
     return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"))
 
 
 def open_run(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]) -> tuple[Any, str | None]:
-    """Start the `wandb.Run` that `conf.wandb` asks for: a new one, or the one that `directory` holds the id of.
+    """Start the `wandb.Run` that `conf.wandb` asks for: a new one, or the one whose id is in `directory`.
 
     Args:
-        conf: the run; what it computes is logged once, without secrets and without names and places, which would
-            seem to explain its results.
-        directory: of the run.
-        warn: shows one line to the person at the terminal.
+        conf: the run's configuration; logged once, without secrets, and without names and paths, which would seem to
+            explain the results.
+        directory: the run's directory.
+        warn: shows one line on the terminal.
 
     Returns:
-        The run, or None; and why it is not what the configuration asks for, where it is not.
+        The W&B run, or None; and why it differs from what the configuration asks for, if it does.
     """
     if is_under_agent() and conf.wandb.mode != "online":
         warn(f"wandb.mode={conf.wandb.mode}: W&B's sweep sees nothing of this run; add wandb=online to its command")
@@ -88,15 +88,15 @@ def open_run(conf: RunConf, directory: RunDirectory, warn: Callable[[str], None]
 
 
 def _start(conf: RunConf, directory: RunDirectory, mode: _Mode) -> Any:
-    """Return the W&B run, or leave nothing of a start that failed: it would be uploaded as a part of the run."""
-    folder = find_folder(conf.wandb.dir, directory.path).resolve()  # W&B's service has a working directory of its own
+    """Start a W&B run; delete the files of a failed start, which would be uploaded as a part of the run."""
+    folder = find_folder(conf.wandb.dir, directory.path).resolve()  # W&B's service has another working directory
     folder.mkdir(parents=True, exist_ok=True)
     run_id = _read_id(directory)
     before = find_parts(folder, run_id)
     try:
         return _init(conf, directory, mode, folder, run_id)
     except Exception:
-        stop_service()  # which holds on to the run's id
+        stop_service()  # it keeps the run's id
         for part in find_parts(folder, run_id) - before:
             shutil.rmtree(part)
         raise
@@ -107,19 +107,19 @@ def _init(conf: RunConf, directory: RunDirectory, mode: _Mode, folder: Path, run
 
     service = os.environ.get("WANDB_SERVICE")
     if service is not None and f"-{os.getpid()}-" not in service:
-        del os.environ["WANDB_SERVICE"]  # of the process that started this one: it keeps the ids of runs that died
+        del os.environ["WANDB_SERVICE"]  # the parent process's service, which keeps the ids of dead runs
     messages.failure = None
     wandb.setup()
-    # Without a terminal of its own, W&B neither writes into the run's nor stops to ask there for a key.
+    # Without a terminal, W&B neither writes to the run's terminal nor waits there for a key.
     wandb.termsetup(wandb.Settings(silent=True), messages)
-    agent = is_under_agent()  # which has made the run already: where, and with which id, is not ours to say
+    agent = is_under_agent()  # the agent has created the run, with its project, entity and id
     told = WandbConf(**mask_secrets(vars(conf.wandb)))
     run = wandb.init(
         dir=folder.parent,
         mode=mode,
         id=None if agent else run_id,
         resume="allow",
-        reinit="finish_previous",  # one of several runs of this process that died must not receive our data
+        reinit="finish_previous",  # an earlier, dead run of this process must not receive our data
         project=None if agent else told.project,
         entity=None if agent else told.entity,
         group=None if told.group is None else _shorten(told.group, _LONGEST_NAME),
@@ -134,13 +134,13 @@ def _init(conf: RunConf, directory: RunDirectory, mode: _Mode, folder: Path, run
             quiet=True,
             silent=True,
             console="off",
-            x_disable_meta=True,  # it would hold the command line as typed, secrets included
+            x_disable_meta=True,  # it would contain the command line, secrets included
             disable_git=True,
             disable_code=True,
             init_timeout=_TIMEOUT_SECONDS,
             finish_timeout=_TIMEOUT_SECONDS,
             finish_timeout_raises=True,
-            # A server that is back has to be noticed before the time is up.
+            # Retry often enough to notice a recovered server before the timeout.
             x_graphql_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
             x_file_stream_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
             x_file_transfer_retry_wait_max_seconds=_TIMEOUT_SECONDS / 3,
@@ -158,7 +158,7 @@ def _shorten(text: str, longest: int) -> str:
 
 
 def _read_id(directory: RunDirectory) -> str:
-    """Return the id of the W&B run: the agent's, or one that is made once for a run directory."""
+    """Return the id of the W&B run: the agent's, or one generated once per run directory."""
     file = directory.path / "wandb" / "run_id.txt"
     given = os.environ["WANDB_RUN_ID"] if is_under_agent() else None
     if given or not file.exists():
@@ -168,23 +168,23 @@ def _read_id(directory: RunDirectory) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return why something failed, in a line that can be shown."""
+    """Return an error's reason as one short line without secrets."""
     return _shorten(mask_text(reason_of(error)), _LONGEST_REASON)
 
 
 def has_lost_service(error: Exception) -> bool:
-    """Whether W&B fails because the process in which it serves this one has died."""
+    """Return whether W&B failed because its service process has died."""
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
     return isinstance(error, (ConnectionError, HandleAbandonedError, MailboxClosedError))
 
 
 def stop_service() -> None:
-    """End the process in which W&B serves this one, if there is any, or forget it; the next run starts another."""
+    """End W&B's service process if there is one, or forget it; the next run starts another."""
     if "wandb" in sys.modules:
         import wandb
 
         try:
             wandb.teardown()
-        except (Exception, SystemExit):  # SystemExit: so W&B tells of a process that has ended by itself
+        except (Exception, SystemExit):  # wandb raises SystemExit if its process has already ended
             logger.exception("W&B's process has not ended in order")
