@@ -191,7 +191,7 @@ def test_a_users_file_that_would_never_be_read_is_an_error(tmp_path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_conf([], config_dir=str(tmp_path / "conf"))
     assert "training/dpo.yaml: hidden by the project's own file" in str(caught.value)
-    assert "hydra/callbacks/evil.yaml: not allowed" in str(caught.value)
+    assert "hydra/: not allowed" in str(caught.value)
 
 
 def test_each_point_of_a_sweep_is_checked_as_it_will_run() -> None:
@@ -206,7 +206,7 @@ def test_a_yaml_cannot_make_hydra_call_things(tmp_path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     text = "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.getcwd\n"
     (tmp_path / "conf" / "experiment" / "evil.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"evil\.yaml:2.*_target_"):
+    with pytest.raises(ConfigError, match=r"evil\.yaml:3: `hydra\.callbacks`: not allowed"):
         load_conf(["experiment=evil"], config_dir=str(tmp_path / "conf"))
 
 
