@@ -32,7 +32,7 @@ def run_installed(installed: Path, *arguments: str, program: str = "dpo-runner")
 
 
 def test_the_command_composes_from_the_packaged_conf(installed: Path) -> None:
-    code = "import dpo_runner.config.compose as c; print(c.CONF_DIR)"
+    code = "import dpo_runner.config.yaml_files as files; print(files.CONF_DIR)"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip() == str(installed / "dpo_runner" / "conf")
@@ -50,7 +50,10 @@ def test_the_command_trains_on_the_packaged_data(installed: Path, tmp_path: Path
 
 def test_every_command_is_installed_and_named_in_the_help(installed: Path) -> None:
     text = run_installed(installed, "--help")
-    modules = [file.stem for file in (ROOT / "dpo_runner").glob("*.py") if "\ndef main(argv" in file.read_text()]
+    package = ROOT / "dpo_runner"
+    files = {file.stem: file for file in package.glob("*.py")}
+    files |= {file.parent.name: file for file in package.glob("*/__main__.py")}
+    modules = [name for name, file in files.items() if "\ndef main(argv" in file.read_text()]
     assert sorted(modules) == ["cache", "chat", "compare", "evaluate", "export", "preview", "workspace"]
     for module in modules:
         assert f"python -m dpo_runner.{module} " in text

@@ -160,9 +160,7 @@ def load_conf(overrides: list[str] | None = None, config_dir: str | None = None)
     overrides = list(overrides or [])
     checked = check_overrides(overrides, config_dir)
     mistakes = checked.mistakes + (checked.find_single_run_mistakes() if checked.composable else [])
-    point = {
-        override.key_or_group: str(override.input_line) for override in checked.sound
-    }  # the last of each key
+    point = {override.key_or_group: str(override.input_line) for override in checked.sound}  # the last of each key
     if checked.of_sweep()[0]:  # with sweep=NAME, whose points the command validates
         point = {text: text for text in overrides}
     if not checked.composable or (mistakes and checked.of_sweep()[0]):
