@@ -72,10 +72,8 @@ def export_run(
     if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
         conf = replace(conf, model=replace(conf.model, revision=commit))
     lineage = trace_origins(conf, run_dir, tuned, facts.environment)
-    model = None
-    if not adapter_only:
-        model, measured = _build_model(conf, run_dir, tuned, dtype, say)
-        lineage["export"] |= measured
+    model, measured = (None, {}) if adapter_only else _build_model(conf, run_dir, tuned, dtype, say)
+    lineage["export"] |= measured
 
     def fill(staging: Path) -> None:
         left_out = shutil.ignore_patterns("README.md", PLOTS, *(() if model is None else _WEIGHTS))
