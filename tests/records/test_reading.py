@@ -59,7 +59,7 @@ def test_what_a_continuation_is_compared_with_is_read_before_anything_is_loaded(
     path = Path("r") / name
     path.unlink() if content is None else path.write_text(content)
     says = "is missing" if content is None else r"cannot be used: .*"
-    with pytest.raises(ConfigError, match=rf"^r/{name}(:1)?: {says}; without it nobody can tell whether"):
+    with pytest.raises(ConfigError, match=rf"^r/{name}(:1)?: {says}; the run cannot be continued without it"):
         run(stopped)
 
 
