@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models made on the spot, small data, and no network."""
+"""Shared fixtures: tiny generated models, small data, no network."""
 
 import json
 import os
@@ -15,25 +15,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
-    del os.environ[name]  # the configuration decides, whatever the developer's shell says
+    del os.environ[name]  # the configuration decides, not the developer's shell
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test where it cannot litter."""
+    """Run each test in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw a card's curves, a third of a tiny run's time, only where they are looked at."""
+    """Skip a model card's plots, a third of a tiny run's time, except in tests that check them."""
     if request.path.name not in ("test_card.py", "test_plots.py", "test_run.py", "test_docs.py"):
         monkeypatch.setattr("dpo_runner.model.card.card.write_plots", lambda folder, events: [])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what tests tokenize out of the user's cache; converted models are shared with it."""
+    """Keep data tokenized by tests out of the user's cache; converted models are shared with it."""
     from dpo_runner.io.files import cache_dir
     from dpo_runner.model.files.packaged import load_random_model_path
 
@@ -69,7 +69,7 @@ def tokenizer(tiny_model: str):
 
 @pytest.fixture(scope="session")
 def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LoRA adapter on the tiny model whose weights, B included, are far from 0."""
+    """A LoRA adapter on the tiny model; its weights, B included, are far from 0."""
     return make_adapter(tiny_model, tmp_path_factory.mktemp("sft"), seed=1, std=0.1, r=4, target_modules="all-linear")
 
 
@@ -80,7 +80,7 @@ _LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that none of them is left to one core at the end."""
+    """Run the files that take minutes first, so that none occupies a single core at the end."""
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 

@@ -17,7 +17,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextmanager
 def on_ctrl_c(handler: Handler) -> Iterator[None]:
-    """Handle SIGINT with `handler` in this block, unless SIGINT is ignored or the program has its own handler."""
+    """Handle SIGINT with `handler` in this block, unless it is ignored or has a handler of the program."""
     previous = signal.getsignal(signal.SIGINT)
     ours = previous in (signal.default_int_handler, end_at_once, raise_once)
     if not ours or threading.current_thread() is not threading.main_thread():

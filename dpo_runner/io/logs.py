@@ -29,7 +29,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collecting_later() -> Iterator[None]:
-    """Disable the garbage collector: it would scan half a million live objects again and again and free nothing."""
+    """Disable the garbage collector, which would rescan half a million live objects and free nothing."""
     if not gc.isenabled():  # an outer block or the program disabled it, and will enable it again
         yield
         return

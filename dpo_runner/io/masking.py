@@ -89,7 +89,7 @@ def _mask_known(text: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compile_known(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
-    """Return a pattern of the secrets known by value, longest first because one may be a prefix of another."""
+    """Return a pattern of the secrets known by value, longest first: one may be a prefix of another."""
     values = set(_find_in_environment(environment))
     return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
 
@@ -112,7 +112,7 @@ def _find_in_environment(environment: Iterable[tuple[str, str]]) -> Iterator[str
 
 
 def _is_number(name: str, value: str) -> bool:
-    """Return whether a value is a numeric setting such as MAX_TOKEN=1000000, or too short a number to mask."""
+    """Return whether a value is a numeric setting (MAX_TOKEN=1000000), or too short a number to mask."""
     return value.isdecimal() and not (len(value) >= _SHORTEST_NUMBER and _PASSWORD_VARIABLE.search(name))
 
 

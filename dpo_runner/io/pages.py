@@ -49,7 +49,7 @@ def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **val
 
 
 def escape_label(text: str) -> str:
-    """Return text from data as a one-line plot label, escaped because plotly interprets some tags and entities."""
+    """Return text from data as a one-line plot label, escaped: plotly interprets some tags and entities."""
     line = " ".join(visible(text).split())
     return html.escape(line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…", quote=False)
 

@@ -22,7 +22,7 @@ _silent: set[int] = set()
 
 
 def show_every_character() -> None:
-    """Make the standard streams escape characters their encoding lacks (`LC_ALL=C`, PYTHONIOENCODING=ascii)."""
+    """Make stdout and stderr escape characters their encoding lacks (`LC_ALL=C`, PYTHONIOENCODING=ascii)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")

@@ -22,7 +22,7 @@ _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
 """Files written before status.json, next to an empty checkpoints/."""
 
 
-_CANNOT_TELL = f"without it nobody can tell whether the run may be continued: {PUT_BACK}"
+_CANNOT_TELL = f"the run cannot be continued without it: {PUT_BACK}"
 
 _MOVABLE = ("model.base",)
 """Keys of environment.json with paths, which may change while the files stay the same."""

@@ -54,7 +54,7 @@ class RunRecord:
         return self.state == "finished"
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return the object in a JSON file of the directory; {} if missing or unusable, the latter with a note."""
+        """Return the object in a JSON file; {} if the file is missing or unusable, the latter with a note."""
         text = self.read(name)
         if text is None:
             return {}

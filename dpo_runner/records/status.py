@@ -13,7 +13,7 @@ from dpo_runner.io.locks import lock
 HEARTBEAT_SECONDS = 10
 
 LOCK_FILE = ".lock"
-"""A file in the run directory, locked by the writing process; the system releases the lock when that ends."""
+"""A file in the run directory, locked by the run's process; the system unlocks it when that ends."""
 
 _SILENT_AFTER = 6 * HEARTBEAT_SECONDS
 

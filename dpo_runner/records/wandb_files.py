@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HEADER_BYTES = 7
-"""The header of a .wandb file. `wandb sync` cannot read a file with a header only, left by a run killed at once."""
+"""Size of a .wandb header. `wandb sync` cannot read a file without more, left by a run killed at once."""
 
 
 _DATA_DIR = "WANDB_DATA_DIR"

@@ -1,4 +1,4 @@
-"""Whatever becomes of the terminal: a run's result and exit code are the same, and commands end quietly."""
+"""Terminal failures: a run's result and exit code stay the same, and commands end quietly."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from tests.support.programs import start_python
 
 
 class Gone(io.StringIO):
-    """A stream whose reader has gone away."""
+    """A stream whose reader has closed the pipe."""
 
     writes = 0
 

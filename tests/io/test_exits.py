@@ -1,4 +1,4 @@
-"""How commands end: lines that a person can act on, and exit codes that a script can trust."""
+"""Command exits: actionable error lines and reliable exit codes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Records on disk: any text, and what a kill leaves."""
+"""JSON Lines records: any text, and files cut off by a kill."""
 
 from pathlib import Path
 

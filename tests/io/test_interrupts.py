@@ -1,4 +1,4 @@
-"""Ctrl-C from the first import to the last: one line, exit code 130, no traceback."""
+"""Ctrl-C during imports: one line, exit code 130, no traceback."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Sender())
 
 
 def heed() -> None:
-    """Let Ctrl-C be heard where these tests run in the background of a shell, which ignores it there."""
+    """Reset SIGINT to the default: a shell ignores it in background jobs, such as these tests."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""No secret is written or sent, wherever a person has put it."""
+"""Masking: no secret is written or sent, wherever the user put it."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ CANARY = "canary-of-the-search"
 
 
 def search(*folders: Path) -> tuple[list[str], bool]:
-    """Return each file and name in `folders` that holds a secret, and whether any holds the canary."""
+    """Return each path in `folders` with a secret in its name or content, and whether any has the canary."""
     paths = [path for folder in folders for path in folder.rglob("*")]
     texts = {path: str(path).encode() + (path.read_bytes() if path.is_file() else b"") for path in paths}
     found = [f"{path}: {secret}" for path, text in texts.items() for secret in SECRETS if secret.encode() in text]
@@ -86,7 +86,7 @@ def search(*folders: Path) -> tuple[list[str], bool]:
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Environment variables that hold secrets, in a git checkout whose remote has one."""
+    """Environment variables with secrets, in a git checkout whose remote URL has one."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -1,4 +1,4 @@
-"""Libraries are imported quietly, and without torch's compiler, which only functions that are called need."""
+"""Quiet imports of libraries, without torch's compiler until a compiled function is called."""
 
 import gc
 import subprocess
@@ -66,7 +66,7 @@ def test_nothing_is_collected_while_importing_and_the_collector_is_left_as_it_wa
 
 
 def test_no_collection_goes_through_what_was_imported(tiny_run: list[str]) -> None:
-    """Neither in a run nor at the end of the process, where it would take longer than a second."""
+    """Neither during a run nor at process exit, where it would take over a second."""
     code = """
 import atexit, gc, importlib, sys
 from dpo_runner.__main__ import main

@@ -1,4 +1,4 @@
-"""A checkpoint is what was saved, to the bit, or it is not continued from."""
+"""Checkpoints: only one that is bit for bit as saved is continued from."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = folder / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={rows}", "wandb=disabled"]
-    overrides.append("lora.lora_dropout=0.1")  # draws random numbers: without it no two checkpoints differ in theirs
+    overrides.append("lora.lora_dropout=0.1")  # uses random numbers, so that rng_state differs between checkpoints
     run(load_conf([*overrides, f"run_dir={folder / 'r'}", "samples.num_prompts=0"]))
     return folder / "r" / "checkpoints"
 
@@ -107,7 +107,7 @@ def test_a_damaged_one_is_put_aside_and_the_one_before_it_is_taken(
     assert open_last_checkpoint(checkpoints, told.append) == before
     (line,) = told
     assert line.startswith(f"{newest} is not continued from: ") and line.endswith("it is kept as damaged-checkpoint-4")
-    assert name in line or (how, name) == (swap, MANIFEST)  # then it is the others that are not what it says
+    assert name in line or (how, name) == (swap, MANIFEST)  # the other's manifest: the reported file is another one
     aside = checkpoints / "damaged-checkpoint-4"
     assert {file.name: file.read_bytes() for file in aside.iterdir()} == left
     assert list_checkpoints(checkpoints) == [before]
@@ -135,7 +135,7 @@ def test_one_that_lacks_its_name_alone_is_found(checkpoints: Path) -> None:
 
 
 def write_steps(folder: Path, best: dict[int, int | None]) -> None:
-    """Write checkpoints at some steps, each with the step of the best one so far."""
+    """Write checkpoints at the steps of `best`, each with the step of the best one so far."""
     for step, best_step in best.items():
         state = json.dumps({"best_global_step": best_step})
         write_sealed(folder / f"checkpoint-{step}", lambda path, state=state: fill_state(path, state))
@@ -152,7 +152,7 @@ def test_where_the_best_is_lost_one_before_it_is_taken(gone: bool, tmp_path: Pat
         shutil.rmtree(tmp_path / "checkpoint-4")
     else:
         (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("damaged")
-    assert open_last_checkpoint(tmp_path, pytest.fail) == tmp_path / "checkpoint-8"  # its best is not asked for
+    assert open_last_checkpoint(tmp_path, pytest.fail) == tmp_path / "checkpoint-8"  # the best is not needed
     told: list[str] = []
     found = open_last_checkpoint(tmp_path, told.append, needs_best=True)
     assert told[0].startswith(f"{tmp_path / 'checkpoint-8'} is not continued from: the run is to end with the best one")
@@ -183,11 +183,11 @@ def test_where_all_are_damaged_there_is_none(checkpoints: Path) -> None:
 
 
 class Killed(BaseException):
-    """As a kill does, it passes all that handles errors."""
+    """Simulates a kill: a BaseException passes all error handlers."""
 
 
 class Fuse:
-    """Kills after so many file operations."""
+    """Raises Killed after `limit` file operations."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
@@ -212,7 +212,7 @@ def fill(folder: Path, text: str) -> None:
 def test_a_kill_after_any_operation_of_a_save_leaves_the_last_one_or_this_one(
     again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`again`: a checkpoint of the same name is there already."""
+    """`again`: a checkpoint of the same name exists."""
     operations = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")]
     survived = set()
     for limit in range(200):
@@ -269,7 +269,7 @@ def test_files_in_folders_are_sealed_too(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on some network file systems."""
+    """Some network file systems cannot flush folders."""
     flush = os.fsync
 
     def refuse(handle: int) -> None:

@@ -1,4 +1,4 @@
-"""Files are whole or not there, secrets are masked, directories are fresh."""
+"""Run directory: atomic writes, masked secrets, fresh directories."""
 
 import json
 import threading
@@ -118,11 +118,12 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     directory.keep_metrics_until(2, EVENT_KINDS)
     steps = [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
-    for loss in (0.4, 0.3):  # after the training, before the run was interrupted; and when it went on
+    for loss in (0.4, 0.3):  # after training: before the interruption, and again after resuming
         directory.append_metrics({"step": 2, "eval_loss": loss})
         directory.keep_metrics_until(2, {"learning_rate"})
         assert [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").open()] == [1, 2]
-    directory.append_metrics({"step": 2, "loss": 0.5, "learning_rate": 1e-3})  # of an epoch's end, after its evaluation
+    # Logged at an epoch's end, after its evaluation.
+    directory.append_metrics({"step": 2, "loss": 0.5, "learning_rate": 1e-3})
     directory.keep_metrics_until(2, {"eval_loss"})
     assert [json.loads(line)["step"] for line in (directory.path / "metrics.jsonl").open()] == [1, 2]
 

@@ -1,4 +1,4 @@
-"""Old checkpoints: which may go, which stay, and that nothing but them goes."""
+"""Clearing of old checkpoints: deletes only those not needed, and no other files."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.support.run_folders import write_run
 def make_run(
     path: Path, state: str, steps: tuple[int, ...] = (2, 4, 6), best: int | None = None, **summary: Any
 ) -> Path:
-    """Write a run with sealed checkpoints, one that was damaged, and a save that was cut off."""
+    """Write a run with sealed checkpoints, a damaged one, and an interrupted save."""
     write_run(path, state=state)
     folder = path / "checkpoints"
     told = None if best is None else f"/elsewhere/checkpoint-{best}"
@@ -84,11 +84,11 @@ def test_of_finished_runs_all_go_and_of_others_none(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("best", "weights", "kept"),
     [
-        (4, "last", {"checkpoint-4"}),  # the only ones of its best weights
+        (4, "last", {"checkpoint-4"}),  # holds the only copy of the best weights
         (6, "last", set()),
-        (4, "best by eval_loss: checkpoint-4", {"checkpoint-6"}),  # the only ones of its last weights
+        (4, "best by eval_loss: checkpoint-4", {"checkpoint-6"}),  # holds the only copy of the last weights
         (6, "best by eval_loss: checkpoint-6", set()),
-        (1, "last", set()),  # not there any more
+        (1, "last", set()),  # no longer exists
     ],
 )
 def test_weights_that_the_result_is_not_of_stay(best: int, weights: str, kept: set[str], tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_weights_that_the_result_is_not_of_stay(best: int, weights: str, kept: s
 
 @pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
 def test_of_one_that_is_named_all_go_but_the_best_and_the_one_it_continues_from(state: str, tmp_path: Path) -> None:
-    """The one that is `running` has given no sign of life for long."""
+    """The heartbeat of the `running` one is old."""
     run_dir = make_run(tmp_path / "outputs" / "r", state, best=2)
     (run_dir / "checkpoints" / "checkpoint-6" / "weights").write_bytes(b"cut off")
     assert run_main(main, "checkpoints", str(run_dir), "--clear") == 0
@@ -124,7 +124,7 @@ def test_a_run_that_is_going_on_is_left_alone_though_it_is_named(
     before = names_in(run_dir)
     assert run_main(main, "checkpoints", "r", "--clear") == 0
     assert "the run is going on" in capsys.readouterr().out and names_in(run_dir) == before
-    update_status(run_dir, state="finished")  # as seen a moment before somebody begins
+    update_status(run_dir, state="finished")  # as read just before another process starts
     (run_dir / "summary.json").write_text('{"weights": "last"}')
     assert run_main(main, "checkpoints", "r", "--clear") == 2
     assert "another process is running there" in capsys.readouterr().err and names_in(run_dir) == before

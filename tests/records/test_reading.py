@@ -1,4 +1,4 @@
-"""Small files of a run directory that are missing or damaged cost a line, not a traceback."""
+"""Missing or damaged files of a run directory: one line, not a traceback."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from tests.support.run_folders import write_run
 
 @pytest.fixture
 def stopped() -> RunConf:
-    """The configuration of a run that was stopped behind a checkpoint."""
+    """The configuration of a run stopped after a checkpoint."""
     write_run(Path("r"), state="interrupted")
     conf = load_conf(["run_dir=r"])
     RunDirectory(Path("r")).write_config(conf, [])
@@ -46,7 +46,7 @@ def test_every_command_says_that_the_status_is_damaged(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: r/status.json: cannot be used: ")
     assert run_main(compare, "r") == 0
-    update = '{"state": "interrupted"}'  # the remedy
+    update = '{"state": "interrupted"}'  # the remedy in the error
     Path("r/status.json").write_text(update)
     check_continuable(Path("r"), read_status(Path("r")) or {}, stopped)
 
@@ -59,7 +59,7 @@ def test_what_a_continuation_is_compared_with_is_read_before_anything_is_loaded(
     path = Path("r") / name
     path.unlink() if content is None else path.write_text(content)
     says = "is missing" if content is None else r"cannot be used: .*"
-    with pytest.raises(ConfigError, match=rf"^r/{name}(:1)?: {says}; without it nobody can tell whether"):
+    with pytest.raises(ConfigError, match=rf"^r/{name}(:1)?: {says}; the run cannot be continued without it"):
         run(stopped)
 
 

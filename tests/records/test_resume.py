@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and which folders a run may begin in."""
+"""Resuming: progress saved in checkpoints, and folders in which a run may start."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_what_a_run_that_was_killed_at_once_has_left_is_no_obstacle(tmp_path: Pa
 
 
 def interrupt(overrides: list[str], after: int) -> None:
-    """Run until so many steps are made."""
+    """Run until `after` steps are done."""
     step = RunTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -69,7 +69,7 @@ def interrupt(overrides: list[str], after: int) -> None:
 
 @pytest.fixture
 def stopped(tiny_run: list[str]) -> list[str]:
-    """Overrides of a run that was interrupted behind its first checkpoint."""
+    """Overrides of a run interrupted after its first checkpoint."""
     overrides = [*tiny_run, "run_dir=r", "samples.num_prompts=0"]
     interrupt(overrides, after=3)
     assert find_last_checkpoint(Path("r/checkpoints")) is not None
@@ -93,7 +93,7 @@ OPERATIONAL = {
         *("training.save_strategy=epoch", "training.logging_strategy=epoch", "training.logging_first_step=true"),
     ],
 }
-"""By the steps that are saved then."""
+"""Overrides by the steps saved with them."""
 
 
 def test_what_changes_no_result_may_be_another_from_now_on(
@@ -118,7 +118,7 @@ def test_what_changes_no_result_may_be_another_from_now_on(
         run(load_conf([*overrides, f"run_dir=r{number}", *changes]))
         assert read_result(f"r{number}") == read_result("undisturbed")
         logged = [event["step"] for event in read_metrics(Path(f"r{number}")) if "loss" in event]
-        assert logged == [1, 2, 3, 6]  # the new rhythm, from here on
+        assert logged == [1, 2, 3, 6]  # the new interval applies from here
         assert tuple(map(read_step, saved)) == steps
     assert [path.name for path in Path("r0/checkpoints").iterdir()] == ["checkpoint-6"]
 
@@ -199,7 +199,7 @@ def test_a_run_that_another_process_has_ended_while_data_was_prepared_is_finishe
 
 
 def test_a_process_of_the_same_number_on_another_machine_is_another_one(tmp_path: Path) -> None:
-    """As in containers, whose first process has the number 1."""
+    """In containers, for instance, the first process has the id 1."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     status = {"state": "running", "pid": os.getpid(), "heartbeat": now}
     check_free(tmp_path, {**status, "host": platform.node()})
@@ -207,7 +207,7 @@ def test_a_process_of_the_same_number_on_another_machine_is_another_one(tmp_path
         check_free(tmp_path, {**status, "host": f"not-{platform.node()}"})
 
 
-BEST = (  # the first evaluation stays the best, for margins grow
+BEST = (  # lower is better and margins grow, so the first evaluation stays the best
     *("training.load_best_model_at_end=true", "training.metric_for_best_model=eval_rewards/margins"),
     *("training.greater_is_better=false", "training.eval_steps=1", "training.save_steps=1"),
     *("training.save_total_limit=2", "samples.num_prompts=0"),
@@ -216,7 +216,7 @@ BEST = (  # the first evaluation stays the best, for margins grow
 
 @pytest.fixture
 def best(tiny_run: list[str]) -> bytes:
-    """The result of an undisturbed run that ends with its best weights."""
+    """The weights of an uninterrupted run that ends with its best weights."""
     summary = run(load_conf([*tiny_run, *BEST, "run_dir=undisturbed"]))
     assert summary is not None and summary["weights"] == "best by eval_rewards/margins: checkpoint-1"
     return Path("undisturbed/adapter/adapter_model.safetensors").read_bytes()
@@ -266,7 +266,7 @@ def test_best_weights_that_are_damaged_are_told_of_at_once_and_made_again(
 
 
 def test_the_best_between_two_saves_is_saved_too(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers notes its step, and would go on with the last weights."""
+    """transformers only records its step, and would end with the last weights."""
     evaluate = RunTrainer.evaluate
 
     def pretend(self, *args, **kwargs):
@@ -297,9 +297,9 @@ def test_one_that_is_damaged_does_not_count_and_is_not_deleted(
 def test_warnings_of_a_training_that_goes_wrong_outlive_its_process(
     stopped: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is preempted all the time never makes the log events of a warning in one process."""
+    """A run that is often preempted never logs enough events for a warning in one process."""
     monkeypatch.setattr("dpo_runner.training.callbacks.drift._WINDOW", 2)
-    monkeypatch.setattr("dpo_runner.training.callbacks.drift._EXPLODED", 1.0)  # any rise is one then, of half a nat
+    monkeypatch.setattr("dpo_runner.training.callbacks.drift._EXPLODED", 1.0)  # then any rise of half a nat counts
     path = Path("r/metrics.jsonl")
     events = [event for event in read_metrics(Path("r")) if event["step"] <= 2]
     events = [event | {"loss": 0.01} if "loss" in event else event for event in events]
@@ -308,7 +308,7 @@ def test_warnings_of_a_training_that_goes_wrong_outlive_its_process(
     assert "the loss has risen from 0.01 to" in " ".join(capsys.readouterr().out.split())
 
 
-EPOCHS = (  # of two steps each
+EPOCHS = (  # epochs of two steps
     *("data.max_train_samples=4", "training.logging_strategy=epoch", "training.eval_strategy=epoch"),
     *("training.save_steps=1", "training.bf16=false", "samples.num_prompts=0"),
 )
@@ -317,7 +317,7 @@ EPOCHS = (  # of two steps each
 @pytest.mark.parametrize("strategy", ["steps", "best"])
 def test_what_is_due_at_the_end_of_an_epoch_is_not_lost_with_the_process(strategy: str, tiny_run: list[str]) -> None:
     overrides = [*tiny_run, *EPOCHS, f"training.save_strategy={strategy}"]
-    if strategy == "best":  # which evaluates, and so saves, within an epoch's last step
+    if strategy == "best":  # evaluates, and so saves, within an epoch's last step
         overrides += ["training.eval_strategy=steps", "training.eval_steps=1"]
         overrides += ["training.metric_for_best_model=rewards/margins", "training.greater_is_better=true"]
     run(load_conf([*overrides, "run_dir=undisturbed"]))

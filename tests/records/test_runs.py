@@ -1,4 +1,4 @@
-"""Whatever is found on disk is read as far as it goes, and what is not is told in a line."""
+"""Tolerant reading of run directories: unreadable parts are reported, one line each."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run whose process has died is told from one that is going on, and asking disturbs neither."""
+"""Liveness of a run's process; checking it does not disturb the run."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def now() -> str:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that has the run directory r, as one that is running."""
+    """A process that holds the run directory r like a running run."""
     process = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
@@ -53,14 +53,14 @@ def test_a_run_is_alive_as_long_as_its_process_whatever_the_clock_says(other: "s
     run_dir = Path("r")
     for heartbeat in (now(), LONG_AGO, "nonsense"):
         assert find_death(run_dir, change_status(heartbeat=heartbeat)) is None
-    os.kill(other.pid, signal.SIGSTOP)  # as a laptop that is closed
+    os.kill(other.pid, signal.SIGSTOP)  # like a suspended laptop
     assert read_job(run_dir).state == "running"
     with pytest.raises(ConfigError, match=f"process {other.pid} is running there"):
         check_free(run_dir, change_status())
     os.kill(other.pid, signal.SIGCONT)
 
     other.kill()
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # a zombie, whose process id is still in use
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # a zombie keeps its process id
     killed = f"its process, {other.pid}, was killed, or went down with the machine"
     for heartbeat in (now(), LONG_AGO):
         assert find_death(run_dir, change_status(heartbeat=heartbeat)) == killed
@@ -92,7 +92,7 @@ def test_of_another_host_the_heartbeat_alone_counts(tmp_path: Path) -> None:
     assert find_death(tmp_path / "r", {**gone, "heartbeat": LONG_AGO}) == f"no sign of life since {LONG_AGO}"
     here = {**gone, "host": platform.node()}
     assert "was killed" in str(find_death(tmp_path / "r", {**here, "heartbeat": now()}))
-    older = {"state": "running", "pid": 2**22 + 1, "heartbeat": now()}  # of a version that told no host
+    older = {"state": "running", "pid": 2**22 + 1, "heartbeat": now()}  # written by a version that recorded no host
     assert "was killed" in str(find_death(tmp_path / "r", older))
 
 
@@ -127,7 +127,7 @@ def test_who_holds_the_lock_keeps_it_though_it_asks(tmp_path: Path) -> None:
 
 
 def test_who_asks_does_not_keep_a_run_from_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking takes the lock for a moment, and a claim in that moment is tried again."""
+    """A check takes the lock for a moment; a claim in that moment is retried."""
     tried = []
     lockf = locks.fcntl.lockf
 
@@ -143,7 +143,7 @@ def test_who_asks_does_not_keep_a_run_from_beginning(tmp_path: Path, monkeypatch
 
 
 def test_where_no_file_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on network file systems that know no locks; there the heartbeat tells."""
+    """Some network file systems have no locks; there the heartbeat decides."""
 
     def refuse(*args: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

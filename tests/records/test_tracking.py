@@ -1,4 +1,4 @@
-"""W&B: what an offline run holds, and trouble that stays harmless; test_tracking_online.py has the rest."""
+"""W&B offline: recorded data, and failures that do not stop the run. Online: test_tracking_online.py."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ SECRET = "hf_" + "a1B2" * 8
 
 
 def inspect(folder: Path, *arguments: str) -> str:
-    """Read an offline run back with wandb's own reader."""
+    """Read an offline run with wandb's own reader."""
     wandb = Path(sys.executable).parent / "wandb"
     file = next(folder.glob("offline-run-*/*.wandb"))
     return subprocess.run(
@@ -86,7 +86,7 @@ def test_a_run_that_a_search_gave_up_is_no_failure_and_says_so(tiny_run, tmp_pat
     [
         (None, "finished", 0),
         (ValueError("x"), "failed", 1),
-        (SystemExit(0), "failed", 1),  # a job that calls sys.exit has not finished, whatever code it gives
+        (SystemExit(0), "failed", 1),  # a job that calls sys.exit has not finished, whatever its code
         (KeyboardInterrupt(), "interrupted", 130),
         (KeyboardInterrupt(15), "interrupted", 143),
         (RunPruned(3, 4), "pruned", 0),
@@ -104,7 +104,7 @@ def test_the_end_of_a_run_is_told_as_it_was(
 
 
 def test_the_service_of_whoever_started_this_process_is_left_alone(tiny_run, tmp_path: Path) -> None:
-    """A run that was killed would stay known to it, and could not be continued."""
+    """That service would keep the id of a killed run, which then could not be resumed."""
     overrides = [*tiny_run, "wandb=offline", "run_dir=r", "training.max_steps=1"]
     code = f"from dpo_runner import load_conf, run\nrun(load_conf({overrides!r}))"
     env = {**os.environ, "WANDB_SERVICE": "3-1-unix-/absent"}
@@ -161,7 +161,7 @@ def test_any_failure_while_logging_is_a_warning() -> None:
     tracker.log({"step": 1, "loss": 0.5})
     tracker.log_samples([])
     tracker.finish("finished", exit_code=0)
-    tracker.log({"step": 2, "loss": 0.5})  # after the end: nothing happens
+    tracker.log({"step": 2, "loss": 0.5})  # no effect after the end
     (told,) = warnings
     assert "quota" in told and "metrics.jsonl" in told
 

@@ -1,4 +1,4 @@
-"""W&B online against a stand-in server: whole runs, resumed ones, `wandb sync`, and everything that can fail."""
+"""W&B online against a fake server: whole and resumed runs, `wandb sync`, and failures."""
 
 import json
 import os
@@ -35,17 +35,17 @@ RunEvents.on_step_begin = hold
 
 
 _IMPATIENT = 4
-"""Seconds to wait where the server does not answer, after it has answered the start in time."""
+"""Timeout in seconds for a server that does not answer, long enough for a normal start."""
 
 
 class Child:
     """A command as a process.
 
     Args:
-        code: what it does.
-        command: its command line, as that code sees it.
-        environment: over this process's own.
-        terminal: the file of the terminal that it runs in.
+        code: the Python code.
+        command: the code's sys.argv.
+        environment: variables added to those of this process.
+        terminal: the file descriptor of its terminal, if any.
     """
 
     def __init__(self, code: str, command: list[str], environment: dict[str, str], terminal: int | None = None) -> None:
@@ -61,7 +61,7 @@ class Child:
         self.pid = self._process.pid
 
     def end(self) -> tuple[int, str]:
-        """Wait for its end and return the exit code and what it printed."""
+        """Wait for the process to end, and return its exit code and output."""
         return self._process.wait(), self._output.read_text()
 
     def succeed(self) -> str:
@@ -71,14 +71,14 @@ class Child:
 
 
 class Run(Child):
-    """One run of ours, in r/.
+    """A process with one training run, in r/.
 
     Args:
-        overrides: of the run.
-        environment: over this process's own.
-        timeout: seconds that W&B is waited for, at the start and at the end.
-        hold: numbers of steps after which it waits for `go`.
-        terminal: the file of the terminal that it runs in.
+        overrides: the run's overrides.
+        environment: variables added to those of this process.
+        timeout: W&B's timeout in seconds, at the start and at the end.
+        hold: step counts at which the run waits for `go`.
+        terminal: the file descriptor of its terminal, if any.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Run(Child):
         super().__init__(code, command, environment, terminal)
 
     def reached(self, step: int) -> None:
-        """Wait until so many steps are done."""
+        """Wait until `step` steps are done."""
         end = time.monotonic() + 200
         while not Path(f"reached-{step}").exists():
             assert time.monotonic() < end, self._output.read_text()
@@ -107,7 +107,7 @@ class Run(Child):
 
 
 def run_wandb(environment: dict[str, str], *arguments: str) -> str:
-    """Run W&B's command and return what it prints."""
+    """Run the wandb command line and return its output."""
     return Child("import wandb.cli.cli\nwandb.cli.cli.cli()", ["wandb", *arguments], environment).succeed()
 
 
@@ -120,7 +120,7 @@ def server() -> Iterator[WandbServer]:
 
 @pytest.fixture
 def environment(server: WandbServer, tmp_path: Path) -> dict[str, str]:
-    """What points W&B at the server; it waits less for single answers, and looks for a key nowhere else."""
+    """Variables that point W&B to the server, shorten its HTTP timeout, and hide other API keys."""
     return {
         "HOME": str(tmp_path),
         "WANDB_BASE_URL": server.url,
@@ -135,7 +135,7 @@ def online(tiny_run: list[str]) -> list[str]:
 
 
 def read_logged() -> list[dict[str, float]]:
-    """Return the events of metrics.jsonl, as far as they are numbers."""
+    """Return the numeric values of the events in metrics.jsonl."""
     lines = Path("r/metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))} for line in lines
@@ -143,7 +143,7 @@ def read_logged() -> list[dict[str, float]]:
 
 
 def as_events(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return W&B's rows under the names and in the form of metrics.jsonl; those of other things are left out."""
+    """Return W&B's train and eval rows in the form of metrics.jsonl."""
     events = []
     for row in history:
         named = {key: value for key, value in row.items() if re.match("(train|eval)/", key)}
@@ -159,7 +159,7 @@ def without_time(events: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def read_local() -> list[dict[str, float]]:
-    """Return the events that the local .wandb files hold, oldest file first, read by W&B's own reader."""
+    """Return the events in the local .wandb files, oldest file first, read with W&B's own reader."""
     history = []
     for file in sorted(Path("r/wandb").glob("*run-*/*.wandb"), key=lambda file: file.parent.name.split("run-")[1]):
         printed = run_wandb({}, "leet", "inspect", "--json", str(file))
@@ -173,7 +173,7 @@ def read_status() -> dict[str, Any]:
 
 
 def sync(printed: str, environment: dict[str, str]) -> None:
-    """Run the `wandb sync` command that a run has printed last."""
+    """Run the last `wandb sync` command that a run printed."""
     command = shlex.split(re.findall("wandb sync .*", printed)[-1])
     run_wandb(environment, *command[1:])
 
@@ -184,7 +184,7 @@ def tell_warnings(printed: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of the run without any W&B."""
+    """The weights of the run without W&B."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={folder / 'pairs.jsonl'}"]
@@ -194,7 +194,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def assert_untouched(undisturbed: bytes) -> None:
-    """The run is what it is without W&B: finished, with the same weights, no row lost."""
+    """Check that the run is the same as without W&B: finished, same weights, no row lost."""
     assert Path("r/adapter/adapter_model.safetensors").read_bytes() == undisturbed
     assert read_status()["state"] == "finished"
     steps = [event["step"] for event in read_logged() if "loss" in event]
@@ -215,7 +215,7 @@ def test_an_online_run_is_on_the_server_whole(
     assert table["columns"][:3] == ["prompt", "before", "after"] and len(table["data"]) == 2
     assert read_status()["wandb"].startswith(f"online at {server.url}")
     assert "wandb leet" in printed and "wandb sync" not in printed
-    assert "warning" not in printed and "wandb:" not in printed  # the terminal is the run's alone
+    assert "warning" not in printed and "wandb:" not in printed  # W&B prints nothing on the terminal
 
 
 def test_a_resumed_online_run_goes_on_where_it_was(
@@ -247,7 +247,7 @@ def test_without_a_server_at_the_start_the_run_is_recorded_offline(
     assert re.search("W&B did not start: .+; the run is recorded offline instead", told)
     assert_untouched(undisturbed)
     assert re.match("offline: .+", read_status()["wandb"]) and read_status()["state"] == "finished"
-    assert len(list(Path("r/wandb").glob("*run-*"))) == 1  # nothing is left of the start that failed
+    assert len(list(Path("r/wandb").glob("*run-*"))) == 1  # the failed start left no files
     assert without_time(read_logged()) == read_local()
     assert not server.runs
     server.recover()
@@ -262,7 +262,7 @@ def test_without_a_server_at_the_start_the_run_is_recorded_offline(
 def test_a_server_that_is_lost_on_the_way_costs_nothing(
     server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
 ) -> None:
-    # W&B asks 20 seconds long for the samples' table where no answer comes: one of the two cases is enough.
+    # Without an answer W&B retries the samples' table for 20 seconds: one of the two cases is enough.
     samples = fault != "answer lost"
     run = Run(online if samples else [*online, "samples.num_prompts=0"], environment, _IMPATIENT, hold=(2,))
     run.reached(2)
@@ -270,7 +270,7 @@ def test_a_server_that_is_lost_on_the_way_costs_nothing(
     lost = time.monotonic()
     run.go(2)
     printed = run.succeed()
-    assert time.monotonic() - lost < 200  # by itself W&B would go on for a week
+    assert time.monotonic() - lost < 200  # W&B would retry for a week by default
     (told,) = tell_warnings(printed)
     assert "W&B does not have all of this run" in told and "; the rest is uploaded by wandb sync " in told
     assert_untouched(undisturbed)
@@ -333,7 +333,7 @@ def test_without_a_key_the_run_is_recorded_offline(
     if not terminal:
         printed = Run(online, keyless).succeed()
         assert "W&B did not start: No API key configured" in printed and "recorded offline instead" in printed
-    else:  # where W&B would ask for a key, and wait
+    else:  # on a terminal W&B would prompt for a key and wait
         ours, theirs = os.openpty()
         run = Run(online, keyless, terminal=theirs)
         text = read_all(ours, run, theirs)
@@ -344,19 +344,19 @@ def test_without_a_key_the_run_is_recorded_offline(
 
 
 def read_all(ours: int, run: Run, theirs: int) -> str:
-    """Return what a run writes to its terminal until it ends."""
+    """Return all output of a run on its terminal."""
     pieces: list[bytes] = []
 
     def read() -> None:
         try:
             while piece := os.read(ours, 1024):
                 pieces.append(piece)
-        except OSError:  # nobody has it open any more
+        except OSError:  # the other end is closed
             pass
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    impatience = threading.Timer(120, os.kill, (run.pid, signal.SIGKILL))  # of a run that asks and waits
+    impatience = threading.Timer(120, os.kill, (run.pid, signal.SIGKILL))  # for a run that waits at a prompt
     impatience.start()
     code, _ = run.end()
     impatience.cancel()
@@ -374,7 +374,7 @@ def test_a_killed_run_loses_its_last_two_seconds_at_most(
     overrides = [*tiny_run, f"wandb={mode}"]
     run = Run(overrides, environment, hold=(2, 3))
     run.reached(2)
-    time.sleep(5.5)  # two, and time for a busy machine to write
+    time.sleep(5.5)  # two seconds, and time for a busy machine to write
     run.go(2)
     run.reached(3)
     killed = time.time()

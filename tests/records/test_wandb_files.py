@@ -1,4 +1,4 @@
-"""The commands that show and upload runs, checked against what `wandb sync` would then take."""
+"""Commands that show and upload runs, checked against the files that `wandb sync` takes."""
 
 import os
 import re
@@ -17,7 +17,7 @@ WANDB = str(Path(sys.executable).parent / "wandb")
 def write_part(
     folder: Path, number: int, run_id: str, online: bool = False, sent: bool = False, record: bytes = b"x"
 ) -> Path:
-    """Write what W&B leaves of a run that was started at a second `number`."""
+    """Write W&B's files of a run started at the second `number`."""
     part = folder / f"{'' if online else 'offline-'}run-20260101_00000{number}-{run_id}"
     part.mkdir(parents=True)
     (part / f"run-{run_id}.wandb").write_bytes(b":W&B\xe1\xbe\x00" + record)
@@ -29,7 +29,7 @@ def write_part(
 
 
 def list_taken(command: str) -> set[Path]:
-    """Return the parts that a `wandb sync` command uploads, as W&B itself lists them."""
+    """Return the parts that a `wandb sync` command uploads, from its dry run."""
     program, *rest = shlex.split(command)
     assert program == "wandb"
     env = {**os.environ, "WANDB_SILENT": "false"}
@@ -56,7 +56,7 @@ def test_runs_that_the_server_has_are_only_shown(tmp_path: Path) -> None:
 
 
 def test_where_nothing_was_recorded_nothing_is_uploaded(tmp_path: Path) -> None:
-    """Of a run that was killed at once; and in its company the others are named, since W&B would stumble over it."""
+    """A run killed at once is skipped; the other runs are named, because W&B fails on its file."""
     empty = write_part(tmp_path, 1, "aa", record=b"")
     assert list_commands(tmp_path) == [f"wandb leet {tmp_path}"]
     part = write_part(tmp_path, 2, "aa")
@@ -73,7 +73,7 @@ def test_where_nothing_was_recorded_nothing_is_uploaded(tmp_path: Path) -> None:
         ([(False, False)], [(False, False), (False, False)], "", True),
         ([(False, True), (True, True)], [(False, True), (False, False)], "", True),
         ([(False, True)], [(True, True), (True, False)], "--include-online ", True),
-        # What came after the first part that is missing is uploaded too, whatever it is.
+        # Parts after the first missing one are uploaded too.
         ([], [(False, False), (True, True)], "--include-synced --include-online ", True),
         ([(False, True), (True, True)], [(True, True), (False, False), (False, True)], "--include-synced ", False),
     ],
@@ -81,7 +81,7 @@ def test_where_nothing_was_recorded_nothing_is_uploaded(tmp_path: Path) -> None:
 def test_what_is_uploaded_is_what_the_server_lacks(
     tmp_path: Path, others: list[tuple[bool, bool]], of_run: list[tuple[bool, bool]], flags: str, whole: bool
 ) -> None:
-    """Of one run alone, and of all in the folder by one command; a part is online or not, and sent or not."""
+    """Commands for one run and for the whole folder; each part is (online, sent)."""
     folder = tmp_path / "wandb"
     extra = {write_part(folder, 1, f"c{index}", *given): given[1] for index, given in enumerate(others)}
     parts = [write_part(folder, 2 + index, "aa", *given) for index, given in enumerate(of_run)]

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same rows, tokens and job on all sides, and tables of nothing but that."""
+"""The benchmarks compare the same rows, tokens and job on all sides, and tabulate only such measurements."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ DEMO_ROW = {
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """Two rows in the layout of the demo data; the second one's answers are too long for 1024 bytes."""
+    """Two rows in the layout of the demo data; the answers of the second exceed 1024 bytes."""
     long = copy.deepcopy(DEMO_ROW)
     long["chosen"]["value"] = "It falls and falls. " * 60
     path = tmp_path / "demo.json"
@@ -84,7 +84,7 @@ def test_synthetic_rows_have_their_length_and_share(tiny_model: str, tmp_path: P
 
 
 def test_all_sides_read_the_same_tokens(tiny_model: str, tokenizer, demo: Path, tmp_path: Path) -> None:
-    """Of the files themselves, TRL's by TRL's own code; other tokens, or other rows, are refused."""
+    """Tokens are counted from the files, TRL's with TRL's code; different tokens or rows are refused."""
     written = write_rows("demo", 2, tiny_model, tmp_path, demo)
     rows = [json.loads(line) for line in Path(written.path).read_text().splitlines()]
     ours = tokenize_ours(rows, tokenizer)
@@ -109,7 +109,7 @@ def test_both_commands_say_the_same_job(load_in_4bit: bool, tiny_model: str, pai
     conf = load_conf(build_ours(job, tmp_path / "r")[3:])
     ours = build_dpo_config(conf, tmp_path).to_dict()
     _, theirs, model, _ = make_parser().parse_args_and_config(build_trl(job, tmp_path)[2:])
-    # Where results are written, how they are shown, and what costs time or memory and changes no result.
+    # Paths and display of results, and settings that affect only time or memory.
     own = {
         "output_dir",
         "logging_dir",
@@ -120,7 +120,7 @@ def test_both_commands_say_the_same_job(load_in_4bit: bool, tiny_model: str, pai
         "save_total_limit",
     }
     own |= {"activation_checkpointing", "logging_nan_inf_filter", "eval_steps", "per_device_eval_batch_size"}
-    own |= {"disable_dropout"}  # there is none
+    own |= {"disable_dropout"}  # the model has no dropout
     theirs = theirs.to_dict()
     assert {key: value for key, value in theirs.items() if ours[key] != value and key not in own} == {}
     assert theirs["beta"] == 0.3 and theirs["gradient_checkpointing"]  # its default
@@ -188,7 +188,7 @@ def test_unequal_jobs_are_refused() -> None:
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    """What a benchmark of one shape would keep: another job of one side, and one shape without data."""
+    """The record of a benchmark of one shape: with a different job on one side, and a shape without data."""
     machine = {"cpu": "a processor", "flags": ["avx512_bf16"], "cores": 2, "memory_gb": 24, "python": "3.11"}
     machine |= dict.fromkeys(("torch", "transformers", "trl", "peft"), "1")
     record = Record(tmp_path / "training.json", {"threads": 2, "model": "m"}, machine)
@@ -214,7 +214,7 @@ def test_the_table_is_made_of_the_record_and_compares_only_the_same_job(record: 
         "dpo_runner": {"total_seconds": 20.0},
         "trl": [make_run("trl", 11) for _ in range(9)],
         "trl, 1×8": [make_run("trl, 1×8", 10) for _ in range(9)],
-        "trl precompute": [],  # it was interrupted there
+        "trl precompute": [],  # interrupted before its first run
     }
     record.part("growth_length", "256")["dpo_runner"] = [make_run("dpo_runner", 1)]
     report = build_report(record.data)
@@ -255,7 +255,7 @@ def test_the_best_settings_are_by_training_and_by_total() -> None:
     assert best_variants(tried, tried) == ["trl precompute", "trl"] and best_variants(tried, PEER_VARIANTS) == []
     tried["trl, 1×8"] = [make_run("trl, 1×8", 4)]
     assert choose_variants(tried, TRL_VARIANTS) == ["trl", "trl, 1×8"]
-    assert choose_variants(tried, PEER_VARIANTS) == [PEER]  # nothing is known of it
+    assert choose_variants(tried, PEER_VARIANTS) == [PEER]  # not measured
     assert next(iter(TRL_VARIANTS)) == "trl" and TRL_VARIANTS["trl"] == Variant()
 
 
@@ -265,9 +265,9 @@ def bench(record: Record, tmp_path: Path) -> Bench:
 
 
 def test_rows_at_once_are_tried_with_the_best_of_the_other_settings(bench: Bench) -> None:
-    """Each with the same pairs a step, none of them twice, and none that might not fit into memory."""
+    """Each with the same pairs per step, none twice, and none that might exceed memory."""
     tried = []
-    # Training takes longer with more rows at once; the start with a reference takes long.
+    # Training is slower with more rows at once; the start with a reference is slow.
     settings = {(True, False): (9, 9), (False, False): (8, 8.5), (True, True): (7, 20), (False, True): (6, 20)}
 
     def work(side: str, job: Job, variant: Variant, folder: Path) -> Measured:
@@ -288,7 +288,7 @@ def test_rows_at_once_are_tried_with_the_best_of_the_other_settings(bench: Bench
     assert found[f"{best}, 2×4"] == {"failed": "no memory"}
     tune(bench, "hh", bench.job, TRL_VARIANTS, work)
     assert len(tried) == 8
-    bench.record.data["machine"]["memory_gb"] = 16  # of which the best takes 6 with 4 rows at once
+    bench.record.data["machine"]["memory_gb"] = 16  # GB; the best setting takes 6 with 4 rows at once
     tune(bench, "bundled", bench.job, TRL_VARIANTS, work)
     assert "12 GB" in bench.record.part("tune", "bundled")[f"{best}, 8×1"]["failed"] and f"{best}, 8×1" in tried[:8]
     assert tried[8:].count(f"{best}, 8×1") == 0
@@ -339,7 +339,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     with pytest.raises(CommandFailed, match=r"took more than 0 s"):
         run(["bash", "-c", "sleep 60 & echo $!; wait"], os.environ, tmp_path / "log", timeout=0.4)
     child = int((tmp_path / "log").read_text().splitlines()[-1])
-    wait_until(lambda: not is_process_alive(child))  # killed, it closes its files a moment before it is gone
+    wait_until(lambda: not is_process_alive(child))  # a killed process closes its files shortly before it disappears
     with pytest.raises(CommandFailed, match=r"sleep: took more than 0 s"):
         aside_within(0.4, time.sleep, 60)
     assert time.monotonic() - start < 20

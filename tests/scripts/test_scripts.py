@@ -1,4 +1,4 @@
-"""The scripts do what their first lines say."""
+"""The scripts in scripts/: an SFT adapter, concise pairs, and --help of every script."""
 
 import json
 import random

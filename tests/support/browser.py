@@ -1,4 +1,4 @@
-"""Pages opened in a real browser, which shows what they are after their scripts have run."""
+"""HTML pages in a real browser, checked after their scripts have run."""
 
 import re
 import shutil
@@ -14,16 +14,16 @@ SWITCHES = (
 
 
 def open_page(page: str, folder: Path, afterwards: str = "", real_time: bool = False) -> tuple[str, list[str]]:
-    """Open a page, and run what a test wants to do there under the page's own policy.
+    """Open a page, and run a test's script under the page's security policy.
 
     Args:
-        page: as HTML.
-        folder: for the page and the browser's profile.
-        afterwards: JavaScript.
-        real_time: let the page's clock go as fast as ours, and end when it is loaded; else timers fire at once.
+        page: the page's HTML.
+        folder: the folder for the page and the browser's profile.
+        afterwards: the test's JavaScript, at the end of the page.
+        real_time: use the real clock, and end when the page is loaded; otherwise timers fire at once.
 
     Returns:
-        The document without its scripts, and a line for each error, or whatever the page's policy had to stop.
+        The document without its scripts, and a line for each error or violation of the page's policy.
     """
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

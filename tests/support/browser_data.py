@@ -1,4 +1,4 @@
-"""Shared by tests; from test_compare_page."""
+"""The data payload of a comparison page."""
 
 import json
 import re

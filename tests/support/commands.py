@@ -1,4 +1,4 @@
-"""Shared by tests; from test_bad_config."""
+"""Command lines that are rejected before anything runs."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from dpo_runner.__main__ import main
 
 
 def give(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give a command that is refused before anything runs or is written, and return what it says."""
+    """Run a command that is rejected before it runs or writes anything, and return its stderr."""
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(sys, "argv", ["dpo_runner", *arguments])
     monkeypatch.setattr("dpo_runner.__main__._run_with_hydra", lambda: pytest.fail("it is not refused"))

@@ -1,4 +1,4 @@
-"""Shared by tests; from conftest."""
+"""Preference rows, a LoRA adapter, child processor time, and commands run in this process."""
 
 import resource
 from collections.abc import Callable
@@ -12,7 +12,7 @@ ROWS = [
 
 
 def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: Any) -> str:
-    """Write a LoRA adapter whose lora_B has random weights of that deviation, and return its folder."""
+    """Write a LoRA adapter with random lora_B weights of standard deviation `std`, and return its folder."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -28,7 +28,7 @@ def make_adapter(model: str, folder: Path, seed: int, std: float, **settings: An
 
 
 def children_seconds() -> float:
-    """Return the processor time of all ended child processes, which unlike the clock knows no other load."""
+    """Return the processor seconds of all ended children; unlike the clock, unaffected by other load."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

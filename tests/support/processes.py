@@ -1,4 +1,4 @@
-"""Shared by tests; from test_liveness."""
+"""The code of a process that claims the run directory r and stays running."""
 
 HOLD = """
 import sys, time

@@ -1,8 +1,8 @@
-"""Python programs that need not import torch and TRL first: each is a fork of a process that has.
+"""Fast Python programs: forks of a process that has already imported torch and TRL.
 
-What is run, its arguments, environment, folder, streams, process id, signals and exit code are as without; only the
-seconds of the imports are saved, for the worker processes of a sweep too. That the commands work from nothing, and
-what they import, is for test_cli.py, the undisturbed sweep of test_sweep.py and others to say.
+The program, its arguments, environment, folder, streams, process id, signals and exit code are those of a normal
+start; only the seconds of the imports are saved, also for a sweep's worker processes. test_cli.py, the undisturbed
+sweep of test_sweep.py and others check normal starts and the modules that commands import.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What a shell finds as `python`: hands the command and its three streams over, and ends as it ends.
+# The script that a shell runs as `python`: passes on the command and its three streams, and exits with its status.
 CLIENT = """\
 #!{python} -IS
 import json, os, socket, sys
@@ -44,8 +44,8 @@ sys.exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(s
 
 @functools.cache
 def _start_server() -> str:
-    """Return the address of the server, which ends with this process."""
-    address = str(Path(tempfile.mkdtemp(), "socket"))  # short, as a socket's path must be
+    """Start the server, which ends with this process, and return its address."""
+    address = str(Path(tempfile.mkdtemp(), "socket"))  # the path of a socket must be short
     command = [sys.executable, __file__, address]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"ready\n"
@@ -58,7 +58,7 @@ _ASKED = inspect.signature(subprocess.Popen._execute_child)
 
 
 def _name(given: Sequence[Any]) -> dict[str, Any]:
-    """Return the arguments of Popen._execute_child by their names."""
+    """Return the arguments of Popen._execute_child by name."""
     return dict(_ASKED.bind(None, *given).arguments)
 
 
@@ -72,7 +72,7 @@ def _close_theirs(process: "subprocess.Popen[Any]", asked: dict[str, Any]) -> No
 
 
 class Program(subprocess.Popen[str]):
-    """A Python program: Popen, but for what makes the process and what waits for it."""
+    """A Popen whose process the server forks and waits for."""
 
     def _execute_child(self, *given: Any) -> None:
         asked = _name(given)
@@ -88,7 +88,7 @@ class Program(subprocess.Popen[str]):
             connection.connect(_start_server())
             socket.send_fds(connection, [len(text).to_bytes(8, "big")], streams)
             connection.sendall(text)
-            self._answers = connection.makefile("rb", buffering=0)  # what select is asked about lies in no buffer
+            self._answers = connection.makefile("rb", buffering=0)  # unbuffered for select
         self.pid = int(self._answers.readline())
         self._child_created = True
         _close_theirs(self, asked)
@@ -111,13 +111,13 @@ def start_python(*arguments: str, **settings: Any) -> "subprocess.Popen[str]":
 
     Args:
         arguments: `-m MODULE …`, `-c CODE …` or `SCRIPT …`.
-        settings: of Popen: cwd, env, stdin, stdout, stderr, start_new_session.
+        settings: arguments of Popen: cwd, env, stdin, stdout, stderr, start_new_session.
     """
     return Program(list(arguments), text=True, **settings)
 
 
 def run_python(*arguments: str, typed: str = "", timeout: float = 300, **settings: Any) -> Any:
-    """Run `python ARGUMENTS` to its end, as subprocess.run with capture_output does, and return what that does."""
+    """Run `python ARGUMENTS`; same result as subprocess.run with capture_output."""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with start_python(*arguments, **streams, **settings) as process:
         try:
@@ -130,7 +130,7 @@ def run_python(*arguments: str, typed: str = "", timeout: float = 300, **setting
 
 @contextlib.contextmanager
 def quick_python() -> Iterator[dict[str, str]]:
-    """Yield an environment in which `python` of the shell is such a program."""
+    """Yield an environment in which the shell's `python` starts such a program."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "python")
         program.write_text(CLIENT.format(python=sys.executable, address=_start_server()))
@@ -138,7 +138,7 @@ def quick_python() -> Iterator[dict[str, str]]:
         yield {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
-# From here on in the server and in what it makes.
+# The code below runs in the server and its forks.
 IMPORTED = (
     *("torch", "trl", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb", "matplotlib.font_manager"),
     *("wandb.apis.public", "wandb.cli.cli", "hydra", "optuna", "dpo_runner.train", "dpo_runner.model.card.plots"),
@@ -147,7 +147,7 @@ IMPORTED = (
 
 
 def serve(address: str) -> None:
-    """Make programs until standard input ends; each has a process beside it that waits for it."""
+    """Fork programs until standard input ends, each with another process that waits for it."""
     for module in IMPORTED:
         importlib.import_module(module)
     global MEDIA_TMP
@@ -171,7 +171,7 @@ def serve(address: str) -> None:
 
 
 def _attend(connection: socket.socket) -> NoReturn:
-    """Make one program, and tell its number and how it ends."""
+    """Fork one program, and send its process id and exit status."""
     length, streams, _, _ = socket.recv_fds(connection, 8, 3)
     told = b""
     while len(told) < int.from_bytes(length, "big"):
@@ -192,7 +192,7 @@ def _attend(connection: socket.socket) -> NoReturn:
 
 
 class _Popen(subprocess.Popen[Any]):
-    """As Popen, but a worker of a sweep is a fork too."""
+    """A Popen that forks a sweep's worker too."""
 
     def _execute_child(self, *given: Any) -> None:
         asked = _name(given)
@@ -216,8 +216,8 @@ class _Popen(subprocess.Popen[Any]):
 def _become(
     streams: Sequence[int], arguments: list[str], folder: str, environment: dict[str, str], own_session: bool = False
 ) -> NoReturn:
-    """Be the program, in a process that was forked for it."""
-    gc.freeze()  # nothing of the process before is put away, and no file closed with it
+    """Run the program in this forked process."""
+    gc.freeze()  # do not collect the parent's objects, which would close its files
     if own_session:
         os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -227,7 +227,7 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    MEDIA_TMP._finalizer.detach()  # a folder that W&B makes when it is imported and removes in the end
+    MEDIA_TMP._finalizer.detach()  # a folder that W&B creates on import and removes at exit
     MEDIA_TMP.__init__("wandb-media")
     code = _perform(arguments)
     threading._shutdown()
@@ -237,11 +237,11 @@ def _become(
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-    os._exit(code)  # two seconds are spared that Python takes to put away all that it has imported
+    os._exit(code)  # skips Python's teardown of the imported modules, which takes two seconds
 
 
 def _perform(arguments: list[str]) -> int:
-    """Do what `python ARGUMENTS` does, and return the exit code, or the number of a signal below 0."""
+    """Do what `python ARGUMENTS` does, and return the exit code, or minus the number of a signal."""
     try:
         for place in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
             if place and place not in sys.path:

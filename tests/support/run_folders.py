@@ -1,4 +1,4 @@
-"""Run directories written by hand, as far as a comparison reads them."""
+"""Synthetic run directories with the files that a comparison reads."""
 
 import json
 import math
@@ -13,10 +13,10 @@ def write_run(path: Path, *, state: str | None = "finished", seed: int = 42, ste
 
     Args:
         path: the directory.
-        state: of status.json; None writes none. Only a finished run gets its summary and samples.
-        seed: the configuration's.
-        steps: the last optimizer step that was logged.
-        given: keys of the configuration, with `__` for a dot; `accuracy`, `margin` and `chosen` fix those results.
+        state: the state in status.json; None writes no such file. Only a finished run gets a summary and samples.
+        seed: the seed in the configuration.
+        steps: the last logged optimizer step.
+        given: configuration keys, with `__` for a dot; `accuracy`, `margin` and `chosen` fix those results.
     """
     path.mkdir(parents=True)
     fixed = {name: given.pop(name, None) for name in ("accuracy", "margin", "chosen")}
@@ -72,7 +72,7 @@ def write_run(path: Path, *, state: str | None = "finished", seed: int = 42, ste
 
 
 def write_samples(path: Path, samples: list[tuple[str, str, str]]) -> None:
-    """Write samples.jsonl out of questions, the reference's and the policy's answers."""
+    """Write samples.jsonl from (question, the reference's answer, the policy's answer)."""
     lines = [
         {
             "prompt": [{"role": "user", "content": question}],

@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server on a loopback port: it keeps what runs and `wandb sync` send, and fails on demand."""
+"""A fake W&B server on a loopback port: stores data from runs and `wandb sync`, and fails on demand."""
 
 import contextlib
 import http.server
@@ -14,27 +14,27 @@ API_KEY = "0123456789" * 4
 HISTORY, SUMMARY, EVENTS, OUTPUT = "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl", "output.log"
 
 Fault = Literal["none", "500", "500 for rows", "401", "key unknown", "no answer", "answer lost", "slow", "closed port"]
-"""What a request meets: `no answer` drops the connection and keeps nothing, `answer lost` keeps it all first."""
+"""`no answer` drops the connection and stores nothing, `answer lost` stores the request first."""
 
 _FORBIDDEN = {"data": None, "errors": [{"message": "permission denied", "extensions": {"code": "PERMISSION_ERROR"}}]}
 
 
 @dataclass
 class StoredRun:
-    """What the server has of one run."""
+    """The data stored for one run."""
 
     variables: dict[str, Any] = field(default_factory=dict)
-    """Of the run's UpsertBucket requests, later ones over earlier ones: project, groupName, jobType, tags, …"""
+    """Variables of the UpsertBucket requests, later ones win: project, groupName, jobType, tags, …"""
     lines: dict[str, list[str]] = field(default_factory=dict)
-    """The files that are streamed, each at its offset as the real server does: what is sent twice is there once."""
+    """Streamed files, written by offset as on the real server: a line sent twice is stored once."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """The files that are uploaded."""
+    """Uploaded files."""
     exit_code: int | None = None
     complete: bool = False
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Every row that was logged, in the order in which the server has them."""
+        """All logged rows, in the server's order."""
         return [json.loads(line) for line in self.lines.get(HISTORY, [])]
 
     @property
@@ -53,17 +53,17 @@ class StoredRun:
 
 
 class WandbServer:
-    """The server; it listens from the beginning, and where it was left after `stop` and `start`."""
+    """The server; listens from construction on, and keeps its port and data across `stop` and `start`."""
 
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.operations: list[str] = []
-        """Names of the GraphQL requests, in order, those that met a fault included."""
+        """Names of the GraphQL requests in order, including failed ones."""
         self.received: list[bytes] = []
         """The bodies of all requests."""
         self.fault: Fault = "none"
         self.delay = 0.0
-        """Seconds until an answer while the fault is `slow`."""
+        """Response delay in seconds for the fault `slow`."""
         self._port = 0
         self._lock = threading.Lock()
         self._listener: http.server.ThreadingHTTPServer | None = None
@@ -80,14 +80,14 @@ class WandbServer:
         threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Close the port: connections are refused from now on."""
+        """Close the port, so that connections are refused."""
         if self._listener is not None:
             self._listener.shutdown()
             self._listener.server_close()
             self._listener = None
 
     def fail(self, fault: Fault) -> None:
-        """Let every request from now on meet `fault`."""
+        """Apply `fault` to every further request."""
         self.fault = fault
         if fault == "closed port":
             self.stop()
@@ -102,7 +102,7 @@ class WandbServer:
         return run
 
     def handle(self, method: str, path: str, body: bytes) -> Any:
-        """Keep what a request brings and return the JSON value that answers it."""
+        """Store a request's data and return the JSON response."""
         with self._lock:
             if path.startswith("/graphql"):
                 request = json.loads(body)
@@ -145,7 +145,7 @@ class WandbServer:
                 run_id, names = variables["run"], variables["files"]
                 files = [{"name": name, "uploadUrl": self._upload_url(run_id, name)} for name in names]
                 return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
-            case "CreateArtifact":  # one that the server has already: nothing is left to be uploaded
+            case "CreateArtifact":  # an artifact the server already has: nothing to upload
                 artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
                 return {"createArtifact": {"artifact": artifact}}
             case "ArtifactType":
@@ -184,7 +184,7 @@ class WandbServer:
 
 
 def _name(request: dict[str, Any]) -> str:
-    """Return the name of a GraphQL request; the requests of W&B's public API have it in the query alone."""
+    """Return the name of a GraphQL request; requests of W&B's public API have it only in the query."""
     given = request.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
     return given if isinstance(given, str) else given[1] if given else ""
 
@@ -226,7 +226,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # who asked may have given up
+        with contextlib.suppress(BrokenPipeError):  # the client may have timed out
             self.wfile.write(payload)
 
     def log_message(self, *args: object) -> None: ...

@@ -1,4 +1,4 @@
-"""The first cases of `scripts/torture/configs.py`, and that it finds what it looks for."""
+"""The first cases of `scripts/torture/configs.py`, and faults that it must find."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_no_configuration_ends_otherwise_than_composed_or_refused() -> None:
 )
 def test_what_is_printed_is_looked_at(mistakes: list[str], expected: str | None) -> None:
     if expected is None:
-        configs._check_refusal(mistakes)  # `report` has made them harmless
+        configs._check_refusal(mistakes)  # `report` has escaped them
     else:
         with pytest.raises(AssertionError, match=expected):
             configs._check_refusal(mistakes)

@@ -28,10 +28,10 @@ def raise_two_lines(*args: Any) -> None:
     raise error
 
 
-@pytest.mark.parametrize(("fault", "seed"), [(raise_another, 4), (raise_two_lines, 5)])  # rows that no cache has
+@pytest.mark.parametrize(("fault", "seed"), [(raise_another, 4), (raise_two_lines, 5)])  # rows not in any cache
 def test_what_goes_wrong_is_found(
     fault: Callable[..., None], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(messages, "_to_text", fault)  # of messages, not of plain texts
+    monkeypatch.setattr(messages, "_to_text", fault)  # used for messages, not for plain texts
     outcome = fuzz_rows(100, seed, tmp_path)
     assert outcome.failures and outcome.cases == 100
