@@ -38,7 +38,7 @@ _INTO_MAP = re.compile(
 
 
 def expand_overrides(overrides: Sequence[str]) -> list[str]:
-    """Prefix overrides that add map entries (`data.sources`, `lora.config`, …) with `++`, as Hydra requires.
+    """Mark overrides that add map entries (`data.sources`, `lora.config`) with `++`, as Hydra requires.
 
     `data.sources.mine.path=x` becomes `++data.sources={mine:{}}` and `++data.sources.mine.path=x`.
     """
@@ -102,9 +102,9 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
 
 @functools.lru_cache(maxsize=MOST_POINTS)
 def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
-    """Compose and validate one point of a sweep; cached, since command check, plan and launcher each need it.
+    """Compose and validate one point of a sweep; cached.
 
-    The result is shared: do not mutate it.
+    The command's check, the plan and the launcher each ask for it. The result is shared: do not mutate it.
 
     Raises:
         ConfigError, HydraException, OmegaConfBaseException: the point does not compose or is invalid.
@@ -136,7 +136,7 @@ def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | N
 
 
 def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
-    """Return why a point does not compose; unknown launchers and fields of null sections get their own message."""
+    """Return why a point does not compose; has own messages for launchers and fields of null sections."""
     for text in point:
         if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
             return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"
@@ -158,9 +158,7 @@ def load_conf(overrides: list[str] | None = None, config_dir: str | None = None)
     overrides = list(overrides or [])
     checked = check_overrides(overrides, config_dir)
     mistakes = checked.mistakes + (checked.find_single_run_mistakes() if checked.composable else [])
-    point = {
-        override.key_or_group: str(override.input_line) for override in checked.sound
-    }  # the last of each key
+    point = {override.key_or_group: str(override.input_line) for override in checked.sound}  # the last of each key
     if checked.of_sweep()[0]:  # with sweep=NAME, whose points the command validates
         point = {text: text for text in overrides}
     if not checked.composable or (mistakes and checked.of_sweep()[0]):
