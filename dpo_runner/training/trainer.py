@@ -132,7 +132,8 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
     def _cast_adapter_to_fp32(self) -> None:
         """Cast the adapter to fp32.
 
-        TRL casts a QLoRA adapter to bf16, where most small updates round to nothing. TRL has already rounded the adapter's loaded weights, but not the reference's copy, so restore them.
+        TRL casts a QLoRA adapter to bf16, where most small updates round to nothing. It has already rounded the
+        adapter's loaded weights, but not the reference's copy, so the loaded values are restored.
         """
         loaded = self._loaded or read_initial_weights(self.model)
         for name, parameter in self.model.named_parameters():

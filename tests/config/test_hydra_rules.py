@@ -1,4 +1,4 @@
-"""Nothing in a command or a config file makes Hydra run code: each attempt would leave a file behind."""
+"""No command or config file makes Hydra run code; each attempt would create a marker file."""
 
 import sys
 from collections.abc import Callable
@@ -62,7 +62,7 @@ ON_THE_COMMAND_LINE = [
     "--experimental-rerun=evil.pickle",
 ]
 
-# Files of a user's own folder; experiment=z selects them.
+# Files of a user's config folder; experiment=z selects them.
 IN_FILES: list[dict[str, str]] = [
     {"experiment/z.yaml": GLOBAL + CALLBACK},
     {"experiment/z.yaml": GLOBAL + f"hydra: {{launcher: {TARGET}}}"},
@@ -107,7 +107,7 @@ IN_FILES: list[dict[str, str]] = [
     {"sweep/z.yaml": GLOBAL + "hydra: {sweeper: {params: {hydra.job_logging.root.handlers: '[x]'}}}"},
 ]
 CONTROLS = [IN_FILES[at] for at in (0, 5, 22)]
-"""Of these it is shown that they run code where nothing is checked."""
+"""Controls: these run code if nothing is checked."""
 
 UNCHECKED = """
 import sys, dpo_runner.__main__ as program, dpo_runner.config.compose as config
@@ -126,7 +126,7 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def attempt(marker: Path, capsys, monkeypatch) -> Callable[..., None]:
-    """Gives a command, which has to be refused before anything runs or is written."""
+    """Return a function that runs a command, which must be rejected before anything runs or is written."""
 
     def refused(*arguments: str) -> None:
         before = sorted(marker.parent.rglob("*"))
@@ -139,7 +139,7 @@ def attempt(marker: Path, capsys, monkeypatch) -> Callable[..., None]:
 
 
 def write(files: dict[str, str]) -> list[str]:
-    """Write a folder of config groups, and return the arguments that select it."""
+    """Write a folder of config groups; return the arguments that select it."""
     for name, text in files.items():
         path = Path("mine", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def test_a_linked_folder_is_looked_into(attempt) -> None:
 
 
 def test_what_the_check_of_files_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
-    """The second line of defence does not look at files at all."""
+    """The check of the composed config is independent of the check of files."""
     from dpo_runner.config.compose import compose_config
     from dpo_runner.config.hydra_rules import UnsafeConfigError
 
