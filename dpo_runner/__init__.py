@@ -22,7 +22,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names on first use, so that `import dpo_runner` stays free of torch."""
+    """Import public names on first use, so that `import dpo_runner` does not import torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m dpo_runner`: check the command, let Hydra compose it, run it, and end with an honest exit code."""
+"""`python -m dpo_runner`: check the command line, compose with Hydra, run, and set the exit code."""
 
 import gc
 import os
@@ -22,7 +22,7 @@ with on_ctrl_c(end_at_once):
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 finished, 1 failed, 2 the configuration is wrong, 128 + N stopped by signal N.
+    Exit codes: 0 finished, 1 failed, 2 invalid configuration, 128 + N stopped by signal N.
     """
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
@@ -46,14 +46,14 @@ def _run_with_hydra() -> None:
     from dpo_runner.sweep.axes import defer_sections
     from dpo_runner.sweep.sweeper import register_plugins
 
-    # What goes wrong is kept out of Hydra, which would print a notice of its own about it.
+    # Errors are raised outside of Hydra, which would print an additional notice.
     failure_alone: list[DpoRunnerError] = []
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         typed = list(hydra_config.overrides.task)
         conf = build_run_conf(config, typed)
-        if hydra_config.mode == RunMode.MULTIRUN:  # under one of Hydra's own launchers
+        if hydra_config.mode == RunMode.MULTIRUN:  # started by one of Hydra's launchers
             _run_in_sweep(conf, typed, Path(hydra_config.runtime.output_dir))
             return
 
@@ -61,7 +61,7 @@ def _run_with_hydra() -> None:
             _check_early(conf)
             from dpo_runner.train import run
 
-            gc.freeze()  # what was imported stays; no collection goes through it again
+            gc.freeze()  # imported objects stay alive; exclude them from garbage collection
             run(conf, typed)
         except DpoRunnerError as error:
             failure_alone.append(error)
@@ -69,7 +69,7 @@ def _run_with_hydra() -> None:
     sys.argv[1:] = expand_overrides(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv) or any(text.startswith("sweep=") for text in sys.argv):
         sys.argv[1:] = choose_sweeper(defer_sections(sys.argv[1:]))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors back to us instead of printing tracebacks
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     register_plugins()
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
     application()
@@ -78,7 +78,7 @@ def _run_with_hydra() -> None:
 
 
 def _check_early(conf: RunConf) -> None:
-    """Refuse data files that a new run cannot use within a second; one that is continued may have done with them."""
+    """Reject unusable data files of a new run within a second; a continued run may not need them any more."""
     from dpo_runner.data.rows.sources import check_local_sources
     from dpo_runner.records.reading import read_status
 
@@ -87,7 +87,7 @@ def _check_early(conf: RunConf) -> None:
 
 
 def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:
-    """Run a job whose failure is told by its status.json, and at the end by the sweep."""
+    """Run one job of a sweep; its status.json, and later the sweep, report a failure."""
     from dpo_runner.sweep.executor import perform
     from dpo_runner.sweep.jobs import place_conf, read_labels
 

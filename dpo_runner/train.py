@@ -1,6 +1,6 @@
-"""One run: a configuration becomes a DPO-tuned adapter and the evidence for it.
+"""One run: from a configuration to a DPO-tuned adapter with metrics, samples and records.
 
-blueprint -> data -> settle -> plan | lock -> model -> trainer -> check -> measure -> train -> measure -> keep
+blueprint -> data -> settle -> plan | lock -> model -> trainer -> check -> measure -> train -> measure -> save
 """
 
 from collections.abc import Sequence
@@ -38,31 +38,31 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     load_base: LoadBase = load_fresh,
 ) -> dict[str, Any] | None:
-    """Run one configuration to its end, continuing what its run directory holds.
+    """Run one configuration to its end, or continue the interrupted run in its run directory.
 
     Args:
-        conf: what to run; see `load_conf`.
-        overrides: the overrides that `conf` was composed from, kept in overrides.yaml.
-        console: where progress is shown; the terminal by default.
-        callbacks: of the trainer, after the run's own.
-        load_base: loads the base model; a sweep's worker keeps it from run to run.
+        conf: the configuration; see `load_conf`.
+        overrides: the overrides `conf` was composed from, recorded in overrides.yaml.
+        console: progress output; the terminal by default.
+        callbacks: additional trainer callbacks, called after the run's own.
+        load_base: loads the base model; a sweep worker keeps it between runs.
 
     Returns:
-        What summary.json holds, or None after `dry_run=true`.
+        The contents of summary.json, or None after `dry_run=true`.
 
     Raises:
-        ConfigError: the configuration, or a file or model that it names, cannot be used. Nothing was trained.
-        RunError: the run itself failed. status.json says how, run.log has the traceback.
-        RunPruned: one of `callbacks` has given the run up.
-        RunInterrupted: SIGINT, SIGTERM or SIGUSR1; the training has finished its step and written a checkpoint before,
-            unless SIGINT came after it. The same command with run_dir set continues from the last checkpoint.
+        ConfigError: the configuration, or a file or model that it names, is unusable. Nothing was trained.
+        RunError: the run failed. status.json has the error, run.log the traceback.
+        RunPruned: one of `callbacks` pruned the run.
+        RunInterrupted: SIGINT, SIGTERM or SIGUSR1. During training the step is finished and a checkpoint written
+            first, unless another SIGINT follows. The same command with run_dir set continues from the last checkpoint.
     """
     console = console or RunConsole()
-    path = resolve_run_dir(conf)  # nothing is written there yet
+    path = resolve_run_dir(conf)  # nothing is written yet
     if (summary := read_finished(path, conf, console)) is not None:
         return summary
 
-    # ---- What will be trained, on which data, and how: known before a weight is loaded
+    # ---- Model, data, settings and plan, before any weight is loaded
     with route_library_logs(None):
         blueprint = draw_blueprint(conf)
         data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin, console.show_preparing)
@@ -74,11 +74,11 @@ def run(
         show_memory(settled, blueprint, console)
         return None
 
-    # ---- From here on the directory is this run's: status.json, run.log and W&B say how it ends
+    # ---- Lock the run directory; from here on status.json, run.log and W&B record the run
     with open_session(path, conf, overrides, console, callbacks) as session:
-        if session is None:  # another process has finished it while the data was prepared
+        if session is None:  # another process finished the run during data preparation
             return read_summary(path)
-        for attempt in attempts(settled, blueprint, session):  # more than one only where memory runs out
+        for attempt in attempts(settled, blueprint, session):  # more than one only if memory runs out
             with attempt:
                 _train(attempt.settled, blueprint, data, session, load_base)
     session.show_next_steps()
@@ -86,10 +86,10 @@ def run(
 
 
 def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session: Session, load_base: LoadBase) -> None:
-    """Model, trainer, checks; measure, train, measure; keep."""
+    """Load the model, build and check the trainer, measure, train, measure, save."""
     conf = settled.asked
 
-    # ---- Model: the policy, and the checkpoint that it continues from
+    # ---- Model, and the checkpoint to continue from
     session.say("loading the model")
     reset_peak_memory()
     set_seed(conf.seed)
@@ -98,16 +98,16 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     checkpoint = session.open_checkpoint()
     session.record_inputs(collect_environment(conf.seed, data, blueprint, policy), data, checkpoint)
 
-    # ---- Trainer: TRL's, with the mixins and the engine in it
+    # ---- Trainer: TRL's, with our mixins and engine
     with watch_memory(PREPARING):
         trainer = build_trainer(settled.conf, settled.args, blueprint, policy, data, session.callbacks, session.say)
     if conf.checks.step0:
         check_start(trainer, blueprint.reference, session.say)
     session.rewind_metrics(checkpoint)
 
-    # ---- Train, and measure before and after
+    # ---- Measure, train, measure
     session.say("measuring the model as it is")
-    with session.muted(checkpoint is not None):  # a continued run has logged this before
+    with session.muted(checkpoint is not None):  # a continued run has already logged this
         before = measure_model(trainer, data, conf)
     if checkpoint is not None:
         session.say(f"continuing from {checkpoint}")
@@ -115,7 +115,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     session.say("measuring the tuned model")
     after = measure_model(trainer, data, conf)
 
-    # ---- Keep the result
+    # ---- Save the result
     samples = pair_answers(data.prompts, before.answers, after.answers)
     session.write_samples(samples)
     summary = {"before": before.metrics, "after": after.metrics, **trained}
@@ -126,7 +126,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
 
 
 def show_memory(settled: Settled, blueprint: Blueprint, console: RunConsole) -> None:
-    """Show the estimate of peak memory, and warn where the device has too little."""
+    """Show the peak memory estimate; warn if the device has too little memory."""
     try:
         with route_library_logs(None):
             estimate = settled.estimate(blueprint)

@@ -1,4 +1,4 @@
-"""The docs cannot drift: every command of README and docs/ is run, every name in them exists."""
+"""The docs stay correct: every command of README and docs/ is run, every name in them exists."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ INSTALLS = "<!-- not run: installs packages -->"
 FRAGMENT = "<!-- not run: a fragment -->"
 MARKS = {"", NOT_RUN, *SERVERS, WANDB, INSTALLS, FRAGMENT}
 
-# What makes a documented run small enough for a test, unless the command itself says otherwise.
+# Overrides that shrink a documented run for tests, unless the command sets them itself.
 SMALL = [
     "model.model_name_or_path=random:tiny-llama",
     "training.max_steps=2",
@@ -47,7 +47,7 @@ def read(document: str) -> str:
 
 
 def read_blocks(document: str, language: str = "bash") -> list[tuple[str, str]]:
-    """Return (code, its mark as not run or "") for each block of a language."""
+    """Return (code, its not-run mark or "") for each code block of a language."""
     found = re.finditer(
         r"^(?P<mark><!-- not run:[^>]*-->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
         read(document),
@@ -70,14 +70,14 @@ def read_commands(document: str, *marks: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(own_cache: None, tiny_model: str) -> Iterator[dict[str, str]]:
-    """Of a shell whose `python` starts quickly."""
+    """Environment of a shell whose `python` starts quickly."""
     with quick_python() as quick:
         yield quick
 
 
 @pytest.fixture(scope="module")
 def after_readme(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], tiny_model: str) -> Path:
-    """The folder of a reader who has typed the commands of README.md in order."""
+    """The folder after running the commands of README.md in order."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     run_commands("README.md", folder, environment, tiny_model)
@@ -85,7 +85,7 @@ def after_readme(tmp_path_factory: pytest.TempPathFactory, environment: dict[str
 
 
 def test_every_command_of_the_readme_runs(after_readme: Path) -> None:
-    """In order and in one folder, as a reader would type them."""
+    """In order and in one folder, like a reader."""
     for name in ("first/adapter", "grid/sweep.json", "merged/model.safetensors"):
         assert (after_readme / "outputs" / name).exists()
 
@@ -94,7 +94,7 @@ def test_every_command_of_the_readme_runs(after_readme: Path) -> None:
 def test_every_command_of_a_page_runs(
     document: str, after_readme: Path, environment: dict[str, str], tiny_model: str, tmp_path: Path
 ) -> None:
-    """In order, in the folder of a reader who has typed those of README.md and of no other page."""
+    """In order, in a folder where only the commands of README.md were run before."""
     folder = tmp_path / "reader"
     shutil.copytree(after_readme, folder, symlinks=True)
     run_commands(document, folder, environment, tiny_model)
@@ -111,7 +111,7 @@ def run_commands(document: str, folder: Path, environment: dict[str, str], tiny_
 
 
 def shrink(command: str, tiny_model: str) -> str:
-    """Return a documented command with what makes it small enough for a test."""
+    """Return a documented command, shrunk for tests."""
     if command.startswith("make "):
         return ":"  # see test_make_targets_exist
     if command.startswith("python -m dpo_runner ") and "--" not in command:
@@ -132,7 +132,7 @@ def shrink(command: str, tiny_model: str) -> str:
 
 
 def check_served_folders(folder: Path) -> None:
-    """What the servers are pointed at is what the commands before have written, and what each of them reads."""
+    """Check that documented servers point to folders written by earlier commands, in a readable format."""
     commands = read_commands("docs/export.md", *SERVERS)
     merged = {"outputs/" + path for line in commands for path in re.findall(r"FROM \./(\w+)", line)}
     merged |= {path for line in commands for path in re.findall(r"vllm serve (outputs/\w+)", line)}
@@ -216,7 +216,7 @@ def test_links_lead_to_files_and_headings(document: str) -> None:
 
 
 def anchors_of(text: str) -> set[str]:
-    """Return the headings of a page as a link names them."""
+    """Return the link anchors of a page's headings."""
     plain = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", plain, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""The layout of the package, as far as import-linter cannot check it: circles, crowded folders, sizes, names."""
+"""Package layout rules that import-linter cannot check: cycles, crowded folders, sizes, names."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted((ROOT / "dpo_runner").rglob("*.py"))}
 GENERATED = "dpo_runner/config/sections/training.py"
 FOREIGN_SIGNATURES = {"FrozenHeadLogProbs.forward", "Kernel.__call__", "log_probs_alone"}
-"""Functions whose parameters are given by a library."""
+"""Functions whose parameters are dictated by a library."""
 
 
 def module_name(path: Path) -> str:
@@ -25,7 +25,7 @@ NAMES = {module_name(path) for path in FILES}
 
 
 def imports_of(tree: ast.Module) -> Iterator[str]:
-    """Yield the modules of the package that a module imports anywhere, lazily or for types too."""
+    """Yield the package modules that a module imports, including lazy and type-only imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (full if (full := f"{node.module}.{a.name}") in NAMES else node.module for a in node.names)

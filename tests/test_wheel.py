@@ -1,4 +1,4 @@
-"""The installed program works, not only the checkout: conf/ and the bundled data are inside the wheel."""
+"""The installed wheel works, not only the checkout: it includes conf/ and the bundled data."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel and install it, and nothing else, into an empty folder."""
+    """Build the wheel and install it alone into an empty folder."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)

@@ -22,7 +22,7 @@ def read_adapter_base(adapter_config: Path) -> str | None:
 
 
 def recognise_adapter(config: DictConfig) -> None:
-    """Rewrite `model.model_name_or_path` that points to an adapter folder as `model.adapter` plus its base.
+    """Replace an adapter folder in `model.model_name_or_path` by `model.adapter` and the adapter's base.
 
     Raises:
         ConfigError: the adapter names no base, or `model.adapter` is set too.

@@ -39,7 +39,7 @@ _INTO_MAP = re.compile(
 
 
 def expand_overrides(overrides: Sequence[str]) -> list[str]:
-    """Prefix overrides that add map entries (`data.sources`, `lora.config`, …) with `++`, as Hydra requires.
+    """Mark overrides that add map entries (`data.sources`, `lora.config`) with `++`, as Hydra requires.
 
     `data.sources.mine.path=x` becomes `++data.sources={mine:{}}` and `++data.sources.mine.path=x`.
     """
@@ -106,9 +106,9 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
 
 @functools.lru_cache(maxsize=MOST_POINTS)
 def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
-    """Compose and validate one point of a sweep; cached, since command check, plan and launcher each need it.
+    """Compose and validate one point of a sweep; cached.
 
-    The result is shared: do not mutate it.
+    The command's check, the plan and the launcher each ask for it. The result is shared: do not mutate it.
 
     Raises:
         ConfigError, HydraException, OmegaConfBaseException: the point does not compose or is invalid.
@@ -138,7 +138,7 @@ def try_point(point: Sequence[str], config_dir: str | None) -> tuple[RunConf | N
 
 
 def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
-    """Return why a point does not compose; unknown launchers and fields of null sections get their own message."""
+    """Return why a point does not compose; has own messages for launchers and fields of null sections."""
     for text in point:
         if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
             return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"

@@ -12,9 +12,9 @@ from dpo_runner.config.sections.run import RunFields
 class Effect(Enum):
     """The effect of a configuration key."""
 
-    COMPUTES = "what a run computes: it identifies a point of a sweep, and stays as it is on resume"
-    RECORDS = "what is recorded or how fast: it identifies a point of a sweep, and may change on resume"
-    PLACES = "names, places and execution: it identifies nothing, may change on resume, and is not compared"
+    COMPUTES = "what is computed: part of a sweep point's identity, fixed on resume"
+    RECORDS = "what is recorded, or how fast: part of a sweep point's identity, may change on resume"
+    PLACES = "names, places and execution: not part of the identity, may change on resume, not compared"
 
 
 EFFECTS = {

@@ -81,7 +81,7 @@ def column_of(key: str) -> str:
 
 
 def direction_of(key: str) -> str | None:
-    """Return a metric's direction, or None if unknown; accepts metrics of one source (`eval_<source>_…`) too."""
+    """Return a metric's direction, also of one source (`eval_<source>_…`); None if unknown."""
     known = (metric for metric in METRICS if metric.better is not None)
     named = {_PREFIX.sub("", metric.key): metric.better for metric in known}
     found = [name for name in named if re.search(rf"(^|[/_]){re.escape(name)}$", key)]

@@ -1,4 +1,4 @@
-"""Base weights: loaded, quantized, resized, an SFT adapter merged into them."""
+"""Load base weights: quantize, resize embeddings, merge an SFT adapter."""
 
 import hashlib
 from pathlib import Path
@@ -18,17 +18,17 @@ from dpo_runner.model.vocabulary import count_rows, free_pad_row, resize_embeddi
 
 
 def load_base_model(blueprint: Blueprint, min_rows: int = 0) -> tuple[PreTrainedModel, str]:
-    """Load the model beneath the trained adapter, the SFT adapter merged into it where `adapter_mode` says so.
+    """Load the base of the trained adapter; with `adapter_mode=merge`, the SFT adapter merged into it.
 
     Args:
-        blueprint: its tokens decide the size of the embeddings.
-        min_rows: the least number of rows of the embeddings.
+        blueprint: the model's blueprint; its tokens determine the number of embedding rows.
+        min_rows: minimum number of embedding rows.
 
     Returns:
         The model, and the folder or hub id of its unquantized weights.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: the model cannot be loaded.
     """
     base = blueprint.base
     if blueprint.adapter_mode == "merge":
@@ -47,11 +47,11 @@ def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTra
     """Load a model's weights from a folder or the hub.
 
     Raises:
-        ConfigError: it cannot be loaded, or only as a pickle.
+        ConfigError: the model cannot be loaded, or only from a pickle.
     """
     device_map = conf.device_map
     if device_map is None and quantization_config is not None and torch.cuda.is_available():
-        device_map = {"": torch.cuda.current_device()}  # bitsandbytes quantizes where the weights are to stay
+        device_map = {"": torch.cuda.current_device()}  # bitsandbytes quantizes on the final device
     folder = Path(base)
     if (
         conf.use_safetensors
@@ -72,11 +72,11 @@ def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTra
             trust_remote_code=conf.trust_remote_code,
             use_safetensors=True if conf.use_safetensors else None,
             device_map=device_map,
-            # None, passed on, would override what the checkpoint says of itself
+            # passing None would override the checkpoint's own quantization_config
             **({} if quantization_config is None else {"quantization_config": quantization_config}),
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        # transformers has put the adapter's layers into the model itself, where no reference can be told from it.
+        # transformers has injected the adapter layers into the model, so the base cannot serve as reference.
         raise ConfigError(
             f"`model.model_name_or_path={base}`: is an adapter; put it in model.adapter and its base model here"
         )
@@ -90,9 +90,9 @@ def _revision(conf: ModelConf, base: str) -> str | None:
 
 
 def _merge_adapter(blueprint: Blueprint) -> Path:
-    """Merge the SFT adapter into the unquantized base, once, and return the folder in the cache.
+    """Merge the SFT adapter into the unquantized base, once, and return the cached folder.
 
-    Merging into a quantized base would round the merged weights, and move policy and reference with them.
+    Merging into a quantized base would round the merged weights, which changes policy and reference.
     """
     conf, base, adapter = blueprint.conf, blueprint.base, blueprint.adapter
     assert adapter is not None
@@ -105,7 +105,9 @@ def _merge_adapter(blueprint: Blueprint) -> Path:
             digest.update(path.read_bytes())
     folder = cache_dir() / f"merged-{digest.hexdigest()[:16]}"
     if not folder.exists():
-        with torch.random.fork_rng():  # PEFT draws weights before it loads them, on the first use only
+        with (
+            torch.random.fork_rng()
+        ):  # PEFT initializes weights at random before loading; without the fork, only an uncached merge would do so
             beneath = load_weights(conf, base, None)
             resize_embeddings(beneath, blueprint.vocabulary.brought or count_rows(beneath))
             with loading_errors(str(conf.adapter), "model.adapter"):

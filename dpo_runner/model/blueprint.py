@@ -1,4 +1,4 @@
-"""The blueprint of a run's model: every fact that is known before a weight is loaded, derived once."""
+"""The blueprint of a run's model: all facts known before any weight is loaded, each derived once."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The model of a configuration, as its configs, tokenizers and file headers tell it.
+    """The model of a configuration, derived from configs, tokenizers and file headers.
 
-    Each fact is derived when it is first asked for, and kept.
+    Properties are computed on first use and cached.
 
     Attributes:
-        conf: the `model` group; its dtype is the one that weights are loaded in.
-        stores_reference: whether the engine keeps the reference's log-probabilities.
+        conf: the `model` group; weights are loaded in its dtype.
+        stores_reference: whether the engine stores the reference's log-probabilities.
         precomputes_reference: whether TRL computes them before training.
     """
 
@@ -70,20 +70,20 @@ class Blueprint:
         """Return the unchecked blueprint of a run."""
         stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
         blueprint = cls(conf.model, conf.quant, conf.lora, stores, conf.training.precompute_ref_log_probs)
-        if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small updates of the weights are lost
+        if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small weight updates are lost
             return replace(blueprint, conf=replace(conf.model, dtype="float32"))
         return blueprint
 
-    # ---- Where it is
+    # ---- Location
 
     @property
     def name(self) -> str:
-        """The model as the configuration names it."""
+        """The model's name in the configuration."""
         return self.conf.model_name_or_path
 
     @cached_property
     def base(self) -> str:
-        """Folder or hub id of the weights beneath all adapters."""
+        """Folder or hub id of the base weights."""
         return resolve_model_path(self.conf)
 
     @cached_property
@@ -93,10 +93,10 @@ class Blueprint:
 
     @property
     def adapter_mode(self) -> str | None:
-        """What is done with the SFT adapter: `continue`, `stack` or `merge`; None without one."""
+        """Use of the SFT adapter: `continue`, `stack` or `merge`; None without adapter."""
         return None if self.conf.adapter is None else self.conf.adapter_mode
 
-    # ---- Its shape
+    # ---- Shape and dtype
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -105,22 +105,22 @@ class Blueprint:
 
     @property
     def own_quantization(self) -> Any:
-        """What the checkpoint's config says of its quantization, where it is quantized already."""
+        """The `quantization_config` of a checkpoint that is already quantized, else None."""
         return getattr(self.config, "quantization_config", None)
 
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
-        """What quantizes the weights while they are loaded; None where the checkpoint's own config does."""
+        """The config that quantizes weights on loading; None if the checkpoint's own config does."""
         return choose_quantization(self.quant, self.own_quantization, self.name)
 
     @cached_property
     def meta(self) -> PreTrainedModel:
-        """The base on the meta device, without weights; after `check`, with bitsandbytes' layers in it."""
+        """The base on the meta device, without weights; after `check`, with bitsandbytes layers."""
         return build_meta_model(self.config, self.conf)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that weights are loaded in."""
+        """The dtype in which weights are loaded."""
         dtype = self.conf.dtype
         if dtype == "auto":
             return self.config.get_text_config().dtype or self.config.dtype or torch.float32
@@ -129,13 +129,13 @@ class Blueprint:
         return found
 
     def with_config(self, config: PretrainedConfig) -> "Blueprint":
-        """Return the same blueprint over another config of the base, such as one with fewer layers."""
+        """Return a copy with another config of the base, such as one with fewer layers."""
         other = copy.copy(self)
         vars(other).pop("meta", None)
         vars(other)["config"] = config
         return other
 
-    # ---- Its tokens
+    # ---- Tokens
 
     @cached_property
     def _base_template(self) -> Any:
@@ -156,26 +156,26 @@ class Blueprint:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer: the SFT adapter's where it brings one, with the chat template that it was tuned with.
+        """The tokenizer: the SFT adapter's if it has one, with the chat template of its training.
 
         Raises:
-            ConfigError: there is no such model, the adapter's tokenizer has tokens without embeddings, or
-                `model.pad_token` is no token.
+            ConfigError: the model does not exist, the adapter's tokenizer has tokens without embeddings, or
+                `model.pad_token` is not a token.
         """
         return self._tokenizer[0]
 
     @cached_property
     def template_origin(self) -> str:
-        """Which chat template applies, in a few words."""
+        """The origin of the chat template, in words."""
         of_base = self._base_template if has_tokenizer(self.adapter) else None
         return describe_template(self.conf, self.tokenizer.chat_template, has_tokenizer(self.adapter), of_base)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The embeddings that the tokens need, from the adapter's file and the tokenizer.
+        """The required embedding rows, from the adapter's file and the tokenizer.
 
         Raises:
-            ConfigError: as `tokenizer`; or the adapter's file has embeddings for a part of its tokens only.
+            ConfigError: as for `tokenizer`; or the adapter's file has embeddings for only some of its tokens.
         """
         if self.adapter is None and not self.conf.added_tokens:
             return Vocabulary()
@@ -189,11 +189,11 @@ class Blueprint:
                 vocabulary.rows = len(tokenizer)
         return vocabulary
 
-    # ---- What is trained, and what it is compared with
+    # ---- Trained weights and reference
 
     @property
     def trains_all(self) -> bool:
-        """Whether the model's own weights are trained, instead of an adapter."""
+        """Whether the model's own weights are trained instead of an adapter."""
         return self.lora is None and self.adapter_mode != "continue"
 
     @cached_property
@@ -201,19 +201,19 @@ class Blueprint:
         return build_peft_config(self.lora)
 
     def build_peft(self) -> PeftConfig | None:
-        """Return a new adapter's config, which PEFT and TRL may change; None where there is no new adapter."""
+        """Return a copy of the new adapter's config, which PEFT and TRL may modify; None without new adapter."""
         return copy.deepcopy(self._peft)
 
     @property
     def changes_base(self) -> bool:
-        """Whether the new adapter begins with a share of the base's weights; see `adapters.changes_base`."""
+        """Whether the new adapter starts with part of the base's weights; see `adapters.changes_base`."""
         return changes_base(self._peft)
 
     @cached_property
     def reference(self) -> Reference:
-        """The model that the policy is compared with."""
+        """The reference of the DPO loss."""
         conf, name = self.conf, self.conf.reference
-        # A policy whose own weights are not the base's, or that has no adapter, cannot become another model.
+        # A policy that has no adapter, or whose own weights differ from the base's, cannot switch to the reference.
         holds = not (self.trains_all or self.adapter_mode == "merge" or self.changes_base)
         before = self.stores_reference or self.precomputes_reference
         described = describe_reference(conf, self.lora, self.changes_base, before)
@@ -231,18 +231,18 @@ class Blueprint:
 
     @cached_property
     def reference_model(self) -> "Blueprint | None":
-        """The blueprint of the reference, where it is loaded as a model of its own."""
+        """The blueprint of the reference if it is loaded as a separate model, else None."""
         loaded = self.reference.loaded
         return None if loaded is None else Blueprint(loaded, self.quant)
 
     def adapter_configs(self) -> dict[str, PeftConfig]:
-        """Return the adapters of the trainer's model by name: `default` is trained, `sft` and `ref` are frozen.
+        """Return the configs of the model's adapters by name: `default` is trained, `sft` and `ref` frozen.
 
-        TRL copies `default` to `ref` where it is handed a model that has it already.
+        TRL copies `default` to `ref` if its model already has `default`.
         """
         new, reference = self.build_peft(), self.reference
         if isinstance(new, LoraConfig):
-            new.init_lora_weights = True  # other ways to begin end in the same shapes
+            new.init_lora_weights = True  # other initializations give the same shapes
         sft = read_adapter_config(self.adapter) if self.adapter and self.conf.adapter_mode != "merge" else None
         trained = sft if self.adapter_mode == "continue" else new
         if trained is None:
@@ -255,14 +255,14 @@ class Blueprint:
         return configs
 
     def find_other_bases(self) -> list[str]:
-        """Return a warning for each adapter that was made on another base than the one it is put on."""
+        """Return a warning for each adapter that was trained on a different base."""
         return find_other_bases(self.conf, self.base, self.adapter)
 
     def check(self) -> None:
-        """Check model, quantization, adapters and reference against one another.
+        """Check that model, quantization, adapters and reference are compatible.
 
         Raises:
-            ConfigError: something does not fit.
+            ConfigError: two of them are incompatible.
         """
         refuse_hub_adapter(self.conf)
         has_adapter = self.lora is not None or self.conf.adapter is not None
@@ -290,10 +290,10 @@ class Blueprint:
 
 
 def draw_blueprint(conf: RunFields) -> Blueprint:
-    """Return a run's blueprint, checked; no weight is loaded.
+    """Return a run's checked blueprint, without loading weights.
 
     Raises:
-        ConfigError: the model, its adapters, its quantization or its tokenizer do not fit.
+        ConfigError: model, adapters, quantization or tokenizer are incompatible.
     """
     blueprint = Blueprint.of_run(conf)
     blueprint.check()

@@ -1,8 +1,7 @@
-"""From a blueprint to the policy, and to its reference where that is a model of its own.
+"""Load the policy from a blueprint, and its reference if that is a separate model.
 
-Unless `model.reference` says otherwise, the reference is the model that training starts from: the base where a new
-adapter goes on it (its B is 0), the SFT model where an SFT adapter is continued, stacked upon or merged, a frozen
-copy in full fine-tuning.
+Unless `model.reference` is set, the reference is the model that training starts from: the base for a new adapter (its
+B is 0), the SFT model if an SFT adapter is continued, stacked or merged, a frozen copy in full fine-tuning.
 """
 
 import copy
@@ -22,24 +21,24 @@ from dpo_runner.model.vocabulary import train_new_rows
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-"""Shows one line to a person."""
+"""Shows one line to the user."""
 
 LoadBase = Callable[[Blueprint, Say], tuple[PreTrainedModel, str]]
-"""Loads a base model; returns it, and the folder or hub id of its unquantized weights."""
+"""Loads a base model; returns it and the folder or hub id of its unquantized weights."""
 
 
 @dataclass
 class Policy:
-    """The model to train, and its reference where that is a model of its own.
+    """The model to train, and its reference if that is a separate model.
 
     Attributes:
         model: the base model, or a `PeftModel` whose adapter `default` is trained.
-        peft_config: the new adapter for `DPOTrainer` to put on `model`, or None.
-        ref_model: the reference where it is a model of its own; with adapters it is usually inside `model`.
-        base: what the adapter will have to be loaded on.
-        result: the adapters that make up the result, each with its weight.
-        rows: how many rows the embeddings of `base` are resized to beneath the result, None where they are not.
-        saves_embeddings: whether the result must hold the embeddings that an SFT adapter has put into the base.
+        peft_config: the new adapter that `DPOTrainer` adds to `model`, or None.
+        ref_model: the reference if it is a separate model; with adapters it is usually part of `model`.
+        base: folder or hub id of the model on which the resulting adapter must be loaded.
+        result: the adapters that make up the result, with weights.
+        rows: number of embedding rows to which the result's base is resized; None if it is not resized.
+        saves_embeddings: whether the result must include the embeddings that an SFT adapter put into the base.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -52,18 +51,18 @@ class Policy:
 
 
 def load_fresh(blueprint: Blueprint, say: Say) -> tuple[PreTrainedModel, str]:
-    """Load the base model of a run that shares it with no other."""
+    """Load a base model that is not shared between runs."""
     return load_base_model(blueprint)
 
 
 def load_reference(blueprint: Blueprint) -> PreTrainedModel | None:
-    """Load the reference where it is a model of its own, in evaluation mode and frozen.
+    """Load the reference, frozen and in evaluation mode, if it is a separate model.
 
     Returns:
-        The model; None where the reference is the initial model, or inside the policy's own.
+        The model; None if the reference is the initial model or part of the policy's model.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: the model cannot be loaded.
     """
     if blueprint.reference_model is None:
         return None
@@ -72,12 +71,12 @@ def load_reference(blueprint: Blueprint) -> PreTrainedModel | None:
 
 
 def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say = logger.info) -> Policy:
-    """Load base, quantization and SFT adapter into the policy that training starts from.
+    """Load the quantized base and the SFT adapter as the initial policy.
 
     Args:
-        blueprint: of the run.
-        load_base: loads the base model; the workers of a sweep keep it between their runs.
-        say: shows one line to a person.
+        blueprint: the model's blueprint.
+        load_base: loads the base model; sweep workers keep it between runs.
+        say: shows one line to the user.
 
     Raises:
         ConfigError: a model or adapter cannot be loaded.
@@ -86,13 +85,13 @@ def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say
     base, path = load_base(blueprint, say)
     policy = Policy(base, blueprint.build_peft(), None, path)
     train_new_rows(policy.peft_config, base, vocabulary.new_ids)
-    policy.rows = vocabulary.rows if mode != "merge" or vocabulary.new_ids else None  # a merged base has them already
+    policy.rows = vocabulary.rows if mode != "merge" or vocabulary.new_ids else None  # a merged base already has them
     policy.saves_embeddings = vocabulary.replaces_base and mode in ("continue", "stack")
     if mode in ("continue", "stack"):
         folder = str(blueprint.adapter)
         with loading_errors(str(blueprint.conf.adapter), "model.adapter"):
             if mode == "continue":
-                # Without is_trainable the adapter is frozen and the loss would never move.
+                # Without is_trainable=True the adapter is frozen and the loss would stay constant.
                 policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
             else:
                 assert policy.peft_config is not None
@@ -101,14 +100,16 @@ def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say
                 policy.result = {"sft": 1.0, "default": 1.0}
                 policy.saves_embeddings |= policy.model.absorbed
     elif blueprint.changes_base:
-        # TRL gets both adapters: without any, the base is not the one that training starts from.
+        # TRL gets both adapters: with adapters off, the base is not the model that training starts from.
         policy.model = get_peft_model(base, policy.peft_config)
-        policy.model.peft_config["default"].init_lora_weights = True  # its copy must not take from the base again
+        policy.model.peft_config[
+            "default"
+        ].init_lora_weights = True  # its copy must not take weights from the base again
         policy.peft_config = None
-        policy.result = {"default": 1.0, "ref": -1.0}  # what it has become on top of the base as published
+        policy.result = {"default": 1.0, "ref": -1.0}  # the change relative to the published base
     policy.ref_model = load_reference(blueprint)
     if policy.ref_model is not None and "ref" in policy.result:
-        copy_adapter(policy.model, "default", "ref")  # TRL does so only where that is its reference
+        copy_adapter(policy.model, "default", "ref")  # TRL does so only if that adapter is its reference
     if reference.is_initial and blueprint.trains_all and not reference.is_scored_before:
         policy.ref_model = copy.deepcopy(policy.model).eval().requires_grad_(False)
     return policy

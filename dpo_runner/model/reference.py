@@ -1,4 +1,4 @@
-"""The reference: which model it is, and that it runs without dropout."""
+"""The reference model: its kind, its description, and a forward without dropout."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +11,7 @@ from dpo_runner.model.files.locations import is_adapter
 
 
 class Kind(Enum):
-    """Which model the reference is."""
+    """The kind of reference model."""
 
     INITIAL = "the model that training starts from"
     BASE = "the bare base, without the SFT adapter"
@@ -21,15 +21,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that the policy is compared with.
+    """The reference of the DPO loss.
 
     Attributes:
-        kind: which one it is.
-        described: the same in words, for the plan.
+        kind: the kind of reference.
+        described: description for the plan.
         is_stored: whether the engine's store has its log-probabilities, so that training runs no reference.
         is_scored_before: whether its log-probabilities are computed before training, by the store or by TRL.
-        folder: of the adapter, where it is one.
-        loaded: the `model` group of what is loaded for it, where it is a model of its own.
+        folder: the adapter's folder, if the reference is another adapter.
+        loaded: the `model` group to load it with, if it is a separate model.
     """
 
     kind: Kind
@@ -45,17 +45,17 @@ class Reference:
 
     @property
     def is_within(self) -> bool:
-        """Whether it is inside the policy's own model: the base with another adapter on, or with none."""
+        """Whether it is part of the policy's model: the base with another adapter, or with none."""
         return self.kind is not Kind.INITIAL and self.loaded is None
 
 
 def describe_reference(model: ModelConf, lora: LoraConf | None, changes_base: bool, before: bool) -> str:
-    """Say in one line what the policy is compared with.
+    """Describe the reference in one line.
 
     Args:
         model: the `model` group.
         lora: the `lora` group.
-        changes_base: whether the new adapter begins with a share of the base's weights.
+        changes_base: whether the new adapter starts with part of the base's weights.
         before: whether the reference's log-probabilities are computed before training.
     """
     name = model.model_name_or_path
@@ -77,10 +77,11 @@ def describe_reference(model: ModelConf, lora: LoraConf | None, changes_base: bo
 
 
 def silence_dropout(model: torch.nn.Module) -> None:
-    """Run the reference without dropout, while the policy has what `lora_dropout` and the model's config say.
+    """Disable dropout in the reference's forward only.
 
-    TRL takes the reference from the model in training mode, under `no_grad`, where dropout would make it noise.
-    No other forward of the whole model is without gradient in training mode.
+    The policy keeps `lora_dropout` and the dropout of the model's config.
+    TRL runs the reference through the same model in training mode under `no_grad`, where dropout would add noise.
+    No other forward of the whole model runs in training mode without gradients.
     """
     in_reference = False
 

@@ -1,4 +1,4 @@
-"""The result of a run: saved, and loaded again."""
+"""Save and load the result of a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 INITIAL = "initial"
-"""The frozen adapter beside the tuned one that training began with: the SFT adapter."""
+"""Name of the frozen SFT adapter, the start of training, next to the tuned adapter."""
 
 
 def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load the model a run ended with, on the base and quantization that it was trained on.
+    """Load a run's tuned model and tokenizer, with the base and quantization of its training.
 
     Raises:
-        ConfigError: a model or adapter that the run names is not there any more, or has become a pickle.
+        ConfigError: a model or adapter of the run no longer exists, or is now a pickle.
     """
     from peft import PeftModel
 
@@ -56,14 +56,14 @@ def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         with loading_errors(str(conf.adapter), "model.adapter"):
             if conf.adapter_mode == "continue":
                 model.load_adapter(str(blueprint.adapter), INITIAL)
-            else:  # the result has put its embeddings into the base
+            else:  # the result has already put its embeddings into the base
                 load_lora_alone(model, str(blueprint.adapter), INITIAL)
     return model.eval(), blueprint.tokenizer
 
 
 @contextmanager
 def untuned(model: Any) -> Iterator[None]:
-    """Answer with the model that training started from: the SFT adapter, or the base with the tuned adapter off."""
+    """Switch to the model that training started from: the SFT adapter, or the base without adapter."""
     if not hasattr(model, "disable_adapter"):
         raise ConfigError("--compare: this run tuned all weights, so the untuned model is not part of its result")
     with switched(model, INITIAL if INITIAL in model.peft_config else None):
@@ -72,8 +72,8 @@ def untuned(model: Any) -> Iterator[None]:
 
 @contextmanager
 def switched(model: Any, adapter: str | None) -> Iterator[None]:
-    """Compute with another adapter in the tuned one's place, or with none; afterwards the model is as it was."""
-    # peft unfreezes an adapter whenever it is switched on again
+    """Switch from the tuned adapter to another, or to none if `adapter` is None; restore it on exit."""
+    # peft unfreezes an adapter on every switch
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if adapter is None:
@@ -99,16 +99,16 @@ def save_result(
     summary: dict[str, Any],
     say: Callable[[str], None],
 ) -> Path:
-    """Write adapter/ as safetensors (full fine-tuning: model/) with its model card, whole or not at all.
+    """Write adapter/ as safetensors (full fine-tuning: model/) with its model card, atomically.
 
     Args:
-        directory: the run's, where metrics, data report and environment lie already.
-        model: the trained policy.
-        policy: which adapters make up the result.
-        blueprint: its tokenizer is saved beside the weights.
-        conf: the run.
-        summary: what summary.json is going to hold.
-        say: shows one line to a person.
+        directory: the run's directory; already contains metrics, data report and environment.
+        model: the trained model.
+        policy: names the adapters that make up the result.
+        blueprint: its tokenizer is saved with the weights.
+        conf: the run's configuration.
+        summary: the contents of the future summary.json.
+        say: shows one line to the user.
 
     Returns:
         The folder, loadable with plain transformers and peft.
@@ -120,11 +120,11 @@ def save_result(
 
     def fill(staging: Path) -> None:
         if is_adapter:
-            # TRL keeps the reference as a second adapter beside ours; it is no result.
+            # TRL keeps the reference as a second adapter, which is not part of the result.
             with combined_adapter(model, policy.result) as name:
-                # PEFT's own choice looks for the base's config, on the hub if need be, and goes by its size alone
+                # PEFT's "auto" looks up the base's config, possibly on the hub, and compares only the vocabulary size
                 model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=policy.saves_embeddings)
-            if name != "default":  # PEFT puts it into a folder of its name
+            if name != "default":  # PEFT saves it to a subfolder of that name
                 for file in (staging / name).iterdir():
                     file.rename(staging / file.name)
                 (staging / name).rmdir()

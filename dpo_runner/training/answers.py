@@ -1,4 +1,4 @@
-"""Greedy answers and evaluation, before and after training."""
+"""Evaluation and greedy answers, before and after training."""
 
 import re
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 _NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|num_tokens)$")
-"""Entries of an evaluation that tell of the machine, not of the model."""
+"""Evaluation entries about the machine (times, speeds) and progress, not about the model."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model does: its evaluation and its answers to the sample prompts."""
+    """A model's evaluation metrics and its answers to the sample prompts."""
 
     metrics: dict[str, Any]
     answers: list[dict[str, Any]]
 
 
 def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> Measurement:
-    """Evaluate the policy as it stands and let it answer the sample prompts."""
+    """Evaluate the current policy and generate its answers to the sample prompts."""
     metrics: dict[str, Any] = {}
     if data.eval is not None:
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
@@ -41,7 +41,7 @@ def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> M
 
 
 def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
-    """Evaluate, or return the evaluation that the trainer made of these very weights after its last step."""
+    """Evaluate, or reuse the trainer's evaluation of the same weights after its last step."""
     events = (event for event in reversed(trainer.state.log_history) if "eval_loss" in event)
     newest = next(events, None)
     if newest is not None and newest["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
@@ -60,8 +60,8 @@ def generate_answers(
     """Answer each prompt greedily.
 
     Returns:
-        For each prompt its `text`, its length in `tokens` (the end-of-turn token included), and whether it is
-        `complete`, that is, ended by the model and not by `max_new_tokens`.
+        Per prompt: `text`, its length in `tokens` (including the end-of-turn token), and `complete`: ended by the
+        model, not by `max_new_tokens`.
     """
     stop_ids = find_stop_ids(model, tokenizer, stop_id)
     answers: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ def generate_answers(
                     use_cache=True,
                     eos_token_id=stop_ids,
                     pad_token_id=pad,
-                    # greedy means greedy, whatever sampling settings the model was published with
+                    # override the sampling settings of the model's generation_config
                     temperature=None,
                     top_p=None,
                     top_k=None,
@@ -99,7 +99,7 @@ def generate_answers(
 
 
 def summarize_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return `response_tokens`, the mean length, and `responses_at_cap`, how many hit the length limit."""
+    """Return `response_tokens` (mean length) and `responses_at_cap` (answers that hit the length limit)."""
     if not answers:
         return {}
     return {
@@ -111,7 +111,7 @@ def summarize_answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def pair_answers(
     prompts: list[SamplePrompt], before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return one record for each prompt, with the answers to it before and after training."""
+    """Return one record per prompt with the answers before and after training."""
     return [
         {"prompt": prompt.messages, "before": untuned, "after": tuned}
         for prompt, untuned, tuned in zip(prompts, before, after, strict=True)

@@ -24,14 +24,14 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     """Return TRL's `DPOConfig` for a run.
 
     Args:
-        conf: the run.
-        output_dir: where checkpoints go.
+        conf: the run's configuration.
+        output_dir: the folder for checkpoints.
 
     Raises:
-        ConfigError: TRL or transformers refuses the combination; its own first line says why.
+        ConfigError: TRL or transformers rejects the combination; carries the first line of its message.
     """
     fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
-    fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is refused on CPUs
+    fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is rejected on CPUs
     if fields["bf16"] is None:
         fields["bf16"] = choose_autocast(conf.training) == torch.bfloat16
     try:
@@ -44,7 +44,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"`training`: {reason_of(error)}") from None
-    if args.n_gpu > 1:  # one process takes the first; transformers would have DataParallel, which TRL refuses
+    if args.n_gpu > 1:  # use the first GPU; transformers would choose DataParallel, which TRL rejects
         args._n_gpu = 1
     return args
 
@@ -58,11 +58,11 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     say: Say = logger.info,
 ) -> RunTrainer:
-    """Return the trainer, its trainable weights in fp32, its reference free of dropout, and the engine in it.
+    """Return the trainer: trainable weights in fp32, reference without dropout, engine installed.
 
     Raises:
-        ConfigError: TRL or peft refuses the combination of model and settings.
+        ConfigError: TRL or peft rejects the combination of model and settings.
     """
-    if blueprint.reference.is_stored:  # TRL then neither loads a reference, nor hashes all weights for its own cache
+    if blueprint.reference.is_stored:  # then TRL neither loads a reference nor hashes all weights for its cache
         args.precompute_ref_log_probs = blueprint.trains_all
     return RunTrainer(policy, blueprint, data, conf, args, callbacks, say)

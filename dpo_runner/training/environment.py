@@ -1,4 +1,4 @@
-"""What a result depends on beside its configuration: versions, commit, hardware, model and data."""
+"""The environment of a run: versions, commit, hardware, model and data fingerprints, peak memory."""
 
 import hashlib
 import os
@@ -22,13 +22,13 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 
 def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, policy: Policy) -> dict[str, Any]:
-    """Return what environment.json holds.
+    """Return the contents of environment.json.
 
     Args:
-        seed: the run's.
-        data: its tokenized rows.
-        blueprint: of its model.
-        policy: loaded, it knows the hub commit that it came from.
+        seed: the run's seed.
+        data: the tokenized rows.
+        blueprint: the model's blueprint.
+        policy: the loaded policy, whose config has the hub commit.
     """
     return {
         "dpo_runner": __version__,
@@ -59,31 +59,31 @@ def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, p
 
 
 def reset_peak_memory() -> None:
-    """Forget the memory peak of an earlier run of this process: on the GPU, and on Linux the resident memory's too."""
+    """Reset this process's peak memory: of the GPU if available, else of resident memory (Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with suppress(OSError):  # another system, or a sandbox: the peak is then the whole process's
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is resident now
+        with suppress(OSError):  # not Linux, or a sandbox: the peak is then that of the whole process
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to the current resident size
 
 
 def measure_peak_memory() -> float:
-    """Return the most memory held since the last `reset_peak_memory`, in GB (1e9 bytes).
+    """Return peak memory since the last `reset_peak_memory`, in GB (1e9 bytes).
 
-    On a GPU it is what this process has allocated there, else the process's resident memory, its libraries included.
-    The latter is since the process's start where the system is not Linux.
+    On a GPU: memory allocated by torch in this process. Otherwise: resident memory of the process, libraries included;
+    outside Linux since process start.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):  # unlike ru_maxrss, never that of the program which started this one
+        if line.startswith("VmHWM:"):  # unlike ru_maxrss, not inherited from the parent process
             return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _read_commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, or None for an installed one."""
+    """Return the git commit of the checkout that this package runs from; None if it is installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -101,7 +101,7 @@ def read_cpu_name() -> str:
 
 
 def _fingerprint_model(base: str) -> str | None:
-    """Hash a local model folder's configuration and its weight files' names and sizes; None for a hub id."""
+    """Hash config.json and the names and sizes of weight files of a local model folder; None for a hub id."""
     folder = Path(base)
     if not folder.is_dir():
         return None

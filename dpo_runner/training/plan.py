@@ -1,4 +1,4 @@
-"""The plan: what a run is going to do, in a few lines, before any weight is loaded."""
+"""The plan: a short summary of a run, shown before any weight is loaded."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from dpo_runner.training.trainer import count_steps
 
 
 def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run_dir: Path) -> dict[str, str]:
-    """Return the plan as label and text.
+    """Return the plan as a map from label to text.
 
     Args:
-        settled: the run.
-        blueprint: of its model.
-        data: its rows.
-        run_dir: where the run will write.
+        settled: the run's settings.
+        blueprint: the model's blueprint.
+        data: the tokenized rows.
+        run_dir: the run's directory.
     """
     conf = settled.asked
     model, training = conf.model, conf.training
@@ -58,5 +58,5 @@ def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run
 
 
 def count_pairs_per_step(conf: RunConf) -> int:
-    """Return how many preference pairs one optimizer step sees."""
+    """Return the number of preference pairs per optimizer step."""
     return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * count_processes()

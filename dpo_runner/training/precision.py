@@ -1,4 +1,4 @@
-"""What a run computes in: its weights' dtype, or autocast to 16 bits."""
+"""Compute precision of a run: the weights' dtype, or autocast to 16 bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from dpo_runner.config.sections.training import TrainingConf
 
 
 def has_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16."""
+    """Return whether bf16 matmul is supported in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpu = torch.cpu
@@ -17,9 +17,9 @@ def has_bf16() -> bool:
 
 
 def choose_autocast(training: TrainingConf) -> torch.dtype | None:
-    """Return the dtype of a run's autocast, training and evaluation alike; None where it has none.
+    """Return the autocast dtype of a run, for training and evaluation; None without autocast.
 
-    Without `training.bf16` or `training.fp16` this machine's hardware decides.
+    If neither `training.bf16` nor `training.fp16` is set, the hardware decides.
     """
     if training.fp16:
         return torch.float16
@@ -28,6 +28,6 @@ def choose_autocast(training: TrainingConf) -> torch.dtype | None:
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Compute as a run with that autocast does; None leaves each weight its dtype."""
+    """Compute under autocast to `dtype`; None disables autocast."""
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         yield

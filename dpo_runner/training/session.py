@@ -1,4 +1,4 @@
-"""The session: a run while it goes on, and the one writer of its directory, its W&B run and its screen."""
+"""The session of a running run: the only writer of its directory, W&B run and console output."""
 
 import logging
 import signal
@@ -32,13 +32,13 @@ Record = dict[str, Any]
 
 
 class Session:
-    """A run while it goes on.
+    """A run in progress.
 
     Attributes:
-        console: the screen.
-        summary: what summary.json holds, once the run has finished.
+        console: the terminal output.
+        summary: the contents of summary.json, once the run has finished.
         weights: the folder of the result, once it is written.
-        out_of_memory: a record for each attempt that memory ended.
+        out_of_memory: one record per attempt that ran out of memory.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Session:
         self.console.warn(text)
 
     def begin_attempt(self) -> None:
-        """Begin the training anew, after an attempt that memory has ended."""
+        """Reset the training state for a new attempt after running out of memory."""
         self._stopping.end_training()
         self._events = self._build_events()
 
@@ -77,16 +77,16 @@ class Session:
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """The trainer's callbacks, the run's own before the caller's."""
+        """The trainer's callbacks: log events, movement check, the caller's callbacks, signal handling."""
         checks = self._conf.checks
         movement = [MovementCheck(checks.on_nonfinite == "skip_batch")] if checks.step0 else []
         return [self._events, *movement, *self._further, self._stopping]
 
     def open_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint, which training continues from.
+        """Return the newest intact checkpoint, from which training continues, or None.
 
         Raises:
-            ConfigError: it holds a pickle that could run code.
+            ConfigError: the checkpoint contains a pickle that could run code.
         """
         training = self._conf.training
         checkpoint = open_last_checkpoint(
@@ -100,7 +100,7 @@ class Session:
         return checkpoint
 
     def record_inputs(self, environment: dict[str, Any], data: PreferenceData, checkpoint: Path | None) -> None:
-        """Keep what the run is made of; refuse to continue a checkpoint on anything else.
+        """Record environment, model and data; refuse to continue a checkpoint with different ones.
 
         Raises:
             ConfigError: the run began with another model or other data.
@@ -112,10 +112,10 @@ class Session:
         self.tracker.log_data_report(data.report.to_dict(), data.report.histograms())
 
     def rewind_metrics(self, checkpoint: Path | None) -> None:
-        """Drop the log events that training from a checkpoint, or from the start, will log again.
+        """Drop the log events that training from `checkpoint`, or from the start, will log again.
 
         Raises:
-            ConfigError: the run cannot be continued, because its checkpoints lack the reference.
+            ConfigError: the run cannot be continued because its checkpoints lack the reference.
         """
         if checkpoint is not None and self._conf.training.sync_ref_model:
             raise ConfigError(
@@ -126,29 +126,31 @@ class Session:
 
     @contextmanager
     def muted(self, is_muted: bool) -> Iterator[None]:
-        """Write and show no log event inside this block, if `is_muted`."""
+        """Suppress log events inside this block if `is_muted`."""
         self._events.silent = is_muted
-        yield
-        self._events.silent = False
+        try:
+            yield
+        finally:
+            self._events.silent = False
 
     def note_out_of_memory(self, records: list[Record]) -> None:
-        """Record which settings were made smaller because memory ran out."""
+        """Record the settings that were reduced after running out of memory."""
         self.out_of_memory = records
         self.directory.note(out_of_memory=records)
         self.tracker.log_out_of_memory(records)
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Keep the answers before and after training."""
+        """Save the answers before and after training."""
         self.directory.write_samples(samples)
         self.tracker.log_samples(samples)
 
     def show_next_steps(self) -> None:
-        """Show where the results are, and the commands that use them."""
+        """Show the location of the results and the commands that use them."""
         assert self.weights is not None
         self.console.show_next_steps(self.directory.path, self.weights, self.tracker.commands())
 
     def conclude(self, summary: dict[str, Any], weights: Path, samples: list[dict[str, Any]]) -> None:
-        """Keep and show the run's results."""
+        """Save and show the run's results."""
         self.summary, self.weights = summary, weights
         self.directory.write_summary(summary)
         self.tracker.log_summary(summary, self._conf.sweep.search.objective)
@@ -164,21 +166,21 @@ def open_session(
     console: RunConsole,
     callbacks: Sequence[TrainerCallback],
 ) -> Iterator[Session | None]:
-    """Claim a run directory, and keep status.json, run.log and W&B correct however the run ends.
+    """Lock a run directory, and keep status.json, run.log and W&B correct however the run ends.
 
     Args:
         path: the run's directory.
-        conf: the run, as composed.
-        overrides: what it was composed from.
-        console: the screen.
-        callbacks: of the trainer, beside the run's own.
+        conf: the configuration as composed.
+        overrides: the overrides it was composed from.
+        console: the terminal output.
+        callbacks: additional trainer callbacks.
 
     Yields:
-        The session; None where another process has finished the run in the meantime.
+        The session; None if another process has finished the run in the meantime.
 
     Raises:
-        RunBusy: another process is running there.
-        RunError, RunInterrupted, RunPruned: what the block raises, with every record of it written.
+        RunBusy: another process is running in the directory.
+        RunError, RunInterrupted, RunPruned: raised by the block; recorded before they propagate.
     """
     stopping = Stopping()
     with RunDirectory(path).claim() as directory:
@@ -191,7 +193,7 @@ def open_session(
             session = Session(directory, conf, tracker, console, stopping, callbacks, records)
             yield session
         assert session.summary is not None
-        directory.write_status("finished", adapter=session.summary["weights"])  # W&B is closed by now
+        directory.write_status("finished", adapter=session.summary["weights"])  # only after W&B is closed
 
 
 @contextmanager
@@ -203,7 +205,7 @@ def _recorded(
     stopping: Stopping,
     details: dict[str, Any],
 ) -> Iterator[Tracker]:
-    """Keep status.json, with `details` from the first, run.log and W&B correct however the block ends."""
+    """Keep status.json, run.log and W&B correct however the block ends; status.json has `details`."""
     with ExitStack() as stack:
         stack.enter_context(route_library_logs(directory.log))
         console.note_trouble()
@@ -239,11 +241,11 @@ def _recorded(
 
 
 def read_finished(path: Path, conf: RunConf, console: RunConsole) -> dict[str, Any] | None:
-    """Check that a run may write to its directory; return the summary of one that has finished there.
+    """Check that a run may write to its directory; return the summary if it has already finished.
 
     Raises:
-        RunBusy: another process is running there.
-        ConfigError: the directory holds something else, or a run that cannot be continued.
+        RunBusy: another process is running in the directory.
+        ConfigError: the directory contains something else, or a run that cannot be continued.
     """
     if (status := read_status(path)) is not None:
         check_free(path, status)
@@ -251,7 +253,7 @@ def read_finished(path: Path, conf: RunConf, console: RunConsole) -> dict[str, A
 
 
 def _is_finished(path: Path, conf: RunConf, console: RunConsole) -> bool:
-    """Check that a directory may be written to, and say so where its run has nothing left to do."""
+    """Check that a directory may be written to; return whether its run has finished, and say so."""
     status = read_status(path)
     if status is None:
         check_unused(path)
@@ -264,7 +266,7 @@ def _is_finished(path: Path, conf: RunConf, console: RunConsole) -> bool:
 
 
 def _read_out_of_memory(path: Path, conf: RunConf) -> list[Record]:
-    """Return the records of an interrupted run that went on in smaller batches."""
+    """Return the out-of-memory records of an interrupted run that continued with smaller batches."""
     if conf.checks.on_out_of_memory != "smaller_batch":
         return []
     return list((read_status(path) or {}).get("out_of_memory", []))

@@ -1,6 +1,6 @@
-"""The step-0 check: before training the policy is the reference; after the first steps what is trained has moved.
+"""The step-0 check: policy = reference before training; weights have moved after the first steps.
 
-Most ways of training nothing, or training against the wrong reference, show in one of these."""
+Most ways of training nothing, or against the wrong reference, fail one of the two checks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,13 @@ from dpo_runner.training.engine.packed.packing import count_tokens
 from dpo_runner.training.memory.device import PREPARING, watch_memory
 
 _COMPARED, _LOOKED_AT = 2, 16
-"""Training rows that both models score, the shortest of the first ones: what differs shows in any."""
+"""Both models score the shortest 2 of the first 16 training rows: a difference shows in any row."""
 
 _ANSWER = 16
-"""Tokens that both of their answers have, where there are such rows: over fewer, rounding is not averaged out."""
+"""Minimum tokens of both answers, if such rows exist: over fewer, rounding errors do not average out."""
 
-# Largest difference per token between two forwards of the same weights. They differ at all only where
-# the order of additions does, as between a batch with an adapter that adds 0 and one without.
+# Largest difference per token between two forwards of the same weights. They differ only by summation order,
+# as between a batch with an adapter that adds 0 and one without.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -33,12 +33,13 @@ def score_both(
     """Score training rows with the policy and with the reference, both in evaluation mode.
 
     Args:
-        trainer: holds both, and `ref_chosen_logps` and `ref_rejected_logps` where its rows have them.
-        rows: of its data.
+        trainer: the trainer that holds both models.
+        rows: training rows; their `ref_chosen_logps` and `ref_rejected_logps`, if present, are the reference's scores
+            (recomputed if `ld_alpha` is set).
 
     Returns:
         Policy and reference log-probabilities, summed over each completion, and the number of scored tokens:
-        three tensors of shape [2 * number of rows], chosen first (DPO paper, Eq. 7's log pi(y|x)).
+        three tensors of shape [2 * rows], chosen first (log pi(y|x) in Eq. 7 of the DPO paper).
     """
     model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
@@ -58,10 +59,10 @@ def score_both(
 
 
 def check_start(trainer: DPOTrainer, reference: Reference, say: Callable[[str], None]) -> None:
-    """Verify before the first step that the weights can be trained, and that the policy is its reference.
+    """Verify before the first step that weights are trainable and that the policy equals the reference.
 
     Raises:
-        RunError: something is frozen, not in fp32, or policy and reference differ.
+        RunError: a weight is frozen or not in fp32, or policy and reference differ.
     """
     check_trainable(trainer)
     with watch_memory(PREPARING):
@@ -73,8 +74,8 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     """Verify that policy and reference agree before the first step.
 
     Args:
-        trainer: before training.
-        is_initial: whether the reference is the model that training starts from; any other one may differ.
+        trainer: the trainer, before training.
+        is_initial: whether the reference is the model that training starts from; any other reference may differ.
 
     Returns:
         The largest difference, in nats per token.
@@ -97,10 +98,10 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
 
 
 def check_trainable(trainer: DPOTrainer) -> None:
-    """Verify that there is something to train, that no part of the adapter is frozen, and that all of it is fp32.
+    """Verify that weights are trainable and in fp32, and that no part of the adapter is frozen.
 
     Raises:
-        RunError: naming the first weight that is frozen or not in fp32.
+        RunError: nothing is trainable, or a weight is frozen or not in fp32; names the first one.
     """
     weights = dict(trainer.model.named_parameters())
     if not any(parameter.requires_grad for parameter in weights.values()):

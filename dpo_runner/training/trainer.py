@@ -33,9 +33,9 @@ from dpo_runner.training.mixins.evaluation import TimedEvaluation
 from dpo_runner.training.mixins.nonfinite import FiniteSteps
 from dpo_runner.training.mixins.saving import SealedCheckpoints
 
-_EVA_ROWS = 64  # enough tokens for stable singular vectors at the usual ranks
+_EVA_ROWS = 64  # enough tokens for stable singular vectors at common ranks
 
-# Private to TRL, and overridden here: an upgrade that renames it must not pass unnoticed.
+# Private methods of TRL, overridden here: fail on an upgrade that renames them.
 for _name in (
     "_prepare_dataset",
     "_precompute_ref_logps",
@@ -47,21 +47,21 @@ for _name in (
 
 
 class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on rows that are tokenized already, with the engine in it.
+    """TRL's trainer on pre-tokenized rows, with the engine installed.
 
-    `apply_chat_template` is stricter than TRL's templating, so TRL tokenizes nothing.
+    TRL tokenizes nothing: our `apply_chat_template` is stricter than TRL's templating.
 
     Args:
         policy: the model to train, and its reference.
-        blueprint: of the model.
-        data: the rows.
-        conf: the run.
+        blueprint: the model's blueprint.
+        data: the tokenized rows.
+        conf: the run's configuration.
         args: TRL's settings.
-        callbacks: of the trainer.
-        say: shows one line to a person.
+        callbacks: trainer callbacks.
+        say: shows one line to the user.
 
     Raises:
-        ConfigError: TRL or peft refuses the combination of model and settings.
+        ConfigError: TRL or peft rejects the combination of model and settings.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         """Set lora_A from the activations of the first training rows (EVA, arXiv 2410.07170); B stays 0.
 
         Raises:
-            ConfigError: PEFT cannot, as where there are too few tokens for the rank.
+            ConfigError: PEFT fails, for example with too few tokens for the rank.
         """
         rows = self.train_dataset.select(range(min(len(self.train_dataset), _EVA_ROWS)))
         loader = DataLoader(rows, self.args.per_device_train_batch_size, collate_fn=self.data_collator)
@@ -130,9 +130,10 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
             raise ConfigError(f"`lora.init_lora_weights=eva`: {reason_of(error)}") from None
 
     def _cast_adapter_to_fp32(self) -> None:
-        """Train the adapter in fp32: TRL makes a QLoRA adapter bf16, in which most small updates round to nothing.
+        """Cast the adapter to fp32.
 
-        TRL has rounded the adapter's weights as loaded, though not the reference's copy of them.
+        TRL casts a QLoRA adapter to bf16, where most small updates round to nothing. It has already rounded the
+        adapter's loaded weights, but not the reference's copy, so the loaded values are restored.
         """
         loaded = self._loaded or read_initial_weights(self.model)
         for name, parameter in self.model.named_parameters():
@@ -149,14 +150,14 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self._reference.is_stored:
-            return dataset  # the engine adds what its store has
+            return dataset  # the engine adds the stored log-probabilities
         self._set_reference()  # TRL calls this from its constructor
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         assert set(ID_COLUMNS) <= set(dataset.column_names), dataset.column_names
-        # TRL files precomputed reference log-probabilities under the fingerprint of the rows and the weights alone,
-        # though they depend on these too, and returns the wrong ones after any of them has changed.
+        # TRL caches precomputed reference log-probabilities by a fingerprint of rows and weights only. They also
+        # depend on the settings below; TRL would return stale values after a change of any of them.
         prepared = dataset.select_columns(list(ID_COLUMNS))
         settings = (
             args.max_length,
@@ -171,18 +172,18 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         return prepared
 
     def train_to_end(self, checkpoint: Path | None) -> dict[str, Any]:
-        """Train to the end, from a checkpoint where there is one.
+        """Train to the end, starting from `checkpoint` if given.
 
         Returns:
-            Steps, seconds, pairs a second, and which weights the model now holds.
+            Steps, seconds, pairs per second, and which weights the model now has (last or best).
 
         Raises:
-            RunError: the best checkpoint, with which the run was to end, is gone.
+            RunError: the best checkpoint, which the run must end with, is gone.
         """
         start = time.monotonic()
         epochs_before = read_epoch(checkpoint) if checkpoint else 0.0
         if checkpoint is not None and read_step(checkpoint) >= count_steps(self.args, len(self.train_dataset)):
-            # It was stopped after its last step; Trainer would train one more.
+            # The run was stopped after its last step; Trainer would train one more.
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self._load_from_checkpoint(str(checkpoint))
             self.finish_pending(checkpoint)
@@ -191,12 +192,12 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         else:
             if checkpoint is not None:
                 self.restore_at_start(checkpoint)
-            # Trainer ignores its own resume_from_checkpoint setting: the checkpoint has to be passed here.
+            # Trainer ignores TrainingArguments.resume_from_checkpoint: the checkpoint must be passed here.
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         runtime = time.monotonic() - start
         pairs = (self.state.epoch - epochs_before) * len(self.train_dataset)
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and self.state.best_global_step and not best:  # transformers says nothing
+        if self.args.load_best_model_at_end and self.state.best_global_step and not best:  # transformers fails silently
             raise RunError(f"{self.find_best()}: the best checkpoint is gone; the same command makes it again")
         return {
             "steps": self.state.global_step,
@@ -206,7 +207,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         }
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint; where it is not what was saved, transformers would go on with the last weights."""
+        """Load the best checkpoint; if it is damaged, transformers would silently keep the last weights."""
         best = self.find_best()
         assert best is not None
         if damage := find_damage(best, whole=True):
@@ -215,15 +216,15 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none beside checkpoints: the run writes one card, for its result."""
+        """Do nothing: checkpoints get no model card; the run writes one for its result."""
 
 
 def count_steps(training: Any, rows: int) -> int:
-    """Return the number of optimizer steps over `rows` training rows, as transformers' Trainer counts them.
+    """Return the number of optimizer steps over `rows` training rows, counted like transformers' Trainer.
 
     Args:
-        training: the section `training`, or TRL's settings made of it.
-        rows: of the training split.
+        training: the section `training`, or the `DPOConfig` built from it.
+        rows: number of training rows.
     """
     if training.max_steps > 0:
         return int(training.max_steps)
@@ -236,23 +237,23 @@ def count_steps(training: Any, rows: int) -> int:
 
 @contextmanager
 def _trl_errors() -> Iterator[None]:
-    """Turn what TRL and peft refuse, anywhere in a constructor of theirs, into one line."""
+    """Convert errors from the constructors of TRL and peft to a one-line ConfigError."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
-        # with its cause, so that run.log has a traceback where it was no refusal
+        # keep the cause, so that run.log has a traceback if the error is a bug
         raise ConfigError(f"`training`, `lora` or `model`: {reason_of(error)}") from error
 
 
 def _copy_trained(model: Any) -> dict[str, torch.Tensor]:
-    """Return copies of an adapter's weights where they are not those of a new one."""
+    """Return copies of a loaded adapter's trainable weights, by name; empty for a new adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _identify_reference(blueprint: Blueprint) -> str:
-    """Tell references apart by more than their path; TRL hashes only what it has loaded itself."""
+    """Identify the reference by description and file contents; TRL hashes only weights it has loaded."""
     reference = blueprint.reference
     folder = reference.folder if reference.is_within else None
     files = sorted(Path(folder).glob("adapter_*")) if folder is not None else []

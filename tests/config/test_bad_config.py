@@ -1,6 +1,6 @@
-"""Configurations that are wrong, each told in one line, with exit code 2 and nothing written.
+"""Invalid configurations: each gives a one-line error and exit code 2, and writes nothing.
 
-Further ones are in test_config.py, test_data_checks.py, test_cli.py and, for data, test_bad_data.py.
+More are in test_config.py, test_data_checks.py, test_cli.py and, for data, test_bad_data.py.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ OVERRIDES = [
     ("training=0.1", "`training=0.1`: no such option"),
     ("modell=smollm2", "`modell`: no such field; did you mean `model`?"),
     ("data/sources=x", "data/sources"),
-    # kinds of values
+    # types
     ("training.beta=[0.1]", "training.beta"),
     ("training.beta={a:1}", "must be a number"),
     ("training.beta=true", "must be a number"),
@@ -58,7 +58,7 @@ OVERRIDES = [
     ("data=[concise,orca]", "no such option"),
     ("training={beta:0.1}", "no such option"),
     ("lora=true", "no such option; choose from none, r16, r64_all_linear"),
-    # absurd values
+    # invalid values
     ("training.beta=-inf", "must be a finite number"),
     ("training.beta=1e400", "must be a finite number"),
     ("training.beta=1e39", "must be a finite number"),
@@ -163,7 +163,7 @@ COMMANDS = [
     (["training.torch_compile_mode=default"], "`training.torch_compile_mode=default`: would compile the whole model"),
 ]
 
-# The file `training/z.yaml`, which the command selects.
+# Contents of `training/z.yaml`, selected by the command.
 FILES = [
     ("beta: -1", "`training.beta=-1.0`: must be above 0"),
     ("beta: .nan", "must be a finite number"),
@@ -207,7 +207,7 @@ FILES = [
     ("# @package _global_\nhydra: {run: {dir: x}}", "use run_dir=PATH"),
     ("# @package _global_\nhydra: {job: {env_set: {PYTHONPATH: x}}}", "z.yaml:2: `hydra.job`: not allowed"),
 ]
-# The file `sweep/z.yaml`.
+# Contents of `sweep/z.yaml`.
 SWEEPS = [
     ("hydra: {mode: RUN}", "`hydra.mode=RUN`: must be MULTIRUN"),
     ("hydra: {sweeper: {params: [a]}}", "`hydra.sweeper`: must hold `params` alone"),
@@ -237,7 +237,7 @@ NEEDS_A_TOKENIZER = [
 
 
 def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give a command, and return the one line that it is refused with."""
+    """Run a command that must be rejected; return its one-line error."""
     return check_line(give(arguments, capsys, monkeypatch))
 
 
@@ -266,7 +266,7 @@ def test_a_command_that_is_wrong_is_one_line(arguments, expected: str, pairs: st
 def test_a_file_that_is_wrong_is_one_line(group: str, text: str, expected: str, capsys, monkeypatch) -> None:
     Path("mine", group).mkdir(parents=True)
     Path("mine", group, "z.yaml").write_text(text)
-    # by its whole path, since what is composed is remembered for as long as a process lives
+    # absolute path, since composed points are cached per process
     assert expected in refuse([f"--config-dir={Path('mine').resolve()}", f"{group}=z"], capsys, monkeypatch)
 
 
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_read_is_one_line(capsys, monkeypatch) -> None:
 
 
 def test_relative_names_are_looked_up_where_hydra_does(capsys, monkeypatch) -> None:
-    """In experiment/z.yaml `training: evil` is experiment/training/evil.yaml, whose keys are checked too."""
+    """In experiment/z.yaml `training: evil` means experiment/training/evil.yaml; its keys are checked too."""
     Path("mine", "experiment", "training").mkdir(parents=True)
     Path("mine", "experiment", "z.yaml").write_text("# @package _global_\ndefaults: [{training: dpo}]\n")
     Path("mine", "experiment", "training", "dpo.yaml").write_text("# @package _global_\nsede: 1\n")
@@ -307,7 +307,7 @@ def test_what_takes_a_tokenizer_to_find_is_one_line_too(
     ],
 )
 def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: float) -> None:
-    """`imports`: what takes its time first, and as much longer as the machine is slower."""
+    """`imports`: a module whose import time is added to the limit, so that slow machines pass."""
     Path("mine", "training").mkdir(parents=True)
     Path("mine", "training", "z.yaml").write_text("beta: -1\n")
     if imports is not None:
@@ -315,7 +315,7 @@ def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: 
         subprocess.run([sys.executable, "-c", f"import {imports}"], check=True)
         seconds += children_seconds() - before
     times: list[float] = []
-    while len(times) < 3 and not (times and times[-1] < seconds):  # a busy machine may be slow once
+    while len(times) < 3 and not (times and times[-1] < seconds):  # allow retries on a busy machine
         before = children_seconds()
         result = subprocess.run([sys.executable, "-m", "dpo_runner", *arguments], capture_output=True, text=True)
         assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr

@@ -1,4 +1,4 @@
-"""Every YAML that ships composes, checks out, and says what it should."""
+"""Every bundled YAML file composes, is valid, and has the documented values."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""load_conf and the rules of a configuration: every mistake at once, each with its cure."""
+"""`load_conf` and the configuration rules: all mistakes are reported at once, each with its fix."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every rule of the `data` section that needs no data, and how its maps are named on the command line."""
+"""Rules of the `data` section that need no data, and its map entries on the command line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Nothing in a command or a config file makes Hydra run code: each attempt would leave a file behind."""
+"""No command or config file makes Hydra run code; each attempt would create a marker file."""
 
 import sys
 from collections.abc import Callable
@@ -62,7 +62,7 @@ ON_THE_COMMAND_LINE = [
     "--experimental-rerun=evil.pickle",
 ]
 
-# Files of a user's own folder; experiment=z selects them.
+# Files of a user's config folder; experiment=z selects them.
 IN_FILES: list[dict[str, str]] = [
     {"experiment/z.yaml": GLOBAL + CALLBACK},
     {"experiment/z.yaml": GLOBAL + f"hydra: {{launcher: {TARGET}}}"},
@@ -119,7 +119,7 @@ IN_FILES: list[dict[str, str]] = [
     },
 ]
 CONTROLS = [IN_FILES[at] for at in (0, 5, 22)]
-"""Of these it is shown that they run code where nothing is checked."""
+"""Controls: these run code if nothing is checked."""
 
 UNCHECKED = """
 import sys, dpo_runner.__main__ as program, dpo_runner.config.compose as config
@@ -138,7 +138,7 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def attempt(marker: Path, capsys, monkeypatch) -> Callable[..., None]:
-    """Gives a command, which has to be refused before anything runs or is written."""
+    """Return a function that runs a command, which must be rejected before anything runs or is written."""
 
     def refused(*arguments: str) -> None:
         before = sorted(marker.parent.rglob("*"))
@@ -151,7 +151,7 @@ def attempt(marker: Path, capsys, monkeypatch) -> Callable[..., None]:
 
 
 def write(files: dict[str, str]) -> list[str]:
-    """Write a folder of config groups, and return the arguments that select it."""
+    """Write a folder of config groups; return the arguments that select it."""
     for name, text in files.items():
         path = Path("mine", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +184,7 @@ def test_a_linked_folder_is_looked_into(attempt) -> None:
     attempt(*arguments)
 
 
+<<<<<<< HEAD
 def test_no_point_of_a_sweep_hides_what_hydra_composes_for_all(attempt) -> None:
     """Hydra makes the launcher of what all points share, without the options that each of them has."""
     sound = GLOBAL + "hydra: {launcher: {_target_: hydra_plugins.dpo_runner.WorkersLauncher}}"
@@ -199,6 +200,10 @@ def test_no_second_value_of_a_key_hides_the_first(attempt) -> None:
 
 def test_what_the_check_of_keys_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
     """The check of what is composed does not look at files at all."""
+=======
+def test_what_the_check_of_files_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
+    """The check of the composed config is independent of the check of files."""
+>>>>>>> w-training
     from dpo_runner.config.compose import compose_config
     from dpo_runner.config.hydra_rules import UnsafeConfigError
 

@@ -1,4 +1,4 @@
-"""Runs and sweeps of earlier versions, whose configurations have keys that were removed, can still be read."""
+"""Runs and sweeps of earlier versions, with removed keys in their configurations, stay readable."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ HQQ = {"quant.config": {"quant_method": "hqq", "nbits": 4}}
 
 
 def write_old_run(path: Path, overrides: list[str], state: str = "finished", **removed: Any) -> None:
-    """Write a run with a checkpoint, and the config.yaml of a version that had the removed keys."""
+    """Write a run with a checkpoint and a config.yaml with removed keys."""
     write_run(path, state=state)
     RunDirectory(path).write_config(load_conf([f"run_dir={path}", *overrides]), [])
     (path / "environment.json").write_text("{}")

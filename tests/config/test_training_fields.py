@@ -1,4 +1,4 @@
-"""The generated table of training fields agrees with the installed TRL."""
+"""The generated training fields match the installed TRL."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""The default run in full: what `make demo` promises. Run by `make test-demo`; takes about ten minutes."""
+"""The full default run, as in `make demo`. Run by `make test-demo`; takes about ten minutes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same configuration gives the same adapter, to the last bit, however many processes bring its batches."""
+"""Same configuration, bitwise the same adapter, for any number of dataloader processes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -35,7 +35,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True)  # two share busy cores
+@pytest.mark.parametrize(
+    "threads", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True
+)  # two threads share busy cores
 def test_the_same_configuration_twice_gives_the_same_adapter(threads: int, small: list[str]) -> None:
     assert torch.get_num_threads() == threads
     one, other = digest(small, "a"), digest(small, "b")

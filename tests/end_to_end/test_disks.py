@@ -1,4 +1,4 @@
-"""Disks that are full or may not be written to, and files that somebody takes away, cost a run its time at most."""
+"""Full or read-only disks and deleted files cost a run at most its time."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from tests.support.common import ROWS
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MB."""
+    """Mount a disk of 24 MB."""
     path = tmp_path / "disk"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
@@ -70,7 +70,7 @@ def check_same(one: Path, other: Path) -> None:
 
 
 class At(TrainerCallback):
-    """Does something once, at the end of a step or of the training."""
+    """Calls a function once, at the end of a step or of training."""
 
     def __init__(self, step: int | None, act: Callable[[], None]) -> None:
         self.step, self.act = step, act
@@ -115,8 +115,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
             def append_on_a_full_disk(self: Any, metrics: dict[str, Any]) -> None:
                 if metrics["step"] == 2:
                     fill(disk)
-                    logging.getLogger("trl").warning("much to tell " * 2000)  # run.log has no room either
-                    metrics = {**metrics, "note": "x" * 9000}  # more than the file's last block has room for
+                    logging.getLogger("trl").warning("much to tell " * 2000)  # fill run.log too
+                    metrics = {**metrics, "note": "x" * 9000}  # does not fit into the file's last block
                 append(self, metrics)
 
             patch.setattr(sys.modules["dpo_runner.train"].RunDirectory, "append_metrics", append_on_a_full_disk)
@@ -216,7 +216,7 @@ def test_what_a_run_cannot_do_without_ends_it_in_one_line(
     gone: str, told: str, small: list[str], tmp_path: Path, capfd: Any
 ) -> None:
     best = ["training.eval_strategy=steps", "training.eval_steps=1", "training.load_best_model_at_end=true"]
-    best += ["training.metric_for_best_model=rewards/margins", "training.greater_is_better=false"]  # it grows
+    best += ["training.metric_for_best_model=rewards/margins", "training.greater_is_better=false"]  # the margin grows
     with pytest.raises(RunError) as caught:
         run(load_conf([*small, *best, "run_dir=r"]), callbacks=[At(3, lambda: shutil.rmtree(tmp_path / gone))])
     assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -4,10 +4,12 @@
 second point; its README.txt has the commands. Their configurations have keys that were removed since.
 """
 
+import hashlib
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_runner import load_conf, run
 from dpo_runner.compare.__main__ import main as compare
@@ -16,6 +18,11 @@ from dpo_runner.records.reading import check_finished, read_metrics, read_run_co
 from tests.support.common import run_main
 from tests.support.programs import run_python
 
+# The adapters that f25876f itself ended with. The random model's weights depend on the processor.
+ON_AVX2_WITH_ONE_THREAD = {
+    "interrupted": "19ae5e55beecba8a619ba89abd1659ee0a5957a163935a2d642d13b95fb82c41",
+    "sweep/1-c6134dde": "634c33e2d0b98e48f5a6c8c6ab68fc9f252c407dcaecd658b2a640f2377b3d5b",
+}
 COMMON = [
     *("model=tiny_random", "training=smoke", "data=local_file", "data.path=pairs.jsonl", "data.eval_path=eval.jsonl"),
     *("lora.r=2", "lora.target_modules=[q_proj]", "samples.num_prompts=1", "samples.max_new_tokens=4"),
@@ -27,6 +34,12 @@ COMMON = [
 def old_runs(tmp_path: Path) -> None:
     with tarfile.open(Path(__file__).with_name("old_runs.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
+
+
+def check_adapter(run_dir: str) -> None:
+    weights = (Path(run_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
+    if torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.get_num_threads() == 1:
+        assert hashlib.sha256(weights).hexdigest() == ON_AVX2_WITH_ONE_THREAD[run_dir]
 
 
 def test_a_finished_run_is_read(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +68,7 @@ def test_a_killed_run_is_continued() -> None:
     assert max(event["step"] for event in events) == 6
     assert (read_status(interrupted) or {})["state"] == "finished"
     assert [path.name for path in interrupted.glob("checkpoints/*")] == ["checkpoint-6"]
+    check_adapter("interrupted")
 
 
 def test_a_killed_sweep_is_continued() -> None:
@@ -68,3 +82,4 @@ def test_a_killed_sweep_is_continued() -> None:
     second = Path("sweep/1-c6134dde")
     assert (read_status(second) or {})["state"] == "finished" and read_summary(second)["steps"] == 4
     assert "continuing from" in (second / "job.log").read_text()
+    check_adapter("sweep/1-c6134dde")

@@ -1,4 +1,4 @@
-"""Whatever things are called, nothing is written outside the run's directory and the caches."""
+"""Nothing is written outside the run directory and the caches, whatever the names."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HOSTILE = (
 
 
 def list_files(*roots: Path, without: tuple[Path, ...] = ()) -> dict[str, int]:
-    """Return the files beneath some folders with the time of their last change."""
+    """Return the files below some folders with their modification times."""
     return {
         str(path): path.lstat().st_mtime_ns
         for root in roots
@@ -37,7 +37,7 @@ def list_files(*roots: Path, without: tuple[Path, ...] = ()) -> dict[str, int]:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a folder for temporary files, and the folder `a/b/work` to run in."""
+    """A home directory with a folder for temporary files, and the working directory `a/b/work`."""
     for name in ("a/b/work", "tmp"):
         (tmp_path / "home" / name).mkdir(parents=True)
     monkeypatch.setenv("COLUMNS", "300")
@@ -45,7 +45,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def name_badly(sandbox: Path, tiny_model: str, sft_adapter: str) -> list[str]:
-    """Write data, a model and an adapter whose names and contents are paths; return the overrides that use them."""
+    """Write data, a model and an adapter with paths as names and contents; return overrides."""
     work = sandbox / "a" / "b" / "work"
     (work / "..out .jsonl").write_text(
         "".join(

@@ -1,4 +1,4 @@
-"""A run from end to end: what its directory holds, how it ends, and that a continued run is the same run."""
+"""End-to-end runs: directory contents, exits, and continued runs equal to uninterrupted ones."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
         keys = {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens", "responses_at_cap"}
         assert keys <= summary[phase].keys()
     assert summary["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert summary["before"]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)  # accuracy is rounding's then
+    assert summary["before"]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)  # accuracy is then rounding noise
     assert summary["steps"] == 4
     assert summary["train_runtime"] > 0 and summary["pairs_per_second"] > 0 and summary["peak_memory_gb"] > 0.1
 
@@ -122,7 +122,7 @@ def test_several_sources_are_evaluated_each_and_together(tiny_run: list[str], tm
             mean = sum(event[f"eval_{name}_{key}"] * count for name, count in counts.items()) / sum(counts.values())
             assert event[f"eval_{key}"] == pytest.approx(mean, abs=1e-6)
     assert events[-1]["eval_sums_loss"] != events[-1]["eval_names_loss"]
-    # All together in one set give the same figures.
+    # All rows as one set give the same metrics.
     (tmp_path / "all.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + (tmp_path / "more.jsonl").read_text())
     whole = [*base, "data.path=all.jsonl", "data.eval_fraction=0.3", *exact, "run_dir=w", "training.max_steps=1"]
     summary = run(load_conf(whole), whole)
@@ -160,7 +160,7 @@ def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> N
 
 
 def test_a_finished_run_is_finished(finished: Path, tiny_run: list[str]) -> None:
-    """Trap 12: transformers trains one more step each time."""
+    """Trap 12: transformers would train one more step each time."""
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     summary = run(load_conf([*tiny_run, "run_dir=r"]))
     assert summary == read_json(finished / "summary.json")
@@ -196,7 +196,7 @@ CONTINUED = [
     ["sft", "model.adapter_mode=stack"],
     ["training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=3"],
     ["lora=none", "training.learning_rate=1e-3"],
-    ["training.logging_steps=3"],  # an interval of averages is cut in two
+    ["training.logging_steps=3"],  # the interruption splits a logging interval
 ]
 
 
@@ -266,7 +266,7 @@ def test_a_failure_is_recorded_and_shown_in_one_line(tiny_run, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_run, tmp_path) -> None:
-    """transformers would log it as 0.0, train on, and save the ruins."""
+    """transformers would log it as 0.0, train on, and save the broken weights."""
     overrides = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.warmup_steps=0", "run_dir=r"]
     with pytest.raises(RunError, match=r"is nan at step \d.*smaller training\.learning_rate"):
         run(load_conf([*tiny_run, *overrides]))
@@ -351,7 +351,7 @@ runpy.run_module("dpo_runner", run_name="__main__")
 def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
     number, times, code, checkpoint, tiny_run, tmp_path
 ) -> None:
-    """The signal comes in the eighth step, as the process sends it to itself: no machine is too fast or too busy."""
+    """The process signals itself in the eighth step, so the test does not depend on machine speed."""
     overrides = [*tiny_run, "training.max_steps=10", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
     stopped = run_python("-c", SIGNALLED, str(int(number)), str(times), *overrides)
     assert stopped.returncode == code, stopped.stderr
@@ -367,7 +367,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
 
 @pytest.fixture(scope="module")
 def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The directory and the summary of a short run of the default model."""
+    """Directory and summary of a short run of the default model."""
     folder = tmp_path_factory.mktemp("real") / "r"
     overrides = [
         f"run_dir={folder}",
@@ -399,6 +399,6 @@ def test_the_default_models_result_answers_as_chat_does(
     chat = answer_in_chat(Chat(real_run[0], max_new_tokens=24))
     export([str(real_run[0]), "--out", "adapter", "--adapter-only"])
     assert answer_plainly(default_model, "adapter") == chat
-    export([str(real_run[0]), "--out", "merged"])  # bfloat16, the base's own, which rounds away some of it
+    export([str(real_run[0]), "--out", "merged"])  # bfloat16, the base's dtype, which rounds some of the update away
     check = json.loads(Path("merged/lineage.json").read_text())["export"]["check"]
     assert 0 < check["rounding"]["kl"] < check["merge"]["kl"]

@@ -1,4 +1,4 @@
-"""Greedy answers: as transformers gives them, counted right, whatever the batch."""
+"""Greedy answers match transformers and are counted correctly, for any batch size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is said of a training that goes wrong, and that nothing is said of one that does not."""
+"""Drift warnings appear for training that goes wrong, and only then."""
 
 import math
 from collections.abc import Iterable

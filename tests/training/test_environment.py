@@ -1,4 +1,4 @@
-"""What a run records of the machine that it ran on."""
+"""Peak memory and machine facts recorded by a run."""
 
 import mmap
 from pathlib import Path
@@ -10,7 +10,7 @@ from dpo_runner.training.environment import measure_peak_memory, reset_peak_memo
 
 
 def hold(megabytes: int) -> None:
-    """Hold so much memory for a moment, out of the allocator's reach, which may keep what it has had."""
+    """Hold memory for a moment with mmap, since the allocator may keep freed memory."""
     with mmap.mmap(-1, megabytes * 1_000_000) as memory:
         for at in range(0, len(memory), mmap.PAGESIZE):
             memory[at] = 1

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is no number costs the run, or itself, and never the weights."""
+"""A step with a non-finite loss or gradient ends the run or is skipped, and never damages the weights."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ WAYS = ["engine.max_tokens_per_micro_batch=null", "engine.max_tokens_per_micro_b
 
 @pytest.fixture
 def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the losses of batches with a certain token sequence NaN."""
+    """Make the loss NaN for batches with a certain token sequence."""
 
     def spoil(ids: list[int] | None, steps: tuple[int, ...] = ()) -> None:
         compute = TokenBatches.compute_loss

@@ -1,4 +1,4 @@
-"""The dtype of autocast: the configuration's, or what the hardware multiplies."""
+"""The autocast dtype: as configured, or by hardware support."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_the_hardware_decides_where_the_configuration_does_not(overrides, expect
     monkeypatch.setattr(precision, "has_bf16", lambda: hardware)
     conf = load_conf(["training.use_cpu=true", *overrides])
     assert name_autocast(conf) == expected[hardware]
-    assert build_dpo_config(conf, Path("x")).bf16 == (expected[hardware] is not None)  # what the run itself does
+    assert build_dpo_config(conf, Path("x")).bf16 == (expected[hardware] is not None)  # as in the run
 
 
 def test_fp16_leaves_nothing_to_the_hardware(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""The step-0 check lets sound runs pass and stops the unsound ones, with the likely cause."""
+"""The step-0 check passes sound runs and stops broken ones with the likely cause."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_a_sound_run_passes(tiny_run, tmp_path) -> None:
 
 
 def test_a_wrong_reference_is_found(tiny_run, sft_adapter, tmp_path) -> None:
-    """The bare base as the reference of an SFT model: trap 3 as other runners have it."""
+    """The bare base as the reference of an SFT model: trap 3, as in other runners."""
     trainer = build([*tiny_run, f"model.adapter={sft_adapter}"], tmp_path)
     trainer.model.delete_adapter("ref")  # TRL then takes the reference with all adapters off
     with pytest.raises(RunError, match=r"policy and reference differ by .* per token before training"):
@@ -31,7 +31,7 @@ def test_a_wrong_reference_is_found(tiny_run, sft_adapter, tmp_path) -> None:
     "answers, compared",
     [
         ([(40, 40), (2, 30), (16, 20), (30, 1), (20, 16), (50, 50)], [2, 4]),
-        ([(3, 15), (1, 1), (2, 9)], [1, 2]),  # none has long ones
+        ([(3, 15), (1, 1), (2, 9)], [1, 2]),  # no row has two long answers
         ([(20, 20)], [0]),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_layer_that_no_token_reached_is_exempt(tiny_run, tmp_path) -> None:
 
 
 def test_the_check_waits_for_a_learning_rate_above_0(tiny_run, tmp_path) -> None:
-    """With warm-up the first step has none, and nothing moves."""
+    """With warm-up the first step has learning rate 0, so nothing moves."""
     trainer = build([*tiny_run, "training.warmup_steps=2"], tmp_path)
     trainer.add_callback(MovementCheck())
     trainer.train()
@@ -120,7 +120,7 @@ def test_whatever_is_trained_passes_when_it_moves(kind: str, tiny_run, tmp_path)
     check = MovementCheck()
     trainer.add_callback(check)
     trainer.train()
-    assert check._steps == 2 and not check._start  # it has come to its verdict
+    assert check._steps == 2 and not check._start  # the check has finished
 
 
 @pytest.mark.parametrize("kind", ["full", "IA3", "modules"])
@@ -140,7 +140,7 @@ def test_what_gets_no_gradient_is_found_whatever_it_is(kind: str, tiny_run, tmp_
 
 @pytest.mark.parametrize("part", ["0", "1"])
 def test_a_weight_that_nothing_uses_may_stay(part: str, tiny_run, tmp_path) -> None:
-    """As an idle expert does in full fine-tuning."""
+    """Like an idle expert in full fine-tuning."""
     trainer = build([*tiny_run, "lora=none", "training.weight_decay=0"], tmp_path)
     trainer.add_callback(MovementCheck())
     trainer.model.model.layers[int(part)].mlp.down_proj.weight.register_hook(torch.zeros_like)
@@ -155,7 +155,7 @@ def test_a_learning_rate_too_small_for_fp32_is_found(tiny_run, tmp_path) -> None
 
 
 def test_warm_up_too_small_for_factors_at_1_is_no_alarm(tiny_run, tmp_path) -> None:
-    """IA3 begins at 1, where fp32 has no step below 3e-8; the check waits until one can show."""
+    """IA3 starts at 1, where fp32 has no step below 3e-8; the check waits until a change is possible."""
     warm_up = ["training.learning_rate=1e-4", "training.warmup_steps=20000", "training.max_steps=12"]
     trainer = build([*tiny_run, *IA3, *warm_up], tmp_path)
     check = MovementCheck()

@@ -1,4 +1,4 @@
-"""What signals do to a run, before, during and after its training."""
+"""Signals before, during and after training."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_of_the_signals_after_the_first_only_ctrl_c_does_not_wait_for_the_checkp
         with pytest.raises(KeyboardInterrupt) as caught:
             send(signal.SIGINT)
         assert caught.value.args == (number,)
-        send(signal.SIGTERM)  # while the run ends because of the first
+        send(signal.SIGTERM)  # while the run ends after the first signal
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -130,7 +130,7 @@ EPOCHS = (
     "data.max_train_samples=4",
     "training.save_steps=1000",
     "training.logging_strategy=epoch",
-)  # of two steps each
+)  # two steps per epoch
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A clock that is set while a run goes on changes no duration, and no run's state."""
+"""Setting the system clock during a run changes neither durations nor the run's state."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The trainer's traps: adapters that move, dropout that means what it says, rows that are not templated twice."""
+"""Trainer traps: adapters that move, dropout as configured, rows that are not templated twice."""
 
 import types
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_adapters_train_in_fp32(quant: str, tiny_run, tmp_path) -> None:
 
 
 def test_small_updates_move_a_qlora_adapter(tiny_run, tmp_path) -> None:
-    """Trap 4, by its effect: in bf16 some 2 % of lora_A change at this learning rate, in fp32 nearly all."""
+    """The effect of trap 4: at this learning rate about 2 % of lora_A change in bf16, nearly all in fp32."""
     overrides = [*tiny_run, "quant=nf4", "training.learning_rate=5e-6", "training.lr_scheduler_type=constant"]
     trainer = build(
         [*overrides, "training.warmup_steps=0", "training.max_steps=20", "data.eval_fraction=0.1"], tmp_path
@@ -42,7 +42,7 @@ def test_small_updates_move_a_qlora_adapter(tiny_run, tmp_path) -> None:
 
 
 def test_a_loaded_qlora_adapter_is_not_rounded(tiny_run, sft_adapter, tmp_path) -> None:
-    """TRL rounds the policy's copy to bf16 and not the reference's, so that they would differ from the start."""
+    """TRL rounds the policy's copy to bf16 but not the reference's, so both would differ from the start."""
     from safetensors.torch import load_file
 
     trainer = build([*tiny_run, "quant=nf4", f"model.adapter={sft_adapter}"], tmp_path)
@@ -75,7 +75,7 @@ def test_disable_dropout_still_works(tiny_run, tmp_path) -> None:
 
 
 def test_the_reference_has_no_dropout(tiny_run, sft_adapter, tmp_path) -> None:
-    """TRL runs the reference in training mode, where an SFT adapter's dropout would make it noise."""
+    """TRL runs the reference in training mode, where an SFT adapter's dropout would add noise."""
     trainer = build([*tiny_run, f"model.adapter={sft_adapter}"], tmp_path)
     for name, module in trainer.model.named_modules():
         if name.endswith("lora_dropout"):
@@ -100,7 +100,7 @@ def test_rows_reach_the_trainer_as_they_were_tokenized(tiny_run, tmp_path, token
 
 
 def test_precomputed_references_do_not_outlive_the_settings_they_depend_on(tiny_run, tmp_path) -> None:
-    """Trap 2: TRL files them without max_length, truncation_mode, ld_alpha and the attention implementation."""
+    """Trap 2: TRL's cache key lacks max_length, truncation_mode, ld_alpha, attention implementation."""
 
     def reference(*overrides: str) -> list[float]:
         trainer = build([*tiny_run, "training.precompute_ref_log_probs=true", *overrides], tmp_path)
@@ -155,7 +155,7 @@ def test_losses_train(loss: str, tiny_run, tmp_path) -> None:
 
 
 def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, tokenizer, tmp_path) -> None:
-    """Where TRL's own templating is sound, ours gives the same."""
+    """If TRL's templating is correct, ours gives the same tokens."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer

@@ -29,7 +29,6 @@ def check_data(conf: RunFields) -> Iterator[str]:
 
 
 def _check_sources(data: DataConf) -> Iterator[str]:
-
     if not data.sources:
         if data.path is None:
             yield "`data.path`: must be set (`data.path=FILE_OR_HUB_ID`), or several sources as data.sources.NAME.path"
@@ -54,7 +53,6 @@ def _check_sources(data: DataConf) -> Iterator[str]:
 
 
 def _check_source(source: SourceFields, key: str) -> Iterator[str]:
-
     if source.eval_path and source.eval_split:
         yield f"`{key}.eval_split={source.eval_split}`: contradicts {key}.eval_path={source.eval_path}; set one of them"
     for theirs, ours in source.columns.items():

@@ -1,4 +1,4 @@
-"""`RunFields`, the fields of one run, and the sections `wandb`, `engine`, `checks`, `samples` and `judge`."""
+"""`RunFields`, all fields of a run; sections `wandb`, `engine`, `checks`, `samples` and `judge`."""
 
 from dataclasses import dataclass, field
 

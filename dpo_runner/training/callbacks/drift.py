@@ -1,7 +1,7 @@
-"""Training that goes wrong without any number being wrong: a loss that explodes, answers that are unlearnt.
+"""Warnings about training that fails with finite numbers: exploding loss, unlearnt chosen answers.
 
-DPO's loss looks at the margin alone. It also falls where both answers become less likely, as long as the rejected one
-does so faster; chosen answers that the model no longer gives are the known price (Smaug, arXiv 2402.13228).
+DPO's loss depends on the margin only. It also falls if both answers become less likely, as long as the rejected one
+does so faster; the known failure is that the model unlearns the chosen answers (Smaug, arXiv 2402.13228).
 """
 
 from collections import deque
@@ -10,23 +10,23 @@ from itertools import pairwise
 from statistics import mean
 
 _WINDOW = 5
-"""Log events that are averaged."""
+"""Log events per average."""
 
 _WINDOWS = 4
-"""In a row that have to show the same."""
+"""Consecutive averages that must show the same trend."""
 
 _UNLEARNT = 10.0
-"""Nats by which the mean chosen answer is less likely than under the reference, before anything is said."""
+"""Nats that the mean chosen answer must lose against the reference before a warning."""
 
 _EXPLODED = 2.0
-"""Times the best loss so far, and by that many nats above it at least half."""
+"""Factor over the best loss so far; the loss must also exceed it by a quarter of this number."""
 
 
 class DriftWarnings:
-    """Watches a training's log events, and says each thing once.
+    """Watches the log events of a training; gives each warning once.
 
     Args:
-        beta: the loss's; rewards are beta times log ratios (DPO paper, section 4).
+        beta: beta of the loss; rewards are beta times log ratios (DPO paper, section 4).
     """
 
     def __init__(self, beta: float) -> None:
@@ -36,7 +36,7 @@ class DriftWarnings:
         self._said: set[str] = set()
 
     def note(self, logs: Mapping[str, float]) -> list[str]:
-        """Return what there is to say after one more log event of the training."""
+        """Return new warnings after one more log event."""
         self._events.append(logs)
         found = {"loss": self._find_explosion(), "chosen": self._find_unlearning()}
         told = [text for kind, text in found.items() if text and kind not in self._said]
@@ -44,7 +44,7 @@ class DriftWarnings:
         return told
 
     def _windows(self, key: str) -> list[float]:
-        """Return the averages of the last windows, the oldest first; none before there are enough events."""
+        """Return the averages of the last windows, oldest first; empty until there are enough events."""
         values = [event[key] for event in self._events if key in event]
         if len(values) < _WINDOW * _WINDOWS:
             return []
@@ -74,6 +74,6 @@ class DriftWarnings:
             return None
         return (
             f"chosen answers become less likely step by step, by {nats:.0f} nats on average now, while the margin "
-            "grows: the model unlearns what it should prefer. A larger training.beta, a smaller "
-            "training.learning_rate or training.loss_type=[sigmoid,sft] hold against it"
+            "grows: the model unlearns the chosen answers. Try a larger training.beta, a smaller "
+            "training.learning_rate or training.loss_type=[sigmoid,sft]"
         )

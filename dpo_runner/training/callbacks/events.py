@@ -1,4 +1,4 @@
-"""The trainer's log events, handed to everything that keeps or shows them."""
+"""Trainer callback: log events to metrics.jsonl, W&B and the console."""
 
 import math
 from typing import Any
@@ -14,13 +14,13 @@ from dpo_runner.training.callbacks.drift import DriftWarnings
 
 
 class RunEvents(TrainerCallback):  # type: ignore[misc]
-    """Writes each log event to metrics.jsonl and W&B and shows it; stops a run whose evaluation is no number.
+    """Writes log events to metrics.jsonl and W&B and shows them; stops on a non-finite eval_loss.
 
     Args:
-        directory: where metrics.jsonl is.
+        directory: the run directory, with metrics.jsonl.
         tracker: W&B.
-        console: the terminal.
-        show_progress: whether steps are shown as they pass.
+        console: the terminal output.
+        show_progress: whether to show each step.
     """
 
     def __init__(self, directory: RunDirectory, tracker: Tracker, console: RunConsole, show_progress: bool) -> None:
@@ -28,13 +28,13 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._show_progress = show_progress
         self._drift: DriftWarnings | None = None
         self.silent = False
-        """Set while events are not to be written or shown."""
+        """If true, events are neither written nor shown."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._drift = DriftWarnings(args.beta)
-        for event in read_metrics(self._directory.path):  # of the training so far, where it is continued
+        for event in read_metrics(self._directory.path):  # events before the resume
             if "loss" in event:
-                self._drift.note(event)  # what there is to say was said then
+                self._drift.note(event)  # its warnings were shown then
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._console.start_training(state.global_step, state.max_steps, pairs, self._show_progress)
 
@@ -43,7 +43,7 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._console.show_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        # Trainer's closing averages count from the last start, not from the first; summary.json has the totals.
+        # Trainer's final averages cover only the time since the last resume; summary.json has the totals.
         if self.silent or not state.is_world_process_zero or "train_runtime" in logs:
             return
         event = {"step": state.global_step, **logs}

@@ -1,4 +1,4 @@
-"""Check that training moves the weights that it should."""
+"""Trainer callback: check that training moves the trainable weights."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from dpo_runner.errors import RunError
 Fingerprint = tuple[float, float]
 
 WHOLE_MODULE = ".modules_to_save.default."
-_AT_ONCE = 2**24  # values; a fingerprint's passing copies stay small beside the weights
-_MOST_SKIPPED_STEPS = 20  # that fp16's loss scaler needs to find its scale
+_AT_ONCE = 2**24  # values per chunk, to keep temporary fp64 copies small
+_MOST_SKIPPED_STEPS = 20  # fp16's loss scaler skips steps until it finds its scale
 
 
 def find_lora(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return by the names of lora_A and lora_B, in the model's order, the layers that they belong to."""
+    """Map the names of lora_A and lora_B weights, in model order, to their layers."""
     return {
         f"{path}.{part}.default.weight": module
         for path, module in model.named_modules()
         for part in ("lora_A", "lora_B")
-        if isinstance(getattr(module, part, None), torch.nn.ModuleDict)  # other methods have bare parameters there
+        if isinstance(getattr(module, part, None), torch.nn.ModuleDict)  # other methods have plain parameters there
         and "default" in getattr(module, part)
     }
 
@@ -29,12 +29,12 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
     """Verify that training moves weights, in the first steps with a learning rate above 0.
 
     Each lora_B must have moved after the first such step and each lora_A after the second: B starts at 0, so A's
-    gradient is 0 in the first. Layers that no token reached (idle experts) are exempt. Of everything that is trained,
-    and of whole modules beside an adapter (`modules_to_save`), at least one weight must have moved after the second:
-    in other methods and in full fine-tuning a single tensor may rightly stay, as what no token uses does.
+    gradient is 0 in the first. Layers that no token reached (idle experts) are exempt. Of all trainable weights, and of
+    `modules_to_save`, at least one weight must have moved after the second step: in other methods and in full
+    fine-tuning a single tensor may legitimately stay, for example if no token uses it.
 
     Args:
-        may_skip: whether the trainer may leave a step out, as the loss scaler of fp16 may too.
+        may_skip: whether the trainer may skip steps (as fp16's loss scaler also does).
     """
 
     def __init__(self, may_skip: bool = False) -> None:
@@ -85,7 +85,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
                 handle.remove()
         weights = dict(model.named_parameters())
         for group in still:
-            # In warm-up a step may be too small for any of them, as for a method's factors that begin at 1.
+            # During warm-up a step may be too small to change any of them, for example IA3 factors, which start at 1.
             highest = self._highest_rate
             if highest >= args.learning_rate or any(_can_move(weights[name], highest) for name in group):
                 what = "weights in modules_to_save" if group is whole else "trainable weights"
@@ -104,12 +104,12 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
 
 
 def _take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
-    """Return the fingerprint of each weight that is trained, by name."""
+    """Return the fingerprint of each trainable weight, by name."""
     return {name: _fingerprint(weight) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _fingerprint(weight: torch.Tensor) -> Fingerprint:
-    """Sums in fp64: they change if any value does, for all practical purposes, and cost no copy of the weights."""
+    """Return the sum and sum of squares in fp64: practically unique, and without a copy of the weight."""
     total = squares = 0.0
     for part in weight.detach().reshape(-1).split(_AT_ONCE):
         values = part.double()
@@ -118,5 +118,5 @@ def _fingerprint(weight: torch.Tensor) -> Fingerprint:
 
 
 def _can_move(weight: torch.Tensor, rate: float) -> bool:
-    """Whether an update as large as the learning rate, as Adam's are, changes any value."""
+    """Return whether an update of the size of the learning rate (as Adam's) changes any value."""
     return bool((weight.detach() - rate != weight.detach()).any())

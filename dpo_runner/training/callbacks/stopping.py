@@ -1,4 +1,4 @@
-"""Stopping a run from outside: after its step and with a checkpoint, or at once where Ctrl-C asks for it twice."""
+"""Trainer callback: stop on a signal after the step, with a checkpoint; at once on a second Ctrl-C."""
 
 import contextlib
 import os
@@ -17,14 +17,14 @@ _NOTICE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, a scheduler that takes the machine back, and one that warns beforehand (Slurm's `--signal=USR1@120`)."""
+"""Ctrl-C, preemption by a scheduler, and a scheduler's advance warning (Slurm's `--signal=USR1@120`)."""
 
 
 class Stopping(TrainerCallback):  # type: ignore[misc]
-    """Lets a signal end the training with a checkpoint of the step that it is in, and cuts an evaluation short.
+    """Ends training on a signal with a checkpoint of the current step; aborts a running evaluation.
 
-    Before and after the training a signal ends the run where it stands, and so does a second one that is SIGINT.
-    Other signals after the first change nothing: schedulers repeat them, or send SIGTERM after SIGUSR1.
+    Before and after training a signal ends the run immediately, and so does SIGINT as a second signal.
+    Other signals after the first are ignored: schedulers repeat them, or send SIGTERM after SIGUSR1.
 
     Raises:
         KeyboardInterrupt: with the first signal's number.
@@ -36,7 +36,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Heed signals for as long as this lasts; they reach the main thread only, and elsewhere nothing is done."""
+        """Handle signals inside this block; no-op outside the main thread, which alone receives them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -46,7 +46,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            if self._signal is not None and handles_ctrl_c():  # the command's exit code is the first signal's
+            if self._signal is not None and handles_ctrl_c():  # the exit code is that of the first signal
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -57,8 +57,8 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         if number == signal.SIGINT if not is_first else not self._training:
             raise KeyboardInterrupt(self._signal)
         if is_first:
-            with contextlib.suppress(OSError):  # nobody may be there to read it
-                os.write(2, _NOTICE)  # what else prints may be in the midst of printing
+            with contextlib.suppress(OSError):  # stderr may be closed
+                os.write(2, _NOTICE)  # unbuffered: print is not reentrant
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = True
@@ -80,7 +80,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         self.end_training()
 
     def end_training(self) -> None:
-        """Stop at once from here on, and now where a signal has come after the last save."""
+        """Stop at once on later signals, and now if a signal came after the last save."""
         self._training = False
         self._stop()
 

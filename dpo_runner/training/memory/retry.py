@@ -1,8 +1,8 @@
-"""Attempts in smaller batches where memory runs out, and advice where none is left.
+"""Retries with smaller batches after running out of memory, and advice if no retry is left.
 
-A run that goes on with smaller batches takes as many pairs to an optimizer step as before, so it is the run that had
-such batches from the start. Where micro-batches are limited by tokens, that limit is halved; where rows are counted,
-there are fewer of them, and as many more batches to a step.
+Retries keep the number of pairs per optimizer step, so the run equals one started with the smaller batches. If
+micro-batches are limited by tokens, the limit is halved; if rows are counted, a batch has fewer rows and a step
+correspondingly more batches.
 """
 
 import gc
@@ -37,11 +37,11 @@ _ACCUMULATION, _EVAL_BATCH = "training.gradient_accumulation_steps", "training.p
 
 
 class Attempt:
-    """One attempt at a run: a context manager that keeps an `OutOfMemory` to itself.
+    """One attempt at a run: a context manager that catches `OutOfMemory`.
 
     Attributes:
-        settled: the run, with the settings of this attempt.
-        failure: what memory ran out in.
+        settled: the run with the settings of this attempt.
+        failure: the caught error, or None.
     """
 
     def __init__(self, settled: "Settled") -> None:
@@ -62,15 +62,15 @@ class Attempt:
 
 
 def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> Iterator[Attempt]:
-    """Yield attempts at a run, each in smaller batches than the one before, if `conf.checks` allows more than one.
+    """Yield attempts at a run, each with smaller batches; only one unless `conf.checks` allows retries.
 
     Args:
-        settled: the run, as it is tried first.
-        blueprint: of its model.
-        session: has the records of an earlier process that had made batches smaller, and gets new ones.
+        settled: the run as first attempted.
+        blueprint: the model's blueprint.
+        session: has the records of batch reductions by an earlier process, and receives new ones.
 
     Raises:
-        OutOfMemory: no batch can be smaller, or none is to be; with sizes, and with settings that take less.
+        OutOfMemory: batches cannot, or must not, be reduced further; has sizes and settings that need less memory.
     """
     records = session.out_of_memory
     settings = {key: value for record in records for key, value in record["settings"].items()}
@@ -99,13 +99,13 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
 
 
 def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> dict[str, int]:
-    """Return settings with which a part of a run takes less memory for the same result; none where there are none.
+    """Return settings with which a phase needs less memory for the same result; empty if there are none.
 
     Args:
-        conf: the run.
-        part: of it.
-        tokens: that a micro-batch has at most; None where rows are counted.
-        largest: tokens of the largest pair, its prompt counted once: no micro-batch is smaller.
+        conf: the configuration.
+        part: the phase, such as `TRAINING`.
+        tokens: token limit of a micro-batch; None if rows are counted.
+        largest: tokens of the largest pair, prompt counted once; the lower limit of a micro-batch.
     """
     training = conf.training
     if part in (EVALUATION, ANSWERING):
@@ -117,19 +117,19 @@ def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> 
     if tokens is not None:
         held = min(tokens, batch * accumulation * largest)
         return {_TOKENS: max(held // 2, largest)} if held > largest else {}
-    if batch == 1 or training.dataloader_drop_last:  # other batches would drop other pairs
+    if batch == 1 or training.dataloader_drop_last:  # smaller batches would drop other pairs
         return {}
     factor = next(n for n in range(2, batch + 1) if batch % n == 0)  # the effective batch stays the same
     return {_BATCH: batch // factor, _ACCUMULATION: accumulation * factor}
 
 
 def list_ways(conf: RunConf, part: str | None = None, smaller: Settings | None = None) -> list[str]:
-    """Return overrides that would make a run smaller, those that change no result first.
+    """Return overrides that reduce memory, those that do not change the result first.
 
     Args:
-        conf: the run.
-        part: of it; None where it is not known.
-        smaller: what `find_smaller` has found for that part; None where it was not asked.
+        conf: the configuration.
+        part: the phase that ran out of memory; None if unknown.
+        smaller: the result of `find_smaller` for that phase; None if not computed.
     """
     ways: list[str] = []
     if smaller is None:
@@ -156,7 +156,7 @@ def _join(settings: Settings) -> str:
 
 
 def _release(error: BaseException | None) -> None:
-    """Free what the functions that have failed held: the model, above all."""
+    """Free the objects held by the tracebacks of a failure, above all the model."""
     import torch
 
     while error is not None:
@@ -175,5 +175,5 @@ def _describe_estimate(settled: "Settled", blueprint: "Blueprint") -> str:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return ""  # there is too little even for that
+        return ""  # too little memory even for the estimate
     return f"by the estimate the run takes {format_bytes(estimate.total)} at its peak, in its {estimate.phase}; "

@@ -1,8 +1,8 @@
-"""Decide what a configuration leaves open, before a weight is loaded.
+"""Settle the settings that a configuration leaves open, before any weight is loaded.
 
-Gradient checkpointing computes every layer twice, a third more work, for the same gradients. A run gets it where
-`training.gradient_checkpointing=true` asks for it, and where the memory estimate says that the run would not fit
-without it, unless `engine.auto_gradient_checkpointing=false`. Where memory cannot be estimated it stays as it is set.
+Gradient checkpointing computes every layer twice, a third more work, for the same gradients. It is on if
+`training.gradient_checkpointing=true`, or if the memory estimate says that the run would not fit without it, unless
+`engine.auto_gradient_checkpointing=false`. If memory cannot be estimated, the setting stays unchanged.
 """
 
 import math
@@ -23,7 +23,7 @@ from dpo_runner.training.engine.packed.forward import is_certain
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
 
 _BYTES_PER_WEIGHT = 20
-"""The weight, its gradient, Adam's two moments and the reference's copy, in fp32."""
+"""Weight, gradient, Adam's two moments and the reference's copy, in fp32."""
 
 Settings = Mapping[str, Any]
 """Values by dotted key."""
@@ -31,14 +31,14 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Settled:
-    """A run's configuration as asked and as executed. It can be pickled.
+    """A run's configuration, as requested and as executed. Picklable.
 
     Attributes:
         asked: the configuration as composed.
         conf: the configuration as executed.
-        args: TRL's settings, made of `conf`.
-        shape: of the run's rows.
-        notes: why `conf` differs from `asked`, by the plan's label.
+        args: TRL's settings, built from `conf`.
+        shape: lengths and counts of the run's rows.
+        notes: why `conf` differs from `asked`, by label in the plan.
     """
 
     asked: RunConf
@@ -48,7 +48,7 @@ class Settled:
     notes: dict[str, str] = field(default_factory=dict)
 
     def with_settings(self, settings: Settings) -> "Settled":
-        """Return the same run with other values, such as smaller batches."""
+        """Return the run with changed settings, such as smaller batches."""
         if not settings:
             return self
         conf = with_settings(self.conf, settings)
@@ -59,22 +59,22 @@ class Settled:
         """Estimate the run's peak memory.
 
         Raises:
-            ConfigError: it cannot be estimated.
+            ConfigError: peak memory cannot be estimated.
         """
         return estimate_memory(self.conf, self.args, blueprint, self.shape)
 
 
 def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: Path) -> Settled:
-    """Decide what a configuration leaves open.
+    """Settle the settings that a configuration leaves open.
 
     Args:
-        conf: the run.
-        blueprint: of its model.
-        shape: of its rows.
-        checkpoints: the folder that checkpoints go to.
+        conf: the configuration as composed.
+        blueprint: the model's blueprint.
+        shape: lengths and counts of the rows.
+        checkpoints: the folder for checkpoints.
 
     Raises:
-        ConfigError: TRL or transformers refuses the settings.
+        ConfigError: TRL or transformers rejects the settings.
     """
     args = build_dpo_config(conf, checkpoints)
     if (lack := _find_lack_of_memory(conf, args, blueprint, shape)) is None:
@@ -85,7 +85,7 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
 
 
 def _find_lack_of_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> str | None:
-    """Return how much memory asks for gradient checkpointing that is not set; None where none does."""
+    """Return the memory shortage that requires gradient checkpointing, in words; None if there is none."""
     if conf.training.gradient_checkpointing or not conf.engine.auto_gradient_checkpointing:
         return None
     bound = bound_memory(conf, args, blueprint, shape)
@@ -101,7 +101,7 @@ def _find_lack_of_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, s
 
 
 def with_settings(conf: RunConf, settings: Settings) -> RunConf:
-    """Return a run with some of its settings, by their dotted keys, changed."""
+    """Return a configuration with settings changed by dotted key."""
     for key, value in settings.items():
         section, _, name = key.partition(".")
         changed = replace(getattr(conf, section), **{name: value})
@@ -110,13 +110,13 @@ def with_settings(conf: RunConf, settings: Settings) -> RunConf:
 
 
 def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> float:
-    """Return bytes that a run stays below, without the seconds that the estimate takes; inf where that is not known.
+    """Return a cheap upper bound of a run's memory in bytes, inf if unknown; the estimate takes seconds.
 
     Args:
-        conf: the run.
-        args: of its trainer.
-        blueprint: of its model.
-        shape: of its rows.
+        conf: the configuration.
+        args: TRL's settings.
+        blueprint: the model's blueprint.
+        shape: lengths and counts of the rows.
     """
     cut, model = shape.cut(args.max_length), blueprint.meta
     text = model.config.get_text_config()
@@ -125,7 +125,7 @@ def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: Da
     if len(sizes) < len(keys):
         return math.inf
     layers, hidden, inner, heads, vocabulary = sizes
-    # of a token in a layer, in 16 bits: inputs of its products and norms; attention weights to 1024 others
+    # bytes per token and layer in 16 bits: inputs of matmuls and norms; attention weights to 1024 other tokens
     per_layer = (60 * hidden + 8 * inner + 2 * 1024 * heads) * (1 if args.bf16 or args.fp16 else 2)
     training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
     if why_not_packed(conf, blueprint, shape.longest) is None and is_certain(model):

@@ -1,4 +1,4 @@
-"""Trainer mixin: timed evaluation, of several sources one by one, and the phase that runs out of memory."""
+"""Trainer mixin: evaluation timing, evaluation per source, and out-of-memory errors by phase."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from dpo_runner.training.memory.device import EVALUATION, TRAINING, watch_memory
 
 
 class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
-    """Times evaluations with a monotonic clock, evaluates sources one by one, and names the phase out of memory."""
+    """Monotonic evaluation times, evaluation per source, and the phase in out-of-memory errors."""
 
     _evaluated: tuple[float, int] | None = None
     _evaluates_part = False
@@ -28,7 +28,7 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
         return output
 
     def _correct_times(self, logs: dict[str, float]) -> None:
-        """Put the measured runtime and speeds of the last evaluation into its log event, once."""
+        """Replace runtime and speeds in the log event of the last evaluation by the measured ones, once."""
         if self._evaluated is None or not any(key.endswith("_runtime") for key in logs):
             return
         seconds, rows = self._evaluated
@@ -45,7 +45,7 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate; where there are several sources, each by itself, and all together weighted by their pairs."""
+        """Evaluate; several sources are evaluated separately, then averaged weighted by pairs."""
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
         self._evaluates_part = True
@@ -62,21 +62,21 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
         if not self._evaluates_part:
             super().log(logs, start_time)
             return
-        # TRL adds its averages to the event's metrics here; one event for all parts together follows.
+        # Add TRL's averages, as its own log would; one event for all sources follows.
         logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
         self._metrics["eval"].clear()
 
 
 def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) -> dict[str, float]:
-    """Join the evaluations of several sources into one event.
+    """Merge the evaluations of several sources into one event.
 
     Args:
-        parts: by source, metrics under names that begin with `eval_`.
-        rows: by source, how many pairs were evaluated.
+        parts: metrics by source; names begin with `eval_`.
+        rows: number of evaluated pairs by source.
 
     Returns:
-        Each source's metrics as `eval_<source>_…`, and under their own names the averages weighted by pairs; times
-        are sums.
+        Each source's metrics as `eval_<source>_…`, and under the plain names averages weighted by pairs; runtimes are
+        summed.
     """
     total = sum(rows.values())
     merged: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""Trainer mixin: a step whose loss or gradient is not finite ends the run, or is skipped.
+"""Trainer mixin: stop at, or skip, steps with a non-finite loss or gradient.
 
-Either way its pairs are written down, with where they come from, and each is scored by itself, to tell a bad row from
-diverged weights. The whole step is checked, before the optimizer takes it.
+In both cases the step's pairs are written to a file with their origin, and each pair is scored separately, to
+distinguish a bad row from diverged weights. The check covers the whole step and runs before the optimizer step.
 """
 
 import logging
@@ -19,21 +19,21 @@ from dpo_runner.training.engine.token_batches import Batch, Place, select_pairs
 
 logger = logging.getLogger(__name__)
 
-# Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
+# Private method of transformers, overridden here: fail on an upgrade that renames it.
 assert hasattr(DPOTrainer, "_get_grad_norm"), "transformers' Trainer._get_grad_norm is gone"
 
 _SHOWN = 3
-"""Pairs that a message names."""
+"""Maximum pairs named in a message."""
 
 
 class FiniteSteps(DPOTrainer):  # type: ignore[misc]
-    """Looks at each step's loss and gradient.
+    """Checks each step's loss and gradient norm.
 
     Args:
-        data: where the training rows come from.
-        dumps: folder for the pairs of such steps.
-        max_skipped: how many steps may be left out before the run stops; 0 stops at the first.
-        kwargs: of the mixins after this one and of `DPOTrainer`.
+        data: the training rows and their origin.
+        dumps: folder for the pairs of non-finite steps.
+        max_skipped: maximum skipped steps before the run stops; 0 stops at the first.
+        kwargs: passed to the next mixins and `DPOTrainer`.
     """
 
     _skipped = _interval_steps = _interval_skipped = 0
@@ -43,14 +43,17 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         self.data, self.dumps, self.max_skipped = data, dumps, max_skipped
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the batches of one optimizer step, which begins here."""
+        """Return the batches of the next optimizer step, and reset the per-step state."""
         self._loss = torch.zeros((), device=self.args.device)
         self._noted = {name: len(values) for name, values in self._metrics["train"].items()}
         self._interval_steps += 1
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the loss of a batch; 0 in place of one that is no number, since Trainer adds them up for its log."""
+        """Return a batch's loss; if steps may be skipped, 0 for a non-finite one.
+
+        Trainer sums the losses for its log.
+        """
         loss = super().training_step(*args, **kwargs)
         self._loss += loss
         return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss)) if self.max_skipped else loss
@@ -58,7 +61,7 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         loss = self._loss.item()
-        # In fp16 an infinite gradient is in order: the loss scaler skips the step and tries a smaller scale.
+        # In fp16 an infinite gradient is normal: the loss scaler skips the step and lowers the scale.
         if math.isfinite(loss) and (self.args.fp16 or math.isfinite(float(norm))):
             return norm
         told = self._report(model, loss, float(norm))
@@ -71,15 +74,15 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
             )
         self._skipped += 1
         self._interval_skipped += 1
-        model.zero_grad()  # the optimizer leaves weights alone that have no gradient
+        model.zero_grad()  # the optimizer does not touch weights without gradient
         noted = {name: values[: self._noted.get(name, 0)] for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
         self._metrics["train"].update({name: values for name, values in noted.items() if values})
         self.say(f"{told}; the step is skipped")
-        return None  # Trainer logs no norm then
+        return None  # then Trainer logs no norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Average losses over the steps that were taken."""
+        """Average losses over the steps that were not skipped."""
         if "loss" in logs:
             taken = self._interval_steps - self._interval_skipped
             if not taken:
@@ -100,18 +103,18 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         self._skipped, self._interval_steps, self._interval_skipped = progress["skipped"]
 
     def _report(self, model: Any, loss: float, norm: float) -> str:
-        """Say what was wrong, and with which of the step's pairs."""
+        """Return a description of the non-finite step and its bad pairs."""
         step = self.state.global_step + 1
         what = f"loss is {loss:g}" if not math.isfinite(loss) else f"grad_norm is {norm:g}"
         told = f"{what} at step {step}"
         try:
             return f"{told}{self._write_down(model, step, loss, norm)}"
-        except Exception as error:  # whatever it is, it is not to hide what was wrong
+        except Exception as error:  # must not mask the original problem
             logger.exception("the pairs of step %d cannot be looked at", step)
             return f"{told}; its pairs cannot be looked at: {reason_of(error)}"
 
     def _write_down(self, model: Any, step: int, loss: float, norm: float) -> str:
-        """Write the step's pairs down, and say which of them are to blame, and where they are."""
+        """Write the step's pairs to a file; return a description of the bad ones and the path."""
         batches = [select_pairs(self._batches, [place]) for place in self._places()]
         pairs = [
             self._describe(model, batch, row) for batch, row in zip(batches, self._find_rows(batches), strict=True)
@@ -150,7 +153,7 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         }
 
     def _find_rows(self, batches: list[Batch]) -> list[int | None]:
-        """Return which training row each batch of one pair was made of; the first of several that are alike."""
+        """Return the index of the training row of each one-pair batch; the first of identical rows."""
         wanted = {str(_read_ids(batch)) for batch in batches}
         found: dict[str, int] = {}
         for index, row in enumerate(self.train_dataset):

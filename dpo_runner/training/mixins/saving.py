@@ -1,4 +1,4 @@
-"""Trainer mixin: checkpoints that are whole or do not count, and the progress that a resumed run needs."""
+"""Trainer mixin: atomic checkpoints, and the extra state that a resumed run needs."""
 
 import json
 import logging
@@ -24,24 +24,24 @@ from dpo_runner.records.checkpoints import list_checkpoints, put_damaged_aside, 
 
 logger = logging.getLogger(__name__)
 
-# Private to transformers, and overridden here: an upgrade that renames it must not pass unnoticed.
+# Private methods of transformers, overridden here: fail on an upgrade that renames them.
 for _name in ("_save_checkpoint", "_determine_best_metric", "_maybe_log_save_evaluate", "_evaluate"):
     assert hasattr(DPOTrainer, _name), f"transformers' Trainer.{_name} is gone"
 
 PROGRESS_FILE = "progress.json"
-"""In a checkpoint: what Trainer and TRL keep in memory alone until they log it, and would begin anew."""
+"""State in a checkpoint that Trainer and TRL keep only in memory and would reset on resume."""
 
 
 class EvaluationCut(KeyboardInterrupt):
-    """The evaluation is not to be waited for: a signal wants the run to stop, with a checkpoint where it trains."""
+    """Aborts an evaluation because a signal stops the run; during training a checkpoint is saved."""
 
 
 class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
-    """Writes each checkpoint under another name first; see `records.checkpoints`.
+    """Writes each checkpoint under a temporary name first; see `records.checkpoints`.
 
     Args:
-        say: shows one line to a person.
-        kwargs: of `DPOTrainer`.
+        say: shows one line to the user.
+        kwargs: passed to `DPOTrainer`.
     """
 
     _cut_evaluation: dict[str, Any] | None = None
@@ -51,19 +51,22 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.say = say
         self._epoch_ends = _EpochEnds()
-        self.add_callback(self._epoch_ends)  # behind all others: they ask for checkpoints
+        self.add_callback(self._epoch_ends)  # after all others, which request checkpoints
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        """With `save_strategy=best` Trainer saves where this is true, and forgets whoever else wants a checkpoint."""
+        """Return whether to save the step; with `save_strategy=best` Trainer drops other save requests."""
         is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
         if self.args.save_strategy != SaveStrategy.BEST and not self.args.load_best_model_at_end:
             return is_best
-        self.control.should_save |= is_best  # one between two saves could not be loaded at the end
+        self.control.should_save |= is_best  # a best step between two saves could not be loaded at the end
         self._epoch_ends.defer(self.control)
         return bool(self.control.should_save)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, which may draw random numbers, and train on as if it had drawn none, wherever it was made up."""
+        """Evaluate without advancing the random generators.
+
+        Training is then the same whether an evaluation ran at its step or was made up on resume.
+        """
         with _same_random_numbers():
             return dict(super()._evaluate(*args, **kwargs))
 
@@ -76,7 +79,10 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         *args: Any,
         learning_rate: float | None = None,
     ) -> None:
-        """Where the evaluation is cut short, save the step without it; a run that goes on from there makes it up."""
+        """Log, save and evaluate; if a signal aborts the evaluation, save the step first.
+
+        The resumed run repeats the evaluation.
+        """
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, learning_rate=learning_rate)
         except EvaluationCut:
@@ -89,7 +95,7 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
             raise
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint whole or not at all, then drop those that `save_total_limit` has no room for."""
+        """Write the checkpoint atomically, then delete old ones beyond `save_total_limit`."""
         folder = Path(self.args.output_dir)
         self._check_room(folder)
         final = folder / f"checkpoint-{self.state.global_step}"
@@ -99,16 +105,16 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _check_best(self) -> None:
-        """End a run at once that could not end as it has to, since its best checkpoint was damaged and put aside."""
+        """Fail early if the best checkpoint, needed at the end, was damaged and put aside."""
         best = self.state.best_model_checkpoint
         if best is None or Path(best).is_dir():
             return
         if self.args.load_best_model_at_end:
             raise RunError(f"{best}: the best checkpoint is gone or was damaged; the same command makes it again")
-        self.state.best_model_checkpoint = None  # nobody needs it, and rotation would look for it
+        self.state.best_model_checkpoint = None  # not needed, and rotation would look for it
 
     def _check_room(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have taken it away
+        folder.mkdir(parents=True, exist_ok=True)  # may have been deleted meanwhile
         last = next(iter(list_checkpoints(folder)), None)
         if last is None:
             states = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -130,7 +136,7 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = folder
-        (staging / final.name / TRAINING_ARGS_NAME).unlink()  # a pickle that only code can read, hub_token included
+        (staging / final.name / TRAINING_ARGS_NAME).unlink()  # a pickle that includes hub_token
         for file in (written := staging / final.name).iterdir():
             file.rename(staging / file.name)
         written.rmdir()
@@ -140,12 +146,12 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         write_json(staging / PROGRESS_FILE, self.progress())
 
     def find_best(self) -> Path | None:
-        """Return the best checkpoint so far, by its step: its path may have been another when that was noted."""
+        """Return the best checkpoint so far, by step: the recorded path may be outdated."""
         step = self.state.best_global_step
         return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold beside what Trainer puts there."""
+        """Return the state that a checkpoint needs in addition to Trainer's."""
         return {
             "num_tokens": self._total_train_tokens,
             "loss": self._tr_loss.item(),
@@ -156,7 +162,7 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Set what `progress` holds; called when a training begins, right after Trainer has reset all of it."""
+        """Restore `progress`; called at the start of training, right after Trainer has reset the state."""
         self._total_train_tokens = progress["num_tokens"]
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
@@ -164,36 +170,36 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         self._metrics["train"].update(progress["metrics"])
 
     def restore_at_start(self, checkpoint: Path) -> None:
-        """Let the training that is about to begin log as if it had never been interrupted at `checkpoint`."""
+        """Make the next training log as if it had not been interrupted at `checkpoint`."""
         self.add_callback(_Restore(self, _read_progress(checkpoint)))
 
     def finish_pending(self, checkpoint: Path) -> None:
-        """Do what was left to do after the last step, that of `checkpoint`; no training follows."""
+        """Finish the work left after the last step, that of `checkpoint`; no training follows."""
         progress = _read_progress(checkpoint)
-        self._tr_loss = torch.zeros((), device=self.args.device)  # as Trainer makes it when a training begins
+        self._tr_loss = torch.zeros((), device=self.args.device)  # as Trainer initializes it at the start of training
         self.restore(progress)
         self.run_cut_evaluation(progress)
 
     def run_cut_evaluation(self, progress: dict[str, Any]) -> None:
-        """Run the evaluation that a signal cut short when the checkpoint was saved, and log the end of its epoch."""
-        due = progress.get("due")  # older checkpoints have none
+        """Run the evaluation aborted by a signal when the checkpoint was saved; log the end of its epoch."""
+        due = progress.get("due")  # missing in older checkpoints
         if due is None:
             return
         self._determine_best_metric(self._evaluate(None, None), None)
-        if (best := self.find_best()) is not None and best.is_dir():  # this step's may never be saved again
+        if (best := self.find_best()) is not None and best.is_dir():  # this step may not be saved again
             self.state.best_model_checkpoint = str(best)
         if due["epoch_end"]:
             self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self.control.should_save = self.control.should_evaluate = False
             figures = (self._tr_loss, due["grad_norm"], self.model, None, self.state.epoch, None, time.time())
             super()._maybe_log_save_evaluate(*figures, learning_rate=due["learning_rate"])
-        self.control.should_save = False  # there is a checkpoint of this step
+        self.control.should_save = False  # this step already has a checkpoint
 
 
 class _EpochEnds(TrainerCallback):  # type: ignore[misc]
-    """Puts the checkpoint of an epoch's last step off until the epoch's own log event and evaluation are made.
+    """Defers the checkpoint of an epoch's last step until after the epoch's log event and evaluation.
 
-    From one written before them Trainer would go on with the next epoch, and they would never be made.
+    From an earlier checkpoint Trainer would resume with the next epoch and skip both.
     """
 
     def __init__(self) -> None:
@@ -222,7 +228,7 @@ class _Restore(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.restore(self._progress)
-        state.compute_steps(args, state.max_steps)  # the configuration's rhythm, which may be another by now
+        state.compute_steps(args, state.max_steps)  # the configured intervals may have changed
         self._trainer.run_cut_evaluation(self._progress)
 
 
@@ -232,7 +238,7 @@ def _read_progress(checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Leave all generators of random numbers as they were before."""
+    """Restore the state of all random generators on exit."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
