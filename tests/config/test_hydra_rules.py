@@ -184,7 +184,6 @@ def test_a_linked_folder_is_looked_into(attempt) -> None:
     attempt(*arguments)
 
 
-<<<<<<< HEAD
 def test_no_point_of_a_sweep_hides_what_hydra_composes_for_all(attempt) -> None:
     """Hydra makes the launcher of what all points share, without the options that each of them has."""
     sound = GLOBAL + "hydra: {launcher: {_target_: hydra_plugins.dpo_runner.WorkersLauncher}}"
@@ -200,10 +199,6 @@ def test_no_second_value_of_a_key_hides_the_first(attempt) -> None:
 
 def test_what_the_check_of_keys_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
     """The check of what is composed does not look at files at all."""
-=======
-def test_what_the_check_of_files_has_missed_is_caught_when_it_is_composed(marker: Path) -> None:
-    """The check of the composed config is independent of the check of files."""
->>>>>>> w-training
     from dpo_runner.config.compose import compose_config
     from dpo_runner.config.hydra_rules import UnsafeConfigError
 
