@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 def suggest(wrong: object, right: typing.Iterable[str]) -> str:
-    """Return "did you mean …?" with the closest valid name, else the list of names if it is short (25 at most)."""
+    """Return "did you mean …?" with the closest valid name, else the list of names if at most 25."""
     names = sorted(right)
     near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
     if near:

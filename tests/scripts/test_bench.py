@@ -1,4 +1,4 @@
-"""The benchmarks compare the same rows, tokens and job on all sides, and tabulate only such measurements."""
+"""The benchmarks compare the same rows, tokens and job on all sides, and tabulate only those."""
 
 import copy
 import json
