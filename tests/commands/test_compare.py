@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_and_exit_with_2(tmp_path: Path, capsys, arguments
 
 def test_the_command_is_quick_and_imports_neither_torch_nor_plotly(sweep: Path) -> None:
     code = (
-        "import sys; from dpo_runner.compare import main\n"
+        "import sys; from dpo_runner.compare.__main__ import main\n"
         "main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers', 'trl', 'plotly', 'wandb', 'numpy'} & set(sys.modules)\n"
     )
