@@ -18,6 +18,7 @@ from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.records.checkpoints import find_damage, find_last_checkpoint
+from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_metrics, read_status
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.common import ROWS
@@ -100,7 +101,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
     directory = disk / "r"
     overrides = [*small, f"run_dir={directory}"]
     callbacks = [At({"before a save": 2, "before the samples": None}.get(when, 99), lambda: fill(disk))]
-    save, append = RunTrainer._save_optimizer_and_scheduler, sys.modules["dpo_runner.train"].RunDirectory.append_metrics
+    save, append = RunTrainer._save_optimizer_and_scheduler, RunDirectory.append_metrics
     with monkeypatch.context() as patch:
         if when == "in a save":
 
@@ -119,7 +120,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
                     metrics = {**metrics, "note": "x" * 9000}  # does not fit into the file's last block
                 append(self, metrics)
 
-            patch.setattr(sys.modules["dpo_runner.train"].RunDirectory, "append_metrics", append_on_a_full_disk)
+            patch.setattr(RunDirectory, "append_metrics", append_on_a_full_disk)
         with pytest.raises(RunError) as caught:
             run(load_conf(overrides), callbacks=callbacks)
     told = str(caught.value)

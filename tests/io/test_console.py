@@ -64,7 +64,8 @@ def test_nothing_more_is_tried_where_a_reader_has_gone_away_and_the_bar_goes_wit
 def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    RunConsole().show_summary({"before": {"eval_loss": 1.0}, "after": {"eval_loss": 0.5}, **SPEED})
+    summary = {"before": {"eval_loss": 1.0}, "after": {"eval_loss": 0.5}, **SPEED}
+    RunConsole().show_summary(summary, {"eval_loss": "loss"})
     answer = {"text": "Grüße", "tokens": 3, "complete": True}
     RunConsole().show_samples([{"prompt": [{"role": "user", "content": "Wie?"}], "before": answer, "after": answer}])
     put("überall")

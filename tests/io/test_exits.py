@@ -72,14 +72,14 @@ def test_ctrl_c_ends_with_130_and_the_commands_own_words(terminal: bool, capsys,
     ("command", "work", "words"),
     [
         ("chat", "_talk", "interrupted"),
-        ("preview", "_preview", "interrupted"),
-        ("export", "_export", "interrupted; nothing was left half written"),
-        ("evaluate", "evaluate", "interrupted; the same command goes on from there"),
+        ("preview.__main__", "_preview", "interrupted"),
+        ("export.__main__", "_export", "interrupted; nothing was left half written"),
+        ("evaluate.__main__", "evaluate", "interrupted; the same command goes on from there"),
     ],
 )
 def test_every_command_ends_so(command: str, work: str, words: str, capsys, monkeypatch) -> None:
     module = import_module(f"dpo_runner.{command}")
-    arguments = ["r", "--out", "x"] if command == "export" else ["r"]
+    arguments = ["r", "--out", "x"] if work == "_export" else ["r"]
     for stopped, code, said in (
         (KeyboardInterrupt(), 130, words),
         (ConfigError(["one\x1b", "two"]), 2, "one␛\nerror: two"),

@@ -251,7 +251,9 @@ def test_each_source_of_a_mixture_is_named(finished) -> None:
     sources = ["data.path=null", "data.sources.sums.path=pairs.jsonl", "data.sources.same.path=pairs.jsonl"]
     run_dir = finished(*sources, "data.eval_fraction=0.3", "training.max_steps=1")
     text = load(f"{run_dir}/adapter").text
-    assert "| loss, sums (`eval_sums_loss`) |" in text and "| reward margin (`eval_rewards/margins`) |" in text
+    assert (
+        "| evaluation loss, sums (`eval_sums_loss`) |" in text and "| reward margin (`eval_rewards/margins`) |" in text
+    )
     kept = json.loads(Path(run_dir, "data_report.json").read_text())["splits"]["train"]
     counts = ", ".join(f"{count} {name}" for name, count in kept["by_source"].items())
     assert f"| train | {kept['pairs']} | {kept['kept']} ({counts}) |" in text

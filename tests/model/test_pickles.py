@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dpo_runner import chat, run
+from dpo_runner import run
+from dpo_runner.chat import main as chat
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.data import SourceFields
 from dpo_runner.data.rows.decoding import decode_rows
 from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import ConfigError
-from dpo_runner.evaluate import evaluation as evaluate
-from dpo_runner.export import export
+from dpo_runner.evaluate.__main__ import main as evaluate
+from dpo_runner.export.__main__ import main as export
 from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.model.policy import load_policy
@@ -161,7 +161,7 @@ def test_a_run_continues_from_no_planted_file(name: str, run_dir: Path, finished
 def test_torch_itself_would_refuse_it(run_dir: Path, finished: Path, mark: Path, monkeypatch) -> None:
     """The second line of defence: `weights_only`, which Trainer passes for each file that it reads."""
     overrides = unfinish(run_dir, finished)
-    monkeypatch.setattr(sys.modules["dpo_runner.train"], "refuse_pickled_code", lambda checkpoint: None)
+    monkeypatch.setattr("dpo_runner.training.session.refuse_pickled_code", lambda checkpoint: None)
     whole = Path(shutil.copytree(run_dir / "checkpoints", run_dir.parent / "whole"))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         by_torch(run_dir / "checkpoints" / "checkpoint-2" / name, mark)
@@ -179,10 +179,10 @@ def test_no_command_reads_a_pickled_result(decoy: bool, run_dir: Path, mark: Pat
     if not decoy:
         (run_dir / "adapter" / "adapter_model.safetensors").unlink()
     commands: list[tuple[Any, list[str]]] = [
-        (chat.main, [str(run_dir), "--prompt", "Why?", "--max-new-tokens", "2"]),
-        (export.main, [str(run_dir), "--out", "whole"]),
-        (export.main, [str(run_dir), "--out", "part", "--adapter-only"]),
-        (evaluate.main, [str(run_dir), "samples.num_prompts=0"]),
+        (chat, [str(run_dir), "--prompt", "Why?", "--max-new-tokens", "2"]),
+        (export, [str(run_dir), "--out", "whole"]),
+        (export, [str(run_dir), "--out", "part", "--adapter-only"]),
+        (evaluate, [str(run_dir), "samples.num_prompts=0"]),
     ]
     for main, arguments in commands:
         code = run_main(main, *arguments)

@@ -402,16 +402,14 @@ def test_an_adapter_with_half_of_its_new_rows_is_refused(tiny_run, tiny_model, t
 def test_a_reference_adapter_must_not_change_the_policys_embeddings(tiny_run, tiny_model, tmp_path) -> None:
     folder, _ = make_sft(tiny_model, tmp_path / "sft", "whole")
     conf = load_conf([*tiny_run, *EXACT, f"model.reference={folder}"])
-    from dpo_runner.model.policy import load_policy
-
     with pytest.raises(ConfigError, match="brings embeddings of its own"):
-        load_policy(Blueprint.of_run(conf))
+        draw_blueprint(conf)
 
 
 def test_the_base_of_such_an_adapter_is_resized_alike_each_time(tiny_run, tiny_model, tmp_path) -> None:
     folder, _ = make_sft(tiny_model, tmp_path / "sft", "rows")
     conf = load_conf([*tiny_run, *EXACT, *MODES["continue"], f"model.adapter={folder}"])
-    one, other = load_base_model(conf.model, None)[0], load_base_model(conf.model, None)[0]
+    one, other = (load_base_model(Blueprint(conf.model))[0] for _ in range(2))
     assert torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
     assert one.config.vocab_size == 261
 

@@ -15,7 +15,7 @@ from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.directory import update_status
 from dpo_runner.sweep.axes import Axis
-from dpo_runner.sweep.directory import JobState, lock, name_points, prepare, read_jobs, resolve_sweep_dir
+from dpo_runner.sweep.directory import JobState, lock_sweep, name_points, prepare, read_jobs, resolve_sweep_dir
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
 from dpo_runner.sweep.points import ONLY_POINT, build_points
 from dpo_runner.sweep.screen import list_failures
@@ -77,22 +77,22 @@ def test_which_directory_a_sweep_goes_into(tmp_path: Path) -> None:
 
 
 def test_two_sweeps_cannot_work_in_one_directory(tmp_path: Path) -> None:
-    handle = lock(tmp_path / "s", print)
+    handle = lock_sweep(tmp_path / "s", print)
     with pytest.raises(ConfigError, match=f"process {os.getpid()} is running this sweep"):
-        lock(tmp_path / "s", print)
+        lock_sweep(tmp_path / "s", print)
     os.close(handle)
-    os.close(lock(tmp_path / "s", print))
+    os.close(lock_sweep(tmp_path / "s", print))
 
 
 def test_workers_of_a_killed_sweep_are_waited_for(tmp_path: Path) -> None:
-    handle = lock(tmp_path / "s", print)
+    handle = lock_sweep(tmp_path / "s", print)
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"], pass_fds=[handle])
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "s" / "sweep.lock").write_text(str(gone.pid))
     os.close(handle)
     said: list[str] = []
-    os.close(lock(tmp_path / "s", said.append))
+    os.close(lock_sweep(tmp_path / "s", said.append))
     assert orphan.wait() == 0 and "waiting for the last workers" in said[0]
 
 

@@ -19,7 +19,7 @@ from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
-from dpo_runner.sweep.directory import lock, read_job
+from dpo_runner.sweep.directory import lock_sweep, read_job
 from dpo_runner.sweep.executor import perform
 from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
@@ -152,7 +152,7 @@ def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point(tmp_path: 
 
 
 def test_a_directory_stays_locked_until_the_last_worker_has_ended(tmp_path: Path) -> None:
-    handle = lock(tmp_path / "s", print)
+    handle = lock_sweep(tmp_path / "s", print)
     worker = Worker({"OMP_NUM_THREADS": "1"}, tmp_path / "worker.log", [handle])
     os.close(handle)
     again = os.open(tmp_path / "s" / "sweep.lock", os.O_RDWR)

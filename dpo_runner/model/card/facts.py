@@ -7,14 +7,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dpo_runner.config.metrics import METRICS
+from dpo_runner.config.metrics import evaluation_keys, label_of
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf, resolve_sources
 from dpo_runner.data.rows.sources import is_hub_id
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.reading import read_metrics, read_object
 
-LABELS = {metric.key.removeprefix("eval_"): metric.label for metric in METRICS}
+LABELS = {key: label_of(f"eval_{key}") for key in evaluation_keys()}
 """Labels of the metrics in a card, in its order; the keys lack the prefix `eval_`."""
 _METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "reward_margin", "loss": "loss"}
 """Metrics in the metadata, with their metric types."""
