@@ -367,7 +367,7 @@ def test_a_model_of_unknown_parts_is_not_kept(tiny_run: list[str], monkeypatch: 
     blueprint = Blueprint.of_run(load_conf(tiny_run))
     first, _ = bases.load(blueprint, said.append)
     assert bases.load(blueprint, said.append)[0] is not first
-    assert "not kept for the next run; it has a test_base_pool" in said[0] and "Opaque" in said[0]
+    assert "not kept for the next run; it has a tests.sweep.test_base_pool" in said[0] and "Opaque" in said[0]
 
 
 def test_the_jobs_of_a_sweep_share_the_base(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_without_optuna_one_line_names_the_command(monkeypatch: pytest.MonkeyPat
         raise PackageNotFoundError(name)
 
     for found, told in ((absent, "none is installed"), (lambda name: "4.9.0", "4.9.0 is installed")):
-        monkeypatch.setattr("dpo_runner.config.sections.sweep.version", found)
+        monkeypatch.setattr("dpo_runner.config.rules.sweep.version", found)
         (mistake,) = check_command_line(["-m", TPE, "seed=1,2"])
         assert told in mistake and "pip install 'optuna>=5,<6'" in mistake
     assert check_command_line(["-m", "seed=1,2"]) == []
