@@ -23,6 +23,7 @@ from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned
 from dpo_runner.export.__main__ import main as export
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.answers import answer_in_chat, answer_plainly
+from tests.support.common import real_model_dtype
 from tests.support.programs import run_python
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
@@ -371,6 +372,7 @@ def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("real") / "r"
     overrides = [
         f"run_dir={folder}",
+        f"model.dtype={real_model_dtype()}",
         "data.max_train_samples=24",
         "data.max_eval_samples=8",
         "training.eval_strategy=no",
@@ -398,7 +400,7 @@ def test_the_default_models_result_answers_as_chat_does(
 ) -> None:
     chat = answer_in_chat(Chat(real_run[0], max_new_tokens=24))
     export([str(real_run[0]), "--out", "adapter", "--adapter-only"])
-    assert answer_plainly(default_model, "adapter") == chat
+    assert answer_plainly(default_model, "adapter", dtype=real_model_dtype()) == chat
     export([str(real_run[0]), "--out", "merged"])  # bfloat16, the base's dtype, which rounds some of the update away
     check = json.loads(Path("merged/lineage.json").read_text())["export"]["check"]
     assert 0 < check["rounding"]["kl"] < check["merge"]["kl"]

@@ -9,22 +9,23 @@ from dpo_runner.chat import Chat
 PLAIN_PROGRAM = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-if len(sys.argv) > 2:
+dtype, base, *adapters = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+if adapters:
     from peft import PeftModel
-    model = PeftModel.from_pretrained(model, sys.argv[2])
+    model = PeftModel.from_pretrained(model, *adapters)
 messages = [{"role": "user", "content": "What is 7 plus 7?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, do_sample=False, max_new_tokens=24)
-assert "dpo_runner" not in sys.modules and ("peft" in sys.modules) == (len(sys.argv) > 2)
+assert "dpo_runner" not in sys.modules and ("peft" in sys.modules) == bool(adapters)
 print(json.dumps(output[0].tolist()))
 """
 
 
-def answer_plainly(*folders: str) -> list[int]:
+def answer_plainly(*folders: str, dtype: str = "auto") -> list[int]:
     """Return all tokens of an answer by a model and its adapter, if any, without dpo_runner's code."""
-    command = [sys.executable, "-c", PLAIN_PROGRAM, *folders]
+    command = [sys.executable, "-c", PLAIN_PROGRAM, dtype, *folders]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     tokens: list[int] = json.loads(result.stdout)

@@ -23,6 +23,7 @@ from dpo_runner.training.memory import estimate
 from dpo_runner.training.memory.estimate import MemoryEstimate, estimate_memory
 from dpo_runner.training.memory.fake_model import build_fake_models
 from scripts.bench import memory
+from tests.support.common import real_model_dtype
 from tests.support.families import make_family
 from tests.support.programs import run_python
 from tests.support.starts import STARTS, name_paths
@@ -197,6 +198,7 @@ def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
 @pytest.mark.real_model
 def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
+    overrides += [f"model.dtype={real_model_dtype()}"]
     measured = memory.run_child(overrides)
     estimate = memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
     assert estimate.total == pytest.approx(measured["measured"], rel=0.15)
