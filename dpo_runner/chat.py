@@ -1,7 +1,6 @@
 """Chat with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -11,7 +10,7 @@ from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
 
 with on_ctrl_c(end_at_once):
     from dpo_runner.io.exits import honest_exit
-    from dpo_runner.io.streams import is_silent, put, silence
+    from dpo_runner.io.streams import put, silenced
 
 Message = dict[str, str]
 
@@ -128,12 +127,12 @@ def _talk(args: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dpo_runner.io.console import Terminal, visible
+    from dpo_runner.io.console import open_terminal, visible
     from dpo_runner.io.logs import route_library_logs
 
     with route_library_logs(None):
         chat = Chat(args.run_dir, args.max_new_tokens, args.temperature, args.system)
-        console = Terminal(soft_wrap=True)
+        console = open_terminal(soft_wrap=True)
 
         def reply(text: str) -> None:
             if args.compare:
@@ -149,14 +148,11 @@ def _talk(args: argparse.Namespace) -> None:
             reply(args.prompt)
             return
         console.print(f"[dim]{HELP}[/]")
-        while not is_silent():
+        while 1 not in silenced:
             try:
                 text = input("you> ").strip()
-            except EOFError:
+            except (EOFError, OSError):
                 put("")
-                return
-            except OSError as error:
-                silence(sys.stdout, error)
                 return
             if text == "/quit":
                 return

@@ -18,7 +18,7 @@ with on_ctrl_c(end_at_once):
 
     from dpo_runner.cache.old_checkpoints import clear_checkpoints, find_checkpoints
     from dpo_runner.errors import ConfigError, reason_of
-    from dpo_runner.io.console import Terminal, visible
+    from dpo_runner.io.console import open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.files import cache_dir
     from dpo_runner.training.engine.reference.store import list_references, make_room, store_dir
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     old.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where runs are (default: outputs)")
     old.add_argument("--clear", action="store_true", help="delete those that are no longer needed")
     args = parser.parse_args(argv)
-    console = Terminal()
+    console = open_terminal()
     with honest_exit("interrupted"):
         if args.action == "clear":
             _clear(list(_KINDS) if "all" in args.kinds else args.kinds, console)

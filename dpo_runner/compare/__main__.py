@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
@@ -13,10 +14,10 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.compare.page import build_page
     from dpo_runner.compare.table import show_table, to_csv, to_json
     from dpo_runner.errors import ConfigError
-    from dpo_runner.io.console import Terminal, visible
+    from dpo_runner.io.console import open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.pages import check_targets, write_report
-    from dpo_runner.io.streams import put
+    from dpo_runner.io.streams import Guarded, put
     from dpo_runner.records.runs import RunRecord, read_runs
 
 _STDOUT = Path("-")
@@ -57,7 +58,7 @@ def _compare(args: argparse.Namespace) -> None:
     files = {flag: path for flag, path in targets.items() if path != _STDOUT}
     check_targets(files)
     runs, notes = read_runs(args.folders)
-    errors = Terminal(stderr=True, soft_wrap=True)
+    errors = open_terminal(stderr=True, soft_wrap=True)
     for note in notes:
         errors.print(Text(visible(f"note: {note}"), style="dim"))
     if not runs:
@@ -69,9 +70,11 @@ def _compare(args: argparse.Namespace) -> None:
         best = comparison.find_best_run()
         if best is None:
             raise ConfigError(f"--best: no finished run has {objective.metric}")
-        put(os.fsencode(best.path))  # the path may not be valid UTF-8
+        stdout = Guarded(getattr(sys.stdout, "buffer", None))
+        stdout.write(os.fsencode(best.path) + b"\n")  # the path may not be valid UTF-8
+        stdout.flush()
         return
-    console = Terminal()
+    console = open_terminal()
     if len(files) == len(targets):
         show_table(comparison, console)
     else:

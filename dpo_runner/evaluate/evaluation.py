@@ -19,7 +19,7 @@ from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
 from dpo_runner.evaluate.judge import judge_answers, name_judge, summarize_verdicts
 from dpo_runner.evaluate.settings import compose, is_foreign
 from dpo_runner.evaluate.work import Task, answer_prompts, load_compared, name_autocast, score_pairs
-from dpo_runner.io.console import RunConsole, Terminal, visible
+from dpo_runner.io.console import RunConsole, open_terminal, visible
 from dpo_runner.io.files import JsonLines, write_json
 from dpo_runner.training.memory.device import EVALUATION, watch_memory
 
@@ -52,7 +52,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
     check_finished(run_dir)
     run = read_run_conf(run_dir)
     conf = compose(run, overrides)
-    console = console or Terminal(soft_wrap=True)
+    console = console or open_terminal(soft_wrap=True)
     with route_library_logs(None):
         task, tokenizer = _prepare(run_dir, conf, is_foreign(conf, run), console)
         target = task.folder / "evaluation.json"

@@ -1,9 +1,8 @@
 """Terminal output of a run: the plan, a progress bar, and results before and after training."""
 
-import errno
 import logging
-import os
 import re
+import sys
 import time
 import unicodedata
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dpo_runner.io.masking import mask_text
-from dpo_runner.io.streams import TROUBLE, show_every_character, silence
+from dpo_runner.io.streams import Guarded, silenced
 
 logger = logging.getLogger(__name__)
 
@@ -44,31 +43,10 @@ def _visible_character(character: str) -> str:
     return character
 
 
-# Private to rich and overridden below: fail loudly if an upgrade renames it.
-assert hasattr(Console, "_check_buffer"), "rich's Console._check_buffer is gone"
-
-
-class Terminal(Console):
-    """A console that goes quiet if writing to it fails; rich would exit the program."""
-
-    def __init__(self, **settings: Any) -> None:
-        show_every_character()
-        super().__init__(highlight=False, **settings)
-        self.trouble: BaseException | None = None
-        """The error that silenced the console."""
-
-    def _check_buffer(self) -> None:
-        try:
-            super()._check_buffer()
-        except TROUBLE as error:
-            self._go_quiet(error)
-
-    def on_broken_pipe(self) -> None:
-        self._go_quiet(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
-
-    def _go_quiet(self, error: BaseException) -> None:
-        self.quiet, self.trouble = True, error
-        silence(self.file, error)
+def open_terminal(stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """Return a console that goes silent if writing to it fails; rich would exit the program."""
+    file: Any = Guarded(sys.stderr if stderr else sys.stdout)
+    return Console(file=file, highlight=False, soft_wrap=soft_wrap)
 
 
 class RunConsole:
@@ -79,7 +57,7 @@ class RunConsole:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Terminal(soft_wrap=True)
+        self.console = console or open_terminal(soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
@@ -88,9 +66,9 @@ class RunConsole:
         self._source: str | None = None
 
     def note_trouble(self) -> None:
-        """Record in run.log, once it exists, that the terminal had failed before."""
-        if isinstance(self.console, Terminal) and self.console.trouble is not None:
-            logger.info("nothing is printed: %s", self.console.trouble)
+        """Record in run.log, once it exists, that standard output had failed before."""
+        if 1 in silenced:
+            logger.info("nothing is printed: %s", silenced[1])
 
     def say(self, text: str) -> None:
         self.console.print(escape(visible(mask_text(text))))

@@ -5,12 +5,13 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 from dpo_runner.errors import ConfigError, DpoRunnerError, SweepFailed
 from dpo_runner.io.interrupts import on_ctrl_c, raise_once
 from dpo_runner.io.masking import mask_text
-from dpo_runner.io.streams import has_lost_its_reader, put, put_error, silence
+from dpo_runner.io.streams import Guarded, put
 
 _LONG_WORD = re.compile(r"(\S{300})\S{100,}(\S{60})")
 _LONGEST_LINE = 2000
@@ -28,7 +29,7 @@ def report(error: DpoRunnerError) -> int:
     told = error.message if isinstance(error, SweepFailed) else str(error)
     lines = [f"error: {line}" for line in (error.mistakes if isinstance(error, ConfigError) else [told])]
     for line in [*lines, *(error.table if isinstance(error, SweepFailed) else ())]:
-        put_error(visible(mask_text(_to_line(line))))
+        put(visible(mask_text(_to_line(line))), to_stderr=True)
     return error.exit_code
 
 
@@ -48,20 +49,16 @@ def honest_exit(interrupted: str) -> Iterator[None]:
     Raises:
         SystemExit: instead of a DpoRunnerError or KeyboardInterrupt.
     """
+    stdout: Any = Guarded(sys.stdout)  # libraries print too (Hydra's --cfg)
     try:
-        with on_ctrl_c(raise_once):
+        with on_ctrl_c(raise_once), redirect_stdout(stdout):
             yield
     except DpoRunnerError as error:
         sys.exit(report(error))
-    except BrokenPipeError as error:
-        if not has_lost_its_reader(sys.stdout):
-            raise
-        # Raised by a library's print (Hydra's --cfg); the reader (`| head`) closed the pipe: not an error.
-        silence(sys.stdout, error)
     except KeyboardInterrupt as error:
         if sys.stderr is not None and sys.stderr.isatty():
-            put_error("")  # the terminal echoed ^C on the current line
-        put_error(f"error: {interrupted}")
+            put("", to_stderr=True)  # the terminal echoed ^C on the current line
+        put(f"error: {interrupted}", to_stderr=True)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))  # a run passes the number of its first signal
     finally:
         put("", end="")  # flush other prints here, where errors are handled

@@ -6,7 +6,6 @@ This module imports almost nothing, because it loads before everything slow.
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,17 +18,15 @@ Handler = Callable[[int, FrameType | None], None]
 def on_ctrl_c(handler: Handler) -> Iterator[None]:
     """Handle SIGINT with `handler` in this block, unless it is ignored or has a handler of the program."""
     previous = signal.getsignal(signal.SIGINT)
-    ours = previous in (signal.default_int_handler, end_at_once, raise_once)
-    if not ours or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    hook, sys.unraisablehook = sys.unraisablehook, _end_if_interrupted
-    signal.signal(signal.SIGINT, handler)
+    known = (signal.default_int_handler, end_at_once, raise_once)
+    ours = previous in known and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        sys.unraisablehook = hook
+        if ours:
+            signal.signal(signal.SIGINT, previous)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -49,10 +46,3 @@ def raise_once(number: int, frame: FrameType | None) -> None:
 def handles_ctrl_c() -> bool:
     """Return whether this module handles Ctrl-C in this process."""
     return signal.getsignal(signal.SIGINT) in (end_at_once, raise_once)
-
-
-def _end_if_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Exit on a KeyboardInterrupt in a callback, which Python would only report."""
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        end_at_once(signal.SIGINT, None)
-    sys.__unraisablehook__(unraisable)

@@ -17,27 +17,17 @@ from dpo_runner.io.masking import mask_text
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
     """Suppress library warnings and log messages during imports, and speed the imports up."""
-    previous = logging.root.manager.disable
+    previous, collects = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)
+    gc.disable()  # a collection would scan half a million live objects and free nothing
     try:
-        with warnings.catch_warnings(), _collecting_later(), _compiling_later():
+        with warnings.catch_warnings(), _compiling_later():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
-
-
-@contextlib.contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Disable the garbage collector, which would rescan half a million live objects and free nothing."""
-    if not gc.isenabled():  # an outer block or the program disabled it, and will enable it again
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+        if collects:  # otherwise an outer block or the program disabled it, and will enable it again
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -54,16 +44,8 @@ def _compiling_later() -> Iterator[None]:
     def compile_later(function: Any = None, **settings: Any) -> Any:
         if function is None:
             return functools.partial(compile_later, **settings)
-        compiled: Any = None
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal compiled
-            if compiled is None:
-                compiled = compile_now(function, **settings)
-            return compiled(*args, **kwargs)
-
-        return call
+        compiled = functools.cache(lambda: compile_now(function, **settings))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
     module.compile = compile_later
     try:

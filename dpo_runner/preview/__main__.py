@@ -12,7 +12,7 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.config.compose import load_conf
     from dpo_runner.data.report import DataReport
     from dpo_runner.errors import ConfigError
-    from dpo_runner.io.console import RunConsole, Terminal, visible
+    from dpo_runner.io.console import RunConsole, open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.masking import mask_override
     from dpo_runner.io.pages import check_targets, write_report
@@ -50,7 +50,7 @@ def _preview(args: argparse.Namespace) -> None:
         from dpo_runner.io.logs import route_library_logs
         from dpo_runner.model.blueprint import Blueprint
 
-    console = Terminal()
+    console = open_terminal()
     with route_library_logs(None):
         blueprint = Blueprint.of_run(conf)
         tokenizer, origin = blueprint.tokenizer, blueprint.template_origin

@@ -21,7 +21,7 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import DpoRunnerError, RunBusy, RunInterrupted, RunPruned, describe_failure
 from dpo_runner.io.exits import report
 from dpo_runner.io.masking import mask_text
-from dpo_runner.io.streams import put_error
+from dpo_runner.io.streams import put
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.sweep.directory import DONE
@@ -70,7 +70,7 @@ def perform(
         if isinstance(error, DpoRunnerError):
             report(error)  # run.log has the traceback, if any
         else:
-            put_error(mask_text(traceback.format_exc()))
+            put(mask_text(traceback.format_exc()), to_stderr=True)
         update_status(path, state="failed", error=told, **place)
         of_memory = is_out_of_memory(error)
         return {"state": "failed", "error": told, "out_of_memory": of_memory, "has_advice": type(error) is OutOfMemory}

@@ -12,7 +12,7 @@ from rich.table import Table
 from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import SweepFailed, describe_failure
-from dpo_runner.io.console import Terminal, format_clock, visible
+from dpo_runner.io.console import format_clock, open_terminal, visible
 from dpo_runner.io.masking import mask_text
 from dpo_runner.records.wandb_files import find_folder, list_commands
 from dpo_runner.sweep.directory import DONE, JobState, read_job, show_metrics
@@ -47,7 +47,7 @@ class SweepScreen:
     """
 
     def __init__(self, total: int = 0, done: int = 0, workers: int = 1, console: Console | None = None) -> None:
-        self.console = console or Terminal(soft_wrap=True)
+        self.console = console or open_terminal(soft_wrap=True)
         self._total, self._ended, self._workers = total, done, workers
         self._started = time.monotonic()
         self._seconds: list[float] = []

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.io.console import RunConsole, Terminal
+from dpo_runner.io.console import RunConsole
 from dpo_runner.io.exits import report
-from dpo_runner.io.streams import put
+from dpo_runner.io.streams import Guarded, put
 from dpo_runner.records.reading import read_status
 from tests.support.programs import start_python
 
@@ -53,7 +54,7 @@ def test_a_run_goes_on_where_nothing_can_be_printed(lost: str, tiny_run: list[st
 
 def test_nothing_more_is_tried_where_a_reader_has_gone_away_and_the_bar_goes_with_it() -> None:
     stream = Gone()
-    console = RunConsole(Terminal(file=stream, force_terminal=True))
+    console = RunConsole(Console(file=Guarded(stream), force_terminal=True))
     console.start_training(0, 3, 2, with_bar=True)
     console.show_step(1, {"loss": 0.5})
     console.stop_training()
