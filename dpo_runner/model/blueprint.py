@@ -24,7 +24,7 @@ from dpo_runner.model.adapters import (
 )
 from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
 from dpo_runner.model.quantization import check_quantized, check_quantized_training, choose_quantization
-from dpo_runner.model.reference import Kind, Reference, describe_reference
+from dpo_runner.model.reference import Kind, Reference, describe_reference, find_growing_rope
 from dpo_runner.model.stacking import SFT
 from dpo_runner.model.tokenizer import (
     check_room,
@@ -57,6 +57,7 @@ class Blueprint:
         conf: the `model` group; weights are loaded in its dtype.
         stores_reference: whether the engine stores the reference's log-probabilities.
         precomputes_reference: whether TRL computes them before training.
+        longest: the limit of a row's tokens; None without limit.
     """
 
     conf: ModelConf
@@ -64,12 +65,16 @@ class Blueprint:
     lora: LoraConf | None = None
     stores_reference: bool = False
     precomputes_reference: bool = False
+    longest: int | None = None
 
     @classmethod
     def of_run(cls, conf: RunFields) -> "Blueprint":
         """Return the unchecked blueprint of a run."""
         stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
-        blueprint = cls(conf.model, conf.quant, conf.lora, stores, conf.training.precompute_ref_log_probs)
+        training = conf.training
+        blueprint = cls(
+            conf.model, conf.quant, conf.lora, stores, training.precompute_ref_log_probs, training.max_length
+        )
         if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small weight updates are lost
             return replace(blueprint, conf=replace(conf.model, dtype="float32"))
         return blueprint
@@ -215,8 +220,6 @@ class Blueprint:
         conf, name = self.conf, self.conf.reference
         # A policy that has no adapter, or whose own weights differ from the base's, cannot switch to the reference.
         holds = not (self.trains_all or self.adapter_mode == "merge" or self.changes_base)
-        before = self.stores_reference or self.precomputes_reference
-        described = describe_reference(conf, self.lora, self.changes_base, before)
         kind, folder, loaded = Kind.INITIAL, None, None
         other = replace(conf, adapter=None, adapter_mode="continue", adapter_revision=None, added_tokens=[])
         if name == "base" and conf.adapter is not None:
@@ -227,7 +230,12 @@ class Blueprint:
         elif name not in ("initial", "base"):
             kind, holds = Kind.MODEL, False
             loaded = replace(other, model_name_or_path=name, revision=None, gguf_file=None)
-        return Reference(kind, described, self.stores_reference, before, folder, None if holds else loaded)
+        loaded = None if holds else loaded
+        config = (self if loaded is None else Blueprint(loaded, self.quant)).config.get_text_config()
+        stored = self.stores_reference and not find_growing_rope(config, self.longest)  # the store scores rows alone
+        before = stored or self.precomputes_reference
+        described = describe_reference(conf, self.lora, self.changes_base, before)
+        return Reference(kind, described, stored, before, folder, loaded)
 
     @cached_property
     def reference_model(self) -> "Blueprint | None":

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.model.files.locations import is_adapter
@@ -74,6 +75,28 @@ def describe_reference(model: ModelConf, lora: LoraConf | None, changes_base: bo
     if changes_base:
         return f"{name}: a frozen copy of the {lora.init_lora_weights} adapter as it begins"
     return f"{name} without the adapter"
+
+
+def find_growing_rope(config: PretrainedConfig, longest: int | None) -> str | None:
+    """Return the type of a model's RoPE if the longest row of a batch sets the frequencies of all its rows.
+
+    So it is with dynamic NTK and LongRoPE once a row exceeds the original context (transformers'
+    `dynamic_rope_update`). A row's log-probabilities then depend on the other rows.
+
+    Args:
+        config: the text model's.
+        longest: tokens of the longest row; None if unknown.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *rope.values()]:  # some models have one per layer type
+        kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
+        if "dynamic" in kind or kind == "longrope":
+            context = config.max_position_embeddings
+            if kind == "longrope":
+                context = each["original_max_position_embeddings"]
+            if longest is None or longest > context:
+                return kind
+    return None
 
 
 def silence_dropout(model: torch.nn.Module) -> None:

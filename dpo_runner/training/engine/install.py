@@ -15,7 +15,7 @@ from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION
 from dpo_runner.training.engine.packed.forward import is_certain, share_prefixes, trains_head, why_not_packable
 from dpo_runner.training.engine.packed.self_check import find_difference
-from dpo_runner.training.engine.reference.columns import add_reference_columns, reference_adapter
+from dpo_runner.training.engine.reference.columns import add_reference_columns, reference_adapters
 from dpo_runner.training.engine.reference.identity import identify_reference
 from dpo_runner.training.engine.reference.store import ReferenceStore
 from dpo_runner.training.engine.token_batches import TokenBatches, choose_budget, why_not_grouped
@@ -99,14 +99,14 @@ def why_not_packed(conf: RunConf, blueprint: Blueprint, longest: int) -> str | N
     if chosen not in (None, IMPLEMENTATION):
         return f"model.attn_implementation is {chosen}, not {IMPLEMENTATION}"
     adapters = filter(None, [blueprint.build_peft()])
-    return why_not_packable(blueprint.meta, longest, not conf.training.disable_dropout, adapters)
+    return why_not_packable(blueprint.meta, longest, conf.training, adapters)
 
 
 def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str | None:
     """Install the packed forward in policy and reference, or return why not."""
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     for model in models:
-        if reason := why_not_packable(model, longest, dropout=not trainer.args.disable_dropout):
+        if reason := why_not_packable(model, longest, trainer.args):
             return reason
     is_trained = trains_head(trainer.model)
     if reason := find_difference(trainer, is_trained, repr(conf)):
@@ -125,7 +125,7 @@ def _add_stored_reference(
     say: Callable[[str], None],
 ) -> None:
     """Add the reference's log-probabilities to the engine's rows, from the store if they are there."""
-    adapter = reference_adapter(trainer)
+    adapters = reference_adapters(trainer)
     # On a CPU a trained head is scored by another kernel, with different rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
     packed = f"packed {_VERSION}, head {head}"
@@ -133,7 +133,7 @@ def _add_stored_reference(
     products = torch.backends.mkldnn if trainer.accelerator.device.type == "cpu" else torch.backends.cuda
     computed += f", fp32 products {products.matmul.fp32_precision}"  # as training.tf32 has set it
     try:
-        digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapter, computed)
+        digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapters, computed)
     except TypeError as error:
         say(f"engine.reference_store: not used, the reference runs along; it has {error}, which cannot be hashed")
         return

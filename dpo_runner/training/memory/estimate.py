@@ -253,7 +253,7 @@ def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataS
 
 def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
     """Install the engine's forward in policy and reference if a run would, and return whether it would."""
-    if any(why_not_packable(model, length, not args.disable_dropout) for model in models):
+    if any(why_not_packable(model, length, args) for model in models):
         return False
     for model in models:
         share_prefixes(model, trains_head(models[0]))

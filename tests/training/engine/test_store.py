@@ -1,6 +1,9 @@
 """Reference log-probabilities are computed once, and found again only for the same reference and pair."""
 
+import json
+import math
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from dpo_runner.errors import RunError
 from dpo_runner.training.engine.reference.columns import REF_COLUMNS, score_pairs
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references, make_room, store_dir
+from tests.support.common import make_adapter
 from tests.support.engines import PACKED, STORED, is_packed, train
 from tests.support.programs import start_python
 from tests.support.starts import STARTS, name_paths
@@ -157,6 +162,73 @@ def test_what_leaves_the_reference_alone_finds_it(
     assert max(scored) <= 3, "only the sample that is checked"
     if "training.ld_alpha=0.5" not in changes:
         torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+REFERENCES = {  # overrides, and the adapter that the reference has
+    "new": ([], None),
+    "continue": (["model.adapter=SFT"], "SFT"),
+    "stack": (["model.adapter=SFT", "model.adapter_mode=stack", "lora=r16"], "SFT"),
+    "merge": (["model.adapter=SFT", "model.adapter_mode=merge", "lora=r16"], "SFT"),
+    "another adapter": (["model.reference=SFT"], "SFT"),
+    "continue, against the base": (["model.adapter=SFT", "model.reference=base"], None),
+    "stack, against the base": (
+        ["model.adapter=SFT", "model.adapter_mode=stack", "lora=r16", "model.reference=base"],
+        None,
+    ),
+    "stack, against an adapter": (
+        ["model.adapter=SFT", "model.adapter_mode=stack", "lora=r16", "model.reference=REF"],
+        "REF",
+    ),
+}
+
+
+def test_each_start_finds_its_own_reference_in_a_store_that_all_others_have_filled(
+    tiny_run: list[str], tiny_model: str, tmp_path: Path
+) -> None:
+    """Plain PEFT gives the expected values; the two SFT adapters differ in nothing but their weights or their scale."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    first, scaled = (
+        make_adapter(tiny_model, tmp_path / n, 1, 0.1, use_rslora=n == "scaled", **settings)
+        for n in ("first", "scaled")
+    )
+    second = make_adapter(tiny_model, tmp_path / "second", seed=2, std=0.1, **settings)
+    expected: dict[str | None, torch.Tensor] = {}
+    for sft, ref in ((first, second), (second, scaled), (scaled, first)):
+        for overrides, adapter in REFERENCES.values():
+            trainer = build(
+                [*tiny_run, *FP32, *STORED, "data.max_train_samples=4", *name_paths(overrides, SFT=sft, REF=ref)],
+                tmp_path,
+            )
+            folder = {"SFT": sft, "REF": ref, None: None}[adapter]
+            if folder not in expected:
+                base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+                plain = PeftModel.from_pretrained(base, folder) if folder else base
+                expected[folder] = logps_of(plain, list(trainer.train_dataset)).view(2, -1)
+            torch.testing.assert_close(reference_of(trainer), expected[folder], atol=2e-3, rtol=0)
+    values = torch.stack([*expected.values()])
+    assert (values[:, None] - values[None]).abs().amax((2, 3)).add(torch.eye(4)).min() > 0.05
+
+
+def test_rows_that_depend_on_their_batch_are_not_stored(tiny_run: list[str], tiny_model: str, tmp_path: Path) -> None:
+    """With dynamic RoPE the longest row sets the frequencies of all; policy and reference score the same batches."""
+    folder = tmp_path / "dynamic"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10_000.0}
+    config |= {"max_position_embeddings": 40, "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    long = {"prompt": "Count. " * 9, "chosen": "One, two, three. " * 4, "rejected": "No. " * 9}
+    with Path("pairs.jsonl").open("a") as file:
+        file.writelines(json.dumps({**long, "prompt": f"{n} {long['prompt']}"}) + "\n" for n in range(12))
+    overrides = [*tiny_run, f"model.model_name_or_path={folder}", *FP32, *STORED, "data.eval_fraction=0.4"]
+    overrides += ["training.per_device_eval_batch_size=4"]
+    trainer = build(overrides, tmp_path)
+    assert not is_packed(trainer) and REF_COLUMNS[0] not in trainer.train_dataset.column_names
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    short = [*overrides, "training.max_length=40", "data.on_overlong=trl"]
+    assert REF_COLUMNS[0] in build(short, tmp_path).train_dataset.column_names
 
 
 def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path, scored: list[int]) -> None:

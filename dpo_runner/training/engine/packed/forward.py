@@ -21,8 +21,11 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from trl import DPOConfig
 from trl.trainer.utils import FusedCausalLMOutput
 
+from dpo_runner.config.sections.training import TrainingConf
+from dpo_runner.model.reference import find_growing_rope
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION, register_attention
 from dpo_runner.training.engine.packed.head import frozen_head
 from dpo_runner.training.engine.packed.packing import Packing, pack_pairs
@@ -50,14 +53,17 @@ def trains_head(policy: PreTrainedModel | PeftModel) -> bool:
 
 
 def why_not_packable(
-    model: PreTrainedModel | PeftModel, longest: int, dropout: bool, adapters: Iterable[PeftConfig] = ()
+    model: PreTrainedModel | PeftModel,
+    longest: int,
+    settings: DPOConfig | TrainingConf,
+    adapters: Iterable[PeftConfig] = (),
 ) -> str | None:
     """Return why a model's scoring forward cannot be replaced exactly; None if no reason is known.
 
     Args:
         model: the trainer's, or one without weights on the meta device.
         longest: tokens of the longest row.
-        dropout: whether dropout is left on.
+        settings: the training's.
         adapters: configs of adapters that `model` does not have yet.
     """
     to_come = list(adapters)
@@ -68,8 +74,12 @@ def why_not_packable(
     others = [adapter for adapter in adapters if adapter.peft_type != PeftType.LORA and _drops_out(adapter)]
     if others:
         return f"the {others[0].peft_type.value} adapter has dropout, which training.disable_dropout need not reach"
+    if settings.neftune_noise_alpha:
+        return "training.neftune_noise_alpha scales its noise by the padded length of TRL's batches"
     model = base_of(model)
     config = model.config.get_text_config()
+    if kind := find_growing_rope(config, longest):
+        return f"the model's {kind} RoPE depends on the longest row of a batch"
     if config is not model.config:
         return "the model takes more than text"
     if (implementation := model.config._attn_implementation) != IMPLEMENTATION:
@@ -86,7 +96,7 @@ def why_not_packable(
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
-    drawn = dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
+    drawn = not settings.disable_dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
     if drawn or getattr(config, "layerdrop", None):  # layerdrop is not an nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"
     return None

@@ -155,6 +155,14 @@ def reference_adapter(trainer: DPOTrainer) -> str | None:
     return "ref" if trainer.ref_model is None and "ref" in getattr(trainer.model, "peft_config", ()) else None
 
 
+def reference_adapters(trainer: DPOTrainer) -> list[str]:
+    """Return all adapters that are on while the policy's model is the reference."""
+    if reference_adapter(trainer) is None:
+        return []
+    with _reference_adapter(trainer):
+        return list(trainer.model.base_model.active_adapters)
+
+
 def _reference_adapter(trainer: DPOTrainer) -> Any:
     if trainer.ref_model is None and isinstance(trainer.model, PeftModel):
         return use_adapter(trainer.model, reference_adapter(trainer))

@@ -2,17 +2,18 @@
 
 It covers the weights themselves, not their origin. Every tensor of the reference is hashed as it lies in memory, after
 any quantization, merging or resizing: however it was loaded, the same digest means the same function. With XXH3 at 128
-bits this takes 0.1 s per gigabyte. Adapters other than the reference's, which belong to the policy, are left out.
+bits this takes 0.1 s per gigabyte. Adapters that are off in the reference belong to the policy and are left out.
 """
 
 import json
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import xxhash
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from dpo_runner.training.engine.packed.forward import base_of
@@ -28,31 +29,28 @@ _PEFT_PREFIX, _WRAPPERS = "base_model.model.", ("base_layer", "original_module")
 """Prefix and parts that PEFT adds to the names of a model's own weights."""
 
 
-def identify_reference(model: nn.Module, adapter: str | None, forward: str) -> tuple[str, dict[str, Any]]:
+def identify_reference(model: nn.Module, active: Sequence[str], forward: str) -> tuple[str, dict[str, Any]]:
     """Return a digest of a reference, and the parts that it covers.
 
     Args:
         model: holds the reference: a separate model, or the policy's.
-        adapter: the adapter of `model` that is the reference; None if it is the model with all adapters off.
+        active: the adapters of `model` that are on in the reference, such as a frozen SFT adapter and TRL's `ref`.
         forward: describes how log-probabilities are computed, autocast included.
 
     Raises:
         TypeError: there are weights of a type whose bytes cannot be read.
     """
     base = base_of(model)
-    adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    adapters: dict[str, PeftConfig] = model.peft_config if isinstance(model, PeftModel) else {}
     weights = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         parts = name.split(".")
-        if adapters.intersection(parts) - {adapter}:
+        if set(adapters) & set(parts) - set(active):
             continue
         name = ".".join(part for part in parts if part not in _WRAPPERS).removeprefix(_PEFT_PREFIX)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         weights.update(bytes_of(tensor))
-    configs = [base.config.to_dict()]
-    if adapter is not None:
-        assert isinstance(model, PeftModel)
-        configs.append(model.peft_config[adapter].to_dict())
+    configs = [base.config.to_dict(), *(adapters[name].to_dict() for name in active)]
     configs = [{key: value for key, value in config.items() if key not in _IDLE_KEYS} for config in configs]
     device = next(base.parameters()).device
     made_of = {
