@@ -27,6 +27,13 @@ _CANNOT_TELL = f"the run cannot be continued without it: {PUT_BACK}"
 _MOVABLE = ("model.base",)
 """Keys of environment.json with paths, which may change while the files stay the same."""
 
+_FILES = {
+    "model.weights": "model.model_name_or_path",
+    "model.adapter": "model.adapter",
+    "model.reference": "model.reference",
+}
+"""Keys of environment.json with digests of files, and the keys that name the files. Older runs lack them."""
+
 
 def read_epoch(checkpoint: Path) -> float:
     """Return the number of epochs done at a checkpoint, with the fraction."""
@@ -131,10 +138,14 @@ def check_same_inputs(run_dir: Path, environment: dict[str, Any], say: Callable[
         for each in (read_object(run_dir / "environment.json", _CANNOT_TELL), environment)
     )
     changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
-    changed = {key: values for key, values in changed.items() if values[0] != values[1] and key not in _MOVABLE}
+    ignored = {*_MOVABLE, *(key for key in _FILES if key not in before)}
+    changed = {key: values for key, values in changed.items() if values[0] != values[1] and key not in ignored}
     mistakes = []
     for key, (old, new) in changed.items():
-        if key.startswith(("model.", "data.")):
+        if key in _FILES:
+            what = f"its files have changed since {run_dir} was begun"
+            mistakes.append(f"`{_FILES[key]}`: {what}; put them back, or use another run_dir")
+        elif key.startswith(("model.", "data.")):
             mistakes.append(
                 f"{run_dir} was begun with {key}={old}, and it is {new} now; put that back, or use another run_dir"
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.io.version import __version__
@@ -47,6 +48,9 @@ def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, p
             "base": policy.base,
             "commit": getattr(policy.model.config, "_commit_hash", None),
             "fingerprint": _fingerprint_model(policy.base),
+            "weights": _digest_files(policy.base),
+            "adapter": _digest_files(blueprint.adapter),
+            "reference": _digest_files(blueprint.reference.folder or _base_of(blueprint.reference_model)),
             # None: as published
             "embedding_rows": {"sft_adapter": blueprint.vocabulary.brought, "result": blueprint.vocabulary.rows},
         },
@@ -98,6 +102,24 @@ def read_cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _base_of(blueprint: Blueprint | None) -> str | None:
+    return None if blueprint is None else blueprint.base
+
+
+def _digest_files(folder: str | Path | None) -> str | None:
+    """Hash all weights, configs and code of a model or adapter folder; None without one, or for a hub id."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".gguf", ".json", ".py"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def _fingerprint_model(base: str) -> str | None:

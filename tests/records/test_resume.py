@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +153,29 @@ def test_a_run_is_not_continued_on_other_data(stopped: list[str], pairs: str) ->
         run(load_conf(stopped))
     Path(pairs).write_text(data)
     summary = run(load_conf(stopped))
+    assert summary is not None and summary["steps"] == 4
+
+
+@pytest.mark.parametrize("key", ["model.model_name_or_path", "model.adapter", "model.reference"])
+def test_a_run_is_not_continued_on_other_weights_in_the_same_place(
+    key: str, tiny_run: list[str], tiny_model: str, sft_adapter: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model if key == "model.model_name_or_path" else sft_adapter, "folder"))
+    overrides = [*tiny_run, "run_dir=r", "samples.num_prompts=0", "training.save_steps=1", f"{key}={folder}"]
+    interrupt(overrides, after=1)
+    (weights,) = folder.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))  # the last weight, in its last place
+    with pytest.raises(
+        ConfigError, match=f"^`{re.escape(key)}`: its files have changed since r was begun; put them back"
+    ):
+        run(load_conf(overrides))
+    weights.write_bytes(content)
+    environment = json.loads(Path("r/environment.json").read_text())
+    for name in ("weights", "adapter", "reference"):  # records of earlier versions
+        del environment["model"][name]
+    Path("r/environment.json").write_text(json.dumps(environment))
+    summary = run(load_conf(overrides))
     assert summary is not None and summary["steps"] == 4
 
 
