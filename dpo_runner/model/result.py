@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError, RunError, reason_of
@@ -30,8 +31,11 @@ INITIAL = "initial"
 _SAVED = "saved"
 """Name of the saved adapter while it is beside the trained one."""
 
-# Largest difference between two forwards of the same function in other sums, as a share of the largest logit.
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2, "quantized": 1e-2}
+_SAME = 1e-4
+"""Differences of log-probabilities that need no explanation."""
+
+_ROUNDING = {torch.float32: 2**-11, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Relative rounding of a product, TF32's in fp32."""
 
 
 def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -162,14 +166,14 @@ def check_saved(
         texts: token ids to score, each at least 2.
 
     Raises:
-        RunError: PEFT cannot load it, or log-probabilities differ by more than rounding: by root mean square over all
-            tokens, or by their mean over a text.
+        RunError: PEFT cannot load it, or log-probabilities differ by more than rounding in each adapted layer explains:
+            by root mean square over all tokens, or by their mean over a text.
     """
     quantized = blueprint.quantization is not None or blueprint.own_quantization is not None
-    kind = "quantized" if quantized else blueprint.dtype
+    dtype = torch.bfloat16 if quantized else blueprint.dtype
     model.eval()
-    scored = model.get_base_model() if kind == torch.float32 else model  # the base's forward has no autocast
-    expected, largest = _score(scored, texts)
+    scored = model.get_base_model() if dtype == torch.float32 else model  # the base's forward has no autocast
+    expected = _score(scored, texts)
     try:
         model.load_adapter(str(folder), _SAVED)
     except (ValueError, TypeError, KeyError) as error:
@@ -180,28 +184,51 @@ def check_saved(
         for layer in model.modules() if taken else ():
             if isinstance(layer, LoraLayer):
                 layer.set_adapter([_SAVED, *taken])
-        found, _ = _score(scored, texts)
+        found = _score(scored, texts)
     model.delete_adapter(_SAVED)
     model.set_adapter("default")
-    differences = [one - other for one, other in zip(found, expected, strict=True)]
-    error = torch.cat(differences).square().mean().sqrt().item()
-    shift = max(abs(each.mean().item()) for each in differences)
-    tolerance = largest * _ROUNDING[kind]
-    if not (error <= tolerance and shift <= tolerance / 2):
+    distance, shift = _compare(found, expected)
+    if distance <= _SAME:
+        return
+    with _rounded(model, _ROUNDING[dtype]):
+        tolerance = 3 * _compare(_score(scored, texts), expected)[0]
+    if not (distance <= tolerance and shift <= tolerance / 2):
         raise RunError(
             f"the saved adapter is not the trained policy: loaded again by PEFT, its log-probabilities differ by "
-            f"{error:.2g} per token (root mean square; tolerance {tolerance:.2g}), by {shift:.2g} on average over a "
+            f"{distance:.2g} per token (root mean square; tolerance {tolerance:.2g}), by {shift:.2g} on average over a "
             "text; it was not kept; the last checkpoint has the trained weights"
         )
 
 
-def _score(model: Any, texts: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], float]:
-    """Return log p of each text's tokens after the first, fp32, and the largest absolute logit."""
-    scores, largest = [], 0.0
+def _compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the root mean square of all differences, and the largest mean difference of a text."""
+    differences = [one - other for one, other in zip(found, expected, strict=True)]
+    distance = torch.cat(differences).square().mean().sqrt().item()
+    return distance, max(abs(each.mean().item()) for each in differences)
+
+
+@contextmanager
+def _rounded(model: PeftModel, share: float) -> Iterator[None]:
+    """Add noise to the outputs of adapted layers, as if they were rounded otherwise."""
+
+    def add_noise(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + share * torch.randn_like(output))
+
+    layers = (layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    handles = [layer.register_forward_hook(add_noise) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _score(model: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return log p of each text's tokens after the first, fp32."""
+    scores = []
     with torch.no_grad():
         for text in texts:
             ids = torch.tensor([text], device=model.device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1].float()
             scores.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))[:, 0])
-            largest = max(largest, logits.abs().max().item())
-    return scores, largest
+    return scores

@@ -22,7 +22,7 @@ _COMPARED, _LOOKED_AT = 2, 16
 _ANSWER = 16
 """Minimum tokens of both answers, if such rows exist: over fewer, rounding errors do not average out."""
 
-_MOST = 256
+_MOST = 64
 """Maximum tokens of a text that is compared after training."""
 
 # Largest difference per token between two forwards of the same weights. They differ only by summation order,
