@@ -18,6 +18,7 @@ with quiet_imports():
 
     from dpo_runner.data.preferences import PreferenceData, load_preferences
     from dpo_runner.model.blueprint import Blueprint, draw_blueprint
+    from dpo_runner.model.card.facts import read_facts
     from dpo_runner.model.policy import LoadBase, load_fresh, load_policy
     from dpo_runner.model.result import save_result
     from dpo_runner.training.answers import measure_model, pair_answers
@@ -28,7 +29,7 @@ with quiet_imports():
     from dpo_runner.training.memory.settle import Settled, settle
     from dpo_runner.training.plan import build_plan
     from dpo_runner.training.session import Session, open_session, read_finished
-    from dpo_runner.training.step0 import check_start
+    from dpo_runner.training.step0 import check_start, choose_texts
 
 
 def run(
@@ -121,7 +122,9 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     summary = {"before": before.metrics, "after": after.metrics, **trained}
     summary |= {"peak_memory_gb": round(measure_peak_memory(), 3)}
     summary |= {"out_of_memory": session.out_of_memory} if session.out_of_memory else {}
-    weights = save_result(session.directory, trainer.model, policy, blueprint, conf, summary, session.warn)
+    facts = read_facts(session.directory.path, conf, blueprint.reference.described, summary)
+    texts = choose_texts(trainer.train_dataset)
+    weights = save_result(session.directory, trainer.model, policy, blueprint, facts, texts, session.warn)
     session.conclude(summary, weights, samples)
 
 

@@ -1,11 +1,24 @@
-"""Read the base model from an adapter_config.json. Imports no torch."""
+"""Read an adapter_config.json, and the base model that it names. Imports no torch."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from dpo_runner.errors import ConfigError, reason_of
+
+
+def read_adapter_fields(adapter_config: Path) -> dict[str, Any]:
+    """Return the content of an adapter_config.json.
+
+    Raises:
+        ConfigError: the file is not a JSON object.
+    """
+    try:
+        return dict(json.loads(adapter_config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{adapter_config}: cannot be read as an adapter's config; {reason_of(error)}") from None
 
 
 def read_adapter_base(adapter_config: Path) -> str | None:
@@ -14,10 +27,7 @@ def read_adapter_base(adapter_config: Path) -> str | None:
     Raises:
         ConfigError: the file is not a JSON object.
     """
-    try:
-        value = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{adapter_config}: cannot be read as an adapter's config; {reason_of(error)}") from None
+    value = read_adapter_fields(adapter_config).get("base_model_name_or_path")
     return value if isinstance(value, str) and value else None
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapters: PEFT's config from the `lora` group, and checks of module names and adapter files."""
+"""PEFT adapters: PEFT's config from the `lora` group, and checks of module names and of an adapter's base."""
 
 import dataclasses
 import re
@@ -6,12 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dpo_runner.config.adapter_config import read_adapter_base
 from dpo_runner.config.run_conf import RunConf
@@ -19,7 +16,6 @@ from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.errors import ConfigError, reason_of, suggest
 from dpo_runner.model.files.locations import is_adapter
 from dpo_runner.model.files.packaged import DEFAULT_MODEL, DEFAULT_MODEL_ORIGIN
-from dpo_runner.model.files.pickles import refuse_pickled_adapter
 
 _SAYS_NOTHING = re.compile(r"model|merged|checkpoint-\d+")  # folder names that do not identify a base
 
@@ -87,6 +83,17 @@ def changes_base(config: PeftConfig | None) -> bool:
     return isinstance(initialization, str) and initialization.startswith(("pissa", "olora"))
 
 
+def make_loadable(config: PeftConfig) -> None:
+    """Name IA3's feedforward modules as its target modules are named.
+
+    PEFT resolves only the latter, and refuses to load the saved config if the former are not among them.
+    """
+    if isinstance(config, IA3Config) and isinstance(config.target_modules, set):
+        ends = config.feedforward_modules
+        if isinstance(ends, set):
+            config.feedforward_modules = {name for name in config.target_modules if name.endswith(tuple(ends))}
+
+
 def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
     """Check that each module that `lora` names is in the model.
 
@@ -117,67 +124,6 @@ def check_targets(conf: LoraConf, meta: PreTrainedModel, name: str) -> None:
     for index in conf.layers_to_transform or []:
         if depth is not None and not 0 <= index < depth:
             raise ConfigError(f"`lora.layers_to_transform={index}`: {name} has layers 0 to {depth - 1}")
-
-
-def check_adapter(folder: Path, meta: torch.nn.Module, name: str, use_safetensors: bool) -> None:
-    """Check by the names and shapes in its file that an adapter fits the model and is not all zero.
-
-    PEFT loads an adapter for another base without its weights, with a warning at most.
-
-    Args:
-        folder: the adapter's.
-        meta: the base model on the meta device, unquantized.
-        name: the base's, for messages.
-        use_safetensors: refuse a pickled file.
-
-    Raises:
-        ConfigError: a name or a shape does not fit, all of its lora_B are 0, or it is pickled.
-    """
-    file = folder / "adapter_model.safetensors"
-    if not use_safetensors and not file.exists() and (folder / "adapter_model.bin").exists():
-        return
-    refuse_pickled_adapter(folder, f"model.adapter={folder}")
-    modules = dict(meta.named_modules())
-    moved = None
-    with safe_open(file, "pt") as tensors:
-        for key in sorted(tensors.keys()):
-            path, found, part = key.removeprefix("base_model.model.").partition(".lora_")
-            if not found or part.split(".")[0] not in ("A", "B"):
-                continue
-            module = modules.get(path)
-            if module is None:
-                near = get_close_matches(path, modules, n=1)
-                hint = f"; the nearest there is {near[0]}" if near else ""
-                raise ConfigError(f"`model.adapter={folder}`: is for another base: {name} has no module {path}{hint}")
-            _check_shape(folder, name, path, module, part[0], list(tensors.get_slice(key).get_shape()))
-            if part[0] == "B":
-                moved = moved or bool(tensors.get_tensor(key).any())
-    if moved is False:
-        raise ConfigError(
-            f"`model.adapter={folder}`: all of its lora_B weights are 0, so it changes nothing; it was saved before "
-            "training, or its training never updated it"
-        )
-
-
-def _check_shape(folder: Path, name: str, path: str, module: torch.nn.Module, part: str, shape: list[int]) -> None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, (torch.nn.Linear, Conv1D)) or weight is None:
-        return
-    inputs, outputs = (weight.shape[0], weight.shape[1]) if isinstance(module, Conv1D) else weight.shape[::-1]
-    has, wants = (shape[-1], inputs) if part == "A" else (shape[0], outputs)
-    if has != wants:
-        side = "inputs" if part == "A" else "outputs"
-        raise ConfigError(
-            f"`model.adapter={folder}`: is for another base: its lora_{part} of {path} has {has} {side}, that layer of "
-            f"{name} has {wants}"
-        )
-
-
-def read_adapter_config(folder: Path) -> PeftConfig:
-    """Return the config of an adapter's folder, with `inference_mode` off."""
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    return config
 
 
 def find_other_bases(conf: ModelConf, path: str, adapter: Path | None) -> list[str]:

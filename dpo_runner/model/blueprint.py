@@ -17,11 +17,10 @@ from dpo_runner.io.processes import count_processes
 from dpo_runner.model.adapters import (
     build_peft_config,
     changes_base,
-    check_adapter,
     check_targets,
     find_other_bases,
-    read_adapter_config,
 )
+from dpo_runner.model.files.fit import check_adapters, read_adapter_config
 from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
 from dpo_runner.model.quantization import check_quantized, check_quantized_training, choose_quantization
 from dpo_runner.model.reference import Kind, Reference, describe_reference, find_growing_rope
@@ -276,8 +275,7 @@ class Blueprint:
         has_adapter = self.lora is not None or self.conf.adapter is not None
         start = self.lora.init_lora_weights if self.lora is not None and self.changes_base else None
         check_quantized_training(self.own_quantization, self.quantization, has_adapter, start)
-        if self.adapter is not None:
-            check_adapter(self.adapter, self.meta, self.name, self.conf.use_safetensors)
+        check_adapters(self.conf, self.adapter, self.reference, self._peft, self.meta)
         if self.lora is not None:
             check_targets(self.lora, self.meta, self.name)
         new_ids = self.vocabulary.new_ids
@@ -287,13 +285,6 @@ class Blueprint:
                 "embeddings are its own; use model.adapter_mode=merge"
             )
         train_new_rows(self.build_peft(), self.meta, new_ids)
-        if (folder := self.reference.folder) is not None:
-            check_adapter(Path(folder), self.meta, self.name, True)
-            if self.reference.is_within and read_brought_rows(Path(folder), self.meta)[1]:
-                raise ConfigError(
-                    f"`model.reference={self.conf.reference}`: brings embeddings of its own, which would be the "
-                    "policy's too; merge it into its base, and name that model"
-                )
         check_quantized(self.meta, self.quantization, self.name)
 
 

@@ -1,10 +1,11 @@
 """Several adapters in one model: a new one on the SFT adapter, the reference's, a combined one."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -61,30 +62,22 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
         }
     model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
     model.__class__ = StackedPeftModel  # from_pretrained builds the class of the task type
-    _absorb_embeddings(model)
+    model.absorbed = absorb_embeddings(model)
     model.add_adapter("default", config)
-    both = {name: model.peft_config[name] for name in (SFT, "default")}
-    if len({isinstance(each.target_modules, str) for each in both.values()}) > 1:
-        for name, each in both.items():  # PEFT only joins adapters that name modules in the same way
-            each.target_modules = {
-                path
-                for path, layer in base.named_modules()
-                if name in {**getattr(layer, "lora_A", {}), **getattr(layer, "lora_embedding_A", {})}
-            }
     model.set_adapter("default")
     assert isinstance(model, StackedPeftModel)
     return model
 
 
-def _absorb_embeddings(model: StackedPeftModel) -> None:
-    """Move the embeddings of `sft` into the base.
+def absorb_embeddings(model: PeftModelForCausalLM) -> bool:
+    """Move the embeddings of `sft` into the base, and return whether it has any.
 
     PEFT can neither stack nor join adapters that have embeddings.
 
     Raises:
         ConfigError: `sft` has modules other than the embeddings and the head, or unties tied ones.
     """
-    base = model.get_base_model()
+    base, has_some = model.get_base_model(), False
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
     for path, module in [*base.named_modules()]:
         if not isinstance(module, AuxiliaryTrainingWrapper):
@@ -93,13 +86,14 @@ def _absorb_embeddings(model: StackedPeftModel) -> None:
         if parts or not any(module is each for each in embeddings):
             raise ConfigError(
                 f"`model.adapter_mode=stack`: the SFT adapter has its own copy of {path}, which cannot be joined with "
-                "another adapter; use model.adapter_mode=continue"
+                "another adapter; use model.adapter_mode=continue or merge"
             )
         parent, _, name = path.rpartition(".")
         own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[SFT])
         setattr(base.get_submodule(parent), name, own.requires_grad_(False))
-        model.absorbed = True
+        has_some = True
     model.peft_config[SFT].modules_to_save = model.peft_config[SFT].trainable_token_indices = None
+    return has_some
 
 
 def load_lora_alone(model: PeftModelForCausalLM, folder: str, name: str) -> None:
@@ -169,6 +163,45 @@ def read_initial_weights(model: PeftModelForCausalLM) -> dict[str, torch.Tensor]
     return {name: weights[source] for name, source in began.items() if source != name and source in weights}
 
 
+_JOINED = {
+    *(field.name for field in dataclasses.fields(PeftConfig)),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),  # `combined_adapter` is exact with these
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "init_lora_weights", "eva_config", "fan_in_fan_out", "runtime_config"),  # no part of the result
+}
+"""Fields of a LoraConfig that may differ from their defaults in an adapter that is joined with another."""
+
+
+def find_unjoinable(config: PeftConfig, more: Collection[str]) -> str | None:
+    """Return a setting, such as `use_dora=True`, with which an adapter cannot be joined exactly with another.
+
+    Args:
+        config: the adapter's.
+        more: further fields that may be set.
+    """
+    if not isinstance(config, LoraConfig):
+        return f"peft_type={config.peft_type.value}"
+    plain = LoraConfig()
+    names = (field.name for field in dataclasses.fields(config) if field.name not in {*_JOINED, *more})
+    found = next((name for name in names if (getattr(config, name) or None) != (getattr(plain, name) or None)), None)
+    return None if found is None else f"{found}={getattr(config, found)}"
+
+
+def _name_alone(model: PeftModelForCausalLM, name: str) -> LoraConfig:
+    """Return an adapter's config with each of its modules by its path, and without the factor of rank-stabilized LoRA.
+
+    PEFT joins adapters by their names of modules under the other settings of the first one. It has multiplied the
+    joined weights by each adapter's own factor already.
+    """
+    paths = {
+        path
+        for path, layer in model.get_base_model().named_modules()
+        if name in {**getattr(layer, "lora_A", {}), **getattr(layer, "lora_embedding_A", {})}
+    }
+    only = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return dataclasses.replace(model.peft_config[name], target_modules=paths, use_rslora=False, **only)
+
+
 @contextmanager
 def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> Iterator[str]:
     """Combine several adapters into one: ranks and weighted updates add up (`cat` in PEFT).
@@ -179,8 +212,10 @@ def combined_adapter(model: PeftModelForCausalLM, parts: dict[str, float]) -> It
     if list(parts.items()) == [("default", 1.0)]:
         yield "default"
         return
-    name = "result"
+    name, configs = "result", dict(model.peft_config)
+    model.peft_config.update({part: _name_alone(model, part) for part in parts})
     model.base_model.add_weighted_adapter(list(parts), list(parts.values()), name, combination_type="cat")
+    model.peft_config.update(configs)
     weights = dict(model.named_parameters())
     for path, weight in weights.items():  # trained rows do not add up, and PEFT gives the new adapter the base's
         if path.endswith(f".trainable_tokens_delta.{name}"):

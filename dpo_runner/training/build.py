@@ -11,7 +11,7 @@ from trl import DPOConfig
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
-from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Policy, Say
 from dpo_runner.training.precision import choose_autocast
@@ -62,7 +62,21 @@ def build_trainer(
 
     Raises:
         ConfigError: TRL or peft rejects the combination of model and settings.
+        RunError: a trained weight shares its memory with one that the reference uses.
     """
     if blueprint.reference.is_stored:  # then TRL neither loads a reference nor hashes all weights for its cache
         args.precompute_ref_log_probs = blueprint.trains_all
-    return RunTrainer(policy, blueprint, data, conf, args, callbacks, say)
+    trainer = RunTrainer(policy, blueprint, data, conf, args, callbacks, say)
+    _check_memory(trainer)
+    return trainer
+
+
+def _check_memory(trainer: RunTrainer) -> None:
+    """Check that no trained weight lies in the memory of a frozen one, which would move with it."""
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    weights = [each for model in models for each in (*model.named_parameters(), *model.named_buffers())]
+    frozen = {weight.untyped_storage().data_ptr(): name for name, weight in weights if not weight.requires_grad}
+    for name, weight in weights:
+        address = weight.untyped_storage().data_ptr()
+        if weight.requires_grad and address and address in frozen:
+            raise RunError(f"{name} is trained in the memory of {frozen[address]}, so the reference would move with it")

@@ -22,6 +22,9 @@ _COMPARED, _LOOKED_AT = 2, 16
 _ANSWER = 16
 """Minimum tokens of both answers, if such rows exist: over fewer, rounding errors do not average out."""
 
+_MOST = 64
+"""Maximum tokens of a text that is compared after training."""
+
 # Largest difference per token between two forwards of the same weights. They differ only by summation order,
 # as between a batch with an adapter that adds 0 and one without.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -83,9 +86,7 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
     Raises:
         RunError: they differ by more than the dtype's rounding explains.
     """
-    first = [trainer.train_dataset[index] for index in range(min(len(trainer.train_dataset), _LOOKED_AT))]
-    enough = [row for row in first if min(len(row["chosen_ids"]), len(row["rejected_ids"])) >= _ANSWER]
-    policy, reference, tokens = score_both(trainer, sorted(enough or first, key=count_tokens)[:_COMPARED])
+    policy, reference, tokens = score_both(trainer, _choose_short(trainer.train_dataset))
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
     difference = ((policy - reference).abs() / tokens.clamp(min=1)).max().item()
     if math.isnan(difference) or (is_initial and difference > TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])):
@@ -95,6 +96,20 @@ def check_reference(trainer: DPOTrainer, is_initial: bool = True) -> float:
             "or the forward is not deterministic. checks.step0=false skips this check"
         )
     return float(difference)
+
+
+def choose_texts(rows: Any) -> list[list[int]]:
+    """Return token ids of the texts on which the saved result is compared with the policy."""
+    texts = [
+        row["prompt_ids"] + row[answer] for row in _choose_short(rows) for answer in ("chosen_ids", "rejected_ids")
+    ]
+    return [text[-_MOST:] for text in texts]
+
+
+def _choose_short(rows: Any) -> list[Mapping[str, Any]]:
+    first = [rows[index] for index in range(min(len(rows), _LOOKED_AT))]
+    enough = [row for row in first if min(len(row["chosen_ids"]), len(row["rejected_ids"])) >= _ANSWER]
+    return sorted(enough or first, key=count_tokens)[:_COMPARED]
 
 
 def check_trainable(trainer: DPOTrainer) -> None:

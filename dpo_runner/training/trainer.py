@@ -20,6 +20,7 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
 from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.io.processes import count_processes
+from dpo_runner.model.adapters import make_loadable
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Policy, Say
 from dpo_runner.model.reference import silence_dropout
@@ -99,6 +100,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
             if conf.lora is not None and conf.lora.init_lora_weights == "eva":
                 self._initialize_eva()
             self._cast_adapter_to_fp32()
+            make_loadable(self.model.peft_config["default"])
         silence_dropout(self.model)
         self._install_engine(conf, blueprint)
 
@@ -138,7 +140,9 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         loaded = self._loaded or read_initial_weights(self.model)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = loaded.get(name, parameter.data).to(parameter.device, torch.float32)
+                parameter.data = parameter.data.to(torch.float32)
+                if name in loaded:  # copied: what is loaded may be the base's own weight
+                    parameter.data.copy_(loaded[name])
 
     def _install_engine(self, conf: RunConf, blueprint: Blueprint) -> None:
         shape = self.data.shape().cut(self.args.max_length)

@@ -8,11 +8,11 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.model.adapters import build_peft_config, check_adapter
+from dpo_runner.model.adapters import build_peft_config
 from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.stacking import combined_adapter
 from dpo_runner.train import run
@@ -173,23 +173,27 @@ def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model,
     assert torch.equal(score_both(trainer, first_rows(trainer))[0], policy)
 
 
-METHODS = {
-    "LOHA": ["lora.config.r=4"],
-    "LOKR": ["lora.config.r=4"],
-    "IA3": ["lora.target_modules=[k_proj,v_proj,down_proj]", "lora.config.feedforward_modules=[down_proj]"],
-    "OFT": ["lora.config.oft_block_size=16", "lora.config.r=0"],
-    "HRA": ["lora.config.r=4"],
-    "LN_TUNING": ["lora.target_modules=[input_layernorm]"],
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods_of_peft_run(method: str, tiny_run, tmp_path) -> None:
-    overrides = [*tiny_run, f"lora.peft_type={method}", *METHODS[method], "training.max_steps=2", "run_dir=r"]
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("LOHA", ["lora.config.r=4"]),
+        ("LOKR", ["lora.config.r=4"]),
+        ("IA3", []),
+        ("IA3", ["lora.target_modules=[k_proj,v_proj]"]),
+        ("IA3", ["lora.target_modules=[k_proj,v_proj,down_proj]", "lora.config.feedforward_modules=[down_proj]"]),
+        ("OFT", ["lora.config.oft_block_size=16", "lora.config.r=0"]),
+        ("HRA", ["lora.config.r=4"]),
+        ("LN_TUNING", ["lora.target_modules=[input_layernorm]"]),
+    ],
+)
+def test_other_methods_of_peft_run(method: str, fields: list[str], tiny_run, tiny_model, tmp_path) -> None:
+    """The run itself loads what it has saved, and compares it."""
+    overrides = [*tiny_run, f"lora.peft_type={method}", *fields, "training.max_steps=2", "run_dir=r"]
     summary = run(load_conf(overrides))
     assert summary is not None and summary["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
     saved = json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())
     assert saved["peft_type"] == method
+    PeftModel.from_pretrained(load_by_hand(tiny_model), tmp_path / "r" / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -286,33 +290,6 @@ def test_16_bits_are_for_who_asks_twice_or_trains_an_adapter(tiny_run) -> None:
     load_conf([*tiny_run, "model.dtype=bfloat16"])
 
 
-def change(sft_adapter: str, tmp_path: Path, edit) -> Path:
-    folder = tmp_path / "edited"
-    shutil.copytree(sft_adapter, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(edit(tensors), folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("edit", "match"),
-    [
-        (lambda t: {k: v * ("lora_B" not in k) for k, v in t.items()}, "all of its lora_B weights are 0"),
-        (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, r"has no module model\.layers\.7"),
-        (
-            lambda t: {k: torch.cat([v, v], 1) if "q_proj.lora_A" in k else v for k, v in t.items()},
-            r"lora_A of model\.layers\.0\.self_attn\.q_proj has 128 inputs, that layer of .* has 64",
-        ),
-    ],
-    ids=["zero", "names", "shapes"],
-)
-def test_an_adapter_that_does_not_fit_is_refused(edit, match, tiny_run, sft_adapter, tmp_path) -> None:
-    folder = change(sft_adapter, tmp_path, edit)
-    with pytest.raises(ConfigError, match=match):
-        run(load_conf([*tiny_run, f"model.adapter={folder}", "run_dir=r"]))
-    assert not (tmp_path / "r").exists()
-
-
 def test_a_pickled_adapter_needs_permission(tiny_run, sft_adapter, tmp_path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(sft_adapter, folder)
@@ -323,9 +300,8 @@ def test_a_pickled_adapter_needs_permission(tiny_run, sft_adapter, tmp_path) -> 
         draw_blueprint(conf)
     draw_blueprint(load_conf([*tiny_run, f"model.adapter={folder}", "model.use_safetensors=false"]))
     (folder / "adapter_model.bin").unlink()
-    meta = Blueprint(conf.model).meta
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors$"):
-        check_adapter(folder, meta, "x", True)
+        draw_blueprint(conf)
 
 
 def test_an_adapter_in_the_models_place_is_taken_for_what_it_is(tiny_run, tiny_model, sft_adapter, tmp_path) -> None:

@@ -9,15 +9,16 @@ import torch
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import ID_COLUMNS, load_preferences
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.memory.settle import Settled
 from dpo_runner.training.plan import build_plan
 from dpo_runner.training.step0 import score_both
 from dpo_runner.training.trainer import RunTrainer, count_steps
+from tests.support.adapters import EXACT, close, load_by_hand
 from tests.support.common import ROWS
-from tests.support.trainers import build, first_rows, gradients
+from tests.support.trainers import build, first_rows, gradients, logps_of
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
@@ -52,6 +53,27 @@ def test_a_loaded_qlora_adapter_is_not_rounded(tiny_run, sft_adapter, tmp_path) 
         for adapter in ("default", "ref"):
             loaded = parameters[name.replace(".weight", f".{adapter}.weight")]
             assert torch.equal(loaded, value)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_whole_modules_do_not_move_the_reference(module, tiny_run, tiny_model, tmp_path) -> None:
+    overrides = [f"lora.modules_to_save=[{module}]", "training.learning_rate=1e-2", "training.max_steps=2"]
+    trainer = build([*tiny_run, *EXACT, *overrides], tmp_path)
+    rows = first_rows(trainer)
+    expected = logps_of(load_by_hand(tiny_model), rows)
+    trainer.train()
+    policy, reference, _ = score_both(trainer, rows)
+    assert close(reference, expected) and not close(policy, expected)
+
+
+def test_a_trained_weight_in_the_memory_of_the_reference_is_found(tiny_run, tmp_path, monkeypatch) -> None:
+    def share(trainer: RunTrainer) -> None:
+        head = trainer.model.get_output_embeddings()
+        head.modules_to_save["default"].weight.data = head.original_module.weight.data
+
+    monkeypatch.setattr(RunTrainer, "_cast_adapter_to_fp32", share)
+    with pytest.raises(RunError, match=r"default\.weight is trained in the memory of .*original_module\.weight, so"):
+        build([*tiny_run, *EXACT, "lora.modules_to_save=[lm_head]"], tmp_path)
 
 
 def set_dropout(trainer) -> list[float]:
