@@ -196,8 +196,8 @@ def write_override(key: str, value: object) -> str:
     text = str(value)
     if re.fullmatch(r"[A-Za-z0-9_./~-]+", text):
         return f"{key}={text}"
-    quoted = text.replace("'", "\\'")
-    return shlex.quote(f"{key}='{quoted}'")
+    quoted = text.replace('"', '\\"')
+    return shlex.quote(f'{key}="{quoted}"')
 
 
 def first_line(error: Exception) -> str:

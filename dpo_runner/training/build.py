@@ -20,6 +20,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from trl import DPOConfig
 
 from dpo_runner.config.metrics import evaluation_keys
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
@@ -204,12 +205,11 @@ def _check_vocabulary(blueprint: Blueprint, data: PreferenceData) -> None:
         rows = min(rows, max(blueprint.vocabulary.rows or 0, count_rows(other.meta)))
     if len(tokenizer) <= rows:
         return
-    pad = tokenizer.pad_token_id
-    if pad >= rows:
+    if (pad := tokenizer.pad_token_id) >= rows:
+        eos = write_override("model.pad_token", tokenizer.eos_token)
         raise ConfigError(
             f"`model.model_name_or_path={blueprint.name}`: its tokenizer's pad token {tokenizer.pad_token} has the id "
-            f"{pad}, and the embeddings have {rows} rows; set model.pad_token={tokenizer.eos_token}, or "
-            f"model.added_tokens=[{tokenizer.pad_token}]"
+            f"{pad}, and the embeddings have {rows} rows; set {eos}, or {_add_token(tokenizer.pad_token)}"
         )
     for split, pairs in (("train", data.train), ("eval", data.eval)):
         size = 1000
@@ -219,9 +219,15 @@ def _check_vocabulary(blueprint: Blueprint, data: PreferenceData) -> None:
                 if (pc.max(ids.flatten()).as_py() or 0) < rows:
                     continue
                 at = next(at for at, row in enumerate(ids.to_pylist()) if max(row, default=0) >= rows)
-                token = tokenizer.convert_ids_to_tokens(max(ids[at].as_py()))
+                token = str(tokenizer.convert_ids_to_tokens(max(ids[at].as_py())))
+                is_special = token in tokenizer.all_special_tokens
+                cure = f"set {_add_token(token)}" if is_special else "resize the model's embeddings first"
                 raise ConfigError(
-                    f"{data.locate(split, start * size + at)}: holds the token {token}, for which the embeddings of "
-                    f"{blueprint.name} have no row ({rows} rows, {len(tokenizer)} tokens); set "
-                    f"model.added_tokens=[{token}], or take it out of the data"
+                    f"{data.locate(split, start * size + at)}: holds the token {token}, for which the "
+                    f"embeddings of {blueprint.name} have no row ({rows} rows, {len(tokenizer)} tokens); {cure}, or "
+                    "leave it out of data and chat template"
                 )
+
+
+def _add_token(token: str) -> str:
+    return f"'model.added_tokens=[\"{token}\"]'"

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from dpo_runner import run
@@ -73,24 +72,26 @@ def test_what_cannot_be_built_is_one_line_before_weights(overrides, expected, ti
         ["training.metric_for_best_model=eval_rewards/margins", "training.save_strategy=best"],
         ["training.optim=paged_adamw_8bit", "training.lr_scheduler_type=reduce_lr_on_plateau"],
         ["lora=none", "training.optim=adafactor"],
-        ["lora.init_lora_weights=pissa", "lora.modules_to_save=[lm_head]"],
+        ["lora.init_lora_weights=pissa"],
+        ["lora.modules_to_save=[lm_head]"],
         ["quant=nf4", "model.attn_implementation=eager"],
     ],
 )
 def test_what_can_be_built_passes(overrides: list[str], tiny_run: list[str]) -> None:
-    torch.manual_seed(7)
     run(load_conf([*tiny_run, "dry_run=true", *overrides]))
 
 
 @pytest.fixture
 def tokens_without_rows(tiny_model: str, tmp_path: Path) -> Path:
-    """Return a model whose tokenizer has one token more than its embeddings have rows."""
+    """Return a model whose tokenizer has two tokens more than its embeddings have rows."""
     folder = tmp_path / "outside"
     shutil.copytree(tiny_model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     tokenizer.add_tokens([f"<filler{n}>" for n in range(rows - len(tokenizer))])
+    tokenizer.add_tokens(["outsideword"])
     tokenizer.add_tokens(["<outside>"], special_tokens=True)
+    (tmp_path / "outside.jinja").write_text(tokenizer.chat_template.replace("<|im_start|>", "<outside>"))
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -99,13 +100,17 @@ def test_a_token_without_a_row_in_the_embeddings_is_refused_or_added(tokens_with
     base = [*tiny_run, f"model.model_name_or_path={tokens_without_rows}"]
     run(load_conf([*base, "dry_run=true"]))  # not used
     with pytest.raises(ConfigError, match=r"pad token <outside> has the id \d+, and the embeddings have \d+ rows; set"):
-        run(load_conf([*base, "dry_run=true", "model.pad_token=<outside>"]))
-    rows = [*ROWS, {**ROWS[0], "chosen": "one <outside> more"}]
+        run(load_conf([*base, "dry_run=true", 'model.pad_token="<outside>"']))
+    rows = [*ROWS, {**ROWS[0], "chosen": "one outsideword more"}]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mine = [*base, "data.path=mine.jsonl", "data.eval_fraction=0", "training.eval_strategy=no", "data.deduplicate=null"]
-    with pytest.raises(ConfigError, match=rf"mine\.jsonl:{len(rows)}: holds the token <outside>, for which"):
-        run(load_conf([*mine, "dry_run=true"]))
-    run(load_conf([*mine, "model.added_tokens=[<outside>]", "run_dir=r"]))  # its new row is trained
-    config = json.loads(Path("r/adapter/adapter_config.json").read_text())
-    last = len(AutoTokenizer.from_pretrained("r/adapter")) - 1
-    assert next(iter(config["trainable_token_indices"].values())) == [last]
+    mine = ["data.path=mine.jsonl", "data.eval_fraction=0", "training.eval_strategy=no", "dry_run=true"]
+    with pytest.raises(
+        ConfigError, match=rf"mine\.jsonl:{len(rows)}: holds the token outsideword, .*resize the model's"
+    ):
+        run(load_conf([*base, *mine]))
+    templated = [*base, "model.chat_template=outside.jinja"]
+    with pytest.raises(ConfigError, match=r"holds the token <outside>, .*; set 'model.added_tokens=\[\"<outside>\"\]'"):
+        run(load_conf([*templated, "dry_run=true"]))
+    run(load_conf([*templated, 'model.added_tokens=["<outside>"]', "run_dir=r"]))
+    trained = json.loads(Path("r/adapter/adapter_config.json").read_text())["trainable_token_indices"]
+    assert set(map(tuple, trained.values())) == {(len(AutoTokenizer.from_pretrained(tokens_without_rows)) - 1,)}
