@@ -219,9 +219,14 @@ def _check_vocabulary(blueprint: Blueprint, data: PreferenceData) -> None:
                 if (pc.max(ids.flatten()).as_py() or 0) < rows:
                     continue
                 at = next(at for at, row in enumerate(ids.to_pylist()) if max(row, default=0) >= rows)
-                token = str(tokenizer.convert_ids_to_tokens(max(ids[at].as_py())))
-                is_special = token in tokenizer.all_special_tokens
-                cure = f"set {_add_token(token)}" if is_special else "resize the model's embeddings first"
+                number = max(ids[at].as_py())
+                token = str(tokenizer.convert_ids_to_tokens(number))
+                added = tokenizer.added_tokens_decoder.get(number)
+                cure = (
+                    f"set {_add_token(token)}"
+                    if added is not None and added.special
+                    else "resize the model's embeddings first"
+                )
                 raise ConfigError(
                     f"{data.locate(split, start * size + at)}: holds the token {token}, for which the "
                     f"embeddings of {blueprint.name} have no row ({rows} rows, {len(tokenizer)} tokens); {cure}, or "
