@@ -10,6 +10,7 @@ from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
 with on_ctrl_c(end_at_once):
     from dpo_runner.config.compose import build_run_conf, expand_overrides
     from dpo_runner.config.help import build_help
+    from dpo_runner.config.overrides import write_override
     from dpo_runner.config.run_conf import RunConf
     from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
     from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
@@ -94,7 +95,7 @@ def _run_in_sweep(conf: RunConf, typed: list[str], run_dir: Path) -> None:
     label = read_labels(run_dir.parent).get(run_dir.name, " ".join(typed))
     outcome = perform(place_conf(conf, run_dir, label), typed)
     if outcome["state"] == "interrupted":
-        error = f"{run_dir}: interrupted; the same command with sweep.dir={run_dir.parent} continues"
+        error = f"{run_dir}: interrupted; the same command with {write_override('sweep.dir', run_dir.parent)} continues"
         sys.exit(report(RunInterrupted(error, outcome["signal"])))  # ends the whole sweep
 
 

@@ -4,14 +4,17 @@ import errno
 import typing
 from difflib import get_close_matches
 
+_MOST_CHOICES = 45
+"""More than the fields of PEFT's LoraConfig and the optimizers, and fewer than those of `training`."""
+
 
 def suggest(wrong: object, right: typing.Iterable[str]) -> str:
-    """Return "did you mean …?" with the closest valid name, else the list of names if at most 25."""
+    """Return "; did you mean …?" with the closest valid name, "; choose from …" if there are few, or an empty text."""
     names = sorted(right)
     near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
     if near:
-        return f"did you mean `{near[0]}`?"
-    return "choose from " + ", ".join(names) if len(names) <= 25 else ""
+        return f"; did you mean `{near[0]}`?"
+    return f"; choose from {', '.join(names)}" if 0 < len(names) <= _MOST_CHOICES else ""
 
 
 class DpoRunnerError(Exception):

@@ -22,7 +22,7 @@ with quiet_imports():
     from dpo_runner.model.policy import LoadBase, load_fresh, load_policy
     from dpo_runner.model.result import save_result
     from dpo_runner.training.answers import measure_model, pair_answers
-    from dpo_runner.training.build import build_trainer
+    from dpo_runner.training.build import build_trainer, rehearse
     from dpo_runner.training.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.training.memory.device import LOADING, PREPARING, watch_memory
     from dpo_runner.training.memory.retry import attempts
@@ -68,6 +68,7 @@ def run(
         blueprint = draw_blueprint(conf)
         data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin, console.show_preparing)
         settled = settle(conf, blueprint, data.shape(), path / "checkpoints")
+        rehearse(settled.args, blueprint, data)
         console.show_plan(build_plan(settled, blueprint, data, path))
     for warning in [*blueprint.find_other_bases(), *data.report.warnings]:
         console.warn(warning)

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     with honest_exit("interrupted"):
         view = read_view(args.sweep_dir)
         put(f"saved  {save_view(view)}")
-        for command in list_commands(view.folder)[1:]:
+        if command := list_commands(view.folder).get("upload"):
             if view.running:  # W&B would mark a half-uploaded run as failed
                 put("the sweep is still running; it ends by printing what uploads the runs that the server lacks")
             else:

@@ -3,7 +3,8 @@
 import copy
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import initialize_config_dir
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -62,9 +64,8 @@ def compose_config(overrides: list[str], config_dir: str | None = None, run_mode
     Raises:
         UnsafeConfigError: something would set what Hydra acts on, and could run code.
     """
-    GlobalHydra.instance().clear()
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with _without_callers_hydra(), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         texts = [*search_path, *expand_overrides(overrides)]
@@ -73,6 +74,19 @@ def compose_config(overrides: list[str], config_dir: str | None = None, run_mode
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+@contextmanager
+def _without_callers_hydra() -> Iterator[None]:
+    """Take the state of a Hydra program that calls this one out of the way, and put it back."""
+    callers, version_base = GlobalHydra.instance(), copy.copy(VersionBase.instance())
+    GlobalHydra.set_instance(own := copy.copy(callers))
+    own.clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.set_instance(callers)
+        VersionBase.set_instance(version_base)
 
 
 def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
@@ -148,6 +162,17 @@ def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
     return first_line(error)
 
 
+def drop_consequences(broken: Sequence[str], mistakes: Sequence[str]) -> list[str]:
+    """Return the broken rules without those of keys that only lack a value because their override was wrong.
+
+    Args:
+        broken: one line for each rule.
+        mistakes: one line for each wrong override.
+    """
+    wrong = {re.split(r"[=`:]", line.lstrip("`+"))[0] for line in mistakes if line.startswith("`")}
+    return [line for line in broken if not (": must be set" in line and line.split("`")[1] in wrong)]
+
+
 def load_conf(overrides: list[str] | None = None, config_dir: str | None = None) -> RunConf:
     """Compose and validate a run's configuration from Python, with command-line overrides.
 
@@ -167,7 +192,7 @@ def load_conf(overrides: list[str] | None = None, config_dir: str | None = None)
         raise ConfigError(mistakes)
     conf, broken, uncomposable = try_point(tuple(point.values()), config_dir)
     # A wrong override may keep the whole from composing; its own line is the better message.
-    mistakes += broken + ([] if mistakes else uncomposable)
+    mistakes += drop_consequences(broken, mistakes) + ([] if mistakes else uncomposable)
     if conf is None or mistakes:
         raise ConfigError(mistakes)
     return copy.deepcopy(conf)

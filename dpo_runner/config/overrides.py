@@ -2,8 +2,10 @@
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,7 +14,7 @@ from hydra.errors import HydraException
 
 from dpo_runner.config.hydra_rules import find_key_mistakes
 from dpo_runner.config.keys import find_removed
-from dpo_runner.config.schema import SCHEMA, find_value_mistakes
+from dpo_runner.config.schema import SCHEMA, find_value_mistakes, schema_key
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import reason_of
 
@@ -127,13 +129,18 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
         return [f"`{text}`: nothing can be deleted; {instead}"], None
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
-    known = key in groups or key in SCHEMA
-    if override.is_add() and not override.is_force_add() and known:
+    known = schema_key(key)
+    if override.is_add() and not override.is_force_add() and (key in groups or key in SCHEMA):
         return [f"`{text}`: `{key}` exists already; drop the +"], None
     if not (count := _count_values(override)) <= MOST_POINTS:
         return [f"`{text}`: has {count:,} values; an axis has at most {MOST_POINTS:,}"], None
     if of_hydra:
         return [], override
+    if known.count(".") < key.count(".") and SCHEMA.get(known, type) is None:
+        section, name = key.split(".")[: known.count(".")], key.split(".")[known.count(".") :]
+        return [
+            f"`{text}`: a name with dots is written as a map: '{'.'.join(section)}={{{'.'.join(name)}: VALUE}}'"
+        ], None
     check = files.find_option_mistakes if key in groups else find_value_mistakes
     lines = [line for value in values_of(override, files) for line in check(key, value)]
     if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):
@@ -163,7 +170,16 @@ def values_of(override: Override, files: ConfigFiles) -> Iterator[Any]:
     elif isinstance(sweep := override.value(), IntervalSweep):
         yield from (sweep.start, sweep.end)
     else:
-        yield from map(_unquoted, override.sweep_iterator())
+        yield from map(_unquoted, make_exact(override).sweep_iterator())
+
+
+def make_exact(override: Override) -> Override:
+    """Turn the fractions of a range into decimals, in place: Hydra's sums of binary fractions may include its end."""
+    if isinstance(sweep := override.value(), RangeSweep):
+        for name in ("start", "stop", "step"):
+            if not isinstance(number := getattr(sweep, name), int):
+                setattr(sweep, name, Decimal(str(number)))
+    return override
 
 
 def _unquoted(value: Any) -> Any:
@@ -173,6 +189,15 @@ def _unquoted(value: Any) -> Any:
         return [_unquoted(item) for item in value]
     text = getattr(value, "text", None)  # hydra's QuotedString
     return value if text is None else text
+
+
+def write_override(key: str, value: object) -> str:
+    """Return `key=value` as one word of a shell, with quotes for Hydra where its grammar needs them."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./~-]+", text):
+        return f"{key}={text}"
+    quoted = text.replace('"', '\\"')
+    return shlex.quote(f'{key}="{quoted}"')
 
 
 def first_line(error: Exception) -> str:

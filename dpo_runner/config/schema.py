@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.config.keys import find_removed
-from dpo_runner.config.rules.training import OWNED_FIELDS
+from dpo_runner.config.rules.model import OWNED_LORA_FIELDS
+from dpo_runner.config.rules.training import OTHER_FIELDS, OWNED_FIELDS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf
 from dpo_runner.config.sections.model import LoraConf, QuantConf
@@ -54,9 +55,11 @@ The entries of a map are listed under `*`, such as `data.sources.*.path`.
 
 
 def schema_key(key: str) -> str:
-    """Return a dotted key as spelled in SCHEMA, with `*` for the entry names of a map."""
+    """Return a dotted key as spelled in SCHEMA, with `*` for the entry names of a map, which may hold dots."""
     known = ""
     for name in key.split("."):
+        if known.endswith(".*") and SCHEMA[known] is None:
+            break
         step = f"{known}.{name}" if known else name
         known = f"{known}.*" if step not in SCHEMA and f"{known}.*" in SCHEMA else step
     return known
@@ -87,6 +90,9 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
     kept = OmegaConf.select(_blank_config(), known.replace("*", _ANY))
     if isinstance(kept, bool) and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf takes any number
         return [f"`{key}={value}`: must be true or false"]
+    for item, as_kept in zip(value, kept, strict=True) if isinstance(value, list) and kept else [(value, kept)]:
+        if isinstance(item, bool) and isinstance(as_kept, str):
+            return [f"`{key}={item}`: must be a text; YAML reads no, off, yes and on as booleans, write them in quotes"]
     if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value) and key != "sweep.paired":
         return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
     return []
@@ -120,13 +126,25 @@ def _describe_unknown(key: str) -> str:
     if (removed := find_removed(key)) is not None:
         return removed
     section, _, name = key.rpartition(".")
-    if section == "training" and name in OWNED_FIELDS:
-        return f"`{key}`: is not set here; {OWNED_FIELDS[name]}"
-    siblings = [known.rpartition(".")[2] for known in SCHEMA if known.rpartition(".")[0] == section]
     if section and section not in SCHEMA:
         return _describe_unknown(section)
-    near = suggest(name, siblings)
+    if section and SCHEMA[section] is None and f"{section}.*" not in SCHEMA:
+        return f"`{key}`: is set with the field as a whole, if that takes a map: {section}={{{name}: VALUE}}"
+    owned = {"training": OWNED_FIELDS, "lora": OWNED_LORA_FIELDS}.get(section, {})
+    if name in owned:
+        return f"`{key}`: is not set here; {owned[name]}"
+    if section == "training" and name in OTHER_FIELDS:
+        return f"`{key}`: {OTHER_FIELDS[name]}"
+    if section == "lora":
+        instead = f"further fields of PEFT's config go into lora.config (lora.config.{name}=VALUE)"
+        near = suggest(name, _fields_of(section))
+        return f"`{key}`: no such field{near if near.startswith('; did') else ''}; {instead}"
+    near = suggest(name, _fields_of(section))
     elsewhere = [known for known in SCHEMA if known.rpartition(".")[2] == name and "*" not in known]
-    if not near.startswith("did you mean") and elsewhere:
-        near = f"did you mean `{elsewhere[0]}`?"
-    return f"`{key}`: no such field; {near}" if near else f"`{key}`: no such field of `{section}`"
+    if not near.startswith("; did you mean") and elsewhere:
+        near = f"; did you mean `{elsewhere[0]}`?"
+    return f"`{key}`: no such field{near or f' of `{section}`'}"
+
+
+def _fields_of(section: str) -> list[str]:
+    return [known.rpartition(".")[2] for known in SCHEMA if known.rpartition(".")[0] == section]

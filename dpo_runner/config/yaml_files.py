@@ -71,7 +71,7 @@ class ConfigFiles:
             return [f"`{group}={option}`: was removed; {advice}"]
         if not self.options(group):
             return [f"`{group}={option}`: no such group; an absolute name begins with a slash (/training)"]
-        return [f"`{group}={option}`: no such option; {suggest(option, self.options(group))}"]
+        return [f"`{group}={option}`: no such option{suggest(option, self.options(group))}"]
 
     def load_sweep_axes(self, option: str) -> list[str]:
         """Return the overrides that a sweep file spans, such as `training.beta=0.05,0.1`; [] where it has none."""
@@ -161,6 +161,8 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     if package not in (None, "_global_", "_group_", group.replace("/", ".")):
         return [f"{place}:1: `@package {package}`: must be _global_, or be left out"], []
     package = "" if package == "_global_" else group.replace("/", ".")
+    if package and group.split("/")[0] not in SCHEMA and any(key.value != "defaults" for key, _ in root.value):
+        return [f"{place}:1: must begin with the line `# @package _global_`, as its keys are those of a whole run"], []
     try:
         # OmegaConf reads some scalars otherwise than YAML does (1e-4 is a number), and its reading is what counts.
         values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))

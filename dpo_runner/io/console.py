@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -170,15 +171,20 @@ class RunConsole:
             f"{summary['pairs_per_second']:.2f} pairs/s, at most {summary['peak_memory_gb']:.1f} GB of memory"
         )
 
-    def show_next_steps(self, run_dir: Path, weights: Path, commands: list[str]) -> None:
-        self.say(f"\nresults     {run_dir}")
-        self.say(f"weights     {weights}")
-        self.say(f"talk to it  python -m dpo_runner.chat {run_dir}")
-        self.say(f"compare     python -m dpo_runner.chat {run_dir} --compare")
-        self.say(f"evaluate    python -m dpo_runner.evaluate {run_dir}")
-        self.say(f"export      python -m dpo_runner.export {run_dir} --out DIR")
-        for command in commands:
-            self.say(f"curves      {command}")
+    def show_next_steps(self, run_dir: Path, weights: Path, commands: Mapping[str, str]) -> None:
+        """Show where the results are, and the commands that use them; `commands` has further ones by their use."""
+        quoted = shlex.quote(str(run_dir))
+        lines = {
+            "\nresults": run_dir,
+            "weights": weights,
+            "talk to it": f"python -m dpo_runner.chat {quoted}",
+            "compare": f"python -m dpo_runner.chat {quoted} --compare",
+            "evaluate": f"python -m dpo_runner.evaluate {quoted}",
+            "export": f"python -m dpo_runner.export {quoted} --out DIR",
+            **commands,
+        }
+        for use, command in lines.items():
+            self.say(f"{use.ljust(12 + use.startswith(chr(10)))}{command}")
 
 
 def format_clock(seconds: float) -> str:

@@ -34,9 +34,7 @@ def build_peft_config(conf: LoraConf | None) -> PeftConfig | None:
         fields |= {name: getattr(conf, name) for name in ours} | {"bias": "none"}
     known = {name.value: config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if conf.peft_type not in known:
-        raise ConfigError(
-            f"`lora.peft_type={conf.peft_type}`: no such method in PEFT; {suggest(conf.peft_type, known)}"
-        )
+        raise ConfigError(f"`lora.peft_type={conf.peft_type}`: no such method in PEFT{suggest(conf.peft_type, known)}")
     cls = known[conf.peft_type]
     _check_config_fields(conf, cls, fields)
     if "target_modules" not in {field.name for field in dataclasses.fields(cls)}:
@@ -64,7 +62,7 @@ def _check_config_fields(conf: LoraConf, cls: type, fields: dict[str, Any]) -> N
         if name in fields:
             raise ConfigError(f"`lora.config.{name}`: has its own key; set lora.{name}={value}")
         if name not in known:
-            raise ConfigError(f"`lora.config.{name}`: {cls.__name__} has no such field; {suggest(name, known)}")
+            raise ConfigError(f"`lora.config.{name}`: {cls.__name__} has no such field{suggest(name, known)}")
         default = known[name].default
         kinds = (int, float) if type(default) is float else (type(default),)
         if isinstance(default, (bool, int, float, str)) and (

@@ -147,16 +147,16 @@ class Blueprint:
 
     @cached_property
     def _tokenizer(self) -> "tuple[PreTrainedTokenizerBase, list[int]]":
+        room = self.config.get_text_config().vocab_size
         if (tokenizer := load_adapter_tokenizer(self.conf, self.adapter)) is None:
             tokenizer = load_base_tokenizer(self.conf, self.base)
         else:
-            room = self.config.get_text_config().vocab_size
             if len(tokenizer) > room and self.adapter is not None:
                 room = read_brought_rows(self.adapter, self.meta)[0] or room
             check_room(tokenizer, self.conf, room)
             if tokenizer.chat_template is None:
                 tokenizer.chat_template = self._base_template
-        return tokenizer, finish_tokenizer(tokenizer, self.conf)
+        return tokenizer, finish_tokenizer(tokenizer, self.conf, room)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -87,16 +87,16 @@ def describe_template(conf: ModelConf, template: Any, from_adapter: bool, of_bas
     return f"the SFT adapter's ({conf.adapter}); {conf.model_name_or_path} has another one"
 
 
-def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf) -> list[int]:
+def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, room: int) -> list[int]:
     """Set a tokenizer's chat template, added tokens and pad token from the `model` group.
 
     Returns:
-        The ids of added tokens that were not tokens before.
+        The ids of added tokens that the embeddings, of `room` rows, have not been trained on.
     """
     if conf.chat_template is not None:
         tokenizer.chat_template = resolve_chat_template(conf.chat_template)
     _check_template_names(tokenizer, conf)
-    new_ids = add_tokens(tokenizer, conf.added_tokens)
+    new_ids = add_tokens(tokenizer, conf.added_tokens, room)
     choose_pad_token(tokenizer, conf.pad_token)
     return new_ids
 

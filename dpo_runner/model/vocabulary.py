@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dpo_runner.config.sections.model import ModelConf
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.model.files.locations import loading_errors
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def describe_padding(tokenizer: "PreTrainedTokenizerBase", stop_id: int | None) 
     return f"{token}, which also {use}: padding is masked by position, never by value"
 
 
-def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str]) -> list[int]:
+def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str], room: int) -> list[int]:
     """Make each of the tokens a special token of the tokenizer.
 
     Returns:
-        The ids of those that were not tokens before.
+        The ids of those that were not tokens before, or lie beyond the `room` rows of the embeddings.
 
     Raises:
         ConfigError: one is empty or begins or ends with white space.
@@ -98,7 +98,7 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", wanted: list[str]) -> list[
         [AddedToken(token, special=True, normalized=False) for token in wanted if token not in special],
         special_tokens=True,
     )
-    return [tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(wanted) if token not in known]
+    return [tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(wanted) if known.get(token, room) >= room]
 
 
 def load_model_config(conf: ModelConf, base: str) -> PretrainedConfig:
@@ -117,12 +117,23 @@ def load_model_config(conf: ModelConf, base: str) -> PretrainedConfig:
 
 
 def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedModel:
-    """Return the model without weights, on the meta device."""
+    """Return the model without weights, on the meta device.
+
+    Raises:
+        ConfigError: the config cannot be loaded, or `model.attn_implementation` is not to be had.
+    """
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"), loading_errors(conf.model_name_or_path, "model.model_name_or_path"):
-        return AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
+    if (attention := conf.attn_implementation) is not None:
+        try:
+            model._check_and_adjust_attn_implementation(attention, is_init_check=True)
+        except (ImportError, ValueError, OSError) as error:
+            reason = reason_of(error).rstrip(".")
+            raise ConfigError(f"`model.attn_implementation={attention}`: {reason}; use sdpa or eager") from None
+    return model
 
 
 def count_rows(model: PreTrainedModel) -> int:

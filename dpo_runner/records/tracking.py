@@ -146,7 +146,8 @@ class Tracker:
             mark_sent(self.folder)
         else:
             self.state += f", which does not have all of it: {failure}"
-            upload = "".join(f"; the rest is uploaded by {command}" for command in self.commands()[1:])
+            command = self.commands().get("upload")
+            upload = f"; the rest is uploaded by {command}" if command else ""
             if upload or not self._warned:
                 self._warn(f"W&B does not have all of this run: {failure}{upload}")
 
@@ -156,9 +157,9 @@ class Tracker:
 
         self._attempt(add)
 
-    def commands(self) -> list[str]:
-        """Return the commands that show this run, and upload it if the server lacks some of it."""
-        return [] if self.folder is None else list_commands(self.folder.parent, self._id)
+    def commands(self) -> dict[str, str]:
+        """Return the commands that show this run, and upload it if the server lacks some of it, by their use."""
+        return {} if self.folder is None else list_commands(self.folder.parent, self._id)
 
     def _attempt(self, call: Callable[[], Any], say: bool = True) -> None:
         if self._run is None:

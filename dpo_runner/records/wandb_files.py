@@ -45,8 +45,8 @@ def mark_sent(part: Path) -> None:
         _mark(file).touch()
 
 
-def list_commands(folder: Path, run_id: str | None = None) -> list[str]:
-    """Return the commands that show runs in the terminal, and upload them if the server lacks some.
+def list_commands(folder: Path, run_id: str | None = None) -> dict[str, str]:
+    """Return the commands that show runs in the terminal, and upload them if the server lacks some, by their use.
 
     Args:
         folder: the folder of W&B's files.
@@ -54,21 +54,22 @@ def list_commands(folder: Path, run_id: str | None = None) -> list[str]:
     """
     files = sorted(folder.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name.removeprefix("offline-"))
     if not files:
-        return []
+        return {}
     runs: dict[str, list[Path]] = {}
     for file in files:
         if file.stat().st_size > _HEADER_BYTES:
             runs.setdefault(file.stem.removeprefix("run-"), []).append(file)
     chosen = runs.values() if run_id is None else [runs.get(run_id, [])]
     lacking = [file for parts in chosen for file in _find_lacking(parts)]
-    commands = [["wandb", "leet", str(folder)]]
+    commands = {"curves": ["wandb", "leet", str(folder)]}
     if lacking:
         synced, online = any(map(_is_sent, lacking)), any(map(_is_online, lacking))
         flags = ["--include-synced"] * synced + ["--include-online"] * online
         taken = [file for file in files if (synced or not _is_sent(file)) and (online or not _is_online(file))]
         whole = run_id is None and len(taken) == len(lacking)
-        commands.append(["wandb", "sync", *flags, *map(str, [folder] if whole else [file.parent for file in lacking])])
-    return [shlex.join(command) for command in commands]
+        paths = [folder] if whole else [file.parent for file in lacking]
+        commands["upload"] = ["wandb", "sync", *flags, *map(str, paths)]
+    return {use: shlex.join(command) for use, command in commands.items()}
 
 
 def _find_lacking(parts: Sequence[Path]) -> Sequence[Path]:

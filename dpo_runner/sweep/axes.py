@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from dpo_runner.config.compose import compose_config
-from dpo_runner.config.overrides import MOST_POINTS
+from dpo_runner.config.overrides import MOST_POINTS, make_exact
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 
@@ -35,7 +35,9 @@ def read_axis(override: Override) -> Axis:
     if not override.is_sweep_override():
         return Axis(override.key_or_group, (str(override.input_line),))
     key = str(override.input_line).partition("=")[0]
-    return Axis(override.key_or_group, tuple(f"{key}={value}" for value in override.sweep_string_iterator()))
+    return Axis(
+        override.key_or_group, tuple(f"{key}={value}" for value in make_exact(override).sweep_string_iterator())
+    )
 
 
 def merge_axes(axes: Sequence[Axis]) -> list[Axis]:

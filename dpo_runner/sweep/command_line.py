@@ -16,6 +16,7 @@ from dpo_runner.config.compose import (
     UNCOMPOSABLE,
     compose_config,
     describe_uncomposable,
+    drop_consequences,
     expand_overrides,
     try_point,
 )
@@ -67,7 +68,7 @@ def _check_flags(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, flag) and args.cfg is None:
             yield f"--{flag}: is read by --cfg job alone; add that, or leave it out"
     if args.package and args.package not in SCHEMA:
-        yield f"--package={args.package}: no such section; {suggest(args.package, _SECTIONS)}"
+        yield f"--package={args.package}: no such section{suggest(args.package, _SECTIONS)}"
 
 
 def choose_sweeper(argv: list[str]) -> list[str]:
@@ -100,7 +101,8 @@ def find_override_mistakes(overrides: list[str], config_dir: str | None = None, 
         return [*checked.mistakes, mistake]
     broken, uncomposable = _find_point_mistakes(checked.sound, checked.files, config_dir)
     # A wrong override can keep the whole from composing; its own line already says why.
-    mistakes = checked.mistakes + broken + ([] if checked.mistakes else uncomposable)
+    mistakes = checked.mistakes + drop_consequences(broken, checked.mistakes)
+    mistakes += [] if checked.mistakes else uncomposable
     keys = [override.key_or_group for override in checked.sound]
     of_sweep = multirun or "sweep" in checked.choices
     if mistakes or not (of_sweep or len(set(keys)) < len(keys)):

@@ -9,6 +9,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError, RunInterrupted
 from dpo_runner.sweep.directory import DONE, read_job
@@ -74,7 +75,8 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         pool.run(queue, screen.show_start, end)
         if pool.signal is not None:
             raise RunInterrupted(
-                f"interrupted; continue with the same command and sweep.dir={place}", signal_number=pool.signal
+                f"interrupted; continue with the same command and {write_override('sweep.dir', place)}",
+                signal_number=pool.signal,
             )
         return [_job_return(job, outcomes.get(job.path)) for job in jobs]
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_runner.config.metrics import KEY_METRICS, column_of
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import SweepFailed, describe_failure
 from dpo_runner.io.console import format_clock, open_terminal, visible
@@ -32,7 +33,8 @@ def list_failures(failed: Sequence[tuple[JobState, str]], total: int, path: Path
     for job, label in failed:
         lines += [f"  {job.name}  {label}", *(f"      {line}" for line in str(job.error).splitlines())]
         lines += [f"      log: {job.log}"] if job.log else []
-    told = f"{len(failed)} of {total} runs of the sweep failed; sweep.dir={path} with the same command tries them again"
+    again = f"{write_override('sweep.dir', path)} with the same command tries them again"
+    told = f"{len(failed)} of {total} runs of the sweep failed; {again}"
     return SweepFailed(told, lines)
 
 
@@ -115,5 +117,5 @@ class SweepScreen:
         self.say(f"sweep directory  {path}")
         if self.renew_page(path):
             self.say(f"comparison       {path / 'compare.html'}")
-        for command in list_commands(find_folder(wandb.dir, path)):
-            self.say(f"curves           {command}")
+        for use, command in list_commands(find_folder(wandb.dir, path)).items():
+            self.say(f"{use:<17}{command}")

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
@@ -222,7 +223,8 @@ def _recorded(
             number = error.args[0] if error.args else signal.SIGINT
             directory.write_last_status("interrupted", error=signal.Signals(number).name)
             raise RunInterrupted(
-                f"interrupted; continue with the same command and run_dir={directory.path}", signal_number=number
+                f"interrupted; continue with the same command and {write_override('run_dir', directory.path)}",
+                signal_number=number,
             ) from None
         except RunPruned as error:
             console.stop_training()

@@ -25,6 +25,15 @@ OVERRIDES = [
     ("training.hub_token=abc", "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`"),
     ("data.sources.a.weigth=1", "did you mean `weight`?"),
     ("training.beta.x=1", "training.beta"),
+    ("training.lr_scheduler_kwargs.min_lr_rate=0.1", "training.lr_scheduler_kwargs={min_lr_rate: VALUE}"),
+    ("data.columns.rejected.response=rejected", "'data.columns={rejected.response: VALUE}'"),
+    ("lora.bias=all", "`lora.bias`: is not set here; PEFT's bias=none always applies"),
+    ("lora.config.bias=all", "`lora.config.bias=all`: is not set here; PEFT's bias=none always applies"),
+    ("lora.lora_bias=true", "lora.config.lora_bias=VALUE"),
+    ("training.rpo_alpha=1", "`training.rpo_alpha`: was removed from TRL; use training.loss_type=[sigmoid,sft]"),
+    ("training.max_prompt_length=512", "was removed from TRL; use training.max_length"),
+    ("training.loss_type=kto_pair", "`training.loss_type=kto_pair`: belongs to KTO, another algorithm"),
+    ("training.loss_type=[sigmoid,simpo]", "`training.loss_type=simpo`: belongs to CPO and SimPO, other algorithms"),
     ("seed.x=1", "seed"),
     ("training=0.1", "`training=0.1`: no such option"),
     ("modell=smollm2", "`modell`: no such field; did you mean `model`?"),
@@ -91,6 +100,9 @@ OVERRIDES = [
     ("run_name='a\udcff'", "a\\udcff`: must be Unicode text"),
     ("wandb.project=a/b", "W&B takes up to 128 characters"),
     (f"wandb.tags=[{'t' * 65}]", "W&B takes tags of up to 64 characters"),
+    (f"wandb.name={'n' * 129}", "W&B takes up to 128 characters, this has 129"),
+    (f"wandb.group={'n' * 65}", "W&B takes up to 64 characters, this has 65"),
+    (f"wandb.job_type={'n' * 65}", "W&B takes up to 64 characters, this has 65"),
     (f"run_name=hf_{'a1' * 15}", "`run_name=***`: holds what looks like a secret"),
     ("training.optim=adamv", "`training.optim=adamv`: no such choice"),
     ("model.dtype=int8", "`model.dtype=int8`: no such choice"),
@@ -149,6 +161,7 @@ COMMANDS = [
         "`quant.config`: was removed; use quant=nf",
     ),
     (["quant.config={}"], "`quant.config`: was removed"),
+    (["data=local_file", "data.path=/lang=en/a.jsonl"], "`data.path=/lang=en/a.jsonl`: not a KEY=VALUE override"),
     (["quant=other"], "`quant=other`: was removed; use quant=nf4, fp4 or int8, or name a checkpoint that is quantized"),
     (["quant=nf4,other", "-m"], "`quant=other`: was removed"),
     (["quant={config:{a:1}}"], "`quant={'config': {'a': 1}}`: no such option"),
@@ -165,6 +178,8 @@ COMMANDS = [
 
 # Contents of `training/z.yaml`, selected by the command.
 FILES = [
+    ("eval_strategy: no", "z.yaml:1: `training.eval_strategy=False`: must be a text; YAML reads no, off, yes and on"),
+    ("# @package _global_\nwandb: {tags: [on]}", "z.yaml:2: `wandb.tags=True`: must be a text"),
     ("beta: -1", "`training.beta=-1.0`: must be above 0"),
     ("beta: .nan", "must be a finite number"),
     ("beta: ", "z.yaml:1: `training.beta=None`"),
@@ -260,8 +275,12 @@ def test_a_command_that_is_wrong_is_one_line(arguments, expected: str, pairs: st
 
 @pytest.mark.parametrize(
     ("group", "text", "expected"),
-    [*(("training", *case) for case in FILES), *(("sweep", "# @package _global_\n" + t, e) for t, e in SWEEPS)],
-    ids=[f"{at}" for at in range(len(FILES) + len(SWEEPS))],
+    [
+        *(("training", *case) for case in FILES),
+        *(("sweep", "# @package _global_\n" + t, e) for t, e in SWEEPS),
+        ("experiment", "training: {beta: 0.3}", "experiment/z.yaml:1: must begin with the line `# @package _global_`"),
+    ],
+    ids=[f"{at}" for at in range(len(FILES) + len(SWEEPS) + 1)],
 )
 def test_a_file_that_is_wrong_is_one_line(group: str, text: str, expected: str, capsys, monkeypatch) -> None:
     Path("mine", group).mkdir(parents=True)

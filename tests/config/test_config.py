@@ -1,11 +1,16 @@
 """`load_conf` and the configuration rules: all mistakes are reported at once, each with its fix."""
 
+import shlex
 import subprocess
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
 
 from dpo_runner.config.compose import load_conf
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import DataConf
 from dpo_runner.config.sections.model import ModelConf
@@ -218,3 +223,29 @@ def test_configuration_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_hydra_program_that_composes_a_run_keeps_its_own_state(tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text("beta: 0.2\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        of_caller = GlobalHydra.instance(), GlobalHydra.instance().hydra, VersionBase.instance().getbase()
+        for overrides in ([f"training.beta={compose('c').beta}"], ["training.beta=0.2", "seed=1"]):
+            assert load_conf(overrides).training.beta == compose("c").beta == 0.2
+            assert (GlobalHydra.instance(), GlobalHydra.instance().hydra, VersionBase.instance().getbase()) == of_caller
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_map_takes_names_with_dots(tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dotted.yaml").write_text("path: x.jsonl\ncolumns: {a.b: rejected}\n")
+    for conf in (
+        load_conf(["data=local_file", "data.path=x", "data.columns={a.b: rejected}"]),
+        load_conf(["data=dotted"], config_dir=str(tmp_path)),
+    ):
+        assert conf.data.columns == {"a.b": "rejected"}
+
+
+@pytest.mark.parametrize("path", ["outputs/r", "run two", "a=b/c,d", "it's", "größe(1)"])
+def test_an_override_is_written_as_a_shell_and_hydra_read_it(path: str) -> None:
+    (word,) = shlex.split(write_override("run_dir", path))
+    assert load_conf([word]).run_dir == path

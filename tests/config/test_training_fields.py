@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.config.rules.training import OUR_DEFAULTS, OWNED_FIELDS
+from dpo_runner.config.rules.training import OTHER_FIELDS, OTHER_LOSSES, OUR_DEFAULTS, OWNED_FIELDS
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
 
@@ -48,3 +48,9 @@ def test_owned_fields_name_the_key_to_use_instead(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_conf([f"training.{name}=1"])
     assert caught.value.mistakes == [f"`training.{name}`: is not set here; {OWNED_FIELDS[name]}"]
+
+
+def test_fields_and_losses_of_others_are_not_trls() -> None:
+    fields = {field.name: field for field in dataclasses.fields(TrainingConf)}
+    assert not OTHER_FIELDS.keys() & {*fields, *OWNED_FIELDS}
+    assert not OTHER_LOSSES.keys() & set(fields["loss_type"].metadata["choices"])

@@ -103,3 +103,14 @@ def test_commands_end_quietly_where_their_reader_has_gone_away(tiny_run: list[st
             os.close(lost)
             _, told = process.communicate("/quit\n", timeout=200)
         assert (process.returncode, told) == (0, ""), command
+
+
+def test_the_last_lines_can_be_typed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    RunConsole().show_next_steps(Path("run two"), Path("run two/adapter"), {"upload": "wandb sync 'run two/wandb'"})
+    *_, results, weights, chat, compare, evaluate, export, upload = capsys.readouterr().out.splitlines()
+    assert (results, weights) == ("results     run two", "weights     run two/adapter")
+    assert chat == "talk to it  python -m dpo_runner.chat 'run two'"
+    assert compare == "compare     python -m dpo_runner.chat 'run two' --compare"
+    assert evaluate == "evaluate    python -m dpo_runner.evaluate 'run two'"
+    assert export == "export      python -m dpo_runner.export 'run two' --out DIR"
+    assert upload == "upload      wandb sync 'run two/wandb'"

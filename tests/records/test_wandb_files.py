@@ -43,27 +43,27 @@ def test_the_folder_is_the_configured_one_or_the_default(tmp_path: Path) -> None
 
 
 def test_nothing_recorded_is_nothing_to_show(tmp_path: Path) -> None:
-    assert list_commands(tmp_path / "absent") == []
-    assert list_commands(tmp_path) == []
+    assert list_commands(tmp_path / "absent") == {}
+    assert list_commands(tmp_path) == {}
 
 
 def test_runs_that_the_server_has_are_only_shown(tmp_path: Path) -> None:
     folder = tmp_path / "a b" / "wandb"
     write_part(folder, 1, "aa", sent=True)
     write_part(folder, 2, "bb", online=True, sent=True)
-    assert list_commands(folder) == list_commands(folder, "aa") == [f"wandb leet '{folder}'"]
+    assert list_commands(folder) == list_commands(folder, "aa") == {"curves": f"wandb leet '{folder}'"}
     assert find_parts(folder, "aa") == {folder / "offline-run-20260101_000001-aa"}
 
 
 def test_where_nothing_was_recorded_nothing_is_uploaded(tmp_path: Path) -> None:
     """A run killed at once is skipped; the other runs are named, because W&B fails on its file."""
     empty = write_part(tmp_path, 1, "aa", record=b"")
-    assert list_commands(tmp_path) == [f"wandb leet {tmp_path}"]
+    assert list_commands(tmp_path) == {"curves": f"wandb leet {tmp_path}"}
     part = write_part(tmp_path, 2, "aa")
-    assert list_commands(tmp_path)[1:] == [f"wandb sync {part}"]
-    assert list_commands(tmp_path, "aa")[1:] == [f"wandb sync {part}"]
+    assert list_commands(tmp_path)["upload"] == f"wandb sync {part}"
+    assert list_commands(tmp_path, "aa")["upload"] == f"wandb sync {part}"
     mark_sent(empty)
-    assert list_commands(tmp_path)[1:] == [f"wandb sync {tmp_path}"]
+    assert list_commands(tmp_path)["upload"] == f"wandb sync {tmp_path}"
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_what_is_uploaded_is_what_the_server_lacks(
     parts = [write_part(folder, 2 + index, "aa", *given) for index, given in enumerate(of_run)]
     first = [sent for _, sent in of_run].index(False)
 
-    leet, sync = list_commands(folder, "aa")
+    leet, sync = list_commands(folder, "aa").values()
     assert leet == f"wandb leet {folder}"
     assert sync == shlex.join(["wandb", "sync", *flags.split(), *map(str, parts[first:])])
     assert list_taken(sync) == set(parts[first:])
 
-    _, sync = list_commands(folder)
+    sync = list_commands(folder)["upload"]
     assert (sync == f"wandb sync {flags}{folder}") is whole
     assert list_taken(sync) == {*parts[first:], *(part for part, sent in extra.items() if not sent)}

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.keys import NO_OPS
+from dpo_runner.config.overrides import values_of
 from dpo_runner.config.sections.sweep import SweepConf
+from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import ConfigError
-from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes
+from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes, read_axis
 from dpo_runner.sweep.command_line import check_command_line, find_override_mistakes
 from dpo_runner.sweep.points import ONLY_POINT, Point, assign_names, build_points, digest_config, label_point
 
@@ -168,3 +171,18 @@ def test_a_point_is_named_by_what_it_varies_with_short_keys_where_these_are_clea
     )
     assert label_point(["training.beta=0.123456789", "quant=nf4"]) == "beta=0.1235 quant=nf4"
     assert label_point([]) == ONLY_POINT
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
+        ("range(0.3,0.0,-0.1)", ["0.3", "0.2", "0.1"]),
+        ("range(0,1,0.25)", ["0.0", "0.25", "0.5", "0.75"]),
+        ("range(1,4)", ["1", "2", "3"]),
+    ],
+)
+def test_a_range_leaves_out_its_end(values: str, expected: list[str]) -> None:
+    override = OverridesParser.create().parse_override(f"training.beta={values}")
+    assert read_axis(override).texts == tuple(f"training.beta={value}" for value in expected)
+    assert list(values_of(override, ConfigFiles(()))) == [float(value) for value in expected]

@@ -33,7 +33,9 @@ def server() -> Iterator[WandbServer]:
 
 def run_printed(out: str, program: str, folder: Path, server: WandbServer) -> str:
     """Run the last command that the sweep printed for a W&B program, as the user would in that folder."""
-    *_, line = (line for line in out.splitlines() if line.startswith("curves ") and f"wandb {program} " in line)
+    *_, line = (
+        line for line in out.splitlines() if line.startswith(("curves ", "upload ")) and f"wandb {program} " in line
+    )
     env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
     command = [WANDB, *shlex.split(line)[2:]]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stderr

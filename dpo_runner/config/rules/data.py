@@ -57,7 +57,7 @@ def _check_source(source: SourceFields, key: str) -> Iterator[str]:
         yield f"`{key}.eval_split={source.eval_split}`: contradicts {key}.eval_path={source.eval_path}; set one of them"
     for theirs, ours in source.columns.items():
         if ours not in COLUMNS:
-            yield f"`{key}.columns.{theirs}={ours}`: no such column of ours; {suggest(ours, COLUMNS)}"
+            yield f"`{key}.columns.{theirs}={ours}`: no such column of ours{suggest(ours, COLUMNS)}"
     if len(set(source.columns.values())) < len(source.columns):
         yield f"`{key}.columns`: maps two columns to the same name; a row has room for one"
     if source.formatter is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.formatter):

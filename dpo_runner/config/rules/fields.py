@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.config.rules.training import OTHER_LOSSES
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
 from dpo_runner.io.masking import holds_secret
@@ -104,8 +105,8 @@ def check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Iterat
         choices = field.metadata.get("choices")
         for item in _items(value):
             if choices and item is not None and item not in choices:
-                near = suggest(item, choices) or f"choose from {', '.join(choices)}"
-                yield f"`{key}={item}`: no such choice; {near}"
+                other = OTHER_LOSSES.get(item) if key == "training.loss_type" else None
+                yield f"`{key}={item}`: {other or f'no such choice{suggest(item, choices)}'}"
 
 
 def _items(value: Any) -> list[Any]:
@@ -151,6 +152,9 @@ def check_names(conf: RunFields) -> Iterator[str]:
     for tag in conf.wandb.tags:
         if len(tag) > 64:
             yield f"`wandb.tags={tag}`: W&B takes tags of up to 64 characters"
+    for key, most in (("name", 128), ("group", 64), ("job_type", 64)):
+        if len(value := getattr(conf.wandb, key) or "") > most:
+            yield f"`wandb.{key}={value}`: W&B takes up to {most} characters, this has {len(value)}"
     if "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
 

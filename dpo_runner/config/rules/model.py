@@ -14,6 +14,12 @@ _NEED_MORE = {
     "corda": "needs covariances from a pass over data of its own",
     "lora_ga": "needs gradients from a pass over data of its own",
 }
+OWNED_LORA_FIELDS = {
+    "bias": "PEFT's bias=none always applies: trained biases of the base would be the reference's too",
+    "task_type": "PEFT's task_type=CAUSAL_LM always applies",
+    "inference_mode": "an adapter in inference mode is not trained",
+}
+"""Fields of PEFT's configs that neither `lora` nor `lora.config` sets, each with the reason."""
 
 
 def check_model_groups(conf: RunFields) -> Iterator[str]:
@@ -82,7 +88,7 @@ def _check_lora(lora: LoraConf) -> Iterator[str]:
         yield f"`lora.init_lora_weights={start}`: {_NEED_MORE[start]}; use true, eva, olora or pissa"
     elif start not in (*_ZERO_INITIALIZATIONS, "pissa", "olora") and not re.fullmatch(r"pissa_niter_\d+", str(start)):
         names = ("gaussian", "orthogonal", "eva", "pissa", "pissa_niter_16", "olora")
-        yield f"`lora.init_lora_weights={start}`: no such initialization; {suggest(start, names)}"
+        yield f"`lora.init_lora_weights={start}`: no such initialization{suggest(start, names)}"
     elif lora.use_dora and start not in _ZERO_INITIALIZATIONS:
         yield f"`lora.use_dora=True`: cannot be converted to plain LoRA with init_lora_weights={start}; use true"
     elif start not in _ZERO_INITIALIZATIONS and (key := _find_unjoinable(lora)):
@@ -90,6 +96,8 @@ def _check_lora(lora: LoraConf) -> Iterator[str]:
             f"`lora.{key}`: the result of init_lora_weights={start} is two adapters joined into one, which PEFT cannot "
             "do with such; use init_lora_weights=true"
         )
+    for name in filter(OWNED_LORA_FIELDS.get, lora.config):
+        yield f"`lora.config.{name}={lora.config[name]}`: is not set here; {OWNED_LORA_FIELDS[name]}"
     if lora.peft_type != "LORA":
         kept = ("peft_type", "config", "target_modules")
         for field in dataclasses.fields(lora):

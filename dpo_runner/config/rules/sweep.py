@@ -44,7 +44,7 @@ def check_search(conf: RunFields) -> Iterator[str]:
         if value := getattr(conf.sweep, key):
             yield f"`sweep.{key}={value}`: is of a grid; leave it out, or {where}sampler"
     if search.objective not in (objectives := list_objectives(conf)):
-        yield f"`{where}objective={search.objective}`: no such metric; {suggest(search.objective, objectives)}"
+        yield f"`{where}objective={search.objective}`: no such metric{suggest(search.objective, objectives)}"
     elif read_direction(search) is None:
         yield f"`{where}direction`: must be set for {search.objective} ({where}direction=maximize or minimize)"
     if search.sampler != "tpe" and search.pruner != "median" and "startup_trials" in changed:

@@ -130,6 +130,45 @@ OWNED_FIELDS: dict[str, str] = {
 }
 """Fields of DPOConfig that `training.*` rejects, each with its replacement or the reason."""
 
+_LENGTHS = "was removed from TRL; use training.max_length for prompt and answer together, and data.on_overlong"
+_KTO = "belongs to KTO, another algorithm, which rates single answers"
+_CPO = "belongs to CPO and SimPO, other algorithms, which have no reference model"
+_GRPO = "belongs to GRPO, another algorithm, which generates its answers while it trains"
+OTHER_FIELDS: dict[str, str] = {
+    "rpo_alpha": "was removed from TRL; use training.loss_type=[sigmoid,sft] and training.loss_weights=[1,ALPHA]",
+    "max_prompt_length": _LENGTHS,
+    "max_completion_length": _LENGTHS,
+    "max_target_length": _LENGTHS,
+    "label_pad_token_id": "was removed from TRL; leave it out, labels are masked by TRL itself",
+    "padding_value": "was removed from TRL; use model.pad_token",
+    "is_encoder_decoder": "was removed from TRL; only decoders are trained",
+    "generate_during_eval": "was removed from TRL; use samples.num_prompts",
+    "reference_free": "was removed from TRL; there is no loss without a reference here, leave it out",
+    "force_use_ref_model": "was removed from TRL; use model.reference",
+    "ref_model_init_kwargs": "was removed from TRL; use model.reference",
+    "model_adapter_name": "was removed from TRL; use model.adapter",
+    "ref_adapter_name": "was removed from TRL; use model.reference",
+    "use_logits_to_keep": "was removed from TRL; leave it out, only answers are scored anyway",
+    "base_model_attribute_name": "was removed from TRL; leave it out",
+    "desirable_weight": _KTO,
+    "undesirable_weight": _KTO,
+    "cpo_alpha": _CPO,
+    "simpo_gamma": _CPO,
+    "num_generations": _GRPO,
+    "epsilon": _GRPO,
+}
+"""Fields that users of other versions or algorithms may write under `training`, each with the reason."""
+
+OTHER_LOSSES: dict[str, str] = {
+    **dict.fromkeys(("kto", "kto_pair"), f"{_KTO}; bco_pair is the nearest for pairs"),
+    **dict.fromkeys(("simpo", "cpo"), f"{_CPO}; sigmoid_norm is the nearest with one"),
+    "orpo": "belongs to ORPO, another algorithm, which has no reference model; use sigmoid, or [sigmoid,sft] for a mix",
+    "rpo": "is a mix here: training.loss_type=[sigmoid,sft] training.loss_weights=[1,ALPHA]",
+    "dpo": "is called sigmoid in TRL",
+    "grpo": _GRPO,
+}
+"""Values of `loss_type` that users of other versions or algorithms may write, each with the reason."""
+
 OUR_DEFAULTS: dict[str, tuple[object, str]] = {
     "disable_dropout": (
         False,

@@ -40,7 +40,7 @@ def rename_columns(row: Row, columns: dict[str, str]) -> Row:
     """
     for theirs in columns:
         if theirs not in row:
-            raise RowError("missing column", f"`{theirs}` of data.columns; {suggest(theirs, row)}")
+            raise RowError("missing column", f"`{theirs}` of data.columns{suggest(theirs, row)}")
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in columns and key not in taken}
     return kept | {ours: row[theirs] for theirs, ours in columns.items()}
@@ -99,9 +99,7 @@ def find_layout(rows: list[Row], name: str, key: str = "data", source: str = "da
     if name != "auto":
         layout = next((layout for layout in LAYOUTS if layout.name == name), None)
         if layout is None:
-            raise DataError(
-                f"`{key}.format={name}`: no such layout; {suggest(name, [known.name for known in LAYOUTS])}"
-            )
+            raise DataError(f"`{key}.format={name}`: no such layout{suggest(name, [known.name for known in LAYOUTS])}")
         if not any(layout.matches(row) for row in rows):
             raise DataError(f"`{key}.format={name}`: needs {layout.needs}; the rows of {source} have: {columns}")
         return layout

@@ -161,7 +161,7 @@ def _list_local(conf: SourceFields, key: str, setting: str) -> tuple[list[_File]
         folders = {path.parent.name: path.parent for path in Path(__file__).parents[1].glob("*/train.jsonl")}
         name = conf.path.removeprefix(BUNDLED_PREFIX)
         if name not in folders:
-            raise DataError(f"`{setting}`: no such bundled data; {suggest(name, folders)}")
+            raise DataError(f"`{setting}`: no such bundled data{suggest(name, folders)}")
         train, evaluation = ([(f"{conf.path}/{file}", folders[name] / file)] for file in ("train.jsonl", "eval.jsonl"))
         return train, evaluation
     if has_splits:
@@ -169,7 +169,7 @@ def _list_local(conf: SourceFields, key: str, setting: str) -> tuple[list[_File]
         for name in ("split", "eval_split"):
             value = getattr(conf, name)
             if value is not None and value not in splits:
-                raise DataError(f"`{key}.{name}={value}`: no such split in {conf.path}; {suggest(value, splits)}")
+                raise DataError(f"`{key}.{name}={value}`: no such split in {conf.path}{suggest(value, splits)}")
         train = _list_files(f"{conf.path.rstrip('/')}/{conf.split}", setting)
         return train, _list_files(f"{conf.path.rstrip('/')}/{conf.eval_split}", setting) if conf.eval_split else []
     files = _list_files(conf.path, setting)
@@ -199,7 +199,7 @@ def _list_files(text: str, setting: str) -> list[_File]:
         files, rule = [], "is a broken symlink"
     else:
         near = suggest(root.name, [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else [])
-        files, rule = [], "no such file" + (f"; {near}" if near.startswith("did") else "")
+        files, rule = [], "no such file" + (near if near.startswith("; did") else "")
     if not files:
         raise DataError(f"`{setting}`: {rule}")
     return files

@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
+from dpo_runner.config.overrides import make_exact
 from dpo_runner.errors import ConfigError, suggest
 from dpo_runner.io.masking import mask_override
 from dpo_runner.sweep.axes import Axis, read_sweep_conf
@@ -112,7 +113,7 @@ def read_space(overrides: Sequence[Override], axes: Sequence[Axis]) -> Space:
     """
     dimensions: dict[str, Dimension] = {}
     mistakes: list[str] = []
-    last = {override.key_or_group: override for override in overrides}
+    last = {override.key_or_group: make_exact(override) for override in overrides}
     for axis in axes:
         override = last[axis.key]
         if not override.is_sweep_override() or len(axis.texts) < 2:
@@ -148,7 +149,7 @@ def _read_dimension(override: Override, axis: Axis) -> Dimension:
 def _find_mistake(override: Override, axis: Axis) -> str | None:
     sweep = override.value()
     if unknown := sorted(sweep.tags - set(_TAGS)):
-        return f"no such tag: {unknown[0]}; {suggest(unknown[0], _TAGS)}"
+        return f"no such tag: {unknown[0]}{suggest(unknown[0], _TAGS)}"
     if getattr(sweep, "shuffle", False):
         return "a search has an order of its own; leave shuffle out"
     log = "log" in sweep.tags

@@ -1,0 +1,116 @@
+"""Settings that cannot be built are refused before weights are loaded, by dry_run too."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from dpo_runner import run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.errors import ConfigError
+from tests.support.common import ROWS
+
+MIN_LR = "training.lr_scheduler_type=cosine_with_min_lr"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.metric_for_best_model=eval_f1"], "`training.metric_for_best_model=eval_f1`: no evaluation has it"),
+        (["training.metric_for_best_model=rewards/acuracies"], "did you mean `rewards/accuracies`?"),
+        ([MIN_LR], "`training.lr_scheduler_type=cosine_with_min_lr`: One of min_lr or min_lr_rate should be set"),
+        ([MIN_LR, "training.lr_scheduler_kwargs={eta_min: 0.1}"], "there is no eta_min; lr_scheduler_kwargs for"),
+        (
+            ["training.lr_scheduler_type=constant_with_warmup", "training.lr_scheduler_kwargs={min_lr: 0.1}"],
+            "there is no min_lr; lr_scheduler_kwargs for constant_with_warmup: none",
+        ),
+        (["training.train_sampling_strategy=group_by_length"], "group_by_length`: Can only automatically infer"),
+        (["training.train_sampling_strategy=batch_rebalance"], "'input_ids' key; use random"),
+        (
+            ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=99"],
+            "rows make no batch of per_device_train_batch_size=99",
+        ),
+        (
+            ["training.dataloader_drop_last=true", "training.per_device_eval_batch_size=99"],
+            "rows make no batch of per_device_eval_batch_size=99",
+        ),
+        (
+            ["training.dataloader_persistent_workers=true"],
+            "`training`: persistent_workers option needs num_workers > 0",
+        ),
+        (["training.save_strategy=best"], "`training.metric_for_best_model` must be provided"),
+        (["training.use_liger_kernel=true"], "`training.use_liger_kernel=True`: "),
+        (["training.optim=galore_adamw"], "`training.optim=galore_adamw`: You need to install"),
+        (["training.optim_args='betas=(0.9,0.99)'"], "`training.optim_args=betas=(0.9,0.99)`: "),
+        (["training.fsdp=full_shard"], "`training`: Using fsdp only works in distributed training"),
+        (["lora.target_modules=[lm_head]"], "`lora.target_modules=['lm_head']`: TRL reads the weights"),
+        (["lora.target_modules=[input_layernorm]"], "is not supported. Currently, only the following modules"),
+        (["lora.config.nonsense=1"], "LoraConfig has no such field; choose from alora_invocation_tokens"),
+        (["model.attn_implementation=nonsense"], "`model.attn_implementation=nonsense`: "),
+        (["model.attn_implementation=flash_attention_2"], "`model.attn_implementation=flash_attention_2`: "),
+        (
+            ["model.attn_implementation=flex_attention"],
+            "`model.attn_implementation=flex_attention`: FlexAttention does",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_before_weights(overrides, expected, tiny_run, tmp_path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError) as caught:
+        run(load_conf([*tiny_run, "dry_run=true", *overrides]))
+    (line,) = caught.value.mistakes
+    assert expected in line and "\n" not in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [MIN_LR, "training.lr_scheduler_kwargs={min_lr_rate: 0.1}"],
+        ["training.metric_for_best_model=eval_rewards/margins", "training.save_strategy=best"],
+        ["training.optim=paged_adamw_8bit", "training.lr_scheduler_type=reduce_lr_on_plateau"],
+        ["lora=none", "training.optim=adafactor"],
+        ["lora.init_lora_weights=pissa"],
+        ["lora.modules_to_save=[lm_head]"],
+        ["quant=nf4", "model.attn_implementation=eager"],
+    ],
+)
+def test_what_can_be_built_passes(overrides: list[str], tiny_run: list[str]) -> None:
+    run(load_conf([*tiny_run, "dry_run=true", *overrides]))
+
+
+@pytest.fixture
+def tokens_without_rows(tiny_model: str, tmp_path: Path) -> Path:
+    """Return a model whose tokenizer has two tokens more than its embeddings have rows."""
+    folder = tmp_path / "outside"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<filler{n}>" for n in range(rows - len(tokenizer))])
+    tokenizer.add_tokens(["outsideword"])
+    tokenizer.add_tokens(["<outside>"], special_tokens=True)
+    (tmp_path / "outside.jinja").write_text(tokenizer.chat_template.replace("<|im_start|>", "<outside>"))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_without_a_row_in_the_embeddings_is_refused_or_added(tokens_without_rows, tiny_run) -> None:
+    base = [*tiny_run, f"model.model_name_or_path={tokens_without_rows}"]
+    run(load_conf([*base, "dry_run=true"]))  # not used
+    with pytest.raises(ConfigError, match=r"pad token <outside> has the id \d+, and the embeddings have \d+ rows; set"):
+        run(load_conf([*base, "dry_run=true", 'model.pad_token="<outside>"']))
+    rows = [*ROWS, {**ROWS[0], "chosen": "one outsideword more"}]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = ["data.path=mine.jsonl", "data.eval_fraction=0", "training.eval_strategy=no", "dry_run=true"]
+    with pytest.raises(
+        ConfigError, match=rf"mine\.jsonl:{len(rows)}: holds the token outsideword, .*resize the model's"
+    ):
+        run(load_conf([*base, *mine]))
+    templated = [*base, "model.chat_template=outside.jinja"]
+    with pytest.raises(ConfigError, match=r"holds the token <outside>, .*; set 'model.added_tokens=\[\"<outside>\"\]'"):
+        run(load_conf([*templated, "dry_run=true"]))
+    run(load_conf([*templated, 'model.added_tokens=["<outside>"]', "run_dir=r"]))
+    trained = json.loads(Path("r/adapter/adapter_config.json").read_text())["trainable_token_indices"]
+    assert set(map(tuple, trained.values())) == {(len(AutoTokenizer.from_pretrained(tokens_without_rows)) - 1,)}
