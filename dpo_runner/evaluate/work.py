@@ -43,7 +43,7 @@ class Task:
 
         autocast, moves = name_autocast(self.conf), self.conf.training.sync_ref_model
         return {
-            "reference": Blueprint.of_run(self.conf).reference.described
+            "reference": Blueprint.of_run(self.conf).describe_reference()
             + (", as it was before training moved it" if moves else ""),
             "autocast": autocast,
             "data": [str(source.path) for source in resolve_sources(self.conf.data).values()],

@@ -68,7 +68,7 @@ def export_run(
     out = out.expanduser().resolve()
     tuned = _find_tuned(run_dir, out, adapter_only)
     conf = read_run_conf(run_dir)
-    facts = read_facts(run_dir, conf, Blueprint.of_run(conf).reference.described, read_summary(run_dir))
+    facts = read_facts(run_dir, conf, Blueprint.of_run(conf).describe_reference(), read_summary(run_dir))
     if commit := facts.environment["model"]["commit"]:  # the branch may have moved since
         conf = replace(conf, model=replace(conf.model, revision=commit))
     lineage = trace_origins(conf, run_dir, tuned, facts.environment)

@@ -48,9 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The model of a configuration, derived from configs, tokenizers and file headers.
-
-    Properties are computed on first use and cached.
+    """The model of a configuration, derived from configs, tokenizers and file headers on first use, and cached.
 
     Attributes:
         conf: the `model` group; weights are loaded in its dtype.
@@ -70,10 +68,8 @@ class Blueprint:
     def of_run(cls, conf: RunFields) -> "Blueprint":
         """Return the unchecked blueprint of a run."""
         stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
-        training = conf.training
-        blueprint = cls(
-            conf.model, conf.quant, conf.lora, stores, training.precompute_ref_log_probs, training.max_length
-        )
+        groups, training = (conf.model, conf.quant, conf.lora), conf.training
+        blueprint = cls(*groups, stores, training.precompute_ref_log_probs, training.max_length)
         if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small weight updates are lost
             return replace(blueprint, conf=replace(conf.model, dtype="float32"))
         return blueprint
@@ -233,8 +229,13 @@ class Blueprint:
         config = (self if loaded is None else Blueprint(loaded, self.quant)).config.get_text_config()
         stored = self.stores_reference and not find_growing_rope(config, self.longest)  # the store scores rows alone
         before = stored or self.precomputes_reference
-        described = describe_reference(conf, self.lora, self.changes_base, before)
-        return Reference(kind, described, stored, before, folder, loaded)
+        return Reference(kind, self.describe_reference(before), stored, before, folder, loaded)
+
+    def describe_reference(self, before: bool | None = None) -> str:
+        """Describe the reference; reads no model config if an adapter is trained."""
+        if before is None:
+            before = self.trains_all and self.reference.is_scored_before
+        return describe_reference(self.conf, self.lora, self.changes_base, before)
 
     @cached_property
     def reference_model(self) -> "Blueprint | None":
