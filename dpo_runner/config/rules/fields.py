@@ -152,9 +152,6 @@ def check_names(conf: RunFields) -> Iterator[str]:
     for tag in conf.wandb.tags:
         if len(tag) > 64:
             yield f"`wandb.tags={tag}`: W&B takes tags of up to 64 characters"
-    for key, most in (("name", 128), ("group", 64), ("job_type", 64)):
-        if len(value := getattr(conf.wandb, key) or "") > most:
-            yield f"`wandb.{key}={value}`: W&B takes up to {most} characters, this has {len(value)}"
     if "/" in conf.run_name or conf.run_name in (".", ".."):
         yield f"`run_name={conf.run_name}`: names one folder under outputs/, so it must not be empty or hold a slash"
 
