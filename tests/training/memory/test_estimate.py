@@ -190,9 +190,9 @@ def test_a_dry_run_warns_of_what_does_not_fit(tiny_run: list[str], monkeypatch: 
 
 def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
     text = io.StringIO()
-    conf = load_conf([*tiny_run, "dry_run=true", "training.optim=adamw_anyprecision"])
+    conf = load_conf([*tiny_run, "dry_run=true", "training.activation_offloading=true"])
     run_conf(conf, console=RunConsole(Console(file=text, width=200)))
-    assert "is not known: `training.optim=adamw_anyprecision`" in text.getvalue()
+    assert "is not known: `training.activation_offloading, deepspeed or fsdp`" in text.getvalue()
 
 
 @pytest.mark.real_model
