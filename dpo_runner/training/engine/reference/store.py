@@ -148,12 +148,12 @@ class StoredReference:
 def list_references() -> list[StoredReference]:
     """Return the files of the store, the most recently used first; `pairs` of a damaged file is None."""
     listed = []
-    for path in store_dir().glob("*.sqlite"):
+    for path, stat in _stat_files():
         pairs, description = None, {}
         with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
             pairs = database.execute("SELECT count(*) FROM pairs").fetchone()[0]
             description = json.loads(database.execute("SELECT description FROM about").fetchone()[0])
-        listed.append(StoredReference(path, path.stat().st_size, path.stat().st_mtime, pairs, description))
+        listed.append(StoredReference(path, stat.st_size, stat.st_mtime, pairs, description))
     return sorted(listed, key=lambda reference: reference.used, reverse=True)
 
 
