@@ -129,18 +129,16 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
         return [f"`{text}`: nothing can be deleted; {instead}"], None
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
-    known = schema_key(key)
     if override.is_add() and not override.is_force_add() and (key in groups or key in SCHEMA):
         return [f"`{text}`: `{key}` exists already; drop the +"], None
     if not (count := _count_values(override)) <= MOST_POINTS:
         return [f"`{text}`: has {count:,} values; an axis has at most {MOST_POINTS:,}"], None
     if of_hydra:
         return [], override
-    if known.count(".") < key.count(".") and SCHEMA.get(known, type) is None:
-        section, name = key.split(".")[: known.count(".")], key.split(".")[known.count(".") :]
-        return [
-            f"`{text}`: a name with dots is written as a map: '{'.'.join(section)}={{{'.'.join(name)}: VALUE}}'"
-        ], None
+    parts, depth = key.split("."), schema_key(key).count(".")
+    if depth < len(parts) - 1:  # an entry of a map, which Hydra would split at its dots
+        section, name = ".".join(parts[:depth]), ".".join(parts[depth:])
+        return [f"`{text}`: a name with dots is written as a map: '{section}={{{name}: VALUE}}'"], None
     check = files.find_option_mistakes if key in groups else find_value_mistakes
     lines = [line for value in values_of(override, files) for line in check(key, value)]
     if override.is_interval_sweep() and any("must be a whole number" in line for line in lines):

@@ -175,7 +175,7 @@ class RunConsole:
         """Show where the results are, and the commands that use them; `commands` has further ones by their use."""
         quoted = shlex.quote(str(run_dir))
         lines = {
-            "\nresults": run_dir,
+            "results": run_dir,
             "weights": weights,
             "talk to it": f"python -m dpo_runner.chat {quoted}",
             "compare": f"python -m dpo_runner.chat {quoted} --compare",
@@ -183,8 +183,9 @@ class RunConsole:
             "export": f"python -m dpo_runner.export {quoted} --out DIR",
             **commands,
         }
+        self.say("")
         for use, command in lines.items():
-            self.say(f"{use.ljust(12 + use.startswith(chr(10)))}{command}")
+            self.say(f"{use:<12}{command}")
 
 
 def format_clock(seconds: float) -> str:

@@ -74,7 +74,7 @@ def test_an_adapter_that_does_not_fit_is_refused(key, edit, match, tiny_run, edi
     ("fields", "match"),
     [
         ({"peft_type": None}, 'adapter_config.json: `peft_type=None`: no such method in PEFT; add .* such as "LORA"$'),
-        ({"peft_type": "LORRA"}, "did you mean `LORA`"),
+        ({"peft_type": "LORRA"}, "no such method in PEFT; did you mean `LORA`"),
         ({"use_supermagic": True, "peft_version": "9.9.9"}, r"`use_supermagic=True`: PEFT .* saved it \(9\.9\.9\)$"),
         ({"magic_layers": {"0": 1}}, "`magic_layers="),
         ({"modules_to_save": ["lm_head"]}, r"its file lacks 'base_model\.model\.lm_head\.weight', which"),

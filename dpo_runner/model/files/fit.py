@@ -219,8 +219,8 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     methods = {method.value: config for method, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     method = fields.get("peft_type")
     if method not in methods:
-        hint = suggest(method, methods) if method else 'add the method that it was trained with, such as "LORA"'
-        raise ConfigError(f"{file}: `peft_type={method}`: no such method in PEFT; {hint}")
+        hint = suggest(method, methods) if method else '; add the method that it was trained with, such as "LORA"'
+        raise ConfigError(f"{file}: `peft_type={method}`: no such method in PEFT{hint}")
     known = {field.name for field in dataclasses.fields(methods[method])}
     # PEFT drops unknown fields with a warning. Numbers and names may be defaults of what is off.
     for name in sorted(fields.keys() - known):

@@ -15,7 +15,7 @@ from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION
 from dpo_runner.training.engine.packed.forward import is_certain, share_prefixes, trains_head, why_not_packable
 from dpo_runner.training.engine.packed.self_check import find_difference
-from dpo_runner.training.engine.reference.columns import add_reference_columns, reference_adapters
+from dpo_runner.training.engine.reference.columns import add_reference_columns, find_active_adapters
 from dpo_runner.training.engine.reference.identity import identify_reference
 from dpo_runner.training.engine.reference.store import ReferenceStore
 from dpo_runner.training.engine.token_batches import TokenBatches, choose_budget, why_not_grouped
@@ -125,7 +125,7 @@ def _add_stored_reference(
     say: Callable[[str], None],
 ) -> None:
     """Add the reference's log-probabilities to the engine's rows, from the store if they are there."""
-    adapters = reference_adapters(trainer)
+    active = find_active_adapters(trainer)
     # On a CPU a trained head is scored by another kernel, with different rounding.
     head = "trained" if trains_head(trainer.model) and trainer.accelerator.device.type == "cpu" else "frozen"
     packed = f"packed {_VERSION}, head {head}"
@@ -133,7 +133,7 @@ def _add_stored_reference(
     products = torch.backends.mkldnn if trainer.accelerator.device.type == "cpu" else torch.backends.cuda
     computed += f", fp32 products {products.matmul.fp32_precision}"  # as training.tf32 has set it
     try:
-        digest, made_of = identify_reference(trainer.ref_model or trainer.model, adapters, computed)
+        digest, made_of = identify_reference(trainer.ref_model or trainer.model, active, computed)
     except TypeError as error:
         say(f"engine.reference_store: not used, the reference runs along; it has {error}, which cannot be hashed")
         return

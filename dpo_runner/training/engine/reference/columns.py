@@ -155,7 +155,7 @@ def reference_adapter(trainer: DPOTrainer) -> str | None:
     return "ref" if trainer.ref_model is None and "ref" in getattr(trainer.model, "peft_config", ()) else None
 
 
-def reference_adapters(trainer: DPOTrainer) -> list[str]:
+def find_active_adapters(trainer: DPOTrainer) -> list[str]:
     """Return all adapters that are on while the policy's model is the reference."""
     if reference_adapter(trainer) is None:
         return []
