@@ -17,7 +17,7 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.io.exits import honest_exit, report
     from dpo_runner.io.streams import put
     from dpo_runner.io.version import __version__
-    from dpo_runner.sweep.command_line import check_command_line, choose_sweeper
+    from dpo_runner.sweep.command_line import check_command_line, complete_sweep
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def _run_with_hydra() -> None:
 
     sys.argv[1:] = expand_overrides(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv) or any(text.startswith("sweep=") for text in sys.argv):
-        sys.argv[1:] = choose_sweeper(defer_sections(sys.argv[1:]))
+        sys.argv[1:] = complete_sweep(defer_sections(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     register_plugins()
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)

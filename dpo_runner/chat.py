@@ -1,6 +1,7 @@
 """Chat with a tuned model in the terminal: `python -m dpo_runner.chat RUN_DIR`."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -13,6 +14,8 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.io.streams import put, silenced
 
 Message = dict[str, str]
+
+_ADVICE = "if a training run holds the GPU, set CUDA_VISIBLE_DEVICES= in the environment to answer on the CPU"
 
 HELP = "/reset forgets the conversation, /quit ends it"
 
@@ -33,11 +36,13 @@ class Chat:
     def __init__(self, run_dir: Path, max_new_tokens: int, temperature: float = 0.0, system: str | None = None) -> None:
         from dpo_runner.model.result import load_tuned_model
         from dpo_runner.records.reading import check_finished, read_run_conf
+        from dpo_runner.training.memory.device import LOADING, watch_memory
 
         check_finished(run_dir)
         from dpo_runner.data.templates.chat_template import ChatTemplate
 
-        self.model, self.tokenizer = load_tuned_model(run_dir)
+        with watch_memory(LOADING, advice=_ADVICE):
+            self.model, self.tokenizer = load_tuned_model(run_dir)
         trained = read_run_conf(run_dir).data
         system = system if system is not None else trained.system_prompt
         self._template = ChatTemplate(self.tokenizer, None, trained.on_no_system_role)
@@ -70,7 +75,8 @@ class Chat:
         import torch
         from transformers import TextIteratorStreamer
 
-        from dpo_runner.model.tokenizer import find_stop_ids
+        from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
+        from dpo_runner.training.memory.device import ANSWERING, watch_memory
 
         input_ids = torch.tensor([self._template.render_prompt(messages)], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -88,7 +94,7 @@ class Chat:
                     eos_token_id=find_stop_ids(self.model, self.tokenizer, self._template.end_of_turn),
                     pad_token_id=self.tokenizer.pad_token_id,
                     streamer=streamer,
-                    **sampling,
+                    **ONE_ANSWER | sampling,
                 )
             except BaseException as error:
                 failure.append(error)
@@ -101,8 +107,9 @@ class Chat:
             pieces.append(piece)
             show(piece)
         thread.join()
-        if failure:
-            raise failure[0]
+        with watch_memory(ANSWERING, advice=_ADVICE):
+            if failure:
+                raise failure[0]
         return "".join(pieces).strip()
 
 
@@ -111,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 failed, 2 invalid run directory or argument, 130 interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m dpo_runner.chat", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dpo_runner.chat", description=__doc__, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")
     parser.add_argument("--prompt", help="answer this once, and end")
     parser.add_argument("--compare", action="store_true", help="show the untuned and the tuned answer side by side")
@@ -119,15 +126,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer's length limit (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) answers greedily")
     args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature}: must be a number from 0 on")
     with honest_exit("interrupted"):
         _talk(args)
 
 
 def _talk(args: argparse.Namespace) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    from dpo_runner.io.console import open_terminal, visible
+    from dpo_runner.io.console import FoldingTable, open_terminal, visible
     from dpo_runner.io.logs import route_library_logs
 
     with route_library_logs(None):
@@ -137,7 +147,7 @@ def _talk(args: argparse.Namespace) -> None:
         def reply(text: str) -> None:
             if args.compare:
                 before, after = chat.compare(text)
-                table = Table("untuned", "tuned", expand=True)
+                table = FoldingTable("untuned", "tuned", expand=True)
                 table.add_row(escape(visible(before)), escape(visible(after)))
                 console.print(table)
                 return

@@ -1,7 +1,10 @@
 """Errors shown to the user, with their exit codes."""
 
 import errno
+import re
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _MOST_CHOICES = 45
@@ -9,9 +12,16 @@ _MOST_CHOICES = 45
 
 
 def suggest(wrong: object, right: typing.Iterable[str]) -> str:
-    """Return "; did you mean …?" with the closest valid name, "; choose from …" if there are few, or an empty text."""
-    names = sorted(right)
-    near = get_close_matches(str(wrong), names, n=1, cutoff=0.6)
+    """Return "; did you mean …?" with the closest valid name, "; choose from …" if there are few, or an empty text.
+
+    Names that hold the wrong one as whole words (`apo` in `apo_zero`) go before those that are spelled alike (`ipo`).
+    """
+    names, text = sorted(right), str(wrong)
+    holds = re.compile(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", re.IGNORECASE)
+    whole = [name for name in names if text and holds.search(name)]
+    near = [name for name in names if name.lower() == text.lower()] or get_close_matches(text, names, n=1, cutoff=0.6)
+    if whole and not set(near) & set(whole):
+        near, names = whole[: len(whole) == 1], whole
     if near:
         return f"; did you mean `{near[0]}`?"
     return f"; choose from {', '.join(names)}" if 0 < len(names) <= _MOST_CHOICES else ""
@@ -35,6 +45,16 @@ class ConfigError(DpoRunnerError):
     def __init__(self, mistakes: str | list[str]) -> None:
         self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
         super().__init__("\n".join(self.mistakes))
+
+
+@contextmanager
+def renaming(key: str, wrong: str, value: str) -> Iterator[None]:
+    """Let a ConfigError about `wrong` name the key that the value comes from."""
+    try:
+        yield
+    except ConfigError as error:
+        lines = [line.replace(f"`{wrong}={value}`", f"`{key}={value}`") for line in error.mistakes]
+        raise ConfigError(lines) from None
 
 
 class DataError(ConfigError):

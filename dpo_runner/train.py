@@ -22,22 +22,25 @@ with quiet_imports():
     from dpo_runner.model.policy import LoadBase, load_fresh, load_policy
     from dpo_runner.model.result import save_result
     from dpo_runner.training.answers import measure_model, pair_answers
-    from dpo_runner.training.build import build_trainer, rehearse
+    from dpo_runner.training.build import build_trainer, undo_global_settings
     from dpo_runner.training.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.training.memory.device import LOADING, PREPARING, watch_memory
     from dpo_runner.training.memory.retry import attempts
     from dpo_runner.training.memory.settle import Settled, settle
-    from dpo_runner.training.plan import build_plan
+    from dpo_runner.training.plan import build_plan, find_warnings
+    from dpo_runner.training.rehearsal import rehearse
     from dpo_runner.training.session import Session, open_session, read_finished
-    from dpo_runner.training.step0 import check_start, choose_texts
+    from dpo_runner.training.step0 import check_before, check_start, choose_texts
 
 
+@undo_global_settings()
 def run(
     conf: RunConf,
     overrides: Sequence[str] = (),
     console: RunConsole | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     load_base: LoadBase = load_fresh,
+    held: int = 0,
 ) -> dict[str, Any] | None:
     """Run one configuration to its end, or continue the interrupted run in its run directory.
 
@@ -47,6 +50,7 @@ def run(
         console: progress output; the terminal by default.
         callbacks: additional trainer callbacks, called after the run's own.
         load_base: loads the base model; a sweep worker keeps it between runs.
+        held: bytes of a base model that `load_base` takes over or frees, on the device that the run trains on.
 
     Returns:
         The contents of summary.json, or None after `dry_run=true`.
@@ -55,8 +59,9 @@ def run(
         ConfigError: the configuration, or a file or model that it names, is unusable. Nothing was trained.
         RunError: the run failed. status.json has the error, run.log the traceback.
         RunPruned: one of `callbacks` pruned the run.
-        RunInterrupted: SIGINT, SIGTERM or SIGUSR1. During training the step is finished and a checkpoint written
-            first, unless another SIGINT follows. The same command with run_dir set continues from the last checkpoint.
+        RunInterrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP. During training the step is finished and a checkpoint
+            written first, unless another SIGINT follows. The same command with run_dir set continues from the last
+            checkpoint.
     """
     console = console or RunConsole()
     path = resolve_run_dir(conf)  # nothing is written yet
@@ -67,10 +72,10 @@ def run(
     with route_library_logs(None):
         blueprint = draw_blueprint(conf)
         data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin, console.show_preparing)
-        settled = settle(conf, blueprint, data.shape(), path / "checkpoints")
+        settled = settle(conf, blueprint, data.shape(), path / "checkpoints", held)
         rehearse(settled.args, blueprint, data)
         console.show_plan(build_plan(settled, blueprint, data, path))
-    for warning in [*blueprint.find_other_bases(), *data.report.warnings]:
+    for warning in find_warnings(conf, overrides, blueprint, data):
         console.warn(warning)
     if conf.dry_run:
         show_memory(settled, blueprint, console)
@@ -93,7 +98,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
 
     # ---- Model, and the checkpoint to continue from
     session.say("loading the model")
-    reset_peak_memory()
+    reset_peak_memory(settled.args.device)
     set_seed(conf.seed)
     with watch_memory(LOADING):
         policy = load_policy(blueprint, load_base, session.say)
@@ -111,6 +116,8 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     session.say("measuring the model as it is")
     with session.muted(checkpoint is not None):  # a continued run has already logged this
         before = measure_model(trainer, data, conf)
+    if conf.checks.step0:
+        check_before(trainer, blueprint.reference.is_initial, before.metrics)
     if checkpoint is not None:
         session.say(f"continuing from {checkpoint}")
     trained = trainer.train_to_end(checkpoint)
@@ -121,7 +128,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     samples = pair_answers(data.prompts, before.answers, after.answers)
     session.write_samples(samples)
     summary = {"before": before.metrics, "after": after.metrics, **trained}
-    summary |= {"peak_memory_gb": round(measure_peak_memory(), 3)}
+    summary |= {"peak_memory_gb": round(measure_peak_memory(settled.args.device), 3)}
     summary |= {"out_of_memory": session.out_of_memory} if session.out_of_memory else {}
     facts = read_facts(session.directory.path, conf, blueprint.reference.described, summary)
     texts = choose_texts(trainer.train_dataset)

@@ -19,13 +19,14 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.errors import ConfigError, RunError, reason_of
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.streams import put
+    from dpo_runner.io.upstream import check_names
     from dpo_runner.records.differences import find_differing, find_ignored
     from dpo_runner.records.runs import read_runs
     from dpo_runner.records.tracking import OBJECTIVE
     from dpo_runner.records.wandb_files import find_folder, list_commands
     from dpo_runner.sweep.directory import read_record
 
-_EXTRA = "pip install 'wandb-workspaces>=0.4.13,<0.5' (or the extra: pip install 'dpo-runner[workspace]')"
+_EXTRA = "pip install 'wandb-workspaces>=0.4.5,<1' (or the extra: pip install 'dpo-runner[workspace]')"
 _CURVES = ("train/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 _STEP = "train/global_step"
 _MOST_RUNS = 200
@@ -184,6 +185,7 @@ def build_workspace(view: View, entity: str) -> Any:
             pinned_columns=[*map(_column, view.settings), f"summary:{OBJECTIVE}", "summary:state"],
         ),
     )
+    check_names("wandb-workspaces", workspace, "_stashed_filters_v2", "_stashed_filter_string")
     # Set privately: the official way, a filter string, doubles or changes "=", "<" and ">" in values.
     workspace._stashed_filters_v2 = expr.filters_tree_to_v2(expr.And(expr.Metric("Group") == view.group).to_model())
     workspace._stashed_filter_string = workspace.runset_settings.filters

@@ -10,15 +10,18 @@ on the default model and the bundled pairs. A dozen steps change the model visib
 import argparse
 from pathlib import Path
 
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
-
 from dpo_runner.config.compose import load_conf
-from dpo_runner.data.preferences import load_preferences
-from dpo_runner.model.blueprint import Blueprint
-from dpo_runner.model.files.locations import resolve_model_path
-from dpo_runner.model.files.packaged import DEFAULT_MODEL
+from dpo_runner.io.logs import quiet_imports
+
+with quiet_imports():
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from dpo_runner.data.preferences import load_preferences
+    from dpo_runner.model.blueprint import Blueprint
+    from dpo_runner.model.files.locations import resolve_model_path
+    from dpo_runner.model.files.packaged import DEFAULT_MODEL
 
 
 def main() -> None:

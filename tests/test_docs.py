@@ -1,5 +1,7 @@
 """The docs stay correct: every command of README and docs/ is run, every name in them exists."""
 
+import io
+import json
 import re
 import shlex
 import shutil
@@ -9,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dpo_runner.config.schema import SCHEMA, schema_key
 from dpo_runner.config.yaml_files import ConfigFiles
+from dpo_runner.io.console import RunConsole
 from dpo_runner.sweep.command_line import check_command_line
+from scripts.make_gpu_table import METHODS, SHAPES, build_rows
 from tests.support.programs import quick_python
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +157,43 @@ def test_commands_for_the_gpu_pass_every_check() -> None:
             assert check_command_line(shlex.split(command)[3:]) == []
 
 
+@pytest.mark.parametrize("command", read_commands("docs/gpu.md", NOT_RUN))
+def test_each_command_for_a_gpu_is_planned(
+    command: str, tiny_model: str, sft_adapter: str, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small model in place of the hub's, small rows, and a card that is only described."""
+    from dpo_runner import run
+    from dpo_runner.config.compose import load_conf
+    from dpo_runner.training.memory import estimate, settle
+    from dpo_runner.training.memory.device import Device
+
+    card = Device("a card", 24 * 10**9, 23 * 10**9, is_gpu=True, has_varlen=True)
+    monkeypatch.setattr(settle, "read_device", lambda args, held: card)
+    monkeypatch.setattr(estimate, "read_device", lambda args: card)
+    monkeypatch.setattr(settle, "bound_memory", lambda *_: float("inf"))
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "dpo_runner"]
+    overrides = [*words[3:], f"model.model_name_or_path={tiny_model}", "data=local_file", f"data.path={pairs}"]
+    if load_conf(words[3:]).model.adapter is not None:
+        overrides.append(f"model.adapter={sft_adapter}")
+    text = io.StringIO()
+    run(load_conf([*overrides, "dry_run=true"]), console=RunConsole(Console(file=text, width=200)))
+    assert re.search(r"at the peak \((training|evaluation)\) *│ *\d+\.\d\d", text.getvalue())
+    assert "free on a card" in text.getvalue()
+
+
+def test_the_table_of_gpus_is_what_the_estimate_gives() -> None:
+    page = read("docs/gpu.md")
+    found = re.findall(rf"^\| (?:{'|'.join(map(re.escape, SHAPES))}) \|.*$", page, flags=re.MULTILINE)
+    assert len(found) == len(SHAPES) * len(METHODS)
+    for row, expected in zip(found, build_rows(list(SHAPES)[:1]), strict=False):
+        told, made = ([cell.strip() for cell in line.strip("|").split("|")] for line in (row, expected))
+        assert told[:2] == made[:2] and told[-1] == made[-1]
+        for one, other in zip(told[2:-1], made[2:-1], strict=True):
+            assert float(one) == pytest.approx(float(other), abs=0.1, rel=0.02)
+    assert re.search(r"No figure on this page was measured on a GPU", page)
+
+
 def test_packages_that_the_docs_install_are_those_of_the_project() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     commands = [shlex.split(command) for page in DOCS for command in read_commands(page, INSTALLS, WANDB)]
@@ -261,6 +303,26 @@ def test_the_data_docs_list_every_layout_and_the_cited_formatter_works() -> None
     made = format_row(row, namespace["to_pairs"])
     assert read_pairs(made[0], find_layout(made, "auto"), "best_vs_worst")[0].prompt[0]["content"] == "Why?"
     assert format_row(row | {"lang": "de"}, namespace["to_pairs"]) == []
+
+
+def test_each_example_of_the_data_docs_is_the_pair_that_they_promise() -> None:
+    from dpo_runner.config.sections.data import FORMATS
+    from dpo_runner.data.layouts.formats import find_layout, read_pairs
+    from dpo_runner.data.layouts.messages import Pair
+    from dpo_runner.data.layouts.scored import group_responses
+
+    examples = re.findall(r"^\| `([a-z]+)`([^|]*) \| (`\{.*`) \|$", read("docs/data.md"), flags=re.MULTILINE)
+    assert {name for name, _, _ in examples} == set(FORMATS[1:])
+    for name, variant, cell in examples:
+        rows = [json.loads(text) for text in re.findall(r"`([^`]+)`", cell)]
+        layout = find_layout(rows, "auto")
+        assert layout.describe(rows[0]) == name + variant
+        if layout.grouped:
+            rows = [row for _, row in group_responses(enumerate(rows)) if isinstance(row, dict)]
+        [pair] = [pair for row in rows for pair in read_pairs(row, layout, "best_vs_worst")]
+        turns = [("user", "Why?"), ("assistant", "So."), ("assistant", "No.")]
+        prompt, chosen, rejected = ([{"role": role, "content": content}] for role, content in turns)
+        assert pair == Pair(prompt, chosen, rejected, score_gap=pair.score_gap)
 
 
 def test_the_mixture_of_the_data_docs_is_a_configuration(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted((ROOT / "dpo_runner").rglob("*.py"))}
 GENERATED = "dpo_runner/config/sections/training.py"
-FOREIGN_SIGNATURES = {"_Dispatch.apply", "Kernel.__call__"}
+FOREIGN_SIGNATURES = {"_Dispatch.apply"}
 """Functions whose parameters are dictated by a library."""
 
 
@@ -116,3 +116,38 @@ def test_each_command_answers(command: str) -> None:
         [sys.executable, "-m", f"dpo_runner.{command}", "--help"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.returncode == 0 and f"python -m dpo_runner.{command}" in result.stdout
+
+
+def test_each_private_name_of_a_library_is_used_in_one_module() -> None:
+    own: set[str] = set()
+    for tree in FILES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                own.add(node.attr)
+    used: dict[str, set[str]] = {}
+    for path, tree in FILES.items():
+        for node in ast.walk(tree):
+            for name in private_names(node, own):
+                used.setdefault(name, set()).add(str(path))
+    assert {"_attn_implementation", "_save_checkpoint", "_ChunkedLogProbFunction", "FakeTensorMode"} <= used.keys()
+    assert {name: sorted(paths) for name, paths in used.items() if len(paths) > 1} == {}
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def private_names(node: ast.AST, own: set[str]) -> Iterator[str]:
+    """Yield the private names of libraries in a node: read, checked, or imported from a private module."""
+    if isinstance(node, ast.Attribute) and node.attr not in own and re.match("_[^_]", node.attr):
+        yield node.attr
+    elif isinstance(node, ast.ImportFrom):
+        yield from (name.name for name in node.names if re.search(r"(^|\.)_[a-z]", f"{node.module}.{name.name}"))
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_names", "find_private", "getattr", "hasattr"):
+        texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        texts += [keyword.arg for keyword in node.keywords]
+        yield from (text for text in texts if isinstance(text, str) and re.match("_[^_]", text))

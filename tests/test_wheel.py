@@ -1,6 +1,9 @@
 """The installed wheel works, not only the checkout: it includes conf/ and the bundled data."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel and install it alone into an empty folder."""
+    """Build the wheel from the files that the Dockerfile copies, and install it alone into an empty folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    (folder / "source").mkdir()
+    for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, flags=re.MULTILINE):
+        for name in line.split():
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, folder / "source" / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*build, str(folder / "source")], check=True, capture_output=True)
     wheel = next(folder.glob("*.whl"))
     target = folder / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
@@ -59,3 +68,12 @@ def test_every_command_is_installed_and_named_in_the_help(installed: Path) -> No
         assert f"python -m dpo_runner.{module} " in text
         answer = run_installed(installed, "--help", program=f"dpo-runner-{module}")
         assert f"python -m dpo_runner.{module} " in answer
+
+
+def test_the_image_runs_the_command_of_the_readme_with_the_packages_of_make_setup() -> None:
+    command = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, flags=re.MULTILINE)
+    assert [json.loads(text) for text in command] == [["python", "-m", "dpo_runner"]]
+    assert "\npython -m dpo_runner " in (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for text in re.findall(r"--constraint \S+|--no-deps \S+", DOCKERFILE):
+        assert f" {text}" in makefile

@@ -13,12 +13,11 @@ from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
 
 with on_ctrl_c(end_at_once):
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from dpo_runner.cache.old_checkpoints import clear_checkpoints, find_checkpoints
     from dpo_runner.errors import ConfigError, reason_of
-    from dpo_runner.io.console import open_terminal, visible
+    from dpo_runner.io.console import FoldingTable, open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.files import cache_dir
     from dpo_runner.training.engine.reference.store import list_references, make_room, store_dir
@@ -84,9 +83,9 @@ _KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
 
 
 def _list(console: Console) -> None:
-    table = Table(title=visible(str(cache_dir())), title_justify="left")
+    table = FoldingTable(title=visible(str(cache_dir())), title_justify="left")
     for name in ("kind", "name", "size", "last used", "what"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name not in ("name", "what"))
     total = 0
     for kind, find in _KINDS.items():
         for path, what in find() if cache_dir().is_dir() else ():
@@ -119,7 +118,7 @@ def _clear(kinds: list[str], console: Console) -> None:
 def _show_checkpoints(folders: list[Path], clear: bool, console: Console) -> None:
     """List the checkpoints of runs, and with `clear` delete the old ones."""
     runs, notes = find_checkpoints(folders)
-    table = Table("run", "state", "old", "size", "kept")
+    table = FoldingTable("run", "state", "old", "size", "kept")
     freed, refused = 0, list(notes)
     for run in runs:
         size = sum(map(_measure, run.old))
@@ -127,7 +126,7 @@ def _show_checkpoints(folders: list[Path], clear: bool, console: Console) -> Non
         kept = "; ".join(f"{', '.join(names)}: {why}" for why, names in whys.items())
         old = ", ".join(path.name for path in run.old)
         cells = (str(run.run_dir), run.state, old, _format(size) if run.old else "", kept)
-        table.add_row(*(Text(visible(cell), overflow="fold") for cell in cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
         if clear and run.old:
             try:
                 clear_checkpoints(run)

@@ -5,8 +5,10 @@ import io
 import json
 import math
 import re
+import textwrap
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -15,13 +17,20 @@ from rich.text import Text
 from dpo_runner.compare.comparison import MARGIN, Comparison, Estimate, Row
 from dpo_runner.config.metrics import column_of
 from dpo_runner.config.schema import shorten_keys
-from dpo_runner.io.console import visible
+from dpo_runner.io.console import FoldingTable, visible
 
 BEST, ON_FRONT = "★", "◆"
 _NO_LIMIT = 10_000
+_LEAST_NAME = 16  # columns are left out before run names fold into less
 _FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
 """The start of a formula in Excel, LibreOffice and Google Sheets; does not match signed numbers."""
 _STATES = {"finished": "green", "failed": "red", "running": "cyan"}
+
+
+class _NameWrapper(textwrap.TextWrapper):
+    """Folds a name after its separators where it can."""
+
+    wordsep_re = re.compile(r"(\s+)|(?<=[/_,=])|(?<=[-.])(?!\d)")  # never within 5e-05 or 0.1
 
 
 def format_value(value: Any) -> str:
@@ -42,20 +51,8 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 def show_table(comparison: Comparison, console: Console) -> None:
     """Print the table, its legend, and the front of reward margin against distance from the reference."""
-    wide = console.options.update(max_width=_NO_LIMIT)
-    shown = len(comparison.settings)
-    table = _build_table(comparison, comparison.settings)
-    width = Measurement.get(console, wide, table).maximum
-    if not console.is_terminal:  # output to a file or pipe needs no folding
-        console.width = max(console.width, width)
-    while width > console.width and shown:
-        shown -= 1
-        table = _build_table(comparison, comparison.settings[:shown])
-        width = Measurement.get(console, wide, table).maximum
+    table, left_out = _fit_table(comparison, console)
     console.print(table)
-    if left_out := comparison.settings[shown:]:
-        text = f"too narrow for what also differs: {', '.join(left_out)}; --html and --csv have it"
-        console.print(_text(text), style="dim", soft_wrap=True)
     direction = "less" if comparison.objective.minimize else "more"
     legend = f"{BEST} best finished run by {comparison.objective.metric} ({direction} is better)"
     front = sorted(
@@ -63,40 +60,61 @@ def show_table(comparison: Comparison, console: Console) -> None:
     )
     if front:
         legend += f"   {ON_FRONT} none has both a larger margin and less {_label(comparison.distance)}"
-    console.print(_text(legend), style="dim", soft_wrap=True)
+    on_one_line = not console.is_terminal  # a terminal folds in the middle of a word, rich between words
+    if left_out:
+        told = f"too narrow for {', '.join(map(_label, left_out))}; see --html or --csv"
+        console.print(_text(told), style="dim", soft_wrap=on_one_line)
+    console.print(_text(legend), style="dim", soft_wrap=on_one_line)
     if len(front) > 1:
         path = " → ".join(
             f"{row.name} ({format_estimate(row.metrics[MARGIN])} at "
             f"{format_estimate(row.metrics[comparison.distance])})"
             for row in front
         )
-        console.print(_text(f"margin against {_label(comparison.distance)}: {path}"), soft_wrap=True)
+        console.print(_text(f"margin against {_label(comparison.distance)}: {path}"), soft_wrap=on_one_line)
     failures = [f"{run.name} {run.state}: {run.error.splitlines()[0]}" for run in comparison.runs if run.error.strip()]
     for note in [*failures, *comparison.notes]:
-        console.print(_text(note), style="dim", soft_wrap=True)
+        console.print(_text(note), style="dim", soft_wrap=on_one_line)
 
 
-def _build_table(comparison: Comparison, settings: list[str]) -> Table:
+def _fit_table(comparison: Comparison, console: Console) -> tuple[Table, list[str]]:
+    """Return the table, with names folded and columns left out as the terminal's width demands.
+
+    Returns:
+        The table; the settings and metrics that are left out.
+    """
+    metrics, settings = comparison.metrics, comparison.settings
+    keys = [*metrics[:2], *settings[:2], *metrics[2:], *settings[2:]]  # those that matter most first
+    wide, longest = console.options.update(max_width=_NO_LIMIT), max(cell_len(row.name) for row in comparison.rows)
+    for count in range(len(keys), -1, -1):
+        width = Measurement.get(console, wide, _build_table(comparison, keys[:count], longest)).maximum
+        if not console.is_terminal:  # output to a file or pipe needs no folding
+            console.width = max(console.width, width)
+        room = longest - max(0, width - console.width)
+        if room >= min(longest, _LEAST_NAME) or count <= 1:
+            break
+    return _build_table(comparison, keys[:count], max(room, 1)), keys[count:]
+
+
+def _build_table(comparison: Comparison, keys: list[str], name_width: int) -> Table:
     title = f"{len(comparison.runs)} runs" + (
         f", {len(comparison.rows)} configurations" if len(comparison.rows) < len(comparison.runs) else ""
     )
-    table = Table("", "run", "state", title=title, title_justify="left")
+    table = FoldingTable("", "run", "state", title=title, title_justify="left")
     short = shorten_keys(comparison.settings)
-    for key in settings:
-        table.add_column(_text(short[key]), justify="right", overflow="fold")
+    settings = [key for key in comparison.settings if key in keys]
+    metrics = [metric for metric in comparison.metrics if metric in keys]
     seeds = any(len(row.runs) > 1 for row in comparison.rows)
-    if seeds:
-        table.add_column("n", justify="right")
-    for metric in comparison.metrics:
-        table.add_column(_text(_label(metric)), justify="right")
+    for heading in [*(short[key] for key in settings), *(["n"] if seeds else []), *map(_label, metrics)]:
+        table.add_column(_text(heading), justify="right")
     for row in comparison.rows:
         table.add_row(
             (BEST if row.best else " ") + (ON_FRONT if row.on_front else ""),
-            _text(row.name),
+            _text("\n".join(_NameWrapper(name_width).wrap(row.name))),
             Text(visible(row.state), style=_STATES.get(row.state, "yellow")),
             *(_text(format_value(row.settings[key])) for key in settings),
             *([str(len(row.counted))] if seeds else []),
-            *(format_estimate(row.metrics.get(metric)) for metric in comparison.metrics),
+            *(format_estimate(row.metrics.get(metric)) for metric in metrics),
             style="bold" if row.best else "",
         )
     return table
@@ -108,7 +126,7 @@ def _label(metric: str) -> str:
 
 def _text(text: str) -> Text:
     """Return untrusted text for the terminal, without markup and control sequences."""
-    return Text(visible(text), overflow="fold")
+    return Text(visible(text))
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:

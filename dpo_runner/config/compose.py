@@ -20,11 +20,19 @@ from yaml import YAMLError
 from dpo_runner.config.adapter_config import recognise_adapter
 from dpo_runner.config.hydra_rules import check_composed
 from dpo_runner.config.overrides import MOST_POINTS, check_overrides, first_line
+from dpo_runner.config.rules.training import may_have_evaluation
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
 from dpo_runner.errors import ConfigError, reason_of
 
 ConfigStore.instance().store(name="base_config", node=RunConf)
+
+
+def _if_evaluation_rows(strategy: str, *, _root_: DictConfig) -> str:
+    return strategy if may_have_evaluation(_root_.data) else "no"
+
+
+OmegaConf.register_new_resolver("if_evaluation_rows", _if_evaluation_rows, replace=True)
 # Names only: the command registers the classes at run time (see dpo_runner/sweep/sweeper.py).
 for _group, _name, _class in (
     ("launcher", "workers", "WorkersLauncher"),
@@ -36,7 +44,7 @@ for _group, _name, _class in (
 
 
 _INTO_MAP = re.compile(
-    r"(data\.(?:sources\.[^.=]+\.)?columns|data\.sources|lora\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
+    r"(data\.(?:sources\.[^.=]+\.)?(?:columns|roles)|data\.sources|lora\.config|lora\.(?:rank|alpha)_pattern)(\.[^=]+)?="
 )
 
 
@@ -110,11 +118,13 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     continues = config.model.adapter is not None and config.model.adapter_mode == "continue"
     if continues and not {"lora", "experiment"} & spoken_of:
         config.lora = None
+    only_a_preset = OmegaConf.is_interpolation(config.training, "eval_strategy")
     try:
         conf = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
     assert isinstance(conf, RunConf)
+    conf.evaluation_is_optional = only_a_preset
     return conf
 
 
@@ -157,8 +167,11 @@ def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
         if text.startswith("hydra/launcher=") and "hydra/launcher" in str(error):
             return f"`{text}`: is no installed launcher; choose from basic, workers, or install its package"
         section = re.match(r"\+*(quant|lora)\.", text)
-        if section and not any(re.match(rf"\+*{section[1]}=", other) for other in point):
+        if section and not any(re.match(rf"\+*{section[1]}=(?!none)", other) for other in point):
             return f"`{text}`: {section[1]} is none here; choose an option of the group too ({section[1]}=OPTION)"
+    if twice := re.match(r"Multiple values for \S+\. .*'override /?(\S+): (\S+)'", str(error)):
+        name, option = twice.groups()
+        return f"`{name}={option}`: a defaults list chooses `{name}` a second time; write - override /{name}: {option}"
     return first_line(error)
 
 

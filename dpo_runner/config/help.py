@@ -1,5 +1,7 @@
 """The text of `python -m dpo_runner --help`. Imports no torch."""
 
+import textwrap
+
 from dpo_runner.config.schema import SCHEMA
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.io.version import __version__
@@ -8,11 +10,10 @@ from dpo_runner.io.version import __version__
 def build_help() -> str:
     """Return the text of `--help`: config groups, keys, options and examples."""
     files = ConfigFiles.over(None)
-    groups = "\n".join(f"  {group:<12}{'  '.join(files.options(group))}" for group in files.groups())
-    fields = "\n".join(
-        f"  {section:<12}{', '.join(_field_names(section))}" for section, kind in SCHEMA.items() if kind is not None
-    )
-    alone = ", ".join(key for key, kind in SCHEMA.items() if "." not in key and kind is None)
+    groups = "\n".join(_align(group, "  ".join(files.options(group))) for group in files.groups())
+    sections = {section: _field_names(section) for section, kind in SCHEMA.items() if kind is not None}
+    sections[""] = [key for key, kind in SCHEMA.items() if "." not in key and kind is None]
+    fields = "\n".join(_align(section, ", ".join(names)) for section, names in sections.items())
     return f"""\
 dpo_runner {__version__}: Direct Preference Optimization from a YAML configuration.
 
@@ -25,7 +26,6 @@ Groups (GROUP=OPTION chooses a file of conf/GROUP/):
 
 Keys (KEY=VALUE sets one field):
 {fields}
-  {"":<12}{alone}
 
 Options:
   -m, --multirun      run every combination of comma-separated values
@@ -50,6 +50,11 @@ Examples:
   python -m dpo_runner.export outputs/mine --out outputs/merged        # one folder to serve or publish
   python -m dpo_runner.cache                         # what is kept between runs, and how to clear it
 """
+
+
+def _align(name: str, text: str) -> str:
+    """Return a text to the right of its name, on lines of at most 80 characters."""
+    return textwrap.fill(text, 80, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
 
 
 def _field_names(section: str) -> list[str]:

@@ -81,6 +81,11 @@ REMOVED_KEYS = {
 }
 REMOVED_OPTIONS = {"quant=other": _QUANT}
 """Removed options of config groups, each with its replacement."""
+OTHER_OPTIONS = {
+    **{f"wandb={name}": "use wandb=disabled" for name in ("off", "none", "False", "dryrun")},
+    **{f"{name}={none}": f"leave {name} out" for name in ("experiment", "sweep") for none in ("none", "None")},
+}
+"""Options that users of other tools may write, each with what it is here."""
 
 
 def find_removed(key: str) -> str | None:
@@ -145,6 +150,12 @@ def _no_dropout(conf: RunFields) -> bool:
     return conf.training.disable_dropout
 
 
+def _chooses_no_model(conf: RunFields) -> bool:
+    training = conf.training
+    on_plateau = training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    return not (training.load_best_model_at_end or training.save_strategy == "best" or on_plateau)
+
+
 NO_OPS = (
     NoOp("lora.lora_dropout", _no_dropout, "has no effect with training.disable_dropout=true; set that to false"),
     NoOp("training.beta", lambda conf: _losses(conf) == {"sft"}, "training.loss_type=sft does not read it"),
@@ -172,6 +183,24 @@ NO_OPS = (
         NoOp(f"training.{name}", lambda conf: not conf.training.sync_ref_model, "needs training.sync_ref_model=true")
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps")
     ),
+    NoOp(
+        "training.f_alpha_divergence_coef",
+        lambda conf: conf.training.f_divergence_type != "alpha_divergence",
+        "needs training.f_divergence_type=alpha_divergence",
+    ),
+    NoOp(
+        "training.liger_kernel_config", lambda conf: not conf.training.use_liger_kernel, "needs use_liger_kernel=true"
+    ),
+    NoOp("training.fsdp_config", lambda conf: not conf.training.fsdp, "needs training.fsdp"),
+    NoOp(
+        "training.optim_target_modules",
+        lambda conf: not conf.training.optim.startswith(("galore", "apollo")),
+        "is read by the optimizers galore_… and apollo_…",
+    ),
+    *(
+        NoOp(f"training.{name}", _chooses_no_model, "needs training.load_best_model_at_end=true")
+        for name in ("metric_for_best_model", "greater_is_better")
+    ),
 )
 
 
@@ -181,6 +210,12 @@ def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
         return "does not change what is computed, so its values would run the same thing again"
     rules = [rule for rule in NO_OPS if rule.key == key]
     return next((rule.reason for rule in rules if all(map(rule.applies, confs))), None)
+
+
+def find_ignored(conf: RunFields, overrides: Sequence[str]) -> list[str]:
+    """Return one line for each override of a run that has no effect in its configuration."""
+    written = {text.lstrip("+").partition("=")[0] for text in overrides}
+    return [f"{rule.key}: {rule.reason}" for rule in NO_OPS if rule.key in written and rule.applies(conf)]
 
 
 def ignored_keys(conf: RunFields) -> frozenset[str]:

@@ -1,7 +1,12 @@
 """The metrics of a run: labels and optimization direction. Imports no torch."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.errors import ConfigError, suggest
 
 MAXIMIZE, MINIMIZE = "maximize", "minimize"
 
@@ -88,6 +93,48 @@ def direction_of(key: str) -> str | None:
     return named[max(found, key=len)] if found else None
 
 
+TIE = "tie"
+"""Shown instead of a reward accuracy that only rounding decides."""
+
+
+def find_first_update(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return the first step that changes weights: the second if a warm-up begins with a learning rate of 0."""
+    return 2 if any(event.get("step") == 1 and event.get("learning_rate") == 0 for event in events) else 1
+
+
+def is_untrained_accuracy(key: str, step: float, first_update: int) -> bool:
+    """Return whether a figure logged at a step is the reward accuracy of a model that has not been updated yet.
+
+    Training logs a step's figures after its update, though they were computed before.
+    """
+    return key.endswith("rewards/accuracies") and step <= first_update - key.startswith("eval_")
+
+
+def mark_ties(figures: dict[str, Any], step: int, model: ModelConf, first_update: int = 1) -> dict[str, Any]:
+    """Return the figures of a step to show, with `TIE` for the accuracy of a policy that still equals its reference."""
+    if not model.starts_as_reference:
+        return figures
+    return {key: TIE if is_untrained_accuracy(key, step, first_update) else value for key, value in figures.items()}
+
+
 def evaluation_keys() -> list[str]:
     """Return the names of a run's evaluation metrics, without the prefix `eval_`."""
     return [metric.key.removeprefix("eval_") for metric in METRICS if metric.key.startswith("eval_")]
+
+
+def check_metric(name: str, sources: Sequence[str]) -> None:
+    """Check that evaluations have the metric that chooses the best model.
+
+    Args:
+        name: the metric, with or without `eval_`.
+        sources: the names of the sources of evaluation rows.
+
+    Raises:
+        ConfigError: they lack it.
+    """
+    groups = ["", *(f"{source}_" for source in sources if len(sources) > 1)]
+    known = [f"{group}{key}" for group in groups for key in evaluation_keys()]
+    if name.removeprefix("eval_") not in known:
+        raise ConfigError(
+            f"`training.metric_for_best_model={name}`: no evaluation has it{suggest(name.removeprefix('eval_'), known)}"
+        )

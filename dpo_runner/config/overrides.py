@@ -66,7 +66,9 @@ class CheckedOverrides:
         if several and any(override.key_or_group == "run_dir" for override in self.sound):
             return ["`run_dir`: names one run's directory; for a sweep set sweep.dir"]
         if several and "sweep" not in self.choices:
-            return [f"`{several[0]}`: several values are a sweep; add -m"]
+            return [
+                f"`{several[0]}`: several values are a sweep; add -m, or write one list [a,b] or one text '\"a,b\"'"
+            ]
         if of_sweep and not several and "sweep" not in self.choices:
             return [f"`{of_sweep[0]}`: is of a sweep, which takes -m or sweep=NAME"]
         return []
@@ -117,7 +119,8 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
     try:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, ArithmeticError, RecursionError) as error:
-        return [f"`{text}`: not a KEY=VALUE override; {first_line(error)}{_QUOTES if '=' in text else ''}"], None
+        why = f"{first_line(error)}{_QUOTES}" if "=" in text else "see --help"
+        return [f"`{text}`: not a KEY=VALUE override; {why}"], None
     key = override.key_or_group
     if (removed := find_removed(key)) is not None:
         return [removed], None
@@ -129,8 +132,8 @@ def _check_override(text: str, files: ConfigFiles, groups: list[str]) -> tuple[l
         return [f"`{text}`: nothing can be deleted; {instead}"], None
     if override.package is not None:
         return [f"`{text}`: packages (@) are not supported; use {key}=OPTION"], None
-    if override.is_add() and not override.is_force_add() and (key in groups or key in SCHEMA):
-        return [f"`{text}`: `{key}` exists already; drop the +"], None
+    if (override.is_add() and key in SCHEMA) or (re.match(r"\+", text) and key in groups):
+        return [f"`{text}`: `{key}` exists already; drop the {'++' if override.is_force_add() else '+'}"], None
     if not (count := _count_values(override)) <= MOST_POINTS:
         return [f"`{text}`: has {count:,} values; an axis has at most {MOST_POINTS:,}"], None
     if of_hydra:

@@ -1,6 +1,6 @@
 """`RunConf`: the complete configuration of one run, validated on construction. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,6 +28,9 @@ class RunConf(RunFields):
     Raises:
         ConfigError: one line per field that is out of range or contradicts another.
     """
+
+    evaluation_is_optional: bool = field(default=False, compare=False, metadata={"omegaconf_ignore": True})
+    """Whether only a preset asks for evaluations within the run (`${if_evaluation_rows:…}`); no key of the YAML."""
 
     def __post_init__(self) -> None:
         if mistakes := find_mistakes(self):

@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.config.keys import find_removed
-from dpo_runner.config.rules.model import OWNED_LORA_FIELDS
+from dpo_runner.config.rules.model import OTHER_LORA_FIELDS, OWNED_LORA_FIELDS
 from dpo_runner.config.rules.training import OTHER_FIELDS, OWNED_FIELDS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf
 from dpo_runner.config.sections.model import LoraConf, QuantConf
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import reason_of, suggest
 
 
@@ -47,7 +48,7 @@ def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]
         yield from _walk_schema(section, f"{key}.")
 
 
-SCHEMA: dict[str, type | None] = dict(_walk_schema(RunConf))
+SCHEMA: dict[str, type | None] = dict(_walk_schema(RunFields))
 """Every dotted key of a run's configuration; maps a section to its dataclass and a field to None.
 
 The entries of a map are listed under `*`, such as `data.sources.*.path`.
@@ -80,21 +81,23 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
         return [f"`{key}={value}`: is a section; set its fields ({key}.FIELD=VALUE) or choose an option of the group"]
     if isinstance(value, str) and ("${" in value or value == "???"):
         return []  # resolved, or reported missing, after composition
+    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value) and key != "sweep.paired":
+        return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
     try:
         if "*" in known:  # an entry name chosen by the user: substitute any name
-            OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True)
+            OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True, merge=False)
         else:
-            OmegaConf.update(_blank_config(), key, value, force_add=False)
+            OmegaConf.update(_blank_config(), key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}"]
+        null = "; None is written null" if str(value).lower() == "none" and _takes_null(key) else ""
+        files = "; several files are a pattern (pairs*.jsonl) or data.sources" if key == "data.path" else ""
+        return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}{null}{files}"]
     kept = OmegaConf.select(_blank_config(), known.replace("*", _ANY))
     if isinstance(kept, bool) and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf takes any number
         return [f"`{key}={value}`: must be true or false"]
     for item, as_kept in zip(value, kept, strict=True) if isinstance(value, list) and kept else [(value, kept)]:
         if isinstance(item, bool) and isinstance(as_kept, str):
             return [f"`{key}={item}`: must be a text; YAML reads no, off, yes and on as booleans, write them in quotes"]
-    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value) and key != "sweep.paired":
-        return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
     return []
 
 
@@ -110,12 +113,24 @@ def _blank_config() -> DictConfig:
     return typing.cast(DictConfig, config)
 
 
+def _takes_null(key: str) -> bool:
+    try:
+        OmegaConf.update(_blank_config(), key, None, force_add=False)
+    except (OmegaConfBaseException, ValueError):
+        return False
+    return True
+
+
 def _describe_type_error(message: str) -> str:
+    if "is not Optional" in message:
+        return "must not be null"
+    if message.startswith("Cannot convert") and "to string" in message:
+        return "must be a text"
     if "is not a valid bool" in message:
         return "must be true or false"
-    if "is not a ListConfig, list or tuple" in message or message == "Cannot merge ListConfig with DictConfig":
+    if "is not a ListConfig, list or tuple" in message:
         return "must be a list, such as [a,b]"
-    if message == "Cannot merge DictConfig with ListConfig" or ("Cannot assign" in message and "DictConfig" in message):
+    if "to Dict[" in message or "is not a subclass of Dict[" in message:
         return "must be a map, such as {a:b}"
     kinds = {"Float": "a number", "Integer": "a whole number", "String": "a text"}
     kind = message.rpartition(" to ")[2]
@@ -133,8 +148,12 @@ def _describe_unknown(key: str) -> str:
     owned = {"training": OWNED_FIELDS, "lora": OWNED_LORA_FIELDS}.get(section, {})
     if name in owned:
         return f"`{key}`: is not set here; {owned[name]}"
-    if section == "training" and name in OTHER_FIELDS:
+    if section in ("training", "") and name in OTHER_FIELDS:
         return f"`{key}`: {OTHER_FIELDS[name]}"
+    if section and name == section:
+        return f"`{key}`: names `{name}` twice; a file of conf/{name}/ holds the fields without that line"
+    if section == "lora" and name in OTHER_LORA_FIELDS:
+        return f"`{key}`: {OTHER_LORA_FIELDS[name]}"
     if section == "lora":
         instead = f"further fields of PEFT's config go into lora.config (lora.config.{name}=VALUE)"
         near = suggest(name, _fields_of(section))

@@ -12,10 +12,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_runner.config.hydra_rules import find_key_mistakes, is_axis
-from dpo_runner.config.keys import REMOVED_OPTIONS
+from dpo_runner.config.keys import OTHER_OPTIONS, REMOVED_OPTIONS
 from dpo_runner.config.schema import SCHEMA, find_value_mistakes, schema_key
 from dpo_runner.errors import ConfigError, reason_of, suggest
 
+_OWN = {"model": "model.model_name_or_path", "data": "data=local_file data.path"}
+"""What takes a user's own model or data, which some write in the place of the group's option."""
 _PACKAGED_CONF = Path(__file__).parents[1] / "conf"
 CONF_DIR = _PACKAGED_CONF if _PACKAGED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
 CONFIG_NAME = "config"
@@ -33,7 +35,8 @@ class ConfigFiles:
 
     @classmethod
     def over(cls, config_dir: str | None) -> "ConfigFiles":
-        return cls((CONF_DIR, Path(config_dir)) if config_dir else (CONF_DIR,))
+        own = not config_dir or Path(config_dir).resolve() == CONF_DIR.resolve()
+        return cls((CONF_DIR,) if own else (CONF_DIR, Path(str(config_dir))))
 
     def groups(self) -> list[str]:
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
@@ -65,13 +68,16 @@ class ConfigFiles:
         """Return what is wrong with choosing `option` in `group`."""
         if isinstance(option, str) and self.find(group, option):
             return []
-        if option is None and group in ("experiment", "sweep"):
-            return []
         if (advice := REMOVED_OPTIONS.get(f"{group}={option}")) is not None:
             return [f"`{group}={option}`: was removed; {advice}"]
+        if (advice := OTHER_OPTIONS.get(f"{group}={option}")) is not None:
+            return [f"`{group}={option}`: no such option; {advice}"]
         if not self.options(group):
             return [f"`{group}={option}`: no such group; an absolute name begins with a slash (/training)"]
-        return [f"`{group}={option}`: no such option{suggest(option, self.options(group))}"]
+        hint = suggest(option, self.options(group))
+        if group in _OWN and isinstance(option, str) and not hint.endswith("?"):
+            hint += f", or set {_OWN[group]}={option}"
+        return [f"`{group}={option}`: no such option{hint}"]
 
     def load_sweep_axes(self, option: str) -> list[str]:
         """Return the overrides that a sweep file spans, such as `training.beta=0.05,0.1`; [] where it has none."""
@@ -93,7 +99,8 @@ class ConfigFiles:
             choices: the options that the command line selects in each group; an experiment's choice for
                 such a group gives way, as it does in Hydra.
         """
-        mistakes, defaults = check_file(CONF_DIR / f"{CONFIG_NAME}.yaml", "")
+        of_primary, defaults = check_file(CONF_DIR / f"{CONFIG_NAME}.yaml", "")
+        mistakes = [*of_primary]
         selected = {**{group: [option] for group, option in defaults if option is not None}, **choices}
         queue: list[tuple[str, Any, list[str]]] = [
             (group, option, []) for group, options in selected.items() for option in options
@@ -220,6 +227,9 @@ def _check_node(
     where = f"{path.parent.name}/{path.name}:{key_node.start_mark.line + 1}"
     if key_node.value not in values:
         yield f"{where}: a key must be a text"
+    elif "." in key_node.value and "*" not in schema_key(key) and not key.startswith("hydra."):
+        outer, _, inner = key_node.value.rpartition(".")
+        yield f"{where}: `{key_node.value}`: in a file, a dot is a level: `{outer.replace('.', ': {')}: {{{inner}: …}}`"
     elif key == "hydra" and not isinstance(value_node, yaml.MappingNode):
         yield f"{where}: `hydra`: must hold `key: value` lines"
     elif key.startswith("hydra."):

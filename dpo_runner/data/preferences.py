@@ -77,9 +77,8 @@ class PreferenceData:
     def shape(self) -> DataShape:
         """Return the largest row sizes over all splits."""
         splits = self._splits.values()
-        return DataShape(
-            longest=max(split.longest() for split in splits), largest=max((s.largest() for s in splits), key=sum)
-        )
+        longest, largest = max(split.longest() for split in splits), max((s.largest() for s in splits), key=sum)
+        return DataShape(longest, largest, self.eval is not None)
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """Yield source, split, file, line (or row), reason and detail of each dropped row or pair."""
@@ -135,7 +134,7 @@ def load_preferences(
             template=[origin, *template.describe()],
             sources=[_report_source(name, split, part) for name, split, part in prepared],
             splits={name: split.report() for name, split in splits.items()},
-            warnings=_find_warnings(splits, data),
+            warnings=[*_find_skipped(prepared), *_find_warnings(splits, data)],
         ),
         stop_id=template.end_of_turn,
         _splits=splits,
@@ -261,13 +260,24 @@ def _report_source(name: str, split: str, part: Prepared) -> SourceReport:
         split=split,
         files=list(part.source.files),
         format=facts["format"],
+        unread=facts["unread"],
         rows=facts["rows"],
         pairs=len(part.rows),
         bad=facts["bad"],
         left_out=facts["left_out"],
+        unscored=facts["unscored"],
         mismatched=mismatched,
         first_mismatch=mismatch,
     )
+
+
+def _find_skipped(prepared: list[tuple[str, str, Prepared]]) -> list[str]:
+    return [
+        f"{part.source.setting}: {len(skipped):,} of its files left out that `datasets` keeps for itself: {skipped[0]}"
+        + (", …" if skipped[1:] else "")
+        for _, _, part in prepared
+        if (skipped := part.source.skipped)
+    ]
 
 
 def _find_warnings(splits: dict[str, Split], data: DataConf) -> list[str]:

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpo_runner.data.layouts.columns import name_columns
+
 PARTS = ("prompt", "chosen", "rejected")
+UNSCORED = "with scores that are no finite numbers, used without them"
 _BINS = 40
 
 
@@ -73,9 +76,10 @@ class LengthBias:
         )
 
     def __str__(self) -> str:
+        difference = f"{abs(self.mean_difference):.1f} tokens {'longer' if self.mean_difference > 0 else 'shorter'}"
         return (
-            f"chosen is longer in {self.chosen_longer:.0%} of pairs, shorter in {self.rejected_longer:.0%}, "
-            f"by {self.mean_difference:+.1f} tokens on average"
+            f"chosen is longer in {self.chosen_longer:.0%} of pairs, shorter in {self.rejected_longer:.0%}; "
+            f"on average {difference}"
         )
 
 
@@ -92,6 +96,8 @@ class SourceReport:
         pairs: pairs made from them.
         bad: unusable rows, by reason.
         left_out: valid rows that yield no pair, by reason.
+        unscored: pairs whose scores are no finite numbers, used as if they had none.
+        unread: columns that hold something and that the layout does not read.
         mismatched: pairs whose prompt is cut to the common prefix of the prompt alone and the whole conversation.
         first_mismatch: location of the first of them, and its tokens in both cases.
     """
@@ -104,6 +110,8 @@ class SourceReport:
     pairs: int
     bad: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    unscored: int = 0
+    unread: list[str] = field(default_factory=list)
     mismatched: int = 0
     first_mismatch: str = ""
 
@@ -111,9 +119,14 @@ class SourceReport:
         parts = [f"{self.rows:,} rows", self.format, f"{self.pairs:,} pairs"]
         parts += [f"{count:,} bad: {reason}" for reason, count in self.bad.items()]
         parts += [f"{count:,} left out: {reason}" for reason, count in self.left_out.items()]
+        parts += [f"{self.unscored:,} {UNSCORED}"] if self.unscored else []
         if self.mismatched:
             parts.append(f"{self.mismatched:,} with the prompt cut to its common prefix ({self.first_mismatch})")
-        return ", ".join(parts)
+        return ", ".join(parts + self.describe_unread())
+
+    def describe_unread(self) -> list[str]:
+        """Return a line with the columns that are not used, or none if all are."""
+        return [f"columns not used: {name_columns(self.unread)}"] if self.unread else []
 
 
 @dataclass

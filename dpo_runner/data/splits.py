@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,15 +41,17 @@ class DataShape:
     Attributes:
         longest: tokens of the longest conversation: prompt plus the longer answer.
         largest: the pair with the most tokens.
+        has_evaluation: whether there are evaluation rows.
     """
 
     longest: int
     largest: PairShape
+    has_evaluation: bool = True
 
     def cut(self, length: int | None) -> "DataShape":
         """Return the sizes after cutting each row to its first `length` tokens; None cuts nothing."""
         longest = self.longest if length is None else min(self.longest, length)
-        return DataShape(longest, self.largest.cut(longest))
+        return replace(self, longest=longest, largest=self.largest.cut(longest))
 
 
 class Split:
@@ -261,10 +263,7 @@ def hold_out(hashes: Sequence[npt.NDArray[Any]], fraction: float) -> list[Mask]:
     """
     everything = np.concatenate(hashes)
     if len(everything) == 0 or (everything == everything[0]).all():
-        raise DataError(
-            f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0, "
-            "and training.eval_strategy=no"
-        )
+        raise DataError(f"`data.eval_fraction={fraction:g}`: needs rows with at least 2 different prompts; set it to 0")
     border = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
     second = everything[everything > everything.min()].min()
     border = min(max(border, second), everything.max())

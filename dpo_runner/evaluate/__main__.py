@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="a finished run's directory")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"what to evaluate, and how: {ALLOWED}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help=f"what to evaluate, and how: {ALLOWED}"
+    )
     args = parser.parse_args(argv)
     with honest_exit("interrupted; the same command goes on from there"):
         evaluate(args.run_dir, args.overrides)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dpo_runner.config.metrics import METRICS
 from dpo_runner.config.run_conf import RunConf
@@ -19,7 +18,7 @@ from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
 from dpo_runner.evaluate.judge import judge_answers, name_judge, summarize_verdicts
 from dpo_runner.evaluate.settings import compose, is_foreign
 from dpo_runner.evaluate.work import Task, answer_prompts, load_compared, name_autocast, score_pairs
-from dpo_runner.io.console import RunConsole, open_terminal, visible
+from dpo_runner.io.console import FoldingTable, RunConsole, open_terminal, visible
 from dpo_runner.io.files import JsonLines, write_json
 from dpo_runner.training.memory.device import EVALUATION, watch_memory
 
@@ -145,7 +144,7 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     evaluated, judge = result["evaluated"], result.get("judge", {})
     which = "all pairs" if evaluated["split"] == "all" else "evaluation pairs"
     title = f"{evaluated['pairs']:,} {which} of {', '.join(evaluated['data'])}"
-    table = Table("", title=escape(visible(title)), title_justify="left")
+    table = FoldingTable("", title=escape(visible(title)), title_justify="left")
     table.add_column("estimate", justify="right")
     table.add_column("95 % interval", justify="right")
     for metric in METRICS:

@@ -42,7 +42,7 @@ class Compared:
 
     def as_in_the_run(self) -> AbstractContextManager[None]:
         """Return the autocast context of the run's own scoring."""
-        from dpo_runner.training.precision import autocast
+        from dpo_runner.training.engine.precision import autocast
 
         return autocast(self.policy.device, self.autocast)
 

@@ -58,26 +58,24 @@ class Task:
 
 def name_autocast(conf: RunConf) -> str | None:
     """Return the autocast dtype that a run scores in, such as `bfloat16`; None without autocast."""
-    from dpo_runner.training.precision import choose_autocast
+    from dpo_runner.training.engine.precision import choose_autocast
 
     dtype = choose_autocast(conf.training)
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def load_compared(run_dir: Path, conf: RunConf) -> Compared:
-    """Load a run's policy and reference in evaluation mode, on the GPU if there is one.
+    """Load a run's policy and reference in evaluation mode, on their device.
 
     Raises:
         ConfigError: a model or adapter that the run names does not exist any more.
     """
-    import torch
-
-    from dpo_runner.model.base import load_base_model
+    from dpo_runner.model.base import load_base_model, place
     from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.policy import load_reference
     from dpo_runner.model.result import INITIAL, load_tuned_model
+    from dpo_runner.training.engine.precision import choose_autocast
     from dpo_runner.training.memory.device import keep_freed_memory
-    from dpo_runner.training.precision import choose_autocast
 
     keep_freed_memory()
     policy: Any = load_tuned_model(run_dir)[0]
@@ -86,14 +84,12 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     adapter = None
     if reference.is_within and reference.folder is not None:
         adapter = "reference"
-        policy.load_adapter(reference.folder, adapter)
+        policy.load_adapter(reference.folder, adapter, torch_device="cpu")
         policy.eval()
     elif reference.is_initial and blueprint.trains_all:
-        own = load_base_model(blueprint)[0].eval()
+        own = place(load_base_model(blueprint)[0], blueprint.conf).eval()
     elif reference.is_initial and INITIAL in policy.peft_config:
         adapter = INITIAL
-    if torch.cuda.is_available() and not conf.training.use_cpu and conf.quant is None:
-        policy, own = policy.to("cuda"), own and own.to("cuda")
     return Compared(policy, own, adapter, choose_autocast(conf.training))
 
 

@@ -13,7 +13,6 @@ from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.export.lineage import digest_weights, trace_origins
 from dpo_runner.io.files import write_folder, write_json, write_text
 from dpo_runner.io.masking import mask_secrets
-from dpo_runner.model.files.pickles import refuse_pickled_adapter
 from dpo_runner.records.reading import read_summary
 
 if TYPE_CHECKING:
@@ -96,6 +95,7 @@ def export_run(
 
 def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
     """Return the folder of a run's result, after checking the run, `out`, and that the result can be exported so."""
+    from dpo_runner.model.files.fit import check_result
     from dpo_runner.records.reading import check_finished
 
     check_finished(run_dir)
@@ -105,7 +105,7 @@ def _find_tuned(run_dir: Path, out: Path, adapter_only: bool) -> Path:
     if adapter_only and tuned.name == "model":
         raise ConfigError(f"--adapter-only: {run_dir} tuned all weights and has no adapter; leave it out")
     if tuned.name == "adapter":
-        refuse_pickled_adapter(tuned)
+        check_result(tuned)
     return tuned
 
 
@@ -133,6 +133,7 @@ def _build_model(
     from dpo_runner.data.templates.chat_template import ChatTemplate
     from dpo_runner.model.base import load_base_model
     from dpo_runner.model.blueprint import Blueprint
+    from dpo_runner.model.files.locations import loading_errors
     from dpo_runner.model.tokenizer import find_stop_ids
 
     full, trust = tuned.name == "model", conf.model.trust_remote_code
@@ -148,9 +149,10 @@ def _build_model(
     ).get_text_config()
     dtype = dtype or str(saved.dtype or model.dtype).removeprefix("torch.")
     usual, loaded = model.dtype, {key: tensor.dtype for key, tensor in model.state_dict().items()}
-    model.float()
+    _place(model.float(), conf)
 
-    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=trust)
+    with loading_errors(str(tuned), "run_dir"):
+        tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=trust)
     template = ChatTemplate(tokenizer, None, conf.data.on_no_system_role)
     lines = (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()[:_PROMPTS]
     messages = [json.loads(line)["prompt"] for line in lines] or [_FIXED_PROMPT]
@@ -183,6 +185,16 @@ def _build_model(
     return model, {"dtype": dtype, "check": check}
 
 
+def _place(model: "PreTrainedModel", conf: RunConf) -> None:
+    """Move a float32 model to the run's device, unless that lacks the memory; the CPU then takes longer."""
+    from dpo_runner.model.base import place
+    from dpo_runner.training.memory.device import read_memory
+
+    needed = 1.25 * sum(parameter.nbytes for parameter in model.parameters())
+    if not conf.training.use_cpu and needed < read_memory(of_host=False)[2]:
+        place(model, conf.model)
+
+
 def _merge(
     base: Any, adapter: Path, prompts: "list[Tensor]", say: Callable[[str], None]
 ) -> "tuple[PreTrainedModel, dict[str, float]]":
@@ -193,13 +205,15 @@ def _merge(
     """
     from peft import PeftModel
 
-    model: Any = PeftModel.from_pretrained(base, adapter).eval()
+    from dpo_runner.model.base import merge_adapter
+
+    model: Any = PeftModel.from_pretrained(base, adapter, torch_device="cpu").eval()
     expected = _compute_logits(model, prompts)
     with model.disable_adapter():
         untuned = _compute_logits(model, prompts)
         effect = _max_abs(untuned - expected)
     try:
-        model = model.merge_and_unload(safe_merge=True)
+        model = merge_adapter(model, safe_merge=True)
     except ValueError as error:
         raise RunError(f"{adapter}: cannot be merged; {reason_of(error)}; nothing was written") from None
     moved, scale = _max_abs(_compute_logits(model, prompts) - expected), _max_abs(expected)

@@ -6,22 +6,33 @@ import shlex
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 
 from dpo_runner.io.masking import mask_text
 from dpo_runner.io.streams import Guarded, silenced
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+
 _LINES_WITHOUT_TERMINAL = 20
 _SECONDS_BETWEEN_REPORTS = 10
+_LEAST_WIDTH_WITH_BAR = 100
 _NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 _REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
@@ -48,6 +59,32 @@ def open_terminal(stderr: bool = False, soft_wrap: bool = False) -> Console:
     """Return a console that goes silent if writing to it fails; rich would exit the program."""
     file: Any = Guarded(sys.stderr if stderr else sys.stdout)
     return Console(file=file, highlight=False, soft_wrap=soft_wrap)
+
+
+def show_each(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yield items one by one, with a progress bar on standard error, or one line where that is no terminal."""
+    console, shown = open_terminal(stderr=True), escape(visible(what))
+    if console.is_terminal:
+        with _build_bar(console, TimeRemainingColumn()) as bar:
+            yield from bar.track(items, description=shown)
+    else:
+        console.print(shown, soft_wrap=True)
+        yield from items
+
+
+def _build_bar(console: Console, *figures: ProgressColumn) -> Progress:
+    bar = [BarColumn()] if console.width >= _LEAST_WIDTH_WITH_BAR else []  # the figures matter more
+    return Progress(TextColumn("{task.description}"), *bar, MofNCompleteColumn(), *figures, console=console)
+
+
+class FoldingTable(Table):
+    """A table that folds what rich cuts off: words longer than their column, such as paths or a Chinese sentence.
+
+    Right-aligned columns hold figures, which are never folded.
+    """
+
+    def add_column(self, *args: Any, justify: JustifyMethod = "left", **settings: Any) -> None:
+        super().add_column(*args, justify=justify, **{"overflow": "fold", "no_wrap": justify == "right", **settings})
 
 
 class RunConsole:
@@ -78,14 +115,14 @@ class RunConsole:
         self.console.print(f"[yellow]warning:[/] {escape(visible(mask_text(text)))}")
 
     def show_plan(self, plan: dict[str, str]) -> None:
-        table = Table.grid(padding=(0, 2))
+        table = FoldingTable.grid("", "", padding=(0, 2))
         for key, value in plan.items():
             table.add_row(f"[bold]{escape(key)}[/]", escape(visible(mask_text(value))))
         self.console.print(table)
 
     def show_sizes(self, title: str, sizes: Mapping[str, int], totals: Mapping[str, int]) -> None:
         """Show a table of sizes in gigabytes, given in bytes; sizes of 0 are left out."""
-        table = Table("", title=title, title_justify="left")
+        table = FoldingTable("", title=title, title_justify="left")
         table.add_column("GB", justify="right")
         for label, size in sizes.items():
             if size:
@@ -110,14 +147,8 @@ class RunConsole:
         self._started, self._first, self._steps, self._pairs = time.monotonic(), first_step, steps, pairs_per_step
         self._with_bar = with_bar
         if with_bar and self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            figures = TextColumn("{task.fields[figures]}", table_column=Column())  # may fold, the others never do
+            self._progress = _build_bar(self.console, figures, TimeRemainingColumn())
             self._task = self._progress.add_task("training", total=steps, completed=first_step, figures="")
             self._progress.start()
 
@@ -128,8 +159,8 @@ class RunConsole:
         figures = ""
         if metrics and "loss" in metrics:
             figures = (
-                f"loss {metrics['loss']:.3f}  accuracy {metrics.get('rewards/accuracies', 0):.2f}  "
-                f"margin {metrics.get('rewards/margins', 0):.2f}  {speed:.2f} pairs/s"
+                f"loss {metrics['loss']:.3f}  accuracy {_figure(metrics.get('rewards/accuracies', 0), 2)}  "
+                f"margin {_figure(metrics.get('rewards/margins', 0), 2)}  {speed:.2f} pairs/s"
             )
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
@@ -150,7 +181,7 @@ class RunConsole:
         """Show each sample's two answers, stored under the names in `who`, side by side."""
         for sample in samples:
             question = escape(visible(sample["prompt"][-1]["content"]))
-            table = Table(title=question, title_justify="left", expand=True, show_lines=True)
+            table = FoldingTable(title=question, title_justify="left", expand=True, show_lines=True)
             for name in who:
                 answer = sample[name]
                 cut = "" if answer["complete"] else ", cut off"
@@ -159,12 +190,17 @@ class RunConsole:
             self.console.print(table)
 
     def show_summary(self, summary: dict[str, Any], labels: Mapping[str, str]) -> None:
-        """Show a run's figures before and after training; `labels` maps the keys to show to their labels."""
-        table = Table("", "before", "after")
+        """Show a run's figures, or texts in their place, before and after training.
+
+        Args:
+            summary: the contents of summary.json.
+            labels: the label of each key to show.
+        """
+        table = FoldingTable("", "before", "after")
         for key, label in labels.items():
             before, after = summary["before"].get(key), summary["after"].get(key)
             if before is not None and after is not None:
-                table.add_row(label, f"{before:.3f}", f"{after:.3f}")
+                table.add_row(label, _figure(before, 3), _figure(after, 3))
         self.console.print(table)
         self.say(
             f"{summary['steps']} steps in {format_clock(summary['train_runtime'])}, "
@@ -186,6 +222,10 @@ class RunConsole:
         self.say("")
         for use, command in lines.items():
             self.say(f"{use:<12}{command}")
+
+
+def _figure(value: float | str, digits: int) -> str:
+    return value if isinstance(value, str) else f"{value:z.{digits}f}"  # z: no -0.000
 
 
 def format_clock(seconds: float) -> str:

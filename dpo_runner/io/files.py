@@ -2,14 +2,15 @@
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.errors import RunError, reason_of
+from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.io.masking import mask_secrets
 
 
@@ -24,17 +25,21 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _write_whole(path: Path, texts: Iterable[str]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    staging = _name_beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with staging.open("x", encoding="utf-8") as file:
             file.writelines(texts)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        staging.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
+
+
+def _name_beside(path: Path) -> Path:
+    """Return a new name in the folder of `path`; unlike tempfile's, what is made there has the modes of the umask."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,12 +55,13 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = True)
         fill: writes the files into the folder it receives.
         replace: replace an existing folder; if False, an existing folder is an OSError.
     """
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    staging = _name_beside(path)
+    staging.mkdir()
+    mode = stat.S_IMODE(staging.stat().st_mode)
     try:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp and safetensors set owner-only permissions
-        for file in staging.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
+        for file in staging.rglob("*"):  # safetensors sets owner-only permissions
+            file.chmod(mode if file.is_dir() else mode & 0o666)
         if replace:
             replace_folder(path, staging, staging.with_name(f"{staging.name}-old"))
         else:
@@ -91,9 +97,16 @@ def write_folder_once(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`."""
-    configured = os.environ.get("DPO_RUNNER_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "dpo_runner"
+    """Return the cache folder: `DPO_RUNNER_CACHE`, else `~/.cache/dpo_runner`.
+
+    Raises:
+        ConfigError: the path begins with `~`, and there is no such home directory.
+    """
+    name = os.environ.get("DPO_RUNNER_CACHE") or "~/.cache/dpo_runner"
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # in a container a user may have neither HOME nor an account
+        raise ConfigError(f"{name}: this home directory is not known; set DPO_RUNNER_CACHE=DIR, or HOME") from None
 
 
 def find_fresh_folder(parent: Path) -> Path:

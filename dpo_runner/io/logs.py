@@ -7,16 +7,23 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.errors import RunError, reason_of
 from dpo_runner.io.masking import mask_text
+from dpo_runner.io.upstream import list_newer
 
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Suppress library warnings and log messages during imports, and speed the imports up."""
+    """Suppress library warnings and log messages during imports, and speed the imports up.
+
+    Raises:
+        RunError: a name is gone, and there are libraries newer than tested.
+    """
     previous, collects = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)
     gc.disable()  # a collection would scan half a million live objects and free nothing
@@ -24,6 +31,10 @@ def quiet_imports() -> Iterator[None]:
         with warnings.catch_warnings(), _compiling_later():
             warnings.simplefilter("ignore")
             yield
+    except ImportError as error:
+        if newer := list_newer():
+            raise RunError("; ".join([reason_of(error), *newer])) from error
+        raise
     finally:
         logging.disable(previous)
         if collects:  # otherwise an outer block or the program disabled it, and will enable it again
@@ -69,6 +80,28 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class _Once(logging.Filter):
+    """Pass each message of a library once, and count it. Messages of this package and tracebacks always pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[tuple[str, int, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info or record.name.startswith(f"{__package__.partition('.')[0]}."):
+            return True
+        key = record.name, record.levelno, record.getMessage()
+        self._counts[key] += 1
+        return self._counts[key] == 1
+
+    def report(self, handler: logging.Handler) -> None:
+        """Hand the handler one record for each message that was repeated."""
+        for (name, level, message), count in self._counts.items():
+            if count > 1:
+                told = "logged %d times in all: %s"
+                handler.handle(logging.LogRecord(name, level, __file__, 0, told, (count, message), None))
+
+
 class _Masking(logging.Formatter):
     """Mask secrets in every record, tracebacks included."""
 
@@ -81,7 +114,8 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
     """Redirect the libraries' log records and warnings to `log`, and disable their progress bars.
 
     Args:
-        log: the file to append to; None drops records below ERROR, and errors go to the terminal.
+        log: the file to append to, with repeated messages once and their counts at the end; None drops records below
+            ERROR, and errors go to the terminal.
     """
     with quiet_imports():
         import datasets
@@ -90,6 +124,9 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
     handler: logging.Handler = _LogFile(log, encoding="utf-8") if log else logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if log else logging.ERROR)
     handler.setFormatter(_Masking("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    once = _Once()
+    if log:
+        handler.addFilter(once)
     loggers = [logging.getLogger(name) for name in _CHATTY]
     saved = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     root = logging.getLogger()
@@ -112,6 +149,8 @@ def route_library_logs(log: Path | None) -> Iterator[None]:
             logger.handlers, logger.propagate = handlers, propagate
         root.setLevel(level)
         root.removeHandler(handler)
+        handler.removeFilter(once)
+        once.report(handler)
         handler.close()
         transformers.utils.logging.enable_progress_bar()
         if not bars:

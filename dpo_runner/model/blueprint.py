@@ -4,26 +4,27 @@ import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_runner.config.sections.model import LoraConf, ModelConf, QuantConf
 from dpo_runner.config.sections.run import RunFields
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, renaming
 from dpo_runner.io.processes import count_processes
-from dpo_runner.model.adapters import (
-    build_peft_config,
-    changes_base,
-    check_targets,
-    find_other_bases,
-)
+from dpo_runner.model.adapters import build_peft_config, changes_base, check_targets, find_other_bases
 from dpo_runner.model.files.fit import check_adapters, read_adapter_config
 from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
-from dpo_runner.model.quantization import check_quantized, check_quantized_training, choose_quantization
-from dpo_runner.model.reference import Kind, Reference, describe_reference, find_growing_rope
+from dpo_runner.model.quantization import (
+    check_quantized,
+    check_quantized_training,
+    choose_dtype,
+    choose_quantization,
+    mixes_rows,
+)
+from dpo_runner.model.reference import Kind, Reference, describe_reference, find_batch_dependence
 from dpo_runner.model.stacking import SFT
 from dpo_runner.model.tokenizer import (
     check_room,
@@ -42,16 +43,13 @@ from dpo_runner.model.vocabulary import (
     train_new_rows,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Blueprint:
     """The model of a configuration, derived from configs, tokenizers and file headers on first use, and cached.
 
     Attributes:
-        conf: the `model` group; weights are loaded in its dtype.
+        conf: the `model` group; weights are loaded in its dtype, and on the CPU with `training.use_cpu`.
         stores_reference: whether the engine stores the reference's log-probabilities.
         precomputes_reference: whether TRL computes them before training.
         longest: the limit of a row's tokens; None without limit.
@@ -68,10 +66,11 @@ class Blueprint:
     def of_run(cls, conf: RunFields) -> "Blueprint":
         """Return the unchecked blueprint of a run."""
         stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
-        groups, training = (conf.model, conf.quant, conf.lora), conf.training
+        model = replace(conf.model, device_map="cpu") if conf.training.use_cpu else conf.model
+        groups, training = (model, conf.quant, conf.lora), conf.training
         blueprint = cls(*groups, stores, training.precompute_ref_log_probs, training.max_length)
-        if blueprint.trains_all and conf.model.dtype == "auto":  # in 16 bits most small weight updates are lost
-            return replace(blueprint, conf=replace(conf.model, dtype="float32"))
+        if blueprint.trains_all and model.dtype == "auto":  # in 16 bits most small weight updates are lost
+            return replace(blueprint, conf=replace(model, dtype="float32"))
         return blueprint
 
     # ---- Location
@@ -111,7 +110,7 @@ class Blueprint:
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
         """The config that quantizes weights on loading; None if the checkpoint's own config does."""
-        return choose_quantization(self.quant, self.own_quantization, self.name)
+        return choose_quantization(self.quant, self.own_quantization, self.name, self.conf.device_map == "cpu")
 
     @cached_property
     def meta(self) -> PreTrainedModel:
@@ -121,12 +120,9 @@ class Blueprint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which weights are loaded."""
-        dtype = self.conf.dtype
-        if dtype == "auto":
-            return self.config.get_text_config().dtype or self.config.dtype or torch.float32
-        found = getattr(torch, dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+        dtype = None if self.conf.dtype == "auto" else getattr(torch, self.conf.dtype)
+        dtype = dtype or self.config.get_text_config().dtype or self.config.dtype or torch.float32
+        return choose_dtype(dtype, self.conf.device_map == "cpu")
 
     def with_config(self, config: PretrainedConfig) -> "Blueprint":
         """Return a copy with another config of the base, such as one with fewer layers."""
@@ -142,7 +138,7 @@ class Blueprint:
         return load_base_tokenizer(self.conf, self.base).chat_template
 
     @cached_property
-    def _tokenizer(self) -> "tuple[PreTrainedTokenizerBase, list[int]]":
+    def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, list[int]]:
         room = self.config.get_text_config().vocab_size
         if (tokenizer := load_adapter_tokenizer(self.conf, self.adapter)) is None:
             tokenizer = load_base_tokenizer(self.conf, self.base)
@@ -155,7 +151,7 @@ class Blueprint:
         return tokenizer, finish_tokenizer(tokenizer, self.conf, room)
 
     @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the SFT adapter's if it has one, with the chat template of its training.
 
         Raises:
@@ -177,8 +173,6 @@ class Blueprint:
         Raises:
             ConfigError: as for `tokenizer`; or the adapter's file has embeddings for only some of its tokens.
         """
-        if self.adapter is None and not self.conf.added_tokens:
-            return Vocabulary()
         vocabulary = Vocabulary()
         if self.adapter is not None:
             vocabulary.brought, vocabulary.replaces_base = read_brought_rows(self.adapter, self.meta)
@@ -226,22 +220,27 @@ class Blueprint:
             kind, holds = Kind.MODEL, False
             loaded = replace(other, model_name_or_path=name, revision=None, gguf_file=None)
         loaded = None if holds else loaded
-        config = (self if loaded is None else Blueprint(loaded, self.quant)).config.get_text_config()
-        stored = self.stores_reference and not find_growing_rope(config, self.longest)  # the store scores rows alone
+        model = self if loaded is None else Blueprint(loaded, self.quant, longest=self.longest)
+        stored = self.stores_reference and model.batch_dependence is None  # the store scores rows alone
         before = stored or self.precomputes_reference
         return Reference(kind, self.describe_reference(before), stored, before, folder, loaded)
 
+    @property
+    def batch_dependence(self) -> str | None:
+        """Why a row's log-probabilities depend on the other rows of its batch; None if they do not."""
+        mixes = mixes_rows(self.quantization or self.own_quantization, self.conf.device_map == "cpu")
+        return find_batch_dependence(self.config.get_text_config(), mixes, self.longest)
+
     def describe_reference(self, before: bool | None = None) -> str:
         """Describe the reference; reads no model config if an adapter is trained."""
-        if before is None:
-            before = self.trains_all and self.reference.is_scored_before
+        before = self.trains_all and self.reference.is_scored_before if before is None else before
         return describe_reference(self.conf, self.lora, self.changes_base, before)
 
     @cached_property
     def reference_model(self) -> "Blueprint | None":
         """The blueprint of the reference if it is loaded as a separate model, else None."""
         loaded = self.reference.loaded
-        return None if loaded is None else Blueprint(loaded, self.quant)
+        return None if loaded is None else Blueprint(loaded, self.quant, longest=self.longest)
 
     def adapter_configs(self) -> dict[str, PeftConfig]:
         """Return the configs of the model's adapters by name: `default` is trained, `sft` and `ref` frozen.
@@ -279,8 +278,7 @@ class Blueprint:
         check_adapters(self.conf, self.adapter, self.reference, self._peft, self.meta)
         if self.lora is not None:
             check_targets(self.lora, self.meta, self.name)
-        new_ids = self.vocabulary.new_ids
-        if new_ids and self.adapter_mode not in (None, "merge"):
+        if (new_ids := self.vocabulary.new_ids) and self.adapter_mode not in (None, "merge"):
             raise ConfigError(
                 f"`model.added_tokens`: {len(new_ids)} of them are new to the tokenizer of {self.conf.adapter}, whose "
                 "embeddings are its own; use model.adapter_mode=merge"
@@ -296,5 +294,6 @@ def draw_blueprint(conf: RunFields) -> Blueprint:
         ConfigError: model, adapters, quantization or tokenizer are incompatible.
     """
     blueprint = Blueprint.of_run(conf)
-    blueprint.check()
+    with renaming("model.reference", "model.model_name_or_path", conf.model.reference):
+        blueprint.check()
     return blueprint

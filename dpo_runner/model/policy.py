@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from dpo_runner.model.base import load_base_model
+from dpo_runner.errors import renaming
+from dpo_runner.model.base import load_base_model, place
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.stacking import copy_adapter, stack_adapter
@@ -56,7 +57,7 @@ def load_fresh(blueprint: Blueprint, say: Say) -> tuple[PreTrainedModel, str]:
 
 
 def load_reference(blueprint: Blueprint) -> PreTrainedModel | None:
-    """Load the reference, frozen and in evaluation mode, if it is a separate model.
+    """Load the reference, frozen, in evaluation mode and on its device, if it is a separate model.
 
     Returns:
         The model; None if the reference is the initial model or part of the policy's model.
@@ -67,11 +68,13 @@ def load_reference(blueprint: Blueprint) -> PreTrainedModel | None:
     if blueprint.reference_model is None:
         return None
     rows = blueprint.vocabulary.rows or 0
-    return load_base_model(blueprint.reference_model, rows)[0].eval().requires_grad_(False)
+    with renaming("model.reference", "model.model_name_or_path", blueprint.conf.reference):
+        model, _ = load_base_model(blueprint.reference_model, rows)
+    return place(model, blueprint.conf).eval().requires_grad_(False)
 
 
 def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say = logger.info) -> Policy:
-    """Load the quantized base and the SFT adapter as the initial policy.
+    """Load the quantized base and the SFT adapter as the initial policy, on its device.
 
     Args:
         blueprint: the model's blueprint.
@@ -83,6 +86,7 @@ def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say
     """
     mode, reference, vocabulary = blueprint.adapter_mode, blueprint.reference, blueprint.vocabulary
     base, path = load_base(blueprint, say)
+    place(base, blueprint.conf)  # before PEFT computes with its weights, as in PiSSA's SVDs
     policy = Policy(base, blueprint.build_peft(), None, path)
     train_new_rows(policy.peft_config, base, vocabulary.new_ids)
     policy.rows = vocabulary.rows if mode != "merge" or vocabulary.new_ids else None  # a merged base already has them
@@ -91,8 +95,9 @@ def load_policy(blueprint: Blueprint, load_base: LoadBase = load_fresh, say: Say
         folder = str(blueprint.adapter)
         with loading_errors(str(blueprint.conf.adapter), "model.adapter"):
             if mode == "continue":
-                # Without is_trainable=True the adapter is frozen and the loss would stay constant.
-                policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+                # Without is_trainable=True the adapter is frozen and the loss would stay constant. Without torch_device
+                # PEFT reads it on a GPU, with use_cpu too.
+                policy.model = PeftModel.from_pretrained(base, folder, is_trainable=True, torch_device="cpu")
             else:
                 assert policy.peft_config is not None
                 policy.model = stack_adapter(base, folder, policy.peft_config)

@@ -1,4 +1,4 @@
-"""Quantization by the `quant` group or by the checkpoint, and the share of weights actually quantized."""
+"""Quantization by the `quant` group or by the checkpoint, the share quantized, and 16 bits without bf16 hardware."""
 
 import re
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from dpo_runner.config.sections.model import QuantConf
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import ConfigError
 
 LEAST_QUANTIZED = 0.9
@@ -24,7 +25,23 @@ _SAID_BY_CHECKPOINT = (
 )
 
 
-def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | None:
+def lacks_bf16(use_cpu: bool = False) -> bool:
+    """Return whether a run's GPU has no bf16 arithmetic (T4, V100); it computes in fp16 then. CPUs emulate bf16.
+
+    Args:
+        use_cpu: whether the run uses the CPU despite a GPU.
+    """
+    if use_cpu or not torch.cuda.is_available():
+        return False
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_dtype(dtype: torch.dtype, use_cpu: bool = False) -> torch.dtype:
+    """Return `dtype`, or float16 for bfloat16 if the run's GPU lacks bf16."""
+    return torch.float16 if dtype == torch.bfloat16 and lacks_bf16(use_cpu) else dtype
+
+
+def build_quantization_config(conf: QuantConf | None, use_cpu: bool = False) -> BitsAndBytesConfig | None:
     """Return transformers' `BitsAndBytesConfig` for the `quant` group."""
     if conf is None:
         return None
@@ -38,19 +55,22 @@ def build_quantization_config(conf: QuantConf | None) -> BitsAndBytesConfig | No
         load_in_4bit=True,
         bnb_4bit_quant_type=conf.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=conf.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, conf.bnb_4bit_compute_dtype),
+        bnb_4bit_compute_dtype=choose_dtype(getattr(torch, conf.bnb_4bit_compute_dtype), use_cpu),
         bnb_4bit_quant_storage=getattr(torch, conf.bnb_4bit_quant_storage),
         llm_int8_skip_modules=conf.llm_int8_skip_modules,
     )
 
 
-def choose_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndBytesConfig | None:
+def choose_quantization(
+    conf: QuantConf | None, own: Any, name: str, use_cpu: bool = False
+) -> BitsAndBytesConfig | None:
     """Return the quantization config to load a checkpoint with, which may already be quantized.
 
     Args:
         conf: the `quant` group.
         own: the checkpoint's own `quantization_config`, or None.
         name: the model's, for messages.
+        use_cpu: whether the run uses the CPU despite a GPU.
 
     Returns:
         None if loading quantizes nothing: the checkpoint's own config applies.
@@ -58,9 +78,10 @@ def choose_quantization(conf: QuantConf | None, own: Any, name: str) -> BitsAndB
     Raises:
         ConfigError: `conf` contradicts the checkpoint.
     """
-    asked = build_quantization_config(conf)
-    if own is None or asked is None:
-        return asked
+    if own is None:
+        return build_quantization_config(conf, use_cpu)
+    if (asked := build_quantization_config(conf, use_cpu=True)) is None:  # in the dtype that is asked for
+        return None
     brought = own if isinstance(own, dict) else own.to_dict()
     wanted = asked.to_dict()
     keys: tuple[str, ...] = _SAID_BY_CHECKPOINT
@@ -104,15 +125,26 @@ def linear4bit_modules(model: torch.nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
-def close_4bit_trap(model: torch.nn.Module) -> None:
-    """Keep 4-bit layers differentiable on CPUs with avx512_bf16.
+def keep_training_products(model: torch.nn.Module) -> None:
+    """Let bitsandbytes' layers compute in evaluation what they compute in training. Only on CPUs the two differ.
 
-    There, an evaluation forward repacks the weights into a form whose product has no gradient, and every later
-    training step is silently wrong. With the repacking off, gradients are those of the dequantized weights, before and
-    after an evaluation.
+    4 bits: with avx512_bf16, an evaluation forward repacks the weights into a form whose product has no gradient, and
+    every later training step is silently wrong.
+
+    8 bits: training multiplies by the dequantized weights. Evaluation would also round the inputs to int8, as GPUs
+    always do (LLM.int8), so the policy that is measured would not be the one that is trained.
     """
+    from bitsandbytes.nn import Linear8bitLt
+
     for module in linear4bit_modules(model):
         module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_compute_as_in_training)
+
+
+def _compute_as_in_training(layer: torch.nn.Module, args: Any) -> None:
+    layer.training = True  # chooses the product, and nothing else
 
 
 def check_quantized(meta: PreTrainedModel, quantization_config: BitsAndBytesConfig | None, name: str) -> None:
@@ -174,15 +206,40 @@ def count_quantized(model: PreTrainedModel, skipped: list[str]) -> tuple[float, 
     return (quantized / total if total else 1.0), list(left)
 
 
-def describe_quantization(conf: QuantConf | None, own: Any = None) -> str:
-    """Return a short description of the base's quantization, for the plan."""
+def rounds_inputs(use_cpu: bool) -> bool:
+    """Return whether int8 layers round their inputs too: on GPUs, not on CPUs (see `keep_training_products`)."""
+    return not use_cpu and torch.accelerator.is_available()
+
+
+def mixes_rows(quantization: Any, use_cpu: bool) -> bool:
+    """Return whether a row's products depend on the other rows of its batch, as those of LLM.int8 do on a GPU.
+
+    Args:
+        quantization: a `BitsAndBytesConfig`, or a checkpoint's own config as a dict; None without.
+        use_cpu: whether the run uses the CPU despite a GPU.
+    """
+    fields = quantization if isinstance(quantization, dict) or quantization is None else quantization.to_dict()
+    return bool(fields and fields.get("load_in_8bit")) and rounds_inputs(use_cpu)
+
+
+def describe_quantization(conf: RunFields, own: Any = None) -> str:
+    """Return a short description of the base's quantization, for the plan; `own` is the checkpoint's config."""
+    quant, use_cpu = conf.quant, conf.training.use_cpu
     if own is not None:
         brought = own if isinstance(own, dict) else own.to_dict()
         kind = brought.get("bnb_4bit_quant_type") if brought.get("load_in_4bit") else brought.get("quant_method")
+        kind = "int8" if brought.get("load_in_8bit") else kind
         return f"the checkpoint's own ({kind})"
-    if conf is None:
+    if quant is None:
         return "none"
-    if conf.load_in_8bit:
-        return "int8 (LLM.int8())"
-    double = ", double quantization" if conf.bnb_4bit_use_double_quant else ""
-    return f"{conf.bnb_4bit_quant_type}, computes in {conf.bnb_4bit_compute_dtype}{double}"
+    if quant.load_in_8bit:
+        return "int8 (LLM.int8())" if rounds_inputs(use_cpu) else "int8 weights, inputs are not rounded on a CPU"
+    dtype = str(choose_dtype(getattr(torch, quant.bnb_4bit_compute_dtype), use_cpu)).removeprefix("torch.")
+    return f"{name_quantization(quant)}, computes in {dtype}"
+
+
+def name_quantization(quant: QuantConf) -> str:
+    """Return the quantization that a run asks for, in words that hold on any machine, as a card needs them."""
+    if quant.load_in_8bit:
+        return "int8"
+    return f"{quant.bnb_4bit_quant_type}{', double quantization' if quant.bnb_4bit_use_double_quant else ''}"

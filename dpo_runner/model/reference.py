@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.model.files.locations import is_adapter
@@ -77,6 +77,15 @@ def describe_reference(model: ModelConf, lora: LoraConf | None, changes_base: bo
     return f"{name} without the adapter"
 
 
+def count_learned_positions(meta: PreTrainedModel) -> int | None:
+    """Return the number of positions that a model has embeddings for, as GPT-2 and OPT do; None for other models."""
+    tokens, room = meta.get_input_embeddings(), getattr(meta.config, "max_position_embeddings", None)
+    others = (layer for layer in meta.modules() if isinstance(layer, torch.nn.Embedding) and layer is not tokens)
+    if room and any(0 <= layer.num_embeddings - room <= 2 for layer in others):  # OPT has 2 more
+        return int(room)
+    return None
+
+
 def find_growing_rope(config: PretrainedConfig, longest: int | None) -> str | None:
     """Return the type of a model's RoPE if the longest row of a batch sets the frequencies of all its rows.
 
@@ -96,6 +105,21 @@ def find_growing_rope(config: PretrainedConfig, longest: int | None) -> str | No
                 context = each["original_max_position_embeddings"]
             if longest is None or longest > context:
                 return kind
+    return None
+
+
+def find_batch_dependence(config: PretrainedConfig, mixes_rows: bool, longest: int | None) -> str | None:
+    """Return why a row's log-probabilities depend on the other rows of its batch; None if they do not.
+
+    Args:
+        config: the text model's.
+        mixes_rows: whether layers are bitsandbytes' LLM.int8, on a GPU.
+        longest: tokens of the longest row; None if unknown.
+    """
+    if kind := find_growing_rope(config, longest):
+        return f"the model's {kind} RoPE depends on the longest row of a batch"
+    if mixes_rows:
+        return "LLM.int8 computes a column in 16 bits if it is an outlier in any row of the batch"
     return None
 
 

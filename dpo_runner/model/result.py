@@ -39,34 +39,35 @@ _ROUNDING = {torch.float32: 2**-11, torch.float16: 2**-11, torch.bfloat16: 2**-8
 
 
 def load_tuned_model(run_dir: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a run's tuned model and tokenizer, with the base and quantization of its training.
+    """Load a run's tuned model and tokenizer, with the base, quantization and device of its training.
 
     Raises:
         ConfigError: a model or adapter of the run no longer exists, or is now a pickle.
     """
     from peft import PeftModel
 
-    from dpo_runner.model.base import load_base_model
+    from dpo_runner.model.base import load_base_model, place
+    from dpo_runner.model.files.fit import check_result
     from dpo_runner.model.files.locations import loading_errors
     from dpo_runner.model.files.pickles import refuse_pickled_adapter
     from dpo_runner.model.stacking import load_lora_alone
 
     run = read_run_conf(run_dir)
-    conf = run.model
+    blueprint = Blueprint.of_run(run)
+    conf = blueprint.conf
     if (run_dir / "model").is_dir():
-        conf = ModelConf(model_name_or_path=str(run_dir / "model"), dtype=conf.dtype, chat_template=conf.chat_template)
-        blueprint = Blueprint(conf)
-        return load_base_model(blueprint)[0].eval(), blueprint.tokenizer
-    refuse_pickled_adapter(run_dir / "adapter")
-    blueprint = Blueprint(conf, run.quant)
-    base, _ = load_base_model(blueprint)
-    model = PeftModel.from_pretrained(base, run_dir / "adapter")
+        kept = {"chat_template": conf.chat_template, "device_map": conf.device_map}
+        blueprint = Blueprint(ModelConf(model_name_or_path=str(run_dir / "model"), dtype=run.model.dtype, **kept))
+        return place(load_base_model(blueprint)[0], conf).eval(), blueprint.tokenizer
+    check_result(run_dir / "adapter")
+    base = place(load_base_model(blueprint)[0], conf)
+    model = PeftModel.from_pretrained(base, run_dir / "adapter", torch_device="cpu")
     if blueprint.adapter is not None and conf.adapter_mode in ("continue", "stack"):
         if conf.use_safetensors:
             refuse_pickled_adapter(blueprint.adapter, f"model.adapter={conf.adapter}")
         with loading_errors(str(conf.adapter), "model.adapter"):
             if conf.adapter_mode == "continue":
-                model.load_adapter(str(blueprint.adapter), INITIAL)
+                model.load_adapter(str(blueprint.adapter), INITIAL, torch_device="cpu")
             else:  # the result has already put its embeddings into the base
                 load_lora_alone(model, str(blueprint.adapter), INITIAL)
     return model.eval(), blueprint.tokenizer
@@ -173,9 +174,9 @@ def check_saved(
     dtype = torch.bfloat16 if quantized else blueprint.dtype
     model.eval()
     scored = model.get_base_model() if dtype == torch.float32 else model  # the base's forward has no autocast
-    expected = _score(scored, texts)
+    expected = score_texts(scored, texts)
     try:
-        model.load_adapter(str(folder), _SAVED)
+        model.load_adapter(str(folder), _SAVED, torch_device="cpu")
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder}: PEFT cannot load the saved adapter again; {reason_of(error)}") from error
     # An initialization took its share from the base; with it the base is the published one, on which the result goes.
@@ -184,14 +185,14 @@ def check_saved(
         for layer in model.modules() if taken else ():
             if isinstance(layer, LoraLayer):
                 layer.set_adapter([_SAVED, *taken])
-        found = _score(scored, texts)
+        found = score_texts(scored, texts)
     model.delete_adapter(_SAVED)
     model.set_adapter("default")
     distance, shift = _compare(found, expected)
     if distance <= _SAME:
         return
     with _rounded(model, _ROUNDING[dtype]):
-        tolerance = 3 * _compare(_score(scored, texts), expected)[0]
+        tolerance = 3 * _compare(score_texts(scored, texts), expected)[0]
     if not (distance <= tolerance and shift <= tolerance / 2):
         raise RunError(
             f"the saved adapter is not the trained policy: loaded again by PEFT, its log-probabilities differ by "
@@ -223,7 +224,7 @@ def _rounded(model: PeftModel, share: float) -> Iterator[None]:
             handle.remove()
 
 
-def _score(model: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def score_texts(model: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Return log p of each text's tokens after the first, fp32."""
     scores = []
     with torch.no_grad():

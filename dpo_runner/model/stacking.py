@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
@@ -39,6 +40,10 @@ class StackedPeftModel(PeftModelForCausalLM):  # type: ignore[misc]
             self.base_model.set_adapter([SFT, adapter_name], inference_mode)
             self._freeze_sft()
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().add_adapter(*args, **kwargs)
+        self._freeze_sft()  # PEFT before 0.21 makes every active adapter trainable
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         with super().disable_adapter():
@@ -60,8 +65,10 @@ def stack_adapter(base: PreTrainedModel, folder: str, config: PeftConfig) -> Sta
             for name, layer in base.named_modules()
             if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
         }
-    model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT)
-    model.__class__ = StackedPeftModel  # from_pretrained builds the class of the task type
+    sft = PeftConfig.from_pretrained(folder)
+    sft.task_type = None  # from_pretrained builds the class of the task type
+    model = StackedPeftModel.from_pretrained(base, folder, adapter_name=SFT, config=sft, torch_device="cpu")
+    model.__class__ = StackedPeftModel
     model.absorbed = absorb_embeddings(model)
     model.add_adapter("default", config)
     model.set_adapter("default")
@@ -144,7 +151,7 @@ def put_reference(model: PeftModelForCausalLM, folder: str | None) -> None:
     if isinstance(model, StackedPeftModel):
         model.stacked = ("default",)
     if folder:
-        model.load_adapter(folder, "ref", is_trainable=False)
+        model.load_adapter(folder, "ref", is_trainable=False, torch_device="cpu")
     model.set_adapter("default")
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+ONE_ANSWER = {"num_return_sequences": 1, "num_beams": 1, "return_dict_in_generate": False}
+"""Arguments of `generate` that override a model's generation_config: one row of ids for each prompt."""
+
+
 def find_stop_ids(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop_id: int | None = None
 ) -> list[int]:
@@ -46,6 +50,29 @@ def load_adapter_tokenizer(conf: ModelConf, adapter: Path | None) -> "PreTrained
 def has_tokenizer(adapter: Path | None) -> bool:
     """Return whether an adapter's folder holds a tokenizer."""
     return adapter is not None and (adapter / "tokenizer_config.json").exists()
+
+
+def find_other_token(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, base: str, ids: set[int]) -> str | None:
+    """Return the first of `ids` that is another token for a second model, in words; None if it has no tokenizer.
+
+    Special tokens are left out: one model's may be spare in the other.
+
+    Args:
+        tokenizer: of the first model.
+        conf: the `model` group of the second.
+        base: folder or hub id of the second.
+        ids: of tokens.
+    """
+    try:
+        other = load_base_tokenizer(conf, base)
+    except ConfigError:
+        return None
+    plain = ids - {*tokenizer.added_tokens_decoder, *other.added_tokens_decoder}
+    for number in sorted(token for token in plain if token < len(other)):
+        mine, its = (each.convert_ids_to_tokens(number) for each in (tokenizer, other))
+        if mine != its:
+            return f"{its!r} for {mine!r}"
+    return None
 
 
 def check_room(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, room: int) -> None:
@@ -96,6 +123,7 @@ def finish_tokenizer(tokenizer: "PreTrainedTokenizerBase", conf: ModelConf, room
     if conf.chat_template is not None:
         tokenizer.chat_template = resolve_chat_template(conf.chat_template)
     _check_template_names(tokenizer, conf)
+    tokenizer.split_special_tokens = False  # else a template's control tokens would be split like text
     new_ids = add_tokens(tokenizer, conf.added_tokens, room)
     choose_pad_token(tokenizer, conf.pad_token)
     return new_ids

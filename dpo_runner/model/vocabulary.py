@@ -15,6 +15,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Pretraine
 
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.io.upstream import find_private
 from dpo_runner.model.files.locations import loading_errors
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def choose_pad_token(tokenizer: "PreTrainedTokenizerBase", wanted: str | None) -
         tokenizer.pad_token = wanted
     elif tokenizer.pad_token is None:
         template = str(tokenizer.chat_template)
-        taken = (tokenizer.eos_token, tokenizer.bos_token)
-        made_for_it = (*_PAD_TOKENS, tokenizer.unk_token)
+        taken, made_for_it = (tokenizer.eos_token, tokenizer.bos_token), (*_PAD_TOKENS, tokenizer.unk_token)
         free = (t for t in made_for_it if t in vocabulary and t not in taken and t not in template)
         tokenizer.pad_token = next(free, tokenizer.eos_token)
 
@@ -127,9 +127,17 @@ def build_meta_model(config: PretrainedConfig, conf: ModelConf) -> PreTrainedMod
         del plain.quantization_config
     with torch.device("meta"), loading_errors(conf.model_name_or_path, "model.model_name_or_path"):
         model = AutoModelForCausalLM.from_config(plain, trust_remote_code=conf.trust_remote_code)
+    kind, reason = type(model).__name__, None
+    sees_all = any(getattr(layer, "is_causal", True) is False for layer in model.modules())
+    if sees_all and getattr(model.config, "is_decoder", True) is False:  # as in BERT
+        reason = f"is an encoder ({kind}), whose tokens see those after them; name a causal language model"
+    elif model.base_model is model:  # Llama 4
+        reason = f"TRL finds no backbone in {kind}, from which it takes hidden states; name a model of another family"
+    if reason is not None:
+        raise ConfigError(f"`model.model_name_or_path={conf.model_name_or_path}`: {reason}")
     if (attention := conf.attn_implementation) is not None:
         try:
-            model._check_and_adjust_attn_implementation(attention, is_init_check=True)
+            find_private("transformers", model, "_check_and_adjust_attn_implementation")(attention, is_init_check=True)
         except (ImportError, ValueError, OSError) as error:
             reason = reason_of(error).rstrip(".")
             raise ConfigError(f"`model.attn_implementation={attention}`: {reason}; use sdpa or eager") from None
@@ -156,7 +164,9 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
             f"`model`: its output head is a {type(head).__name__}, which cannot be resized from {old} to {rows} rows "
             "for new tokens; leave the head out of quantization, or name a model that has the tokens"
         )
-    with torch.random.fork_rng():  # the values drawn here are overwritten, and must not change later draws
+    device = model.get_input_embeddings().weight.device
+    # the values drawn here are overwritten, and must not change later draws
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.resize_token_embeddings(rows, mean_resizing=False)
     for module in _embeddings_of(model).values():
         for values in (module.weight, getattr(module, "bias", None)):

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.data.report import PARTS, DataReport, LengthBias, Lengths
+from dpo_runner.data.report import PARTS, UNSCORED, DataReport, LengthBias, Lengths
 from dpo_runner.io.pages import escape_label, render_page
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def build_page(report: DataReport, rows: list[Row], facts: dict[str, str]) -> st
         facts=facts,
         counts=_count(report),
         report=report,
+        unscored=UNSCORED,
         rows=rows,
         mixed=any(len(split.by_source) > 1 for split in report.splits.values()),
         plots=_build_plots(report),

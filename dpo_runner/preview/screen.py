@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from dpo_runner.data.report import PARTS, DataReport
+from dpo_runner.data.report import PARTS, UNSCORED, DataReport
 from dpo_runner.data.templates.rendering import find_special_ids
-from dpo_runner.io.console import visible
+from dpo_runner.io.console import FoldingTable, visible
 from dpo_runner.preview.page import Piece, Row, shorten_list
 
 if TYPE_CHECKING:
@@ -88,15 +87,17 @@ def draw_bars(counts: Sequence[int], width: int = _BAR_WIDTH) -> str:
 
 def show_report(report: DataReport, console: Console) -> None:
     """Print the report as tables."""
-    table = Table("source", "files", "format", title="rows read", title_justify="left")
+    table = FoldingTable("source", "files", "format", title="rows read", title_justify="left")
     for column in ("rows", "pairs"):
         table.add_column(column, justify="right")
     table.add_column("not used")
     for source in report.sources:
         not_used = _tally(source.bad, "bad: ") + _tally(source.left_out, "left out: ")
+        not_used += [f"{source.unscored:,} {UNSCORED}"] if source.unscored else []
         if source.mismatched:
             cut = f"{source.mismatched:,} with the prompt cut to its common prefix"
             not_used.append(f"{cut}; {source.first_mismatch}")
+        not_used += source.describe_unread()
         table.add_row(
             _text(f"{source.name} ({source.split})"),
             _text(shorten_list(source.files)),
@@ -106,7 +107,7 @@ def show_report(report: DataReport, console: Console) -> None:
             _lines(not_used),
         )
     console.print(table)
-    table = Table("split", title="pairs used", title_justify="left")
+    table = FoldingTable("split", title="pairs used", title_justify="left")
     for column in ("pairs", "kept"):
         table.add_column(column, justify="right")
     mixed = any(len(split.by_source) > 1 for split in report.splits.values())
@@ -134,10 +135,11 @@ def show_report(report: DataReport, console: Console) -> None:
 
 
 def _show_lengths(report: DataReport, console: Console) -> None:
-    table = Table("tokens", title="lengths", title_justify="left")
+    table = FoldingTable("tokens", title="lengths", title_justify="left")
     for column in ("median", "mean", "p95", "max", "total"):
         table.add_column(column, justify="right")
-    table.add_column("shortest to longest", no_wrap=True)
+    table.add_column("shortest to longest")
+    bars = min(_BAR_WIDTH, max(7, console.width - 56))  # beside six columns
     for name, split in report.splits.items():
         for part, lengths in split.lengths.items():
             table.add_row(
@@ -147,7 +149,7 @@ def _show_lengths(report: DataReport, console: Console) -> None:
                 f"{lengths.p95:,.0f}",
                 f"{lengths.max:,}",
                 f"{lengths.total:,}",
-                Text(draw_bars(lengths.counts), style=_STYLES[part]),
+                Text(draw_bars(lengths.counts, bars), style=_STYLES[part]),
             )
     console.print(table)
 
@@ -158,7 +160,7 @@ def _tally(counts: dict[str, int], what: str = "") -> list[str]:
 
 def _text(text: str) -> Text:
     """Return untrusted text for the terminal, without markup and control sequences."""
-    return Text(visible(text), overflow="fold")
+    return Text(visible(text))
 
 
 def _lines(lines: Iterable[str]) -> Text:
@@ -170,9 +172,9 @@ def show_rows(rows: list[Row], console: Console) -> None:
     for row in rows:
         console.print()
         console.rule(Text(visible(row.where), style="bold"), align="left")
-        table = Table.grid(padding=(0, 2))
+        table = FoldingTable.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        table.add_column()
         for part in PARTS:
             text = Text(style=_STYLES[part])
             for piece in row.parts[part]:

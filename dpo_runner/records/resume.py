@@ -114,6 +114,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and (effect_of(key) is Effect.COMPUTES or key in fixed)
+        if key in before or now[key] not in (None, [], {})  # a key that older versions lack
     ]
     if mistakes:
         raise ConfigError(mistakes)

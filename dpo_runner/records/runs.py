@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from dpo_runner.config.keys import split_removed
+from dpo_runner.config.metrics import find_first_update, is_untrained_accuracy
+from dpo_runner.config.sections.model import is_start
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.figures import Curve, collect_curves, collect_results, to_number
 from dpo_runner.records.find import RUN_FILES, find_runs
@@ -143,7 +145,20 @@ def _read_run(path: Path) -> RunRecord:
         run.samples = [sample for line in run.read_lines("samples.jsonl") if (sample := _read_sample(line))]
     results = collect_results(run.curves, summary, to_number(run.config.get("training.beta")))
     run.metrics = results | _read_evaluation(run)
+    reference = run.config.get("model.reference", "initial")  # the first versions had no other
+    if run.config and is_start(reference, run.config.get("model.adapter")):
+        run.curves = dict(_leave_out_ties(run.curves, find_first_update(events)))
     return run
+
+
+def _leave_out_ties(curves: dict[str, Curve], first_update: int) -> Iterator[tuple[str, Curve]]:
+    """Yield the curves without reward accuracies of a policy that still equals its reference."""
+    for name, curve in curves.items():
+        points = [
+            point for point in zip(*curve, strict=True) if not is_untrained_accuracy(name, point[0], first_update)
+        ]
+        if points:
+            yield name, ([step for step, _ in points], [value for _, value in points])
 
 
 def _read_state(run: RunRecord, status: dict[str, Any], summary: dict[str, Any]) -> None:

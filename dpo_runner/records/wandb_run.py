@@ -24,7 +24,7 @@ _Mode = Literal["online", "offline"]
 
 _TIMEOUT_SECONDS = 30
 _LONGEST_NAME = 128
-"""Maximum characters of a name or a group; W&B's server rejects longer ones."""
+"""Maximum characters of a run's name; W&B's server rejects longer ones, and a run directory may have one."""
 _LONGEST_REASON = 200
 """Maximum characters shown of an error; a server's response may be a whole page."""
 
@@ -122,7 +122,7 @@ def _init(conf: RunConf, directory: RunDirectory, mode: _Mode, folder: Path, run
         reinit="finish_previous",  # an earlier, dead run of this process must not receive our data
         project=None if agent else told.project,
         entity=None if agent else told.entity,
-        group=None if told.group is None else _shorten(told.group, _LONGEST_NAME),
+        group=told.group,
         job_type=told.job_type,
         name=_shorten(told.name or mask_text(f"{conf.run_name}/{directory.path.name}"), _LONGEST_NAME),
         tags=told.tags,

@@ -17,10 +17,12 @@ import xxhash
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_runner.io.upstream import find_commit
 from dpo_runner.model.base import load_base_model
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Say
 from dpo_runner.training.engine.reference.identity import bytes_of
+from dpo_runner.training.memory.fake_model import count_bytes
 
 _CONSTANT = (
     *(type(None), bool, int, float, complex, str, bytes, type, Enum, torch.dtype, torch.device, torch.Size),
@@ -89,6 +91,15 @@ class Snapshot:
             tensor.data = data
             tensor.requires_grad_(requires_grad)
 
+    def count_bytes(self, kind: str) -> int:
+        """Return the bytes of the recorded tensors on devices of a kind.
+
+        On a CPU only quantized weights count: others are mapped from their file, and their memory counts as free.
+        """
+        on_device = [data for _, data, _, _ in self._tensors if data.device.type == kind]
+        held = [data for data in on_device if kind != "cpu" or not data.is_floating_point()]
+        return count_bytes(held)
+
     def find_change(self) -> str | None:
         """Return a phrase that names a weight whose bytes have changed; None if none has."""
         for tensor, _, _, digest in self._tensors:
@@ -154,7 +165,7 @@ class BasePool:
         if reason is None and identity is None:
             reason = "it is not known which commit of the hub's repository it is"
         if reason is None and before != _random_state():
-            reason = "it has weights that are drawn at random, not loaded"
+            reason = "loading it draws random numbers"
         if reason is None:
             assert identity is not None
             try:
@@ -164,6 +175,16 @@ class BasePool:
         if reason is not None:
             say(f"engine.keep_base_model: the base model is not kept for the next run; {reason}")
         return base, path
+
+    def count_bytes(self, use_cpu: bool) -> int:
+        """Return the bytes that the base takes on the device that trains, without what is mapped from a file.
+
+        Args:
+            use_cpu: `training.use_cpu`.
+        """
+        if self._kept is None:
+            return 0
+        return self._kept.snapshot.count_bytes("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
 
     def put_back(self) -> None:
         """Restore the bare base, so that the memory of what a run put on it can be freed."""
@@ -192,7 +213,7 @@ def why_not_kept(blueprint: Blueprint) -> str | None:
         return f"lora.init_lora_weights={lora.init_lora_weights} begins from its weights"
     if vocabulary.rows is not None or vocabulary.new_ids or vocabulary.replaces_base:
         return "its embeddings are resized or replaced"
-    if blueprint.conf.device_map is not None:
+    if blueprint.conf.device_map not in (None, "cpu"):
         return "model.device_map spreads it"
     return None
 
@@ -200,7 +221,7 @@ def why_not_kept(blueprint: Blueprint) -> str | None:
 def _identify(blueprint: Blueprint) -> str | None:
     """Return everything that determines what is loaded, files by size and mtime; None if it is unknown."""
     folder = Path(blueprint.base)
-    version: Any = getattr(blueprint.config, "_commit_hash", None)
+    version: Any = find_commit(blueprint.config)
     if folder.is_dir():
         files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
         version = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

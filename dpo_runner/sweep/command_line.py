@@ -5,6 +5,7 @@ leaves no files.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -55,6 +56,8 @@ def check_command_line(argv: list[str]) -> list[str]:
     mistakes += _check_flags(args)
     if args.config_dir == "":
         return [*mistakes, "--config-dir=: must not be empty; name a folder, or leave it out"]
+    if args.shell_completion:  # its arguments are Hydra's own (install=bash)
+        return mistakes
     mistakes += find_override_mistakes(args.overrides, args.config_dir, multirun=args.multirun)
     return mistakes
 
@@ -64,6 +67,8 @@ def _check_flags(args: argparse.Namespace) -> Iterator[str]:
     chosen = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, name)]
     if len(chosen) > 1:
         yield f"--{chosen[0].replace('_', '-')}: goes alone, not with --{chosen[1].replace('_', '-')}"
+    if args.run and (sweeps := [text for text in args.overrides if re.match(r"\+?sweep=", text)]):
+        yield f"--run: makes one run, and `{sweeps[0]}` is a sweep; leave one of them out"
     for flag in ("resolve", "package"):
         if getattr(args, flag) and args.cfg is None:
             yield f"--{flag}: is read by --cfg job alone; add that, or leave it out"
@@ -71,9 +76,11 @@ def _check_flags(args: argparse.Namespace) -> Iterator[str]:
         yield f"--package={args.package}: no such section{suggest(args.package, _SECTIONS)}"
 
 
-def choose_sweeper(argv: list[str]) -> list[str]:
-    """Return a valid sweep command, with `hydra/sweeper=optuna` added if it is a search."""
+def complete_sweep(argv: list[str]) -> list[str]:
+    """Return a valid sweep command with what it may leave out: `-m` beside `sweep=NAME`, and a search's sweeper."""
     args = _build_parser().parse_args(argv)
+    if not (args.run or args.multirun or args.cfg or args.info):
+        argv = [*argv, "-m"]
     if not args.overrides or not is_search(args.overrides, args.config_dir):
         return argv
     at = argv.index(args.overrides[0])  # next to the overrides: argparse does not allow flags between them
@@ -85,6 +92,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            if flag := re.search(r"unrecognized arguments: (--?[^\s=\d][^\s=]*)", message):
+                key = flag[1].lstrip("-").replace("-", "_")
+                raise ConfigError(f"{flag[1]}: no such flag; a key is set without dashes ({key}=VALUE), see --help")
             raise ConfigError(f"{message}; flags go before or after all KEY=VALUE, see --help")
 
     parser: argparse.ArgumentParser = get_args_parser()
@@ -133,18 +143,23 @@ def _find_sweep_mistakes(checked: CheckedOverrides, config_dir: str | None, mult
     return None
 
 
-def _describe_options(key: str, files: ConfigFiles) -> str:
+def _describe_empty(override: Override, files: ConfigFiles) -> str:
+    if not isinstance(override.value(), Glob):
+        return f"`{override.input_line}`: has no values; a range is (START,STOP,STEP), and leaves STOP out"
+    key = override.key_or_group
     options = files.options(key)
-    return f"the options of {key}: {', '.join(options)}" if options else "its options: only groups have some"
+    known = f"the options of {key}: {', '.join(options)}" if options else "its options: only groups have some"
+    return f"`{key}=glob(…)`: matches none of {known}"
 
 
 def _find_point_mistakes(
     overrides: list[Override], files: ConfigFiles, config_dir: str | None
 ) -> tuple[list[str], list[str]]:
     """Compose each point of the valid overrides; return the rules broken, and why points do not compose."""
-    axes = merge_axes([_read_axis(override, files) for override in overrides])
-    if empty := [axis.key for axis in axes if not axis.texts]:
-        return [f"`{key}=glob(…)`: matches none of {_describe_options(key, files)}" for key in empty], []
+    read = [_read_axis(override, files) for override in overrides]
+    if empty := [override for override, axis in zip(overrides, read, strict=True) if not axis.texts]:
+        return [_describe_empty(override, files) for override in empty], []
+    axes = merge_axes(read)
     broken: dict[str, None] = {}
     uncomposable: dict[str, None] = {}
     alone = not any(override.is_sweep_override() for override in overrides)

@@ -53,7 +53,9 @@ def perform(
     place = {} if log is None else {"log": str(log)}
     before = read_status(path)
     try:
-        run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=choose_loader(conf, bases))
+        load_base = choose_loader(conf, bases)  # may free the base
+        held = bases.count_bytes(conf.training.use_cpu) if bases is not None else 0
+        run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=load_base, held=held)
     except RunPruned as error:
         return {"state": "pruned", "error": str(error)}
     except (RunInterrupted, KeyboardInterrupt) as error:

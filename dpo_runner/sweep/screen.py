@@ -7,13 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.overrides import write_override
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import SweepFailed, describe_failure
-from dpo_runner.io.console import format_clock, open_terminal, visible
+from dpo_runner.io.console import FoldingTable, format_clock, open_terminal, visible
 from dpo_runner.io.masking import mask_text
 from dpo_runner.records.wandb_files import find_folder, list_commands
 from dpo_runner.sweep.directory import DONE, JobState, read_job, show_metrics
@@ -59,7 +58,7 @@ class SweepScreen:
 
     def show_plan(self, path: Path, names: Sequence[str], points: Sequence[Point], merged: int) -> None:
         """Show each point with its steps and the state of its directory."""
-        table = Table("job", "varies", "steps", "state")
+        table = FoldingTable("job", "varies", "steps", "state")
         jobs = [read_job(path / name) for name in names]
         for job, point in zip(jobs, points, strict=True):
             state = job.state if (path / job.name).exists() else "new"
@@ -109,7 +108,9 @@ class SweepScreen:
 
     def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
         """Show every job with its state and key metrics, and where to find the comparison and the curves."""
-        table = Table("job", "varies", "state", *map(column_of, KEY_METRICS))
+        table = FoldingTable("job", "varies", "state")
+        for metric in KEY_METRICS:
+            table.add_column(column_of(metric), no_wrap=True)
         for job, label in zip(jobs, labels, strict=True):
             figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in KEY_METRICS]
             table.add_row(job.name, escape(visible(label)), job.state, *figures)

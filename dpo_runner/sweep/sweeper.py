@@ -10,13 +10,13 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
-from rich.table import Table
 
 from dpo_runner.config.compose import compose_point
 from dpo_runner.config.rules.sweep import read_direction
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, SweepFailed, describe_failure
+from dpo_runner.io.console import FoldingTable
 from dpo_runner.records.reading import read_status
 from dpo_runner.records.wandb_run import is_under_agent
 from dpo_runner.sweep.axes import Axis, merge_axes, read_axis, read_sweep_conf
@@ -216,7 +216,7 @@ class OptunaSweeper(GridSweeper):
 def _show_plan(screen: SweepScreen, space: Space, sweep: SweepConf, path: Path) -> None:
     """Show the search space, sampler, pruner and objective."""
     search = sweep.search
-    table = Table("searched", "values")
+    table = FoldingTable("searched", "values")
     for key, dimension in space.dimensions.items():
         table.add_row(key, str(dimension))
     screen.console.print(table)

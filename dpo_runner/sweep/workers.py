@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunError
+from dpo_runner.io.processes import list_gpus
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.sweep.directory import DONE
@@ -267,15 +267,3 @@ class WorkerPool:
 def count_workers(count: int | None) -> int:
     """Return the number of workers for `sweep.workers`: null means one per GPU, or one on the CPU."""
     return count or max(len(list_gpus()), 1)
-
-
-def list_gpus() -> list[str]:
-    """Return the usable GPUs as named in CUDA_VISIBLE_DEVICES, without importing torch."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name.strip() and name.strip() != "-1"]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
-    names = [line.rpartition("UUID: ")[2].rstrip(") ") for line in listed.stdout.splitlines() if "UUID: " in line]
-    return [name for name in names if name.startswith("MIG-")] or names

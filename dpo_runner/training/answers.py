@@ -1,6 +1,7 @@
 """Evaluation and greedy answers, before and after training."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,8 @@ import torch
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData, SamplePrompt
-from dpo_runner.model.tokenizer import find_stop_ids
+from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
+from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
 from dpo_runner.training.trainer import RunTrainer
 
@@ -35,9 +37,17 @@ def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> M
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
     length, tokenizer = conf.samples.max_new_tokens, trainer.processing_class
-    with watch_memory(ANSWERING):
+    with watch_memory(ANSWERING), trainer.accelerator.autocast() if _mixes_dtypes(trainer.model) else nullcontext():
         answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
     return Measurement({**metrics, **summarize_answers(answers)}, answers)
+
+
+def _mixes_dtypes(model: torch.nn.Module) -> bool:
+    """Return whether whole modules are trained in fp32 beside 16-bit layers, which need autocast for their outputs."""
+    weights = dict(model.named_parameters())
+    return any(WHOLE_MODULE in name for name in weights) and any(
+        weight.dtype in (torch.bfloat16, torch.float16) for weight in weights.values()
+    )
 
 
 def _evaluate(trainer: RunTrainer) -> dict[str, Any]:
@@ -87,6 +97,7 @@ def generate_answers(
                     temperature=None,
                     top_p=None,
                     top_k=None,
+                    **ONE_ANSWER,
                 )
             for row in output[:, width:].tolist():
                 end = next((i for i, token in enumerate(row) if token in stop_ids), None)

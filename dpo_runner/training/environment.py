@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.io.upstream import find_commit
 from dpo_runner.io.version import __version__
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Policy
@@ -46,7 +47,7 @@ def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, p
         "seed": seed,
         "model": {
             "base": policy.base,
-            "commit": getattr(policy.model.config, "_commit_hash", None),
+            "commit": find_commit(policy.model.config),
             "fingerprint": _fingerprint_model(policy.base),
             "weights": _digest_files(policy.base),
             "adapter": _digest_files(blueprint.adapter),
@@ -62,22 +63,22 @@ def collect_environment(seed: int, data: PreferenceData, blueprint: Blueprint, p
     }
 
 
-def reset_peak_memory() -> None:
-    """Reset this process's peak memory: of the GPU if available, else of resident memory (Linux)."""
-    if torch.cuda.is_available():
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset this process's peak memory: of the GPU if the run computes on one, else of resident memory (Linux)."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError):  # not Linux, or a sandbox: the peak is then that of the whole process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to the current resident size
 
 
-def measure_peak_memory() -> float:
+def measure_peak_memory(device: torch.device) -> float:
     """Return peak memory since the last `reset_peak_memory`, in GB (1e9 bytes).
 
-    On a GPU: memory allocated by torch in this process. Otherwise: resident memory of the process, libraries included;
-    outside Linux since process start.
+    If `device` is a GPU: memory allocated by torch in this process. Otherwise: resident memory of the process,
+    libraries included; outside Linux since process start.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of
+from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of, mark_ties
 from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
@@ -74,7 +74,7 @@ class Session:
 
     def _build_events(self) -> RunEvents:
         show = not self._conf.training.disable_tqdm
-        return RunEvents(self.directory, self.tracker, self.console, show_progress=show)
+        return RunEvents(self.directory, self.tracker, self.console, self._conf.model, show)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -156,7 +156,8 @@ class Session:
         self.directory.write_summary(summary)
         self.tracker.log_summary(summary, self._conf.sweep.search.objective)
         self.console.show_samples(samples[: self._conf.samples.show])
-        self.console.show_summary(summary, {key: label_of(key) for key in BEFORE_AND_AFTER})
+        shown = {**summary, "before": mark_ties(summary["before"], 0, self._conf.model)}
+        self.console.show_summary(shown, {key: label_of(key) for key in BEFORE_AND_AFTER})
 
 
 @contextmanager

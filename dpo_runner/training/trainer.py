@@ -20,6 +20,7 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
 from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.io.processes import count_processes
+from dpo_runner.io.upstream import check_names, find_attention, find_fingerprint, set_fingerprint
 from dpo_runner.model.adapters import make_loadable
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Policy, Say
@@ -30,21 +31,20 @@ from dpo_runner.records.checkpoints import find_damage, read_step
 from dpo_runner.records.resume import read_epoch
 from dpo_runner.training.engine.install import install_engine
 from dpo_runner.training.engine.token_batches import TokenBatches
+from dpo_runner.training.memory.device import is_of_device
 from dpo_runner.training.mixins.evaluation import TimedEvaluation
 from dpo_runner.training.mixins.nonfinite import FiniteSteps
 from dpo_runner.training.mixins.saving import SealedCheckpoints
 
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at common ranks
 
-# Private methods of TRL, overridden here: fail on an upgrade that renames them.
-for _name in (
-    "_prepare_dataset",
-    "_precompute_ref_logps",
-    "_prepare_inputs",
-    "_load_from_checkpoint",
-    "_load_best_model",
-):
-    assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
+check_names(
+    "trl",
+    DPOTrainer,
+    _prepare_dataset="dataset processing_class args dataset_name",
+    _precompute_ref_logps="dataset name batch_size",
+)
+check_names("transformers", DPOTrainer, _load_from_checkpoint="resume_from_checkpoint", _load_best_model="")
 
 
 class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, DPOTrainer):  # type: ignore[misc]
@@ -78,7 +78,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         self._reference, self._identity = blueprint.reference, _identify_reference(blueprint)
         self._loaded = _copy_trained(policy.model)
         self._is_reference_set = False
-        self.attention = policy.model.config._attn_implementation
+        self.attention = find_attention(policy.model.config)
         with _trl_errors():
             super().__init__(
                 model=policy.model,
@@ -129,6 +129,8 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         try:
             initialize_lora_eva_weights(self.model, batches, show_progress_bar=False)
         except (ValueError, RuntimeError) as error:
+            if is_of_device(error):
+                raise
             raise ConfigError(f"`lora.init_lora_weights=eva`: {reason_of(error)}") from None
 
     def _cast_adapter_to_fp32(self) -> None:
@@ -172,7 +174,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
             self.attention,
             self._identity,
         )
-        prepared._fingerprint = Hasher.hash((dataset._fingerprint, settings))
+        set_fingerprint(prepared, Hasher.hash((find_fingerprint(dataset), settings)))
         return prepared
 
     def train_to_end(self, checkpoint: Path | None) -> dict[str, Any]:
@@ -223,6 +225,21 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         """Do nothing: checkpoints get no model card; the run writes one for its result."""
 
 
+def check_memory(trainer: RunTrainer) -> None:
+    """Check that no trained weight lies in the memory of a frozen one, which would move with it.
+
+    Raises:
+        RunError: one does.
+    """
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    weights = [each for model in models for each in (*model.named_parameters(), *model.named_buffers())]
+    frozen = {weight.untyped_storage().data_ptr(): name for name, weight in weights if not weight.requires_grad}
+    for name, weight in weights:
+        address = weight.untyped_storage().data_ptr()
+        if weight.requires_grad and address and address in frozen:
+            raise RunError(f"{name} is trained in the memory of {frozen[address]}, so the reference would move with it")
+
+
 def count_steps(training: Any, rows: int) -> int:
     """Return the number of optimizer steps over `rows` training rows, counted like transformers' Trainer.
 
@@ -253,7 +270,7 @@ def _copy_trained(model: Any) -> dict[str, torch.Tensor]:
     """Return copies of a loaded adapter's trainable weights, by name; empty for a new adapter."""
     if not isinstance(model, PeftModel):
         return {}
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _identify_reference(blueprint: Blueprint) -> str:

@@ -218,7 +218,7 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     rows = [
         ("kill -9, tiny model", TINY, args.kills, kill),
-        ("SIGINT, SIGTERM and SIGUSR1, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
+        ("SIGINT, SIGTERM, SIGUSR1 and SIGHUP, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
         ("kill -9, default model", REAL, args.real_kills, kill),
     ]
     failed = False

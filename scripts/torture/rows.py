@@ -31,7 +31,7 @@ from dpo_runner.model.files.packaged import load_random_model_path
 from scripts.torture.limits import Hang, time_limit
 from scripts.torture.strategies import ROWS, SOUND_ROWS, damage, draw, near_rows
 
-_ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 3
+_ROWS_PER_FILE, _SECONDS, _SOUND = 50, 10, 4
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".txt", "")
 
 
@@ -118,7 +118,8 @@ class _Bench:
         if isinstance(data, ConfigError):
             raise Wrong(f"the sound rows are refused too: {data}")
         (source,) = {part.name: part for part in data.report.sources}.values()
-        if source.rows != len(sound) + len(rows):
+        missing = len(sound) + len(rows) - source.rows
+        if missing < 0 or (missing and layout != "kto"):  # whose rows of one prompt are one
             raise Wrong(f"{source.rows} rows are told of, of {len(sound) + len(rows)}")
         path.unlink()
         return data

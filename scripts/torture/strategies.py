@@ -48,10 +48,15 @@ SOUND_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "preference": lambda n: {"prompt": f"q{n}", "chosen": f"so {n}", "rejected": "no"},
     "hh": lambda n: {"chosen": f"\n\nHuman: q{n}\n\nAssistant: so", "rejected": f"\n\nHuman: q{n}\n\nAssistant: no"},
     "sharegpt": lambda n: {"conversations": [{"from": "human", "value": f"q{n}"}], "chosen": "so", "rejected": "no"},
+    "swift": lambda n: {
+        "messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "so"}],
+        "rejected_response": "no",
+    },
     "alpaca": lambda n: {"instruction": f"q{n}", "chosen": "so", "rejected": "no"},
     "orca": lambda n: {"question": f"q{n}", "chosen": "so", "rejected": "no"},
     "scored": lambda n: {"prompt": f"q{n}", "responses": ["so", "no"], "scores": [2, 1]},
     "helpsteer": lambda n: {"context": f"q{n}", "response1": "a", "response2": "b", "overall_preference": -1},
+    "kto": lambda n: {"prompt": f"q{n // 2}", "completion": f"a{n}", "label": n % 2 == 0},
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_runner.cache.__main__ import main
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
+from tests.support.common import run_main
 
 
 @pytest.fixture
@@ -54,3 +55,14 @@ def test_an_empty_cache_and_an_unknown_kind(
     with pytest.raises(SystemExit) as ended:
         main(["clear", "everything"])
     assert ended.value.code == 2
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("DPO_RUNNER_CACHE")
+    monkeypatch.setattr("os.getuid", lambda: 987_654)  # of no account, as in containers
+    assert run_main(main) == 2
+    told = "error: ~/.cache/dpo_runner: this home directory is not known; set DPO_RUNNER_CACHE=DIR, or HOME\n"
+    assert capsys.readouterr().err == told

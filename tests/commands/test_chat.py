@@ -15,6 +15,7 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_policy
 from dpo_runner.model.result import untuned
+from tests.support.common import run_main
 from tests.support.programs import run_python
 
 
@@ -71,6 +72,17 @@ def test_full_fine_tuning_can_be_talked_to_but_not_compared(tiny_run, tmp_path) 
         chat.compare("Hello.")
 
 
+def test_a_gpu_that_is_full_is_one_line(run_dir: Path, monkeypatch, capsys) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
+
+    for name in ("transformers.generation.GenerationMixin.generate", "dpo_runner.model.result.load_tuned_model"):
+        monkeypatch.setattr(name, fail)
+        assert run_main(main, str(run_dir), "--prompt", "Hello.") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: out of memory in ") and "CUDA_VISIBLE_DEVICES= in the environment" in line
+
+
 def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path)])
@@ -80,6 +92,19 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "the run is failed, not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "rule"),
+    [
+        ("--max-new-tokens", "0", "at least 1"),
+        ("--temperature", "-1.0", "from 0 on"),
+        ("--temperature", "nan", "from 0"),
+    ],
+)
+def test_a_wrong_number_is_refused(flag: str, value: str, rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, "r", flag, value) == 2
+    assert f"{flag} {value}: must be" in (told := capsys.readouterr().err) and rule in told
 
 
 @pytest.mark.parametrize("arguments", [[], ["--compare"]], ids=["streamed", "compared"])

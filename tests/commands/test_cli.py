@@ -29,7 +29,12 @@ def test_version_and_help() -> None:
 
     assert run_program("--version").stdout.strip() == f"dpo_runner {dpo_runner.__version__}"
     text = run_program("--help").stdout
-    for expected in ("model", "nf4", "r64_all_linear", "zephyr_7b_dpo_qlora", "python -m dpo_runner -m training.beta="):
+    for expected in (
+        "\n  sweep.search    sampler",
+        "nf4",
+        "zephyr_7b_dpo_qlora",
+        "python -m dpo_runner -m training.beta=",
+    ):
         assert expected in text
 
 

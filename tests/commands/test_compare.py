@@ -58,7 +58,17 @@ def test_data_cannot_steer_the_terminal(tmp_path: Path, capsys) -> None:
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_a_narrow_terminal_leaves_settings_out_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "shown", "left_out"),
+    [
+        (110, ("beta", "long_setting_b", "accuracy", "tokens"), "training.long_setting_c, "),
+        (80, ("beta", "long_setting_b", "accuracy", "margin"), "loss, drift, tokens, "),
+        (60, ("accuracy", "margin"), "training.beta, "),
+    ],
+)
+def test_a_narrow_terminal_keeps_what_matters_most_and_says_what_it_leaves_out(
+    width: int, shown: tuple[str, ...], left_out: str, tmp_path: Path
+) -> None:
     from rich.console import Console
 
     from dpo_runner.compare.comparison import choose_objective, compare_runs
@@ -66,15 +76,21 @@ def test_a_narrow_terminal_leaves_settings_out_and_says_so(tmp_path: Path) -> No
     from dpo_runner.records.runs import read_runs
 
     for index in range(3):
-        extra = {f"a_long_setting_{letter}": f"value {index}" for letter in "abcdefgh"}
-        write_run(tmp_path / f"{index}", training={"beta": 0.1, "learning_rate": 1e-5, **extra})
+        extra = {f"long_setting_{letter}": f"value {index}" for letter in "bcdefgh"}
+        write_run(
+            tmp_path / "zephyr_7b_ultrafeedback_grid" / f"{index}-learning_rate=5e-05",
+            training={"beta": index / 10, "learning_rate": 1e-5, **extra},
+        )
+    write_run(tmp_path / "other", training={"beta": 0.7, "learning_rate": 1e-5})
     runs, _ = read_runs([tmp_path])
-    console = Console(file=io.StringIO(), width=110, force_terminal=True, color_system=None)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     show_table(compare_runs(runs, choose_objective(DEFAULT_OBJECTIVE, None, runs)), console)
     text = console.file.getvalue()
-    assert "too narrow for what also differs: training.a_long_setting_" in text
-    assert "a_long_setting_a" in text.split("too narrow")[0]
-    assert max(map(len, text.split("★ best")[0].splitlines()[:6])) <= 110
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(heading in lines[2] for heading in shown) and f"too narrow for {left_out}" in text
+    assert text.count("learning_") == text.count("5e-05") == 3, "a name is folded only after its separators"
+    assert "│   0.4517 │" in text and "│ finished │" in text
 
 
 def test_csv_and_json_hold_every_row_and_figure(sweep: Path, tmp_path: Path, capsys) -> None:

@@ -5,7 +5,9 @@ import pytest
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.evaluate.__main__ import main
 from dpo_runner.evaluate.settings import compose
+from tests.support.common import run_main
 
 
 @pytest.fixture
@@ -37,6 +39,11 @@ def test_a_wrong_override_is_refused_in_one_line(run: RunConf, override: str, wo
         compose(run, [override])
     assert caught.value.mistakes[0].startswith(words)
     assert len(caught.value.mistakes) == (2 if "file:" in override else 1)  # judge.model is missing too
+
+
+def test_a_missing_run_is_all_that_the_usage_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main) == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: run_dir\n")
 
 
 @pytest.mark.parametrize("extra", [[], ["lora=none"], ["quant=nf4", "training.beta=0.3"]], ids=str)

@@ -246,6 +246,22 @@ def test_a_hardly_trained_adapter_that_is_not_merged_is_found_too(finished, monk
     assert refuse(capsys, run_dir, "--out", "y")[0] == 1
 
 
+def test_the_merge_is_made_on_the_gpu_if_that_has_the_memory(finished, monkeypatch) -> None:
+    placed, free, path = [], 10**12, finished()
+    monkeypatch.setattr("dpo_runner.model.base.place", lambda model, conf: placed.append(model.dtype))
+    monkeypatch.setattr("dpo_runner.training.memory.device.read_memory", lambda of_host: ("GPU", 10**12, free))
+    main([str(path), "--out", "x"])
+    assert placed == [torch.float32]
+    free = 10**5
+    main([str(path), "--out", "y"])
+    free = 10**12
+    shutil.copytree(path, "r")
+    config = Path("r/config.yaml").read_text()
+    Path("r/config.yaml").write_text(config.replace("use_cpu: false", "use_cpu: true"))
+    main(["r", "--out", "z"])
+    assert placed == [torch.float32]
+
+
 def test_a_dtype_that_loses_too_much_is_refused(finished, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(ROUNDING_TOLERANCE, "bfloat16", 0.0)
     code, line = refuse(capsys, finished(), "--out", "x", "--dtype", "bfloat16")

@@ -54,7 +54,7 @@ def report() -> DataReport:
         template=[f"folded {SCRIPT}"],
         sources=[
             SourceReport("data", "train", files, "preference", 40, 34, {f"not JSON {SCRIPT}": 4}, {MARKUP: 2}),
-            SourceReport(SCRIPT, "eval", ["eval.jsonl"], "preference", 14, 14, mismatched=3),
+            SourceReport(SCRIPT, "eval", ["eval.jsonl"], "preference", 14, 14, mismatched=3, unread=["margin", SCRIPT]),
         ],
         splits={"train": split_report(30), "eval": replace(split_report(10), dropped={}, unused=0)},
         warnings=[f"beware {IMAGE} {STEERING}"],
@@ -154,7 +154,15 @@ def test_the_terminal_shows_the_report_and_obeys_nothing_in_it(report, rows, con
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert "␛[31m" in text and "<|im_start|>" in text and "日本↵" in text
     flat = "".join(character for character in text if character not in " \n│")
-    for expected in ("4bad:notJSON", "2leftout:<b>x</b>", "3withthepromptcut", "1notdrawn", "lengthbias,train", "██"):
+    for expected in (
+        "4bad:notJSON",
+        "2leftout:<b>x</b>",
+        "3withthepromptcut",
+        "1notdrawn",
+        "lengthbias,train",
+        "██",
+        "columnsnotused:margin,",
+    ):
         assert expected in flat
 
 
@@ -171,7 +179,7 @@ def test_the_page_holds_data_as_text_only(report, rows) -> None:
     ours = page.replace(re.search(r"<script nonce=[^>]+>/\*\*.*?</script>", page, re.DOTALL)[0], "")
     assert len(re.findall(r"<script", ours)) == 1 == ours.count("</script>")
     assert "<img" not in ours and SCRIPT not in ours and "<b>x</b>" not in ours
-    assert str(escape(SCRIPT)) in ours
+    assert str(escape(SCRIPT)) in ours and "columns not used: margin, " in ours
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", ours)
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", ours)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
@@ -254,7 +262,9 @@ def test_the_command_shows_the_data_and_loads_no_weights(few_pairs, no_weights, 
     assert output.err == ""
     assert "\x1b" not in output.out and "␛[31m 日本?<|im_end|>↵" in output.out and "It is" in output.out
     assert len(set(re.findall(r"few\.jsonl:\d+ ─", output.out))) == 2
-    assert "length bias, train: chosen is longer in 100% of pairs" in output.out
+    assert re.search(
+        r"length bias, train: chosen is longer in 100% of pairs, .* on average \d+\.\d tokens longer", output.out
+    )
     assert "chat template: the tokenizer's own" in output.out
 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_runner.config.schema import find_value_mistakes
 from dpo_runner.sweep.command_line import check_command_line
 from tests.support.commands import give
 from tests.support.common import children_seconds
@@ -34,6 +35,11 @@ OVERRIDES = [
     ("training.max_prompt_length=512", "was removed from TRL; use training.max_length"),
     ("training.loss_type=kto_pair", "`training.loss_type=kto_pair`: belongs to KTO, another algorithm"),
     ("training.loss_type=[sigmoid,simpo]", "`training.loss_type=simpo`: belongs to CPO and SimPO, other algorithms"),
+    ("training.lr=1e-4", "`training.lr`: is called training.learning_rate"),
+    ("lr=1e-4", "`lr`: is called training.learning_rate"),
+    ("training.use_peft=true", "`training.use_peft`: use lora=r16, or lora=none"),
+    ("lora.rank=8", "`lora.rank`: is called lora.r"),
+    ("training.training.beta=0.1", "`training.training`: names `training` twice"),
     ("seed.x=1", "seed"),
     ("training=0.1", "`training=0.1`: no such option"),
     ("modell=smollm2", "`modell`: no such field; did you mean `model`?"),
@@ -46,6 +52,11 @@ OVERRIDES = [
     ("training.beta=null", "training.beta"),
     ("training.beta='0,1'", "must be a number"),
     ("training.max_length=0x200", "must be a whole number"),
+    ("training.max_length=None", "must be a whole number; None is written null"),
+    ("training.max_steps=null", "`training.max_steps=None`: must not be null"),
+    ("data.path=[a.jsonl,b.jsonl]", "must be a text; several files are a pattern (pairs*.jsonl) or data.sources"),
+    ("lora.target_modules=q_proj,v_proj", "several values are a sweep; add -m, or write one list [a,b]"),
+    ("++training=smoke", "`++training=smoke`: `training` exists already; drop the ++"),
     ("seed=0.5", "must be a whole number"),
     ("seed=null", "seed"),
     ("dry_run=maybe", "must be true or false"),
@@ -55,6 +66,8 @@ OVERRIDES = [
     ("wandb.tags=one", "must be a list"),
     ("wandb.tags=[[a]]", "`wandb.tags=[['a']]`: must be a list of plain values"),
     ("data.columns=[a]", "must be a map"),
+    ("data.columns=prompt", "must be a map"),
+    ("wandb.tags={a:1}", "must be a list"),
     ("data.columns.q=[prompt]", "data.columns.q"),
     ("data.decontaminate=eval", "must be a list"),
     ("lora.layers_to_transform=[1.5]", "must be a whole number"),
@@ -64,6 +77,8 @@ OVERRIDES = [
     ("training.lr_scheduler_kwargs=[1]", "must be dict[str, Any] | str | None"),
     (f"model={'a' * 300}", "no such option; choose from"),
     ("model=null", "`model=None`: no such option"),
+    ("model=org/name", "zephyr_sft, or set model.model_name_or_path=org/name"),
+    ("data=my.jsonl", "ultrafeedback, or set data=local_file data.path=my.jsonl"),
     ("data=[concise,orca]", "no such option"),
     ("training={beta:0.1}", "no such option"),
     ("lora=true", "no such option; choose from none, r16, r64_all_linear"),
@@ -99,9 +114,30 @@ OVERRIDES = [
     ("run_dir='\x1b]0;x\x07'", "`run_dir=␛]0;x␇`: must not hold control characters"),
     ("run_name='a\udcff'", "a\\udcff`: must be Unicode text"),
     ("wandb.project=a/b", "W&B takes up to 128 characters"),
+    (f"wandb.name={'n' * 129}", "`wandb.name=nnnnnnnnnnnnnnnnnnnn…`: has 129 characters, and W&B takes up to 128"),
+    (f"wandb.group={'n' * 129}", "has 129 characters, and W&B takes up to 128"),
+    (f"wandb.job_type={'n' * 65}", "has 65 characters, and W&B takes up to 64"),
+    ("model.device_map=meta", "`model.device_map=meta`: meta is no device; use auto, or leave it out"),
+    ("model.device_map={model: bogus}", "bogus is no device"),
     (f"wandb.tags=[{'t' * 65}]", "W&B takes tags of up to 64 characters"),
     (f"run_name=hf_{'a1' * 15}", "`run_name=***`: holds what looks like a secret"),
     ("training.optim=adamv", "`training.optim=adamv`: no such choice"),
+    ("training.optim=adamw", "is called adamw_torch, or adamw_torch_fused"),
+    ("training.loss_type=apo", "no such choice; choose from apo_down, apo_zero"),
+    ("training.loss_type=bco", "no such choice; did you mean `bco_pair`?"),
+    ("training.loss_type=SIGMOID", "no such choice; did you mean `sigmoid`?"),
+    ("training.loss_type=wpo", "is training.use_weighting=true here"),
+    ("training.torch_compile_mode=fast", "`training.torch_compile_mode=fast`: no such choice"),
+    ("training.debug=tpu_metrics_debug", "prints a TPU's metrics; leave it out"),
+    ("training.dataloader_prefetch_factor=0", "must be at least 1"),
+    ("training.eval_accumulation_steps=0", "must be at least 1"),
+    ("training.pad_to_multiple_of=0", "must be at least 1"),
+    ("training.neftune_noise_alpha=-5", "must be at least 0"),
+    ("wandb=none", "`wandb=none`: no such option; use wandb=disabled"),
+    ("wandb.mode=off", "`wandb.mode=off`: is called disabled"),
+    ("wandb.entity=me/project", "is a user or team alone; the project goes into wandb.project"),
+    ("experiment=none", "no such option; leave experiment out"),
+    ("sweep=null", "no such option; leave sweep out"),
     ("model.dtype=int8", "`model.dtype=int8`: no such choice"),
     # interpolations
     ("run_name=${nope}", "`run_name`: Interpolation key 'nope' not found"),
@@ -113,7 +149,7 @@ OVERRIDES = [
     ("model.model_name_or_path=${nope}", "Interpolation key 'nope' not found"),
     ("data.path=???", "`data.path`: must be set"),
     # syntax
-    ("training.beta", "not a KEY=VALUE override"),
+    ("train", "`train`: not a KEY=VALUE override; see --help"),
     ("training.beta:0.1", "not a KEY=VALUE override"),
     ("=0.1", "``: no such field; choose from checks"),
     ("training.beta==0.1", "training.beta==0.1"),
@@ -128,7 +164,7 @@ OVERRIDES = [
     ("training.beta=f(1)", "not a KEY=VALUE override"),
     ("training.beta=int(0.1,2)", "several values are a sweep"),
     ("experiment=../../etc/x", "no such option"),
-    ("-training.beta=1", "flags go before or after all KEY=VALUE"),
+    ("-training.beta=1", "-training.beta: no such flag; a key is set without dashes (training.beta=VALUE)"),
 ]
 
 COMMANDS = [
@@ -136,6 +172,10 @@ COMMANDS = [
     (["-m", "seed=range(1,3,0)"], "an axis has at most 10,000"),
     (["-m", "seed=range(0,200)", "training.max_steps=range(1,200)"], "the axes span 39,800 runs"),
     (["-m", "seed=1,x"], "`seed=x`: must be a whole number"),
+    (["-m", "seed=range(0)"], "`seed=range(0)`: has no values; a range is (START,STOP,STEP)"),
+    (["lora=none", "lora.r=8"], "`lora.r=8`: lora is none here; choose an option of the group too"),
+    (["--dry-run"], "--dry-run: no such flag; a key is set without dashes (dry_run=VALUE)"),
+    (["sweep=optuna_tpe", "sweep.search.objective=accuracy"], "did you mean `eval_rewards/accuracies`?"),
     (["-m", "sweep.paired=[seed,training.beta]", "seed=1,2", "training.beta=1,2,3"], "must be equally long"),
     (["-m", "seed=1,2", "hydra/launcher=slurm"], "is no installed launcher"),
     (["-m", "seed=1,2", "+hydra.launcher.partition=gpu"], "no such setting of hydra/launcher=workers; it has none"),
@@ -169,6 +209,7 @@ COMMANDS = [
     (["lora=none", "quant=int8"], "quantized weights cannot be trained without an adapter"),
     (["sweep.dir=a", "sweep.resume=last", "sweep=beta"], "says already what to continue"),
     (["training.fp16=true", "checks.on_nonfinite=skip_batch"], "fp16's loss scaler skips such steps by itself"),
+    (["--run", "sweep=beta"], "--run: makes one run, and `sweep=beta` is a sweep; leave one of them out"),
     (["training.torch_compile=true"], "leave it out, or use engine.shared_prefix=false"),
     (["training.torch_compile_mode=default"], "`training.torch_compile_mode=default`: would compile the whole model"),
 ]
@@ -214,6 +255,8 @@ FILES = [
         "z.yaml:2: `quant.config`: was removed; use quant=nf",
     ),
     ("# @package _global_\ndefaults: [{override /quant: other}]", "`quant=other`: was removed; use quant=nf4, fp4 or"),
+    ("# @package _global_\ntraining.beta: 0.2", "`training.beta`: in a file, a dot is a level: `training: {beta: …}`"),
+    ("# @package _global_\ndefaults: [{/lora: none}]", "`lora=none`: a defaults list chooses `lora` a second time"),
     ("# @package _global_\nhydra: 1", "`hydra`: must hold `key: value` lines"),
     ("# @package _global_\nhydra: {mode: MULTIRUN}", "use -m"),
     ("# @package _global_\nhydra: {run: {dir: x}}", "use run_dir=PATH"),
@@ -263,6 +306,11 @@ def check_line(err: str) -> str:
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[f"{at}" for at in range(len(OVERRIDES))])
 def test_an_override_that_is_wrong_is_one_line(override: str, expected: str, capsys, monkeypatch) -> None:
     assert expected in refuse([override], capsys, monkeypatch)
+
+
+def test_a_value_is_checked_without_those_checked_before() -> None:
+    for value in (None, [1], {"num_cycles": 1}):
+        assert find_value_mistakes("training.lr_scheduler_kwargs", value) == []
 
 
 @pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=[f"{at}" for at in range(len(COMMANDS))])
@@ -349,3 +397,8 @@ def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: 
 def test_a_pattern_that_matches_nothing_is_told(overrides: list[str], told: str) -> None:
     assert check_command_line(["-m", *overrides]) == [told]
     assert check_command_line(["sweep=beta_lr", *overrides]) == [told]
+
+
+def test_the_shells_completion_is_hydras() -> None:
+    assert check_command_line(["-sc", "install=bash"]) == []
+    assert check_command_line(["-m", "-sc", "install=bash"]) == ["--multirun: goes alone, not with --shell-completion"]

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +18,8 @@ from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.command_line import find_override_mistakes
+
+NO_ROWS = ["data=local_file", "data.path=x.jsonl", "data.eval_fraction=0"]
 
 
 def mistakes_of(*overrides: str) -> list[str]:
@@ -55,7 +58,7 @@ def test_all_mistakes_are_reported_together() -> None:
     [
         ("training.lerning_rate=1", "`training.lerning_rate`: no such field; did you mean `learning_rate`?"),
         ("+training.lerning_rate=1", "`training.lerning_rate`: no such field; did you mean `learning_rate`?"),
-        ("++lora.rank=1", "`lora.rank`: no such field"),
+        ("++lora.rank=1", "`lora.rank`: is called lora.r"),
         ("beta=0.1", "did you mean `training.beta`?"),
         ("+training.beta=0.2", "drop the +"),
         ("training.beta=abc", "`training.beta=abc`: must be a number"),
@@ -88,7 +91,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ("training.beta=0.1,0.2", "several values are a sweep; add -m"),
         ("training.beta=interval(0,1)", "an interval has no values to run one by one"),
         ("quant.load_in_4bit=true", "quant is none here; choose an option of the group too"),
-        ("sweep=null", "must be a string"),
+        ("sweep=null", "leave sweep out"),
         ("run_dir=x,y", "for a sweep set sweep.dir"),
         ("seed=[1", "not a KEY=VALUE override"),
         ("data@model=local_file", "packages (@) are not supported"),
@@ -112,7 +115,10 @@ def test_one_mistake_names_key_value_rule_and_cure(override: str, expected: str)
             ["lora.lora_dropout=0.1", "training.disable_dropout=true"],
             "has no effect with training.disable_dropout=true",
         ),
-        (["data.path=x.jsonl", "data.eval_fraction=0"], "there are no evaluation rows"),
+        ([*NO_ROWS, "training.eval_strategy=steps"], "`training.eval_strategy=steps`: there are no evaluation rows"),
+        ([*NO_ROWS, "training.load_best_model_at_end=true"], "or training.load_best_model_at_end=false"),
+        ([*NO_ROWS, "training.eval_on_start=true"], "`training.eval_on_start=True`: there are no evaluation rows"),
+        ([*NO_ROWS, "training.save_strategy=best"], "or training.save_strategy=steps"),
         (["training.bf16=true", "training.fp16=true"], "choose one"),
         (["training.loss_type=robust", "training.label_smoothing=0.5"], "must be below 0.5"),
         (["training.loss_type=exo_pair"], "must be above 0"),
@@ -124,10 +130,40 @@ def test_one_mistake_names_key_value_rule_and_cure(override: str, expected: str)
         (["training.sync_ref_model=true"], "needs full fine-tuning"),
         (["model.adapter=x", "lora=r64_all_linear"], "use lora=none"),
         (["training.num_train_epochs=0"], "must be above 0 unless max_steps is set"),
+        (
+            ["model.device_map=cuda:1"],
+            "`model.device_map=cuda:1`: training takes the first GPU that it sees",
+        ),
+        (["model.device_map={model: 2, lm_head: 2}"], "set CUDA_VISIBLE_DEVICES=2 in the environment"),
+        (["model.device_map=cpu"], "use training.use_cpu=true to train on the CPU"),
+        (["model.device_map=auto", "training.use_cpu=true"], "contradicts training.use_cpu=true"),
     ],
 )
 def test_contradictions_between_fields_are_refused(overrides: list[str], expected: str) -> None:
     assert any(expected in line for line in mistakes_of(*overrides))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cuda", "cuda:0", "{model: 0, lm_head: 1}", "{model: cpu, lm_head: 0}"])
+def test_a_model_may_be_where_training_finds_it(device_map: str) -> None:
+    load_conf([f"model.device_map={device_map}"])
+    load_conf(["model.device_map=cpu", "training.use_cpu=true"])
+
+
+def test_only_evaluations_of_the_projects_own_files_give_way_where_there_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    for name, lines in (("mine", "beta: 0.2"), ("asks", "eval_strategy: steps")):
+        (tmp_path / "training" / f"{name}.yaml").write_text(f"defaults: [smoke, _self_]\n{lines}\n")
+    for training in ("dpo", "ipo", "smoke", "mine"):
+        rows = load_conf([f"training={training}"], str(tmp_path)).training
+        none = load_conf([f"training={training}", *NO_ROWS], str(tmp_path)).training
+        assert (rows.eval_strategy, none.eval_strategy, none.beta) == ("steps", "no", rows.beta)
+    brief = load_conf(["training=mine"], str(tmp_path))  # by way of smoke, which sets `samples` too
+    assert brief.training.max_steps == 4 and brief.samples.num_prompts * brief.samples.max_new_tokens < 100
+    published = ["experiment=zephyr_7b_dpo_qlora", "data.eval_split=null"]
+    assert load_conf([*published, "data.eval_fraction=0"]).training.eval_strategy == "no"
+    assert load_conf(["data.eval_fraction=0"]).training.eval_strategy == "steps"  # the bundled data has rows for it
+    with pytest.raises(ConfigError, match="there are no evaluation rows"):
+        load_conf(["training=asks", *NO_ROWS], str(tmp_path))
 
 
 def test_continuing_an_adapter_leaves_the_default_lora_out() -> None:

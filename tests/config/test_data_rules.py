@@ -35,6 +35,8 @@ TWO = ["data=local_file", "data.sources.a.path=a.jsonl", "data.sources.b.path=b.
         (["data.columns.q=promt"], "`data.columns.q=promt`: no such column of ours; did you mean `prompt`"),
         (["data.columns.q=prompt", "data.columns.p=prompt"], "maps two columns to the same name"),
         (["data.formatter=my_rows"], "`data.formatter=my_rows`: must be package.module:function"),
+        (["data.roles.narrator=sytem"], "`data.roles.narrator=sytem`: no such role; did you mean `system`?"),
+        (["data.format=alpaca", "data.pairing=best_vs_rest"], "`data.pairing=best_vs_rest`: has no effect with"),
         (["data.format=hh", "data.pairing=all_pairs"], "`data.pairing=all_pairs`: has no effect with format=hh"),
     ],
 )

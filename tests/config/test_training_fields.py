@@ -4,14 +4,19 @@ import dataclasses
 import enum
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.config.rules.training import OTHER_FIELDS, OTHER_LOSSES, OUR_DEFAULTS, OWNED_FIELDS
+from dpo_runner.config.rules.training import OTHER_FIELDS, OTHER_VALUES, OUR_DEFAULTS, OWNED_FIELDS
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PINS = (ROOT / "constraints.txt").read_text().splitlines()
+IS_PINNED = {f"{name}=={version(name)}" for name in ("transformers", "trl")} <= set(PINS)
 
 
 def test_every_field_of_dpo_config_is_accepted_or_refused_with_a_reason() -> None:
@@ -19,7 +24,8 @@ def test_every_field_of_dpo_config_is_accepted_or_refused_with_a_reason() -> Non
 
     upstream = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ours = {field.name for field in dataclasses.fields(TrainingConf)}
-    assert ours | (set(OWNED_FIELDS) & upstream) == upstream
+    assert upstream <= ours | set(OWNED_FIELDS)
+    assert ours - upstream <= (set() if IS_PINNED else {"activation_checkpointing", "activation_checkpointing_kwargs"})
     assert not ours & set(OWNED_FIELDS)
 
 
@@ -38,8 +44,9 @@ def test_defaults_are_upstreams_or_have_a_reason() -> None:
             assert ours == upstream, field.name
 
 
+@pytest.mark.skipif(not IS_PINNED, reason="the module is written with the versions of constraints.txt")
 def test_the_module_is_what_the_script_writes() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "make_training_fields.py"
+    script = ROOT / "scripts" / "make_training_fields.py"
     subprocess.run([sys.executable, str(script), "--check"], check=True, capture_output=True)
 
 
@@ -53,4 +60,5 @@ def test_owned_fields_name_the_key_to_use_instead(name: str) -> None:
 def test_fields_and_losses_of_others_are_not_trls() -> None:
     fields = {field.name: field for field in dataclasses.fields(TrainingConf)}
     assert not OTHER_FIELDS.keys() & {*fields, *OWNED_FIELDS}
-    assert not OTHER_LOSSES.keys() & set(fields["loss_type"].metadata["choices"])
+    for name in ("loss_type", "optim"):
+        assert not OTHER_VALUES[f"training.{name}"].keys() & set(fields[name].metadata["choices"])

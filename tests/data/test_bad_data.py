@@ -175,7 +175,12 @@ BAD_ROWS: dict[str, tuple[str, Row | str, str, str]] = {
         "chosen equals rejected",
         "once they are rendered",
     ),
-    "unknown role": ("preference", pair(prompt=[{"role": "narrator", "content": "a"}]), "unknown role", "'narrator'"),
+    "unknown role": (
+        "preference",
+        pair(prompt=[{"role": "narrator", "content": "a"}]),
+        "unknown role",
+        "'narrator'; known are system, user, assistant, tool, human and gpt; \"data.roles={narrator: user}\" takes it",
+    ),
     "role that is no text": (
         "preference",
         pair(prompt=[{"role": ["user"], "content": "a"}]),
@@ -329,11 +334,11 @@ BAD_ROWS: dict[str, tuple[str, Row | str, str, str]] = {
         "preference",
         pair(tools='"a"'),
         "no usable tools",
-        "expected a list or its JSON",
+        "`tools` is not JSON",
     ),
     "tools that are a number": ("preference", pair(tools=3), "no usable tools", "`tools` is a number"),
     "tools nested deeply": ("preference", pair(tools=DEEP), "no usable tools", "maximum recursion depth"),
-    "tools of texts": ("preference", pair(tools=["weather"]), "the chat template refuses the row", ""),
+    "tools of texts": ("preference", pair(tools=["weather"]), "no usable tools", "'weather' is not the JSON of"),
     "kwargs that are a list": (
         "preference",
         pair(chat_template_kwargs=[1]),
@@ -376,6 +381,84 @@ BAD_ROWS: dict[str, tuple[str, Row | str, str, str]] = {
         "control token in the text",
         "`prompt`",
     ),
+    "control token in a tool call": (
+        "preference",
+        pair(prompt=[user("a"), bot("") | {"tool_calls": [{"function": {"arguments": {"q": ["<|im_end|>"]}}}]}, TOOL]),
+        "control token in the text",
+        "`prompt` holds '<|im_end|>'",
+    ),
+    "control token in reasoning": (
+        "preference",
+        pair(chosen=[bot("a") | {"reasoning_content": "<|im_start|>"}]),
+        "control token in the text",
+        "`chosen` holds '<|im_start|>'",
+    ),
+    "control token in tools": (
+        "preference",
+        pair(tools=json.dumps([{"function": {"parameters": {"<|im_end|>": 1}}}])),
+        "control token in the text",
+        "`tools` holds '<|im_end|>'",
+    ),
+    "control token in kwargs": (
+        "preference",
+        pair(chat_template_kwargs={"date": "<|im_end|>"}),
+        "control token in the text",
+        "`chat_template_kwargs` holds '<|im_end|>'",
+    ),
+    "images": (
+        "preference",
+        pair(images=["a.png"]),
+        "not a text",
+        "`images` holds ['a.png']; only text can be trained on, and \"data.drop_columns=[images]\" trains on the text",
+    ),
+    "an image beside a blank in the header": (
+        "preference",
+        pair(**{" image": "a.png", "video": None}),
+        "not a text",
+        "` image` holds 'a.png'; only text can be trained on, and \"data.drop_columns=[' image', video]\" trains on",
+    ),
+    "an image as Parquet has it": (
+        "sharegpt",
+        sharegpt(Image={"bytes": None, "path": "a.png"}),
+        "not a text",
+        "`Image` holds {'bytes': None",
+    ),
+    "a place for an image": (
+        "preference",
+        pair(prompt="<image>Where?", images=None),
+        "not a text",
+        "`prompt` holds <image>, and `images` nothing; only text",
+    ),
+    "image in a message": (
+        "preference",
+        pair(prompt=[user("a") | {"images": ["x"]}]),
+        "not a text",
+        "a message holds `images`; only text",
+    ),
+    "history of another kind": (
+        "preference",
+        pair(history=["a", "b"]),
+        "not a text",
+        "`history` holds 'a'; expected pairs",
+    ),
+    "several answers": (
+        "preference",
+        pair(rejected=["No.", "Eh."]),
+        "several answers",
+        "`rejected` holds 2 texts without scores; data.pairing=all_pairs pairs",
+    ),
+    "scores and ranks": (
+        "scored",
+        {"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b", "score": 2}]},
+        "scores do not match the answers",
+        "`answers` holds both scores and ranks",
+    ),
+    "answer of another dialogue": (
+        "hh",
+        {"prompt": HH, "chosen": "\n\nHuman: x\n\nAssistant: so", "rejected": "no"},
+        "two different prompts",
+        "`prompt` differs from the beginning of `chosen`",
+    ),
     "half a surrogate in prompt": ("preference", pair(prompt="a\ud800"), "invalid UTF-8", "`prompt` holds bytes"),
     "half a surrogate in chosen": ("preference", pair(chosen=[bot("\udfff")]), "invalid UTF-8", "`chosen` holds bytes"),
     "half a surrogate beside a text": (
@@ -385,17 +468,26 @@ BAD_ROWS: dict[str, tuple[str, Row | str, str, str]] = {
         "`prompt`",
     ),
     "half a surrogate in tools": ("preference", pair(tools=[{"a": "\ud800"}]), "invalid UTF-8", "`tools` holds bytes"),
-    "one score is a text": (
+    "messages as Python prints them": (
         "preference",
-        pair(score_chosen="high", score_rejected=1),
-        "score is not a number",
-        "`score_chosen`: 'high'",
+        pair(chosen=str([bot("So.")])),
+        "not a text",
+        "`chosen` holds messages that are not JSON",
     ),
-    "one score is NaN": (
+    "tools of chosen alone": (
         "preference",
-        pair(chosen_rating=float("nan"), rejected_rating=1),
-        "score is not finite",
-        "`chosen_rating`: nan",
+        pair(
+            chosen=json.dumps({"messages": [bot("So.")], "tools": [{"name": "a"}]}),
+            rejected=json.dumps({"messages": [bot("No.")]}),
+        ),
+        "two different tools",
+        "`chosen` and `rejected` bring different tools",
+    ),
+    "arguments that are no JSON": (
+        "preference",
+        pair(chosen=[{**bot(""), "tool_calls": [{"function": {"name": "a", "arguments": "b"}}]}]),
+        "no usable arguments",
+        "`chosen`: 'b' is not the JSON of an object",
     ),
     "broken JSON": ("preference", '{"prompt": "a", "chosen": }', "broken JSON", ""),
     "no JSON": ("preference", "prompt: a", "broken JSON", ""),
@@ -607,7 +699,7 @@ def test_a_bad_row_costs_itself_in_other_files(load: Load, name: str, path: str)
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown role", "no column", "broken JSON", "one score is a text", "score that is NaN"]
+    "name", ["unknown role", "no column", "broken JSON", "score that is a word", "score that is NaN"]
 )
 @pytest.mark.parametrize("at", [0, 24])
 def test_a_bad_row_may_be_the_first_or_the_last(load: Load, name: str, at: int) -> None:
@@ -810,6 +902,22 @@ def test_bad_rows_of_every_reason_are_counted(load: Load) -> None:
     assert [row["reason"] for row in dropped] == [reason for _, reason in bad]
 
 
+def test_ratings_that_are_no_numbers_are_counted_but_cost_nothing(load: Load) -> None:
+    bad = [
+        pair(chosen_rating="N/A", rejected_rating=1),
+        pair(score_chosen=2, score_rejected=float("nan"), prompt="Oh?"),
+    ]
+    line = write_rows("rows.jsonl", GOOD["preference"], bad)
+    (source,) = load("rows.jsonl").report.sources
+    assert (source.pairs, source.bad, source.unscored) == (26, {}, 2)
+    assert "2 with scores that are no finite numbers, used without them" in str(source)
+    dropped = list(load("rows.jsonl", min_score_gap=0.5, max_bad_fraction=0.2).dropped())
+    assert [(row["line"], row["reason"]) for row in dropped] == [
+        (line, "score is not a number"),
+        (line + 1, "score is not finite"),
+    ]
+
+
 def test_bad_rows_for_evaluation_are_accounted_for_too(load: Load) -> None:
     write_rows("rows.jsonl", GOOD["preference"], [])
     line = write_rows("held_out.jsonl", GOOD["preference"], [pair(prompt="")])
@@ -888,7 +996,7 @@ BOMBS = {  # 255 MiB each, compressed to about 1 MiB
     start: gzip.compress((start[-1:] * 2**20).encode(), 1) * 255 for start in ("x", "\n", " ")
 }
 BOMBS['["x'] = gzip.compress(b'["') + BOMBS["x"]
-WRAPPED = json.dumps({"data": GOOD["preference"]})
+WRAPPED = json.dumps({"a": GOOD["preference"], "b": GOOD["preference"]})
 PARQUET, ARROW = io.BytesIO(), io.BytesIO()
 pq.write_table(pa.Table.from_pylist(GOOD["preference"]), PARQUET, write_page_checksum=True)
 with pa.ipc.new_file(ARROW, pa.Table.from_pylist(GOOD["preference"]).schema) as arrow_writer:
@@ -914,9 +1022,11 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "packed nothing": ("rows.jsonl.gz", gzip.compress(b""), "holds no rows"),
     "text file": ("rows.txt", "a", "no such format `.txt`; use .json, .jsonl"),
     "workbook": ("rows.xlsx", b"PK\x03\x04", "no such format `.xlsx`"),
-    "no suffix": ("rows", "a", "no such format"),
+    "no suffix": ("rows", "a", "its name has no suffix"),
     "zip": ("rows.jsonl.zip", b"PK\x03\x04", "no such format `.zip`"),
-    "bzip2": ("rows.jsonl.bz2", b"BZh9", "no such format `.bz2`"),
+    "bzip2": ("rows.jsonl.bz2", b"BZh9", "cannot be read; it ends in the middle"),
+    "no bzip2": ("rows.jsonl.bz2", LINES.encode(), "cannot be read; Invalid data stream"),
+    "no xz": ("rows.jsonl.xz", LINES.encode(), "cannot be read; Input format not supported"),
     "broken list": ("rows.json", LIST.replace('"chosen"', "chosen", 1), "cannot be read; line 4, column 3: Expecting"),
     "row left open": ("rows.json", LIST.replace(" },\n", ",\n", 1), "cannot be read; line 7, column 2: "),
     "list never closed": ("rows.json", LIST[:-2], "cannot be read; line 121, column 3: the list never closes"),
@@ -965,7 +1075,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
         LINES.replace("\n", "\r"),
         "none of the first rows can be used; rows.jsonl:1: broken JSON: Extra data",
     ),
-    "rows in an object": ("rows.json", WRAPPED, "unknown layout; columns: data; needed are"),
+    "rows in two lists": ("rows.json", WRAPPED, "cannot be read; one object with several lists of objects (`a`, `b`)"),
     "a list of lists": (
         "rows.json",
         "[[], []]",

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import operator
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_runner.config.sections.data import FORMATS, SourceConf
-from dpo_runner.data.layouts.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
+from dpo_runner.data.layouts.cells import decode_cells
+from dpo_runner.data.layouts.formats import (
+    find_layout,
+    find_unread,
+    format_row,
+    load_formatter,
+    read_pairs,
+    rename_columns,
+)
 from dpo_runner.data.layouts.known import LAYOUTS
 from dpo_runner.data.layouts.messages import Message, Pair
 from dpo_runner.data.layouts.scored import group_responses
@@ -475,6 +484,231 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[Pair]]] = {
         "helpsteer",
         [],
     ),
+    "texts that speak of transcripts": (
+        {"prompt": "Human: or\n\nAssistant?", "chosen": "Human: I.\n\nAssistant: You.", "rejected": "Neither Human:"},
+        "preference (texts)",
+        [Pair([user("Human: or\n\nAssistant?")], [bot("Human: I.\n\nAssistant: You.")], [bot("Neither Human:")])],
+    ),
+    "one text in a list": (
+        {"prompt": WHY, "chosen": [SCATTERS], "rejected": [JUST_IS]},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "columns in another spelling": (
+        {"User Prompt": WHY, " Chosen": SCATTERS, "rejected.response": JUST_IS, "System": "Be brief."},
+        "preference (texts); reads User Prompt as prompt, ' Chosen' as chosen, rejected.response as rejected, "
+        "System as system",
+        [WITH_SYSTEM],
+    ),
+    "a system_prompt column": (
+        {"prompt": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "system_prompt": "Be brief.", "system": None},
+        "preference (texts)",
+        [WITH_SYSTEM],
+    ),
+    "a history beside a text": (
+        {"prompt": AND_RED, "history": [[WHY, SCATTERS]], "chosen": "Dust lets red through.", "rejected": "Who knows."},
+        "preference (texts)",
+        [SECOND_TURN],
+    ),
+    "a history of messages": (
+        {"question": AND_RED, "history": TURNS[:2], "chosen": "Dust lets red through.", "rejected": "Who knows."},
+        "orca",
+        [SECOND_TURN],
+    ),
+    "a history beside the conversation that holds it": (
+        {"prompt": TURNS, "history": [[WHY, SCATTERS]], "chosen": "Dust lets red through.", "rejected": "Who knows."},
+        "preference (messages)",
+        [SECOND_TURN],
+    ),
+    "ids that differ": (
+        {
+            "chosen": [{**user(WHY), "id": "c0", "created_at": 1}, {**bot(SCATTERS), "id": "c1"}],
+            "rejected": [{**user(WHY), "id": "r0", "created_at": 2}, {**bot(JUST_IS), "id": "r1"}],
+        },
+        "preference (messages, implicit prompt)",
+        [
+            Pair(
+                [{**user(WHY), "id": "c0", "created_at": 1}],
+                [{**bot(SCATTERS), "id": "c1"}],
+                [{**bot(JUST_IS), "id": "r1"}],
+            )
+        ],
+    ),
+    "blanks around a prompt": (
+        {"prompt": f" {WHY}\n", "chosen": [user(WHY), bot(SCATTERS)], "rejected": [user(f"{WHY} "), bot(JUST_IS)]},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "messages with blanks around a prompt": (
+        {"prompt": [user(f"{WHY} ")], "chosen": [user(WHY), bot(SCATTERS)], "rejected": [user(WHY), bot(JUST_IS)]},
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "a rendered prompt beside messages": (
+        {
+            "prompt": f"<|system|>\nBe brief.</s>\n<|user|>\n{WHY}</s>\n<|assistant|>\n",
+            "chosen": [BRIEF, user(WHY), bot(SCATTERS)],
+            "rejected": [BRIEF, user(WHY), bot(JUST_IS)],
+        },
+        "preference (messages)",
+        [WITH_SYSTEM],
+    ),
+    "a transcript beside messages": (
+        {
+            "prompt": f"{HUMAN}{ASSISTANT}",
+            "chosen": [user(WHY), bot(SCATTERS)],
+            "rejected": [user(WHY), bot(JUST_IS)],
+        },
+        "preference (messages)",
+        [PLAIN],
+    ),
+    "the role developer": (
+        {"prompt": [{"role": "developer", "content": "Be brief."}, user(WHY)], "chosen": SCATTERS, "rejected": JUST_IS},
+        "preference (messages)",
+        [WITH_SYSTEM],
+    ),
+    "HH without its leading line breaks": (
+        {"chosen": f"Human: {WHY}{ASSISTANT} {SCATTERS}", "rejected": f" Human: {WHY}{ASSISTANT} {JUST_IS}"},
+        "hh",
+        [PLAIN],
+    ),
+    "HH with line breaks of Windows": (
+        {
+            "chosen": f"{HUMAN}{ASSISTANT} {SCATTERS}".replace("\n", "\r\n"),
+            "rejected": f"Human: {WHY}{ASSISTANT} {JUST_IS}".replace("\n", "\r\n"),
+        },
+        "hh",
+        [PLAIN],
+    ),
+    "HH with a prompt without its leading line breaks": (
+        {
+            "prompt": f"Human: {WHY}{ASSISTANT} {SCATTERS}\n\nHuman: {AND_RED}{ASSISTANT}",
+            "chosen": " Dust lets red through.",
+            "rejected": "Who knows.",
+        },
+        "hh",
+        [SECOND_TURN],
+    ),
+    "HH with a prompt and the whole dialogue": (
+        {
+            "prompt": f"{HUMAN}{ASSISTANT}",
+            "chosen": f"{HUMAN}{ASSISTANT} {SCATTERS}",
+            "rejected": f"{HUMAN}{ASSISTANT} {JUST_IS}",
+        },
+        "hh",
+        [PLAIN],
+    ),
+    "HH with a prompt and answers that name their speaker": (
+        {"prompt": HUMAN, "chosen": f"{ASSISTANT} {SCATTERS}", "rejected": f"{ASSISTANT} {JUST_IS}"},
+        "hh",
+        [PLAIN],
+    ),
+    "messages and answers": (
+        {"messages": [BRIEF, user(WHY)], "chosen": bot(SCATTERS), "rejected": bot(JUST_IS)},
+        "sharegpt",
+        [WITH_SYSTEM],
+    ),
+    "messages that end with the chosen answer, and answers": (
+        {"messages": [user(WHY), bot(SCATTERS)], "chosen": SCATTERS, "rejected": JUST_IS},
+        "sharegpt",
+        [PLAIN],
+    ),
+    "messages and answers in another spelling": (
+        {"messages": [user(WHY)], "chosen_response": SCATTERS, "rejected_response": JUST_IS},
+        "sharegpt; reads chosen_response as chosen, rejected_response as rejected",
+        [PLAIN],
+    ),
+    "ShareGPT with parallel calls": (
+        {
+            "conversations": [
+                human("Rain?"),
+                {"from": "function_call", "value": CALL},
+                {"from": "function_call", "value": '{"name": "time"}'},
+                {"from": "observation", "value": "dry"},
+                {"from": "observation", "value": "noon"},
+            ],
+            "chosen": gpt("No."),
+            "rejected": gpt("Yes."),
+        },
+        "sharegpt",
+        [
+            Pair(
+                [user("Rain?"), bot(f'{CALL}\n{{"name": "time"}}'), tool("dry"), tool("noon")],
+                [bot("No.")],
+                [bot("Yes.")],
+            )
+        ],
+    ),
+    "ms-swift": (
+        {"messages": [*TURNS, bot("Dust lets red through.")], "rejected_response": "Who knows."},
+        "swift",
+        [SECOND_TURN],
+    ),
+    "ms-swift with a list of messages": (
+        {"messages": [user(WHY), bot(SCATTERS)], "rejected_response": [bot(JUST_IS)], "system": "Be brief."},
+        "swift",
+        [WITH_SYSTEM],
+    ),
+    "ms-swift with a list of texts": (
+        {"messages": [user(WHY), bot(SCATTERS)], "rejected_response": [JUST_IS]},
+        "swift",
+        [PLAIN],
+    ),
+    "ms-swift with two conversations": (
+        {"messages": [*TURNS, bot("Dust lets red through.")], "rejected_messages": [*TURNS, bot("Who knows.")]},
+        "swift",
+        [SECOND_TURN],
+    ),
+    "ms-swift after a tool": (
+        {
+            "messages": [
+                user("Rain?"),
+                {"role": "tool_call", "content": CALL},
+                {"role": "tool_response", "content": "dry"},
+                bot("No."),
+            ],
+            "rejected_response": "Yes.",
+        },
+        "swift",
+        [Pair([user("Rain?"), bot(CALL), tool("dry")], [bot("No.")], [bot("Yes.")])],
+    ),
+    "Nectar": (
+        {
+            "prompt": f"{HUMAN}{ASSISTANT} ",
+            "answers": [
+                {"answer": JUST_IS, "model": "a", "rank": 3.0},
+                {"answer": SCATTERS, "model": "b", "rank": 1.0},
+            ],
+        },
+        "scored",
+        [scored(PLAIN, 2.0)],
+    ),
+    "ranks in a column": (
+        {"prompt": WHY, "responses": [JUST_IS, SCATTERS], "ranks": [2, 1]},
+        "scored",
+        [scored(PLAIN, 1.0)],
+    ),
+    "a pair beside the ranked answers that it comes from": (
+        {
+            "prompt": WHY,
+            "chosen": SCATTERS,
+            "rejected": JUST_IS,
+            "answers": [{"answer": SCATTERS, "rank": 1}, {"answer": JUST_IS, "rank": 2}],
+        },
+        "preference (texts)",
+        [PLAIN],
+    ),
+    "HelpSteer3 with a system text": (
+        {
+            "context": WHY,
+            "response1": SCATTERS,
+            "response2": JUST_IS,
+            "overall_preference": -1,
+            "system": "Be brief.",
+        },
+        "helpsteer",
+        [scored(WITH_SYSTEM, 1.0)],
+    ),
 }
 
 
@@ -510,13 +744,15 @@ def _is_messages(value: Any) -> bool:
 
 def test_no_layout_is_left_out() -> None:
     names = {layout.partition(" ")[0] for _, layout, _ in ROWS.values()}
+    names.add("kto")  # one answer a row: see the groups below
+    names = {name.rstrip(";") for name in names}
     assert {"auto", *names} == set(FORMATS) == {"auto", *(layout.name for layout in LAYOUTS)}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_layout_may_be_named(name: str) -> None:
     row, layout, pairs = ROWS[name]
-    assert read(row, name=layout.partition(" ")[0]) == pairs
+    assert read(row, name=re.split("[ ;]", layout)[0]) == pairs
 
 
 DEEP: list[Any] = []
@@ -540,7 +776,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_stands_in_a_row_makes_sound_pairs_or_a_bad_row(name: str) -> None:
     row, layout_name, _ = ROWS[name]
-    layout = next(layout for layout in LAYOUTS if layout.name == layout_name.partition(" ")[0])
+    layout = next(layout for layout in LAYOUTS if layout.name == re.split("[ ;]", layout_name)[0])
     for at, odd in itertools.product(places(row), ODD):
         changed = copy.deepcopy(row)
         functools.reduce(operator.getitem, at[:-1], changed)[at[-1]] = odd
@@ -662,6 +898,103 @@ def test_responses_may_be_grouped_by_another_score() -> None:
     assert grouped([steer("q", text, n) | {"score": None} for n, text in enumerate("ab")]) == [(1, [("b", "a", 1.0)])]
 
 
+def kto(prompt: str, completion: str, label: Any, **columns: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "label": label, **columns}
+
+
+def test_good_and_bad_answers_of_neighbours_are_pairs() -> None:
+    rows = [
+        kto("q1", "bad", False),
+        kto("q1", "good", True),
+        kto("q2", "good", "True"),  # as in CSV
+        kto("q2", "bad", "0"),
+        kto("q3", "alone", True),
+        kto("q4", "good", True, system="Be brief."),
+        kto("q4", "bad", False),  # another prompt, without the system text
+        kto("q5", "good", 1),
+        kto("q5", "better", 1),
+        kto("q6", "odd", "maybe"),
+    ]
+    assert grouped(rows) == [
+        (1, [("good", "bad", 1.0)]),
+        (3, [("good", "bad", 1.0)]),
+        (5, "fewer than two answers"),
+        (6, "fewer than two answers"),
+        (7, "fewer than two answers"),
+        (8, []),
+        (10, "score is not a number"),
+    ]
+    with pytest.raises(RowError, match=r"1 to this prompt; a pair needs .*; sort the rows by prompt"):
+        read_pairs(rows[0] | {"responses": ["bad"], "scores": [False]}, find_layout(rows, "auto"), "all_pairs")
+
+
+def test_answers_without_an_order_are_all_paired_or_refused() -> None:
+    row = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    assert texts(read(row, "all_pairs")) == [("a", "c", None), ("a", "d", None), ("b", "c", None), ("b", "d", None)]
+    swift = {"messages": [user("q"), bot("a")], "rejected_response": ["b", "c"]}
+    assert texts(read(swift, "all_pairs")) == [("a", "b", None), ("a", "c", None)]
+    for pairing in ("best_vs_worst", "best_vs_rest"):
+        with pytest.raises(RowError, match=r"several answers: `chosen` holds 2 texts .*; data\.pairing=all_pairs"):
+            read(row, pairing)
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2, "id": 0, "weight": None, "images": []},
+            "margin id",
+        ),
+        ({"Prompt": "q", "Chosen": "a", "Rejected": "b", "Source": "x"}, "Source"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s", "tools": WEATHER, "history": [["x", "y"]]}, ""),
+        ({"instruction": "q", "output": ["a", "b"], "system": "s", "prompt_id": "x"}, "prompt_id"),
+        (ROWS["UltraFeedback binarized"][0], "prompt_id messages"),
+        (ROWS["Nectar"][0] | {"turns": 1}, "turns"),
+        (steer("q", "a", 3) | {"system": "s"}, "verbosity"),
+        (kto("q", "a", True) | {"source": "x"}, "source"),
+    ],
+)
+def test_columns_that_are_not_read_are_named(row: dict[str, Any], unread: str) -> None:
+    layout = find_layout([row], "auto")
+    assert find_unread([layout.respell(row)] * 2, layout) == unread.split()
+
+
+def test_roles_are_mapped() -> None:
+    turns = [{"role": "narrator", "content": "Be brief."}, {"from": "child", "value": WHY}]
+    roles = {"narrator": "system", "child": "user"}
+    for prompt in (turns, json.dumps(turns), [json.dumps(turn) for turn in turns], json.dumps({"messages": turns})):
+        row = {"prompt": prompt, "chosen": SCATTERS, "rejected": JUST_IS}
+        assert recipe(roles=roles).rows(row)[0]["prompt"] == [
+            {"role": "system", "content": "Be brief."},
+            {"from": "user", "value": WHY},
+        ]
+        assert made(row, roles=roles)[0] == [(SCATTERS, JUST_IS, None)]
+    text = {"prompt": '[1, {"role": 2}] is a list', "chosen": "[1]", "rejected": '{"a": "child"}'}
+    assert recipe(roles=roles).rows(text) == [text]
+    answer = {"role": "assistant", "content": json.dumps({"role": "child", "content": "a"})}
+    assert recipe(roles=roles).rows({"chosen": [answer]}) == [{"chosen": [answer]}]
+    scored = {"prompt": WHY, "responses": [json.dumps([turns[1], bot(SCATTERS)]), JUST_IS], "scores": [2, 1]}
+    assert recipe(roles=roles).rows(scored)[0]["responses"] == [
+        [{"from": "user", "value": WHY}, bot(SCATTERS)],
+        JUST_IS,
+    ]
+    assert recipe(roles=roles).rows({"chosen": '{"id": 1, "role": "child", "content": "a"}'}) == [
+        {"chosen": {"id": 1, "role": "user", "content": "a"}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "unlike"),
+    [
+        ({"Prompt": "q", "PROMPT": "q", "Chosen": "a", "Rejected": "b"}, "Prompt, PROMPT, Chosen, Rejected"),
+        ({"Prompt": "q", "good": "a", "bad": "b"}, "Prompt, good, bad"),
+    ],
+)
+def test_no_spelling_is_guessed(columns: dict[str, Any], unlike: str) -> None:
+    with pytest.raises(DataError, match=f"unknown layout; columns: {unlike};"):
+        find_layout([columns], "auto")
+
+
 def recipe(**fields: Any) -> Recipe:
     return Recipe(SourceConf(path="rows.jsonl", **fields), None, [], "data")
 
@@ -676,6 +1009,190 @@ def made(row: dict[str, Any], **fields: Any) -> tuple[list[tuple[str, str, float
         return texts(mine.pairs(row)), ""
     except LeftOut as why_none:
         return [], str(why_none)
+
+
+WHOLE, OTHER = [user(WHY), bot(SCATTERS)], [user(WHY), bot(JUST_IS)]
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "pairs"),
+    [
+        (
+            {
+                "prompt": json.dumps(TURNS),
+                "chosen": json.dumps(bot("a")),
+                "rejected": json.dumps([{"id": 1, **bot("b")}]),
+            },
+            "preference (messages)",
+            [Pair(TURNS, [bot("a")], [{"id": 1, **bot("b")}])],
+        ),
+        (
+            {"chosen": json.dumps(WHOLE), "rejected": json.dumps(OTHER)},
+            "preference (messages, implicit prompt)",
+            [PLAIN],
+        ),
+        (
+            {
+                name: json.dumps({"messages": m, "tools": WEATHER})
+                for name, m in (("chosen", WHOLE), ("rejected", OTHER))
+            },
+            "preference (messages, implicit prompt)",
+            [Pair(PLAIN.prompt, PLAIN.chosen, PLAIN.rejected, WEATHER)],
+        ),
+        (
+            {" Chosen": json.dumps(WHOLE), "REJECTED": [json.dumps(message) for message in OTHER]},
+            "preference (messages, implicit prompt); reads ' Chosen' as chosen, REJECTED as rejected",
+            [PLAIN],
+        ),
+        ({"messages": json.dumps(WHOLE), "rejected_messages": json.dumps(OTHER)}, "swift", [PLAIN]),
+        ({"messages": json.dumps(WHOLE), "rejected_response": json.dumps(bot(JUST_IS))}, "swift", [PLAIN]),
+        (
+            {"chosen": {"messages": WHOLE, "tools": None}, "rejected": {"tools": None, "messages": OTHER}},
+            "preference (messages, implicit prompt)",
+            [PLAIN],
+        ),
+        (
+            {"prompt": json.dumps({"conversations": [human(WHY)]}), "chosen": SCATTERS, "rejected": JUST_IS},
+            "preference (messages)",
+            [PLAIN],
+        ),
+        (
+            {"conversations": json.dumps([human(WHY)]), "chosen": json.dumps(gpt(SCATTERS)), "rejected": JUST_IS},
+            "sharegpt",
+            [PLAIN],
+        ),
+        (
+            {
+                "instruction": AND_RED,
+                "input": "",
+                "history": json.dumps([[WHY, SCATTERS]]),
+                "chosen": "a",
+                "rejected": "b",
+            },
+            "alpaca",
+            [Pair(TURNS, [bot("a")], [bot("b")])],
+        ),
+        ({"instruction": WHY, "history": "", "output": json.dumps([SCATTERS, JUST_IS])}, "alpaca", [PLAIN]),
+        (
+            {"prompt": WHY, "responses": json.dumps([SCATTERS, JUST_IS]), "scores": "[5, 1]"},
+            "scored",
+            [scored(PLAIN, 4.0)],
+        ),
+        (
+            {
+                "instruction": WHY,
+                "completions": json.dumps([{"response": JUST_IS, "score": 1}, {"text": SCATTERS, "score": 2}]),
+            },
+            "scored",
+            [scored(PLAIN, 1.0)],
+        ),
+        (
+            {
+                "context": json.dumps([user(WHY)]),
+                "response1": SCATTERS,
+                "response2": JUST_IS,
+                "overall_preference": "-1",
+            },
+            "helpsteer",
+            [scored(PLAIN, 1.0)],
+        ),
+        # texts that are JSON, and lists beside a pair, stay what they are
+        (
+            {"prompt": "[1, 2]", "chosen": '{"a": 1}', "rejected": '["x"]', "answers": "['a']", "scores": "[1, 2]"},
+            "preference (texts)",
+            [Pair([user("[1, 2]")], [bot('{"a": 1}')], [bot('["x"]')])],
+        ),
+        (
+            {"instruction": WHY, "chosen": SCATTERS, "rejected": JUST_IS, "output": '["a", "b"]'},
+            "alpaca",
+            [PLAIN],
+        ),
+        (
+            {"instruction": WHY, "Chosen": SCATTERS, "Rejected": JUST_IS, "output": '["a", "b"]'},
+            "alpaca; reads Chosen as chosen, Rejected as rejected",
+            [PLAIN],
+        ),
+    ],
+)
+def test_cells_of_json_text_are_what_they_hold(row: dict[str, Any], layout: str, pairs: list[Pair]) -> None:
+    decoded = decode_cells(row)
+    assert (describe(decoded), read(decoded), decode_cells(decoded)) == (layout, pairs, decoded)
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"chosen": str(WHOLE)}, "not a text: `chosen` holds messages that are not JSON: "),
+        ({"prompt": "", "responses": str([SCATTERS, JUST_IS])}, "not JSON: `responses` is a list that is not JSON: "),
+        ({"scores": "[5 1]"}, "not JSON: `scores` is a list that is not JSON: '[5 1]'; write it with json.dumps"),
+        (
+            {
+                "chosen": json.dumps({"messages": WHOLE, "tools": WEATHER}),
+                "rejected": json.dumps({"messages": OTHER, "tools": []}),
+            },
+            "two different tools: `chosen` and `rejected` bring different tools; a pair has one list",
+        ),
+        (
+            {"chosen": json.dumps({"messages": WHOLE, "tools": WEATHER}), "tools": '[{"name": "x"}]'},
+            "two different tools: `chosen` and `tools` bring different tools",
+        ),
+        ({"chosen": {"messages": WHOLE, "tools": "x"}}, "no usable tools: `tools` is not JSON"),
+        ({"chosen": {"messages": [], "tools": DEEP}}, "not JSON: nested too deeply"),
+    ],
+)
+def test_cells_that_cannot_be_decoded_cost_the_row(columns: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RowError) as caught:
+        decode_cells(columns)
+    assert str(caught.value).startswith(problem)
+
+
+def test_a_list_of_another_form_is_named_in_place_of_an_unknown_layout() -> None:
+    with pytest.raises(DataError, match=r"none of the first rows can be used; rows\.jsonl:1: not JSON: `responses` is"):
+        made({"prompt": "q", "responses": "['a', 'b']", "scores": "[1, 2]"})
+
+
+@pytest.mark.parametrize("score", ["N/A", "", math.nan, math.inf, [1], True])
+def test_ratings_that_are_no_numbers_count_as_none_unless_they_are_needed(score: Any) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rating": score, "rejected_rating": 3}
+    ((chosen, rejected, gap),) = made(row)[0]
+    assert (chosen, rejected) == ("a", "b") and gap is not None and math.isnan(gap)
+    with pytest.raises(RowError, match=r"score is not (a number|finite): `chosen_rating`: "):
+        made(row, min_score_gap=0.1)
+    for named in ("Score Chosen", "score_chosen"), ("Chosen Rating", "chosen_rating"):
+        spelled = {
+            "Prompt": "q",
+            "Chosen": "a",
+            "Rejected": "b",
+            named[0]: score,
+            named[1].replace("chosen", "rejected"): 3,
+        }
+        with pytest.raises(RowError, match=rf"score is not (a number|finite): `{named[1]}`: "):
+            made(spelled, min_score_gap=1)
+    with pytest.raises(RowError, match=r"score is not (a number|finite): `scores`: "):
+        made({"prompt": "q", "responses": ["a", "b"], "scores": [score, 1]})
+
+
+def test_columns_may_be_dropped() -> None:
+    row = {
+        "prompt": "rendered",
+        "question": "q",
+        "chosen": "a",
+        "rejected": "b",
+        "score_chosen": 1,
+        "score_rejected": 2,
+    }
+    with pytest.raises(DataError, match="could be preference"):
+        made(row)
+    assert made(row, drop_columns=["prompt"]) == ([], "rejected scores higher than chosen")
+    assert made(row, drop_columns=["prompt", "score_chosen"])[0] == [("a", "b", None)]
+    assert made(row, drop_columns=["prompt"], columns={"question": "prompt", "score_chosen": "x"})[0] == [
+        ("a", "b", None)
+    ]
+    with pytest.raises(DataError) as caught:
+        made(row, drop_columns=["prompt", "score_chosn"])
+    assert str(caught.value) == (
+        "`data.drop_columns=[score_chosn]`: none of the first rows has this column; did you mean `score_chosen`?"
+    )
 
 
 def test_pairs_whose_scores_are_near_are_left_out() -> None:
@@ -798,6 +1315,13 @@ def test_columns_are_renamed_after_the_formatter() -> None:
 
 
 @pytest.mark.usefixtures("formatters")
+def test_columns_are_dropped_after_the_formatter() -> None:
+    fields = {"formatter": "my_formatters:scored", "drop_columns": ["scores"]}
+    with pytest.raises(DataError, match="unknown layout; columns: prompt, responses; needed"):
+        made(ROW, **fields)
+
+
+@pytest.mark.usefixtures("formatters")
 def test_a_formatter_leaves_rows_out() -> None:
     mine = recipe(formatter="my_formatters:only_short")
     mine.layout = find_layout(mine.rows(ROW), "auto")
@@ -912,7 +1436,7 @@ def test_most_rows_decide() -> None:
         ({"q": "why", "a": "so"}, "q, a"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "prompt, chosen"),
         ({"chosen": "a", "rejected": "b"}, "chosen, rejected"),
-        ({"prompt": "q", "completion": "a", "label": True}, "prompt, completion, label"),
+        ({"prompt": "q", "completion": "a", "label": "positive"}, "prompt, completion, label"),
         ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "prompt, completions, labels"),
         ({"messages": [user("q"), bot("a")]}, "messages"),
         ({}, "nothing"),
@@ -920,6 +1444,7 @@ def test_most_rows_decide() -> None:
         ({"What is\n1 plus 1?": "q", "It is " + "very " * 99: "a"}, f"'What is\\n1 plus 1?', It is {'very ' * 6}very"),
         ({f"c{n}": n for n in range(99)}, ", ".join(f"c{n}" for n in range(25)) + ", …"),
         ({"half \ud83d": 1}, "'half \\ud83d'"),
+        ({"prompt": "q", " good": "a", "bad\t": "b"}, "prompt, ' good', 'bad\\t'"),
     ],
 )
 def test_an_unknown_layout_names_the_columns(row: dict[str, Any], columns: str) -> None:

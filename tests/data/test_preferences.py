@@ -30,6 +30,20 @@ def test_token_ids_are_int32_and_those_of_apply_chat_template(tmp_path: Path, to
     check_account(data)
 
 
+def test_rows_of_one_answer_each_are_the_same_pairs(tmp_path: Path, tokenizer: Any) -> None:
+    rows = make_rows(600)  # more than a batch
+    answers = [
+        {"Prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "id": number}
+        for number, row in enumerate(rows)
+        for side in ("rejected", "chosen")
+    ]
+    data = load(tokenizer, write(tmp_path / "kto.jsonl", answers), *NO_EVAL)
+    expected = load(tokenizer, write(tmp_path / "pairs.jsonl", rows), *NO_EVAL)
+    assert data.fingerprint("train") == expected.fingerprint("train") and len(data.train) == 600
+    [source] = data.report.sources
+    assert str(source) == "600 rows, kto; reads Prompt as prompt, 600 pairs, columns not used: id"
+
+
 def test_bundled_data_is_there_in_size_and_shape(tokenizer: Any) -> None:
     conf = load_conf(["model=tiny_random", "data.max_train_samples=null", "data.max_eval_samples=null"])
     data = load_preferences(conf, tokenizer)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_runner.config.sections.data import SourceFields
-from dpo_runner.data.rows import readers
+from dpo_runner.data.rows import json_text, readers
 from dpo_runner.data.rows.decoding import decode_rows
 from dpo_runner.data.rows.sources import open_sources
 from dpo_runner.errors import RowError
@@ -116,6 +116,70 @@ def test_a_batch_is_pickled_without_what_it_was_cut_from(name: str) -> None:
     assert len(batches) == 1000 and max(len(pickle.dumps(batch)) for batch in batches) < 5000
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "train"])
+def test_the_rows_of_an_object_around_the_list(key: str, indent: int | None) -> None:
+    wrapped = {"version": 1, "notes": ["x"], "none": [], "by": {"a": [{"prompt": "no row"}]}, key: TRICKY, "end": "}"}
+    text = json.dumps(wrapped, indent=indent, ensure_ascii=False)
+    assert [row for _, row in read_path(write("a.json", text))] == TRICKY
+    bad = text.replace('"chosen"', "chosen", 1)
+    assert "Expecting property name" in error_of(write("a.json", bad))
+    twice = '{"data": [{"a": 1}],\n"data": [{"a": 2}]}'
+    assert "line 2, column 9: `data` appears twice" in error_of(write("a.json", twice))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Why?"}], "chosen": "a", "rejected": "b"},
+        {"messages": [{"role": "user", "content": "Why?"}]},
+        {"question": "Why?", "candidates": [{"text": "a", "reward": 1}, {"text": "b", "reward": 0}]},
+        {"data": [1, {"a": 1}]},
+        {"data": []},
+    ],
+)
+def test_an_object_that_is_a_row_stays_one(row: dict[str, Any]) -> None:
+    assert read_path(write("a.json", json.dumps(row))) == [(1, row)]
+    assert read_path(write("a.json", json.dumps(row) + '\n{"data": [{"a": 1}]}')) == [
+        (1, row),
+        (2, {"data": [{"a": 1}]}),
+    ]
+
+
+@pytest.mark.parametrize("cells", [lambda name: [row[name] for row in ROWS], lambda name: {"0": "a", "10": "b"}])
+def test_an_object_of_columns_is_refused(cells: Any) -> None:
+    text = json.dumps({name: cells(name) for name in ROWS[0]})
+    problem = "one object of columns; write a list of rows (with pandas, orient='records')"
+    assert error_of(write("a.json", text)) == f"`data.path=a.json`: cannot be read; {problem}"
+
+
+def test_an_object_of_several_lists_leaves_a_choice() -> None:
+    text = json.dumps({"train": [{"a": 1}], "test": [{"a": 2}]})
+    assert error_of(write("a.json", text)) == (
+        "`data.path=a.json`: cannot be read; one object with several lists of objects (`train`, `test`); write each "
+        "list to a file of its own"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json"])
+def test_rows_that_were_encoded_twice(name: str) -> None:
+    twice = [json.dumps(json.dumps(row)) for row in TRICKY]
+    twice[1] = json.dumps(twice[1])
+    text = f"[{','.join(twice)}]" if name.endswith(".json") else "\n".join(twice)
+    assert [row for _, row in read_path(write(name, text))] == TRICKY
+    (_, bad), (_, text_row) = read_path(write("a.jsonl", json.dumps('{"a": ') + '\n"{ is a brace"'))
+    assert {bad.reason, text_row.reason} == {"broken JSON"}
+
+
+def test_blanks_around_the_names_of_a_table_go_unless_names_would_become_equal() -> None:
+    assert read_path(write("a.csv", "prompt, chosen ,\trejected\n p, c ,r\n")) == [
+        (2, {"prompt": " p", "chosen": " c ", "rejected": "r"})
+    ]
+    assert read_path(write("a.csv", "a, a\n1,2\n")) == [(2, {"a": "1", " a": "2"})]
+    problem = "line 1: column 2 has a blank before its quote; remove such blanks"
+    assert problem in error_of(write("a.csv", '"a", "b"\n"1, 2", "3"\n'))  # else part of the name, and of each cell
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -127,13 +191,15 @@ def test_a_batch_is_pickled_without_what_it_was_cut_from(name: str) -> None:
         ("a.json", '\n[\n{"a": 1},\n\n{"a":\n2}\n,{"a": 3}, {"a": 4}\n]\n', [3, 5, 7, 7]),
         ("a.json", '{"a": 1}\n{"a":\n\n3} {"a": 2}\n{"a": 4}', [1, 2, 4, 5]),
         ("a.json", '[{"a": 1}, {"a": 2}, {"a": 3}]', [1, -2, -3]),
+        ("a.json", '\n {"v": {"n": [1]},"of":\n\t"x" , "data" :\n[{"a": 1},\n\n{"a": 2}], "end": [] }\n', [4, 6]),
+        ("a.json", '{"data": [{"a": 1}, {"a": 2}, {"a": 3}]}', [1, -2, -3]),
         ("a.csv", 'a,b\n1,2\n"x\ny\n\nz",3\n\n\n4,5\n', [2, 3, 9]),
         ("a.csv", '\n\na,b\r\n1,2\r\n"x\r\ny",3\r\n4,5', [4, 5, 7]),
         ("a.csv", "a,b\r1,2\r3,4\r", [2, 3]),
         ("a.tsv", 'a\tb\n"1\n1"\t2\n3\t"4"\n', [2, 4]),
     ],
 )
-@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz", ".zst"])
 def test_rows_are_numbered_by_the_line_where_they_start(name: str, text: str, numbers: list[int], packing: str) -> None:
     name = write(name + packing, text)
     assert [number for number, _ in read_path(name, 2)] == numbers
@@ -160,7 +226,7 @@ PIECES = [
 @pytest.mark.parametrize("chunk", [*range(1, 24), 31, 64])
 @pytest.mark.parametrize("layout", ["list", "pretty list", "ascii list", "objects", "pretty objects"])
 def test_json_is_cut_anywhere(layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
     indent, ascii_only = 2 if "pretty" in layout else None, "ascii" in layout
     rows = json.loads(json.dumps(PIECES))  # joins surrogate pairs
     if "list" in layout:
@@ -182,7 +248,7 @@ VALUES = ["1.5e-10", "-0.25", "1E+5", "12345", "true", "null", "-Infinity", "NaN
 
 @pytest.mark.parametrize("chunk", range(1, 21))
 def test_values_that_are_no_objects_are_cut_anywhere_too(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
     text = "[" + " ,\n".join(VALUES) + ', {"a": 1}]'
     source, _ = open_sources(SourceFields(path=write("a.json", text)), "data")
     batches = list(source.batches(100))
@@ -214,7 +280,10 @@ BROKEN_JSON = [
     ('{"a": 1}\n{"b": "te\nxt"}', "line 2, column 10: Invalid control character at"),
     ('{"a": 1}\n]', "line 2, column 1: Expecting an object, or one list of them"),
     ('{"a": 1},\n{"a": 2}', "line 1, column 9: Expecting an object, or one list of them"),
-    ('"text"', "line 1, column 1: Expecting an object, or one list of them"),
+    (
+        '"text"',
+        "line 1, column 1: Expecting an object, or one list of them; a list or object in quotes was encoded twi",
+    ),
     ("\n12", "line 2, column 1: Expecting an object, or one list of them"),
     ("null", "line 1, column 1: Expecting an object, or one list of them"),
     ("plain text", "line 1, column 1: Expecting an object, or one list of them"),
@@ -227,13 +296,15 @@ BROKEN_JSON = [
 def test_broken_json_names_line_and_column(
     text: str, problem: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", max(chunk, len(text) // 100))
+    monkeypatch.setattr(json_text, "CHUNK", max(chunk, len(text) // 100))
     assert error_of(write("a.json", text)).startswith(f"`data.path=a.json`: cannot be read; {problem}")
 
 
 def test_a_mistake_is_found_without_reading_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_LONGEST_ROW", 100_000)  # exceeded if the mistake were treated as an incomplete value
-    monkeypatch.setattr(readers, "_CHUNK", 1000)
+    monkeypatch.setattr(
+        json_text, "LONGEST_ROW", 100_000
+    )  # exceeded if the mistake were treated as an incomplete value
+    monkeypatch.setattr(json_text, "CHUNK", 1000)
     text = '[{"a": 1},\n{"a": oops},' + '{"a": 1},' * 100_000 + "]"
     assert "line 2, column 7: Expecting value" in error_of(write("a.json", text))
 
@@ -249,8 +320,9 @@ def test_a_mistake_is_found_without_reading_the_rest(monkeypatch: pytest.MonkeyP
 def test_a_file_laid_out_otherwise_is_not_loaded_whole(
     name: str, text: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_LONGEST_ROW", 1000)
-    monkeypatch.setattr(readers, "_CHUNK", 100)
+    for module in (readers, json_text):
+        monkeypatch.setattr(module, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_text, "CHUNK", 100)
     assert f"`data.path={name}`: cannot be read; {problem}" in error_of(write(name, text))
 
 
@@ -404,7 +476,7 @@ def test_memory_of_arrow_stays_flat(name: str) -> None:
 
 
 def test_a_huge_object_is_not_scanned_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", 1000)
+    monkeypatch.setattr(json_text, "CHUNK", 1000)
     scanned = 0
     scan = json.JSONDecoder.raw_decode
 

@@ -18,6 +18,7 @@ from dpo_runner.errors import DataError
 from tests.support.common import ROWS
 from tests.support.files import (
     LINES,
+    LIST,
     TABLE,
     TRICKY,
     WRITERS,
@@ -35,8 +36,11 @@ from tests.support.files import (
 # --- files that cannot be read ---------------------------------------------------------------------------------------
 
 
+PACKINGS = ["gz", "bz2", "xz", "zst"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_a_packed_file_that_is_cut_short_is_never_taken_as_whole(suffix: str, packing: str) -> None:
     name = f"a.{suffix}.{packing}"
     whole = pack(name, {"jsonl": to_lines(ROWS), "json": json.dumps(ROWS), "csv": to_table(ROWS)}[suffix].encode())
@@ -45,7 +49,7 @@ def test_a_packed_file_that_is_cut_short_is_never_taken_as_whole(suffix: str, pa
         assert error_of(name).startswith(f"`data.path={name}`: cannot be read; "), length
 
 
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(
     "harm", [lambda data: data + b"garbage!", lambda data: data[:90] + b"\0\1\2\3" + data[94:], lambda data: b"{}\n"]
 )
@@ -55,11 +59,17 @@ def test_a_packed_file_that_is_damaged_is_refused(packing: str, harm: Callable[[
     assert error_of(name).startswith(f"`data.path={name}`: cannot be read; ")
 
 
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_files_may_be_joined(packing: str) -> None:
     name = f"a.jsonl.{packing}"
-    Path(name).write_bytes(pack(name, to_lines(ROWS).encode()) * 2)
+    Path(name).write_bytes(pack(name, to_lines(ROWS).encode()) * 2 + bytes(8 * (packing == "xz")))  # xz may be padded
     assert [row for _, row in read_path(name)] == ROWS * 2
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packed_file_without_its_suffix_is_known(packing: str) -> None:
+    Path("a.jsonl").write_bytes(pack(f"a.{packing}", to_lines(ROWS).encode()))
+    assert error_of("a.jsonl").endswith(f"; add .{packing} to its name")
 
 
 @pytest.mark.parametrize("name", ["pairs.parquet", "groups.parquet", "stream_batches.arrow", "file_batches.arrow"])
@@ -141,7 +151,7 @@ def test_an_empty_file_is_refused(name: str) -> None:
     assert error_of(name) == f"`data.path={name}`: the file is empty"
 
 
-FORMATS = ".json, .jsonl, .ndjson, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow"
+FORMATS = ".json, .jsonl, .ndjson, .csv, .tsv (each also with .gz, .bz2, .xz, .zst), .parquet or .arrow"
 
 
 @pytest.mark.parametrize(
@@ -151,14 +161,35 @@ FORMATS = ".json, .jsonl, .ndjson, .csv, .tsv (each also with .gz or .zst), .par
         ("a.pkl", ".pkl"),
         ("a.gz", ".gz"),
         ("a.parquet.gz", ".parquet.gz"),
-        ("a.jsonl.bz2", ".bz2"),
+        ("a.parquet.bz2", ".parquet.bz2"),
+        ("a.jsonl.zip", ".zip"),
         ("a", ""),
         (".jsonl", ""),
     ],
 )
 def test_an_unknown_format_is_refused(name: str, suffix: str) -> None:
     Path(name).write_text("text")
-    assert error_of(name) == f"`data.path={name}`: no such format `{suffix}`; use {FORMATS}"
+    what = f"no such format `{suffix}`" if suffix else "its name has no suffix"
+    assert error_of(name) == f"`data.path={name}`: {what}; use {FORMATS}"
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs.txt"])
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (LINES, "it looks like JSON Lines; rename it to end in .jsonl"),
+        (LIST, "it looks like a JSON list; rename it to end in .json"),
+        (json.dumps({"data": TRICKY}, indent=1), "it looks like JSON; rename it to end in .json, or in .jsonl if each"),
+        (to_table(TRICKY), "it looks like a table; rename it to end in .csv"),
+        (to_table(TRICKY, "\t"), "it looks like a table; rename it to end in .tsv"),
+        (b"PAR1" + bytes(9), "it is Parquet; rename it to end in .parquet"),
+        (pack("a.xz", LINES.encode()), "it is compressed with xz; add .xz to its name"),
+        ("Dear all,\n\nthis is prose.", f"use {FORMATS}"),
+    ],
+)
+def test_a_file_of_an_unknown_format_is_told_its_suffix(name: str, content: str | bytes, advice: str) -> None:
+    write(name, content)
+    assert advice in error_of(name)
 
 
 @pytest.mark.parametrize(
@@ -382,13 +413,23 @@ def test_one_file_may_be_named_for_both() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "cure"),
     [
-        ("subset", "main", "is for hub datasets, not for data.path={path}; leave it out"),
+        (
+            "subset",
+            "main",
+            "is for hub datasets and folders whose README.md has configurations, not for data.path={path}; leave it "
+            "out",
+        ),
         ("revision", "v2", "is for hub datasets, not for data.path={path}; leave it out"),
-        ("split", "test", "is for hub datasets and folders saved with splits, not for data.path={path}; leave it out"),
+        (
+            "split",
+            "test",
+            "is for hub datasets and folders that name their splits, not for data.path={path}; leave it out",
+        ),
         (
             "eval_split",
             "test",
-            "is for hub datasets and folders saved with splits, not for data.path={path}; set data.eval_path instead",
+            "is for hub datasets and folders that name their splits, not for data.path={path}; set data.eval_path "
+            "instead",
         ),
     ],
 )
@@ -467,7 +508,11 @@ def test_a_saved_dict_of_splits(saved: Path, slash: str) -> None:
             "`data.eval_split=test_pref`: no such split in {path}; did you mean `test_prefs`?",
         ),
         ({"eval_split": "x"}, "`data.eval_split=x`: no such split in {path}; choose from test_prefs, train"),
-        ({"subset": "x"}, "`data.subset=x`: is for hub datasets, not for data.path={path}; leave it out"),
+        (
+            {"subset": "x"},
+            "`data.subset=x`: is for hub datasets and folders whose README.md has configurations, not for "
+            "data.path={path}; leave it out",
+        ),
         (
             {"eval_path": "{path}"},
             "`data.eval_path={path}`: the folder holds several splits; name the subfolder of one of them",

@@ -1,5 +1,6 @@
 """Tests of the templating guarantees, with random conversations and the common template families."""
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -222,6 +223,54 @@ def test_a_row_in_any_layout_is_templated(tokenizer: Any) -> None:
         apply_chat_template({**scored, "scores": [1, 1]}, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": f"Human: {USER['content']}\n\nAssistant: {GOOD['content']}"}
+        | {"rejected": f"Human: {USER['content']}\n\nAssistant: {BAD['content']}"},
+        {"prompt": f"Human: {USER['content']}\n\nAssistant:", "chosen": GOOD["content"], "rejected": BAD["content"]},
+        {"messages": [USER, GOOD], "rejected_response": BAD["content"]},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {"Prompt": USER["content"], "chosen response": GOOD["content"], "Rejected": [BAD["content"]]},
+        {
+            "prompt": USER["content"],
+            "answers": [{"answer": BAD["content"], "rank": 2}, {"answer": GOOD["content"], "rank": 1}],
+        },
+        {"chosen": [USER | {"id": 1}, GOOD | {"id": 2}], "rejected": [USER | {"id": 3}, BAD | {"id": 4}]},
+        {"prompt": f"<|user|>\n{USER['content']}</s>", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+)
+def test_rows_of_other_layouts_are_the_same_tokens(row: dict[str, Any]) -> None:
+    tokenizer = family("chatml")
+    ids = apply_chat_template(row, tokenizer)
+    assert ids == apply_chat_template(ROW, tokenizer)
+    assert (
+        tokenizer.decode(ids["prompt_ids"]) == f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(ids["chosen_ids"]) == f"{GOOD['content']}<|im_end|>\n"
+
+
+def test_a_prompt_from_a_file_shows_the_arguments_of_its_calls() -> None:
+    tokenizer = copy.deepcopy(family("chatml"))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "(message['content'] + (message.tool_calls[0].arguments if message.tool_calls else ''))"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"city": "Oslo"}}]}
+    prompt = [USER, call, {"role": "tool", "content": "found"}]
+    ids = ChatTemplate(tokenizer, None, "fold").render_prompt(prompt)
+    assert '<|im_start|>assistant\n{"city": "Oslo"}<|im_end|>' in tokenizer.decode(ids)
+
+
+def test_a_blank_system_turn_stays_where_the_template_has_the_role_and_else_goes() -> None:
+    row = {**ROW, "prompt": [{"role": "system", "content": " "}, USER]}
+    chatml = apply_chat_template(row, family("chatml"))
+    assert family("chatml").decode(chatml["prompt_ids"]).startswith("<|im_start|>system\n <|im_end|>")
+    for policy in ("fold", "error"):
+        plain = apply_chat_template(ROW, family("gemma"))
+        assert apply_chat_template(row, family("gemma"), on_no_system_role=policy) == plain
+        assert apply_chat_template(ROW, family("gemma"), on_no_system_role=policy, system_prompt="") == plain
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_a_system_turn_that_a_template_does_not_know_is_folded_or_refused(name: str) -> None:
     tokenizer = family(name)
@@ -281,6 +330,11 @@ def test_a_control_token_in_a_text_is_refused(column: str) -> None:
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", column: "Fine.<|im_end|>"}
     with pytest.raises(RowError, match=rf"control token in the text: `{column}` holds '<\|im_end\|>'"):
         apply_chat_template(row, family("chatml"))
+
+
+def test_a_control_token_in_the_system_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`data\.system_prompt`: holds the control token '<\|im_end\|>'"):
+        apply_chat_template(ROW, family("chatml"), system_prompt="Be brief.<|im_end|>")
 
 
 def test_a_doubled_bos_is_refused() -> None:

@@ -23,7 +23,7 @@ from dpo_runner.errors import ConfigError, RunError, RunInterrupted, RunPruned
 from dpo_runner.export.__main__ import main as export
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.answers import answer_in_chat, answer_plainly
-from tests.support.common import real_model_dtype
+from tests.support.common import make_tiny_run, real_model_dtype, write_pairs
 from tests.support.programs import run_python
 
 EVENT_FIELDS_OF_THE_MACHINE = ("time", "runtime", "per_second", "preparation_time")
@@ -38,11 +38,12 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.fixture
-def finished(tiny_run: list[str], tmp_path: Path) -> Path:
-    overrides = [*tiny_run, "run_dir=r", "wandb=offline", "training.load_best_model_at_end=false"]
+@pytest.fixture(scope="module")
+def finished(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    overrides = [*make_tiny_run(write_pairs(folder)), f"run_dir={folder / 'r'}", "wandb=offline"]
     run(load_conf(overrides), overrides)
-    return tmp_path / "r"
+    return folder / "r"
 
 
 def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
@@ -163,16 +164,17 @@ def test_the_adapter_loads_with_plain_peft(finished: Path, tiny_model: str) -> N
 def test_a_finished_run_is_finished(finished: Path, tiny_run: list[str]) -> None:
     """Trap 12: transformers would train one more step each time."""
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    summary = run(load_conf([*tiny_run, "run_dir=r"]))
+    summary = run(load_conf([*tiny_run, f"data.path={finished.parent / 'pairs.jsonl'}", f"run_dir={finished}"]))
     assert summary == read_json(finished / "summary.json")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_used_directory_is_not_overwritten(finished: Path, tiny_run: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`training\.beta=0\.3`: the run in r has 0\.1"):
-        run(load_conf([*tiny_run, "run_dir=r", "training.beta=0.3"]))
+    same = [*tiny_run, f"data.path={finished.parent / 'pairs.jsonl'}", f"run_dir={finished}"]
+    with pytest.raises(ConfigError, match=rf"`training\.beta=0\.3`: the run in {finished} has 0\.1"):
+        run(load_conf([*same, "training.beta=0.3"]))
     with pytest.raises(ConfigError, match="resume=never"):
-        run(load_conf([*tiny_run, "run_dir=r", "resume=never"]))
+        run(load_conf([*same, "resume=never"]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="no run of this program"):
@@ -289,7 +291,7 @@ def test_full_fine_tuning_saves_a_model(tiny_run, tmp_path) -> None:
 
 
 def test_a_run_without_evaluation_rows(tiny_run, tmp_path) -> None:
-    summary = run(load_conf([*tiny_run, "data.eval_fraction=0", "training.eval_strategy=no", "run_dir=r"]))
+    summary = run(load_conf([*tiny_run, "data.eval_fraction=0", "run_dir=r"]))
     assert summary is not None and "eval_loss" not in summary["after"] and "response_tokens" in summary["after"]
 
 
@@ -373,10 +375,10 @@ def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     overrides = [
         f"run_dir={folder}",
         f"model.dtype={real_model_dtype()}",
-        "data.max_train_samples=24",
-        "data.max_eval_samples=8",
+        "data.max_train_samples=16",
+        "data.max_eval_samples=6",
         "training.eval_strategy=no",
-        "training.learning_rate=2e-4",
+        "training.learning_rate=4e-4",
         "samples.num_prompts=2",
         "samples.max_new_tokens=8",
         "wandb=disabled",

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,15 +63,43 @@ def test_nothing_more_is_tried_where_a_reader_has_gone_away_and_the_bar_goes_wit
     assert stream.writes == 1
 
 
+@pytest.mark.parametrize(("width", "is_terminal"), [(60, True), (80, True), (200, True), (80, False)])
+def test_progress_stays_in_place_in_a_terminal_and_is_a_line_per_step_elsewhere(width: int, is_terminal: bool) -> None:
+    text = io.StringIO()
+    console = RunConsole(Console(file=text, force_terminal=is_terminal, width=width, soft_wrap=True))
+    console.start_training(0, 4, 2, with_bar=True)
+    for step in range(1, 5):
+        accuracy = "tie" if step == 1 else 0.25
+        console.show_step(step, {"loss": 0.6, "rewards/accuracies": accuracy, "rewards/margins": -1e-7})
+    console.stop_training()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    assert all(len(line) <= width for line in re.split(r"\r|\n", plain)) and "…" not in plain
+    *_, last = plain.strip().split("\r")  # of a terminal 60 columns wide the last two lines
+    if not is_terminal:
+        assert last.count("\n") == 3
+        last = last.split("\n")[-1]
+    assert "4/4" in last and "0:00" in last
+    assert re.search(r"loss 0\.600  accuracy 0\.25\s+margin 0\.00", last)
+
+
 def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    summary = {"before": {"eval_loss": 1.0}, "after": {"eval_loss": 0.5}, **SPEED}
+    summary = {"before": {"eval_loss": "tie"}, "after": {"eval_loss": 0.5}, **SPEED}
     RunConsole().show_summary(summary, {"eval_loss": "loss"})
     answer = {"text": "Grüße", "tokens": 3, "complete": True}
     RunConsole().show_samples([{"prompt": [{"role": "user", "content": "Wie?"}], "before": answer, "after": answer}])
     put("überall")
     assert b"Gr\\xfc\\xdfe" in written.getvalue() and written.getvalue().endswith(b"\\xfcberall\n")
+
+
+def test_words_longer_than_their_column_are_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    path, sentence = "/" + "folder/" * 30, "睡眠是健康的基础" * 20
+    answer = {"text": sentence, "tokens": 99, "complete": True}
+    RunConsole().show_plan({"output": path})
+    RunConsole().show_samples([{"prompt": [{"role": "user", "content": "Why?"}], "before": answer, "after": answer}])
+    shown = capsys.readouterr().out
+    assert path in re.sub(r"\s", "", shown) and shown.count("础") == 40
 
 
 SPEED = {"steps": 1, "train_runtime": 1.0, "pairs_per_second": 1.0, "peak_memory_gb": 1.0}

@@ -1,6 +1,7 @@
 """Quiet imports of libraries, without torch's compiler until a compiled function is called."""
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,67 @@ def test_a_run_imports_no_compiler() -> None:
     code = "import sys, dpo_runner.train, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False" and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "busy", "spins"),
+    [
+        ({}, 1, "1000"),
+        ({}, 0, "None"),
+        ({"OMP_NUM_THREADS": "1"}, 1, "None"),
+        ({"GOMP_SPINCOUNT": "7"}, 1, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 1, "None"),
+    ],
+)
+def test_waiting_threads_soon_sleep_beside_a_busy_process(given: dict[str, str], busy: int, spins: str) -> None:
+    """The number of running processes is given: others may run beside the test."""
+    code = (
+        "import os, pathlib, sys; pathlib.Path.read_text = lambda path: f'0 0 0 {1 + BUSY}/99 7';"
+        "os.sched_getaffinity = lambda pid: {0, 1};"
+        "import dpo_runner; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    ).replace("BUSY", str(busy))
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    others = {key: value for key, value in os.environ.items() if key not in ours}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=others | given)
+    assert done.stdout.split() == [spins, "False"]
+
+
+def test_a_busy_process_is_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        code = (
+            "import os; os.sched_getaffinity = lambda pid: {0}; import dpo_runner; print(os.environ['GOMP_SPINCOUNT'])"
+        )
+        env = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        other.kill()
+    assert done.stdout.split() == ["1000"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kernel", "setting"),
+    [
+        ({}, "6.1.0-18-amd64", "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "6.1.0-18-amd64", "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "6.1.0-18-amd64", "None"),
+        ({}, "6.6.87.2-microsoft-standard-WSL2", "None"),
+        ({}, "4.4.0-19041-Microsoft", "None"),
+    ],
+)
+def test_segments_of_gpu_memory_grow_unless_the_user_or_the_system_is_against_it(
+    given: dict[str, str], kernel: str, setting: str
+) -> None:
+    code = f"import os, platform; platform.release = lambda: {kernel!r}; import dpo_runner\n"
+    code += "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    others = {key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=others | given)
+    assert done.stdout.strip() == setting
+
+
+def test_torch_reads_the_setting_that_is_made_here() -> None:
+    code = "import dpo_runner, torch; print(torch._C._accelerator_getAllocatorSettings())"
+    others = {key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=others)
+    assert done.stdout.strip() == ("expandable_segments:True" if "microsoft" not in os.uname().release else "")
 
 
 def test_a_result_is_loaded_without_the_library_that_draws_its_card() -> None:

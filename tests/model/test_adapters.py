@@ -16,10 +16,10 @@ from dpo_runner.model.adapters import build_peft_config
 from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.stacking import combined_adapter
 from dpo_runner.train import run
-from dpo_runner.training.step0 import check_reference, score_both
+from dpo_runner.training.step0 import check_reference
 from tests.support.adapters import EXACT, MODES, close, load_by_hand
 from tests.support.common import make_adapter
-from tests.support.trainers import build, first_rows, logps_of
+from tests.support.trainers import build, first_rows, logps_of, score_both
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +159,11 @@ def test_eva_takes_its_directions_from_the_data(tiny_run, tmp_path) -> None:
 
 
 def test_a_stacked_result_is_one_adapter_on_the_plain_base(tiny_run, tiny_model, sft_adapter, tmp_path) -> None:
-    overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft_adapter}", "training.learning_rate=1e-3"]
+    sft = tmp_path / "sft"
+    shutil.copytree(sft_adapter, sft)
+    fields = json.loads((sft / "adapter_config.json").read_text())
+    (sft / "adapter_config.json").write_text(json.dumps(fields | {"task_type": "FEATURE_EXTRACTION"}))
+    overrides = [*tiny_run, *EXACT, *MODES["stack"], f"model.adapter={sft}", "training.learning_rate=1e-3"]
     trainer = build(overrides, tmp_path)
     trainer.train()
     policy = score_both(trainer, first_rows(trainer))[0]

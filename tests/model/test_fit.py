@@ -77,12 +77,20 @@ def test_an_adapter_that_does_not_fit_is_refused(key, edit, match, tiny_run, edi
         ({"peft_type": "LORRA"}, "no such method in PEFT; did you mean `LORA`"),
         ({"use_supermagic": True, "peft_version": "9.9.9"}, r"`use_supermagic=True`: PEFT .* saved it \(9\.9\.9\)$"),
         ({"magic_layers": {"0": 1}}, "`magic_layers="),
+        ({"task_type": "SEQ_CLS"}, r"is a classifier's, .* \(task_type=SEQ_CLS\)"),
         ({"modules_to_save": ["lm_head"]}, r"its file lacks 'base_model\.model\.lm_head\.weight', which"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused(fields, match, tiny_run, edited) -> None:
     with pytest.raises(ConfigError, match=match):
         draw_blueprint(load_conf([*tiny_run, f"model.adapter={edited(**fields)}"]))
+
+
+def test_a_damaged_file_is_named(tiny_run, edited) -> None:
+    file = (folder := edited()) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=rf"^`model.adapter={folder}`: .*damaged, cut off or only a Git LFS pointer"):
+        draw_blueprint(load_conf([*tiny_run, f"model.adapter={folder}"]))
 
 
 def test_unknown_fields_that_are_off_do_no_harm(tiny_run, edited) -> None:

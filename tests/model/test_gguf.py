@@ -13,7 +13,7 @@ from dpo_runner.model.files.gguf import write_model
 from dpo_runner.model.files.locations import resolve_model_path
 
 
-def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+def test_a_gguf_file_is_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"`model\.gguf_file=absent\.gguf`: not in .*GGUF files there: none"):
         resolve_model_path(load_conf([f"model.model_name_or_path={tmp_path}", "model.gguf_file=absent.gguf"]).model)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
@@ -23,6 +23,8 @@ def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
     file = next(str(package.locate_file(f)) for f in package.files or [] if f.suffix == ".gguf")
     conf = load_conf([f"model.model_name_or_path={file}"])
     folder = resolve_model_path(conf.model)
+    told = capfd.readouterr().err
+    assert f"converting {Path(file).name}, once" in told and "de-quantizing" not in told
     assert folder == resolve_model_path(conf.model)  # converted once
     assert draw_blueprint(conf).config.num_hidden_layers == 30
 

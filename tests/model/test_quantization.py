@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from dpo_runner.model.quantization import (
     choose_quantization,
     count_quantized,
     describe_quantization,
+    name_quantization,
 )
-from dpo_runner.training.step0 import score_both
 from tests.support.families import make_family
-from tests.support.trainers import build, first_rows
+from tests.support.trainers import build, first_rows, score_both
 
 
 def test_exactly_one_kind_is_chosen() -> None:
@@ -57,7 +58,7 @@ def test_a_quantized_checkpoint_counts_as_it_is(quantized_checkpoint, tiny_run, 
         assert torch.equal(policy, reference)
     trainer.train()
     config = Blueprint(load_conf(overrides).model).config
-    assert describe_quantization(None, config.quantization_config) == "the checkpoint's own (nf4)"
+    assert describe_quantization(load_conf(), config.quantization_config) == "the checkpoint's own (nf4)"
     for wrong in (["quant=nf4"], ["quant=fp4"], ["quant=int8"]):
         with pytest.raises(ConfigError, match=r"is quantized already, with .*; use quant=none"):
             draw_blueprint(load_conf([*overrides, *wrong]))
@@ -79,6 +80,16 @@ def test_another_method_than_the_checkpoints_is_a_contradiction() -> None:
     assert choose_quantization(None, own, "x") is None
 
 
+def test_the_plan_says_how_int8_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = load_conf(["quant=int8"])
+    assert describe_quantization(conf) == "int8 weights, inputs are not rounded on a CPU"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert describe_quantization(conf) == "int8 (LLM.int8())"
+    assert "on a CPU" in describe_quantization(load_conf(["quant=int8", "training.use_cpu=true"]))
+    assert conf.quant is not None and name_quantization(conf.quant) == "int8", "a card is read on other machines"
+    assert describe_quantization(load_conf(), {"load_in_8bit": True}) == "the checkpoint's own (int8)"
+
+
 def test_a_checkpoint_of_another_method_is_left_to_transformers(tiny_model, tiny_run, tmp_path) -> None:
     folder = tmp_path / "gptq"
     shutil.copytree(tiny_model, folder)
@@ -86,7 +97,7 @@ def test_a_checkpoint_of_another_method_is_left_to_transformers(tiny_model, tiny
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     conf = load_conf([*tiny_run, f"model.model_name_or_path={folder}"])
-    assert describe_quantization(None, draw_blueprint(conf).config.quantization_config) == "the checkpoint's own (gptq)"
+    assert describe_quantization(conf, draw_blueprint(conf).config.quantization_config) == "the checkpoint's own (gptq)"
     with pytest.raises((ConfigError, ImportError), match=r"(?i)optimum|gptq"):
         load_policy(Blueprint.of_run(conf))
 
@@ -127,7 +138,6 @@ def test_a_pickled_model_needs_permission(tiny_model, tiny_run, tmp_path) -> Non
 
 
 def test_device_map_reaches_transformers(tiny_run) -> None:
-    policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=cpu"])))
-    assert policy.model.device == torch.device("cpu")
-    policy = load_policy(Blueprint.of_run(load_conf([*tiny_run, "model.device_map=meta"])))
+    blueprint = Blueprint.of_run(load_conf(tiny_run))
+    policy = load_policy(replace(blueprint, conf=replace(blueprint.conf, device_map="meta")))
     assert policy.model.device == torch.device("meta")  # accelerate interprets it; dpo_runner only passes it on

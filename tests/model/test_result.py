@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.errors import RunError
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.model.files.fit import check_result
 from dpo_runner.model.stacking import combined_adapter
 from dpo_runner.records.reading import read_status
 from dpo_runner.train import run
@@ -54,6 +55,28 @@ def test_a_changed_base_is_undone_in_the_saved_adapter(start, tiny_run, tiny_mod
     randomize(trainer.model)
     expected = logps_of(trainer.model.eval(), first_rows(trainer))
     check_joined(trainer, {"default": 1.0, "ref": -1.0}, expected, tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("adapter_config.json", "{", "adapter_config.json: cannot be read as an adapter's config"),
+        ("adapter_config.json", "[]", "`peft_type=None`: no such method in PEFT"),
+        ("adapter_config.json", None, "adapter_config.json: cannot be read; No such file"),
+        ("adapter_model.safetensors", "x", "adapter_model.safetensors: cannot be read; Error while deserializing"),
+        ("adapter_model.safetensors", None, "holds no adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_result_is_one_line(name, content, told, tiny_model, tmp_path) -> None:
+    folder = Path(make_adapter(tiny_model, tmp_path / "made", 1, 0.1, r=4, target_modules=["q_proj"]))
+    check_result(folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        check_result(folder)
+    (line,) = caught.value.mistakes
+    assert told in line and "\n" not in line
 
 
 def randomize(model: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.data.templates.chat_template import ChatTemplate
 from dpo_runner.data.templates.rendering import CHAT_TEMPLATES
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
@@ -63,3 +64,10 @@ def test_a_model_without_a_template_says_none(tiny_model: str, tmp_path: Path) -
     tokenizer.save_pretrained(tmp_path / "bare")
     conf = ModelConf(str(tmp_path / "bare"))
     assert Blueprint(conf).template_origin == "none"
+
+
+def test_a_tokenizer_that_splits_special_tokens_keeps_the_templates_whole(tiny_model: str, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(tiny_model, split_special_tokens=True).save_pretrained(tmp_path / "split")
+    shutil.copytree(tiny_model, tmp_path / "split", ignore=shutil.ignore_patterns("*token*"), dirs_exist_ok=True)
+    tokenizer = Blueprint(ModelConf(str(tmp_path / "split"))).tokenizer
+    assert ChatTemplate(tokenizer).end_of_turn == tokenizer.eos_token_id

@@ -21,10 +21,11 @@ from dpo_runner.model.blueprint import Blueprint, draw_blueprint
 from dpo_runner.model.result import load_tuned_model, untuned
 from dpo_runner.model.vocabulary import describe_padding, resize_embeddings
 from dpo_runner.train import run
-from dpo_runner.training.step0 import check_reference, score_both
+from dpo_runner.training.step0 import check_reference
 from tests.support.adapters import EXACT, MODES, close, load_by_hand
+from tests.support.common import make_adapter
 from tests.support.families import make_family
-from tests.support.trainers import build, first_rows, logps_of
+from tests.support.trainers import build, first_rows, logps_of, score_both
 
 MODEL = "random:tiny-llama"
 NEW = ["<|user|>", "<|assistant|>"]
@@ -427,3 +428,28 @@ def test_weights_named_as_their_adapter_reach_the_reference(tiny_run, tiny_model
     expected = logps_of(model.eval(), first_rows(trainer))
     policy, reference, _ = score_both(trainer, first_rows(trainer))
     assert close(policy, expected) and close(reference, expected)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["lm_head"]], ids=["embeddings", "head"])
+def test_merging_into_one_of_two_tied_modules_leaves_the_other(targets, tied_model, tmp_path) -> None:
+    random = {"r": 4, "init_lora_weights": False}
+    sft = make_adapter(tied_model, tmp_path / "sft", 1, 0.1, target_modules=targets, **random)
+    ids = torch.arange(40)[None]
+    merged = load_base_model(Blueprint(ModelConf(tied_model, adapter=sft, adapter_mode="merge", dtype="float32")))[0]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load_by_hand(tied_model), sft).eval()(ids).logits
+        assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+
+
+def test_copies_that_are_tied_are_refused_because_peft_ties_only_the_first(tiny_run, tied_model, tmp_path) -> None:
+    tie = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
+    sft = make_adapter(tied_model, tmp_path / "sft", 1, 0.1, r=4, target_modules=["q_proj"], **tie)
+    new = ["lora.config.ensure_weight_tying=true", "lora.modules_to_save=[embed_tokens]"]
+    for used, cure in (
+        ([*MODES["continue"], f"model.adapter={sft}"], "use model.adapter_mode=merge"),
+        ([f"model.reference={sft}"], "merge it into its base, and name that model"),
+        (new, "leave it out, and list the output head too"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^`\S+`: ensure_weight_tying=True ties .*; {cure}$"):
+            draw_blueprint(load_conf([*on(tied_model, tiny_run), *used]))
+    draw_blueprint(load_conf([*on(tied_model, tiny_run), *MODES["merge"], f"model.adapter={sft}"]))

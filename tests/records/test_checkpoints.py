@@ -22,6 +22,7 @@ from dpo_runner.records.checkpoints import (
     seal,
     write_sealed,
 )
+from tests.support.common import make_tiny_run, write_pairs
 
 FILES = (
     "adapter_config.json",
@@ -37,14 +38,9 @@ FILES = (
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of a run of four steps."""
-    from tests.support.common import ROWS
-
     folder = tmp_path_factory.mktemp("trained")
-    rows = folder / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={rows}", "wandb=disabled"]
-    overrides.append("lora.lora_dropout=0.1")  # uses random numbers, so that rng_state differs between checkpoints
-    run(load_conf([*overrides, f"run_dir={folder / 'r'}", "samples.num_prompts=0"]))
+    overrides = [*make_tiny_run(write_pairs(folder)), "samples.num_prompts=0", f"run_dir={folder / 'r'}"]
+    run(load_conf([*overrides, "lora.lora_dropout=0.1"]))  # draws, so that rng_state differs between checkpoints
     return folder / "r" / "checkpoints"
 
 

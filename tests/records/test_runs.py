@@ -57,6 +57,8 @@ def test_a_finished_run_tells_its_results_and_how_far_it_moved(tmp_path: Path) -
     assert run.metrics["chosen_shift"] == pytest.approx(-2.0) and run.metrics["drift"] == pytest.approx(2.0)
     assert run.metrics["rejected_shift"] == pytest.approx((-0.4 - 1.5) / 0.2)
     assert run.curves["eval_loss"][0] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert run.curves["eval_rewards/accuracies"][0] == [5, 10, 15, 20, 25, 30, 35, 40]  # step 0 is a tie
+    assert run.curves["rewards/accuracies"][0][:2] == [2, 3]
     assert not {"time", "epoch", "step"} & set(run.curves)
     assert run.samples[0] == {"prompt": "Question 0?", "before": "Long answer 0.", "after": "Answer of r."}
 

@@ -18,7 +18,7 @@ import pytest
 
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
-from tests.support.common import ROWS
+from tests.support.common import make_tiny_run, write_pairs
 from tests.support.programs import start_python
 from tests.support.wandb_server import API_KEY, Fault, WandbServer
 
@@ -186,10 +186,7 @@ def tell_warnings(printed: str) -> list[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of the run without W&B."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    overrides = ["model=tiny_random", "training=smoke", "data=local_file", f"data.path={folder / 'pairs.jsonl'}"]
-    sizes = ["samples.num_prompts=2", "samples.max_new_tokens=4", "wandb=disabled", f"run_dir={folder / 'r'}"]
-    run(load_conf([*overrides, *sizes]))
+    run(load_conf([*make_tiny_run(write_pairs(folder)), f"run_dir={folder / 'r'}"]))
     return (folder / "r" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
@@ -237,7 +234,15 @@ def test_a_resumed_online_run_goes_on_where_it_was(
     assert stored.exit_code == 0 and "wandb sync" not in printed
 
 
-@pytest.mark.parametrize("fault", ["500", "no answer", "401", "key unknown", "closed port"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "no answer",
+        "401",
+        "key unknown",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("500", "closed port")),
+    ],
+)
 def test_without_a_server_at_the_start_the_run_is_recorded_offline(
     server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
 ) -> None:
@@ -257,7 +262,8 @@ def test_without_a_server_at_the_start_the_run_is_recorded_offline(
 
 
 @pytest.mark.parametrize(
-    "fault", ["500 for rows", "answer lost", "401", pytest.param("closed port", marks=pytest.mark.slow)]
+    "fault",
+    ["500 for rows", "answer lost", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("401", "closed port"))],
 )
 def test_a_server_that_is_lost_on_the_way_costs_nothing(
     server: WandbServer, environment: dict[str, str], online: list[str], undisturbed: bytes, fault: Fault
@@ -410,7 +416,8 @@ def test_wandbs_own_process_may_be_killed(
     run.go(2)
     printed = run.succeed()
     assert time.monotonic() - killed < 60
-    assert len(tell_warnings(printed)) == 1 and "Traceback" not in printed, printed
+    # Online the end has its own line, which names the upload; an event before it may already have failed.
+    assert 1 <= len(tell_warnings(printed)) <= (2 if mode == "online" else 1) and "Traceback" not in printed, printed
     assert_untouched(undisturbed)
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,20 +11,16 @@ from statistics import mean
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.status import is_process_alive
 from dpo_runner.training.build import build_dpo_config
-from scripts.bench import gpu
-from scripts.bench.inputs.random_models import SIZES, write_random_model
-from scripts.bench.inputs.shapes import HH_TOKENS, Rows, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
+from scripts.bench.inputs.shapes import HH_TOKENS, check_same_tokens, cut, tokenize_ours, tokenize_trl, write_rows
 from scripts.bench.measuring.flops import ModelShape, read_shape
-from scripts.bench.measuring.process import CommandFailed, aside_within, build_environment, read_event, run
+from scripts.bench.measuring.process import CommandFailed, build_environment, carry_packages, read_event, run
 from scripts.bench.measuring.profiling import GROUPS, add_up
 from scripts.bench.parts import COLD, WARM, check_jobs, check_store, choose_variants
-from scripts.bench.peers.exactness import Results, compare_attention, measure_distance, read_results
 from scripts.bench.peers.llamafactory import PEER, PEER_VARIANTS, build_config
 from scripts.bench.peers.same_job import DifferentJobs, check_same_job
 from scripts.bench.peers.sides import TRL_VARIANTS, Job, Measured, Variant, build_our_sweep, build_ours, build_trl
@@ -334,63 +329,32 @@ def test_a_process_is_measured(tmp_path: Path) -> None:
     assert read_event("{'loss': oops}") is read_event("{'a': 1}") is None
 
 
+def test_packages_on_pythonpath_reach_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dill takes the modules of another folder for the user's own, and then fails on those of pyarrow."""
+    packages, own, named = (tmp_path / name for name in ("packages", "own", "lib/site-packages"))
+    for folder in (packages, named):
+        (folder / "toy-1.dist-info").mkdir(parents=True)
+    own.mkdir()
+    (packages / "toy.py").write_text("import os\nFILE = __file__\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (packages, own, named, tmp_path / "none"))))
+    work = tmp_path / "work"
+    for _ in range(2):
+        root, linked, *rest = build_environment(1, work, ROOT)["PYTHONPATH"].split(os.pathsep)
+        assert root == str(ROOT) and rest == [str(own), str(named), str(tmp_path / "none")]
+        assert linked.endswith("/site-packages") and Path(linked).resolve() == packages
+    code = "import dill, toy; assert b'FILE' not in dill.dumps(toy); print(toy.FILE)"
+    heard: list[str] = []
+    run([sys.executable, "-c", code], build_environment(1, work, ROOT), tmp_path / "log", hear=heard.append)
+    assert heard == [f"{linked}/toy.py\n"] and carry_packages("", work) == []
+
+
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(CommandFailed, match=r"took more than 0 s"):
         run(["bash", "-c", "sleep 60 & echo $!; wait"], os.environ, tmp_path / "log", timeout=0.4)
     child = int((tmp_path / "log").read_text().splitlines()[-1])
     wait_until(lambda: not is_process_alive(child))  # a killed process closes its files shortly before it disappears
-    with pytest.raises(CommandFailed, match=r"sleep: took more than 0 s"):
-        aside_within(0.4, time.sleep, 60)
     assert time.monotonic() - start < 20
-
-
-def test_a_side_that_fails_on_a_gpu_loses_nothing_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "hh.jsonl").write_text("{}\n")
-    rows = Rows("hh", str(tmp_path / "hh.jsonl"), 16, 1024, [[100, 30, 40]] * 16)
-    made = {"write_random_model": "m", "write_rows": rows, "measure_peak": {"flops_per_second": 1e12}}
-    made["mean_flops"] = 1e9
-    out = tmp_path / "gpu.md"
-
-    def run_side(args: object, side: str, job: Job, name: str, deadline: gpu.Deadline) -> Measured:
-        if side == "trl":
-            raise CommandFailed("exit code 1; log ends with:\nCUDA | out of memory")
-        assert (side == gpu.SIDES[1]) or gpu.SIDES[1] in out.read_text()
-        return Measured(**{key: value for key, value in make_run(side, 4).items() if key != "load_before"})
-
-    monkeypatch.setattr(gpu, "aside_within", lambda timeout, work, *args: made[work.__name__])
-    monkeypatch.setattr(gpu, "run_side", run_side)
-    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", f"--work={tmp_path}", f"--out={out}"])
-    args, report = gpu.parse_arguments(), gpu.Report(out, None)
-    gpu.measure_size(args, report, "tiny", gpu.Deadline(60))
-    gpu.measure_size(args, report, "tiny, nf4", gpu.Deadline(0))
-    table = out.read_text().partition("|---")[2].splitlines()[1:]
-    assert table[0] == "| tiny | trl: not measured, CUDA / out of memory |  |  |  |  |  |"
-    assert table[1] == "| tiny | dpo_runner, cold store #1 | 4.00 | 8.0 | 3.0 | 4.00 | 0.4% |"
-    assert table[3].startswith("| tiny | trl precompute #1 | 4.00 |")
-    assert table[4] == "| tiny, nf4 | not measured: no time was left |  |  |  |  |  |" and len(table) == 5
-    assert "- tiny, trl precompute: the same tokens in each step" in out.read_text()
-
-
-def test_what_is_not_exact_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_runner.training.engine.packed import attention
-
-    compare_attention(Results(tmp_path / "right"), "cpu")
-    assert len(read_results(tmp_path / "right")) == 3 and "NOT EXACT" not in (tmp_path / "right").read_text()
-    assert all("torch's attention under a mask." in line for line in read_results(tmp_path / "right"))
-    attend = attention.attend
-
-    def without_prefix(*args: torch.Tensor, pairs: list, **kwargs: object) -> object:
-        return attend(*args, pairs=[pair._replace(prefix=pair.prefix // 2) for pair in pairs], **kwargs)
-
-    monkeypatch.setattr(attention, "attend", without_prefix)
-    compare_attention(Results(tmp_path / "wrong"), "cpu")
-    assert all(line.startswith("NOT EXACT: Attention over") for line in read_results(tmp_path / "wrong"))
-    assert read_results(tmp_path / "none") == []
-    ours, theirs = {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([3.0, 5.0])}
-    assert measure_distance(ours, theirs) == pytest.approx(34**-0.5) and measure_distance(ours, ours) == 0
 
 
 def test_flops_are_those_of_the_formula(tiny_model: str) -> None:
@@ -401,23 +365,3 @@ def test_flops_are_those_of_the_formula(tiny_model: str) -> None:
     read = read_shape(tiny_model)
     assert read.layers == 2 and read.attention_width == 64 and read.head[0] == 64
     assert read.linear == {(64, 64): 4, (64, 32): 4, (64, 128): 4, (128, 64): 2}
-
-
-def test_random_models_have_the_shapes_they_are_named_after(tmp_path: Path, default_model: str) -> None:
-    folder = write_random_model("tiny", tmp_path, "cpu", "float32")
-    assert json.loads(Path(folder, "config.json").read_text())["vocab_size"] == 49152
-    assert write_random_model("tiny, nf4", tmp_path, "cpu", "float32") == folder
-    kind, sizes, quantized = SIZES["Mistral-7B, nf4"]
-    assert (kind, sizes["hidden_size"], sizes["num_hidden_layers"], quantized) == ("mistral", 4096, 32, True)
-
-
-def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("bash", "dirname", "env"):
-        found = subprocess.run(["which", name], capture_output=True, text=True, check=True).stdout.strip()
-        (tools / name).symlink_to(found)
-    command = [str(ROOT / "scripts" / "bench" / "gpu.sh")]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": str(tools)})
-    assert (result.returncode, result.stdout) == (2, "") and result.stderr.count("\n") == 1
-    assert "no GPU" in result.stderr

@@ -1,5 +1,6 @@
 """Preference rows, a LoRA adapter, child processor time, and commands run in this process."""
 
+import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,29 @@ ROWS = [
 ]
 
 
+def write_pairs(folder: Path) -> str:
+    """Write ROWS to pairs.jsonl, and return its path."""
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def make_tiny_run(pairs: str) -> list[str]:
+    """Return the overrides of a run that takes a second or two."""
+    return [
+        "model=tiny_random",
+        "training=smoke",
+        "data=local_file",
+        f"data.path={pairs}",
+        "samples.num_prompts=2",
+        "samples.max_new_tokens=4",
+        "wandb=disabled",
+    ]
+
+
 def real_model_dtype() -> str:
     """Return a `model.dtype` in which the default model is fast here: bf16 takes ten times as long without hardware."""
-    from dpo_runner.training.precision import has_bf16
+    from dpo_runner.training.engine.precision import has_bf16
 
     return "auto" if has_bf16() else "float32"
 

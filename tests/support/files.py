@@ -1,13 +1,15 @@
 """Helpers for tests that write and read files of rows in every format, with sample rows."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,9 +54,10 @@ def write(path: str, content: str | bytes) -> str:
 
 
 def pack(path: str, data: bytes) -> bytes:
-    if path.endswith(".gz"):
-        return gzip.compress(data)
-    return pa.compress(data, codec="zstd", asbytes=True) if path.endswith(".zst") else data
+    suffix = Path(path).suffix
+    if suffix == ".zst":
+        return cast(bytes, pa.compress(data, codec="zstd", asbytes=True))
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix, bytes)(data)
 
 
 def to_lines(rows: list[Any]) -> str:

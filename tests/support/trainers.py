@@ -12,6 +12,7 @@ from dpo_runner.data.preferences import load_preferences
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_policy
 from dpo_runner.training.build import build_dpo_config, build_trainer
+from dpo_runner.training.engine.logps import completion_logps, label_completions
 
 
 def build(overrides: list[str], tmp_path: Path):
@@ -26,6 +27,35 @@ def build(overrides: list[str], tmp_path: Path):
 
 def first_rows(trainer) -> list[dict]:
     return [trainer.train_dataset[index] for index in range(4)]
+
+
+def score_both(trainer, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score training rows with the policy and with the reference, both in evaluation mode.
+
+    Args:
+        trainer: the trainer that holds both models.
+        rows: training rows; their `ref_chosen_logps` and `ref_rejected_logps`, if present, are the reference's scores
+            (recomputed if `ld_alpha` is set).
+
+    Returns:
+        Policy and reference log-probabilities, summed over each completion, and the number of scored tokens:
+        three tensors of shape [2 * rows], chosen first (log pi(y|x) in Eq. 7 of the DPO paper).
+    """
+    model, training, ld_alpha = trainer.model, trainer.model.training, trainer.ld_alpha
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    stored = [batch.pop(name) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+    inputs = label_completions(batch)
+    model.eval()
+    trainer.ld_alpha = None  # plain sums
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            policy = completion_logps(model, inputs).sum(dim=1)
+        if not stored or ld_alpha is not None:
+            stored = trainer.compute_ref_log_probs(trainer.ref_model or model, batch)
+    finally:
+        trainer.ld_alpha = ld_alpha
+        model.train(training)
+    return policy, torch.cat(list(stored)), (inputs["labels"] != -100).sum(dim=1)
 
 
 def logps_of(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:

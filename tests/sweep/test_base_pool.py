@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_runner import run
+from dpo_runner import run, train
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData, load_preferences
@@ -18,10 +18,12 @@ from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import load_fresh, load_policy
 from dpo_runner.sweep import base_pool as module
 from dpo_runner.sweep.base_pool import BasePool, Snapshot, why_not_kept
-from dpo_runner.sweep.executor import choose_loader
+from dpo_runner.sweep.executor import choose_loader, perform
 from dpo_runner.training.answers import generate_answers
 from dpo_runner.training.build import build_dpo_config, build_trainer
 from dpo_runner.training.callbacks.movement import MovementCheck
+from dpo_runner.training.memory import settle as settling
+from dpo_runner.training.memory.device import Device
 from dpo_runner.training.step0 import check_reference
 from tests.support.families import make_family
 from tests.support.sweeps import finish, furnish, start
@@ -298,6 +300,35 @@ def test_a_job_that_keeps_no_base_frees_the_one_before(tiny_run: list[str], load
     assert loads == [0, 0], "the kept base was freed, and loaded again"
 
 
+def test_a_kept_base_does_not_count_twice_in_what_fits(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that it takes is not free, and the next run, whose estimate has its weights, takes it over."""
+    seen: list[int] = []
+    monkeypatch.setattr(train, "run", lambda *args, held, **kwargs: seen.append(held))
+    conf = load_conf([*tiny_run, "quant=nf4", "run_dir=r"])
+    bases = BasePool()
+    perform(conf, [], bases=bases)
+    base, _ = bases.load(Blueprint.of_run(conf), print)
+    perform(conf, [], bases=bases)
+    quantized = [each for each in base.parameters() if not each.is_floating_point()]
+    held = sum(each.nbytes for each in quantized)
+    assert held <= seen[1] < 1.1 * held, "and its absmax"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bases.count_bytes(use_cpu=False) == 0, "the GPU holds nothing of it"
+    assert bases.count_bytes(use_cpu=True) == seen[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    perform(load_conf([*tiny_run, "engine.keep_base_model=false", "run_dir=r"]), [], bases=bases)
+    bases.load(Blueprint.of_run(load_conf(tiny_run)), print)
+    perform(load_conf([*tiny_run, "run_dir=r"]), [], bases=bases)
+    assert seen[0] == seen[2] == seen[3] == 0, "none, freed, mapped from a file"
+
+
+def test_what_a_run_gives_up_counts_as_free(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(settling, "read_device", lambda args, held: seen.append(held) or Device("CPU", 10**12, 10**12))
+    run(load_conf([*tiny_run, "dry_run=true"]), held=7)
+    assert seen == [7]
+
+
 def test_files_that_have_changed_are_read_again(
     tiny_run: list[str], tokenizer: Any, tmp_path: Path, loads: list[int]
 ) -> None:
@@ -311,19 +342,18 @@ def test_files_that_have_changed_are_read_again(
     assert len(loads) == 2
 
 
-def test_weights_that_are_drawn_belong_to_their_seed(runner: Runner, tokenizer: Any, tmp_path: Path) -> None:
-    """A checkpoint without a head: transformers initializes one at random, from the run's seed."""
-    from safetensors.torch import load_file, save_file
+def test_a_base_whose_loading_draws_random_numbers_is_loaded_for_each_run(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(blueprint: Blueprint) -> Any:
+        torch.rand(1)
+        return load_base_model(blueprint)
 
-    folder = Path(make_family("llama", tokenizer, tmp_path / "headless"))
-    weights = load_file(folder / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    runner.overrides.append(f"model.model_name_or_path={folder}")
-    alone, bases = runner(["seed=2"]), BasePool()
-    runner(["seed=1"], bases)
-    assert "is not kept for the next run; it has weights that are drawn at random" in runner.said
-    assert runner(["seed=2"], bases) == alone
+    monkeypatch.setattr(module, "load_base_model", load)
+    bases = BasePool()
+    first = runner(["seed=2"], bases)
+    assert "is not kept for the next run; loading it draws random numbers" in runner.said
+    assert runner(["seed=2"], bases) == first
 
 
 @pytest.mark.parametrize(
@@ -335,7 +365,8 @@ def test_weights_that_are_drawn_belong_to_their_seed(runner: Runner, tokenizer: 
         (["lora.init_lora_weights=pissa"], "lora.init_lora_weights=pissa begins from its weights"),
         (["lora.init_lora_weights=eva"], "lora.init_lora_weights=eva begins from its weights"),
         (["model.added_tokens=[new_token]"], "its embeddings are resized or replaced"),
-        (["model.device_map=cpu"], "model.device_map spreads it"),
+        (["model.device_map=auto"], "model.device_map spreads it"),
+        (["training.use_cpu=true"], None),
         (["lora.init_lora_weights=gaussian", "model.adapter=SFT", "model.adapter_mode=stack"], None),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",

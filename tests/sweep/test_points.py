@@ -123,6 +123,12 @@ def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
             "training.label_smoothing=0.1",
             "lora=none",
             "training.sync_ref_model=true",
+            "training.f_divergence_type=alpha_divergence",
+            "training.use_liger_kernel=true",
+            "training.fsdp=full_shard",
+            "training.optim=galore_adamw",
+            "training.load_best_model_at_end=true",
+            "training.save_steps=0.5",
         ]
     )
     assert [rule.key for rule in NO_OPS if rule.applies(read)] == []

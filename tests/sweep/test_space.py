@@ -8,7 +8,7 @@ from dpo_runner.config.compose import load_conf
 from dpo_runner.config.rules.sweep import list_objectives, read_direction
 from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.sweep.command_line import check_command_line, choose_sweeper
+from dpo_runner.sweep.command_line import check_command_line, complete_sweep
 from tests.support.spaces import space_of
 
 TPE = "sweep.search.sampler=tpe"
@@ -82,6 +82,10 @@ def test_hydras_syntax_becomes_what_optuna_asks() -> None:
         (["seed=1,2", "sweep.search.pruner=medain"], "did you mean `median`?"),
         (["seed=1,2", "sweep.search.warmup_steps=5"], "is read by a pruner"),
         (["seed=1,2", "sweep.search.pruner=median", "training.eval_strategy=no"], "needs evaluations within the run"),
+        (
+            ["seed=1,2", "data.path=x.jsonl", "data.eval_fraction=0"],
+            "objective=eval_rewards/accuracies`: there are no eval",
+        ),
         (["seed=1,2", "sweep.search.trials=0"], "must be at least 1"),
         (["seed=1,2", "sweep.sample=1"], "`sweep.sample=1`: is of a grid"),
         (["seed=1"], "there is nothing to search"),
@@ -127,11 +131,13 @@ def test_losses_are_minimized_and_accuracies_maximized() -> None:
     assert read_direction(SearchConf(objective="eval_loss", direction="maximize")) == "maximize"
 
 
-def test_the_sweeper_is_chosen_by_the_command() -> None:
-    assert choose_sweeper(["-m", "seed=1,2"]) == ["-m", "seed=1,2"]
-    assert choose_sweeper(["-m", TPE, "seed=1,2"]) == ["-m", "hydra/sweeper=optuna", TPE, "seed=1,2"]
+def test_a_sweep_command_is_completed() -> None:
+    assert complete_sweep(["-m", "seed=1,2"]) == ["-m", "seed=1,2"]
+    assert complete_sweep(["sweep=beta"]) == ["sweep=beta", "-m"]  # a sweep file may leave out hydra.mode
+    assert complete_sweep(["--cfg", "job", "sweep=beta"]) == ["--cfg", "job", "sweep=beta"]
+    assert complete_sweep(["-m", TPE, "seed=1,2"]) == ["-m", "hydra/sweeper=optuna", TPE, "seed=1,2"]
     command = ["seed=1", "sweep=optuna_tpe", "--config-dir", "."]
-    assert choose_sweeper(command) == ["hydra/sweeper=optuna", *command]
+    assert complete_sweep(command) == ["hydra/sweeper=optuna", *command, "-m"]
 
 
 def test_the_command_line_outdoes_the_axes_of_a_sweep_file() -> None:

@@ -17,25 +17,15 @@ from omegaconf import OmegaConf
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError
+from dpo_runner.io.processes import list_gpus
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.sweep.directory import lock_sweep, read_job
 from dpo_runner.sweep.executor import perform
 from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
-from dpo_runner.sweep.workers import Worker, WorkerPool, list_gpus
-
-LISTING = """\
-GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)
-GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-bbbb-2)
-"""
-
-
-def put_program(folder: Path, name: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "answer").write_text(output)
-    (folder / name).write_text(f'#!/bin/sh\n[ "$1" = --list-gpus ] && cat {folder / "answer"}\n')
-    (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
+from dpo_runner.sweep.workers import Worker, WorkerPool
+from tests.support.gpus import LISTING, put_program
 
 
 def test_there_is_a_worker_for_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

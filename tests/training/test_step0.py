@@ -7,7 +7,7 @@ from dpo_runner.errors import RunError
 from dpo_runner.training import step0
 from dpo_runner.training.callbacks import movement
 from dpo_runner.training.callbacks.movement import MovementCheck, _fingerprint
-from dpo_runner.training.step0 import check_reference, check_trainable
+from dpo_runner.training.step0 import check_before, check_head, check_reference, check_trainable
 from tests.support.trainers import build
 
 
@@ -15,38 +15,86 @@ def test_a_sound_run_passes(tiny_run, tmp_path) -> None:
     trainer = build(tiny_run, tmp_path)
     check_trainable(trainer)
     check_reference(trainer)
+    check_head(trainer)
     trainer.add_callback(MovementCheck())
     trainer.train()
+
+
+def test_logits_that_are_not_the_heads_alone_are_found(tiny_run, tmp_path) -> None:
+    """BERT, RoBERTa, RecurrentGemma and xLSTM transform or cap them, and TRL's head does not."""
+    trainer = build(tiny_run, tmp_path)
+    trainer.model.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: logits.tanh())
+    with pytest.raises(RunError, match=r"llama models do not compute their logits as TRL does.* differ by"):
+        check_head(trainer)
 
 
 def test_a_wrong_reference_is_found(tiny_run, sft_adapter, tmp_path) -> None:
     """The bare base as the reference of an SFT model: trap 3, as in other runners."""
     trainer = build([*tiny_run, f"model.adapter={sft_adapter}"], tmp_path)
     trainer.model.delete_adapter("ref")  # TRL then takes the reference with all adapters off
-    with pytest.raises(RunError, match=r"policy and reference differ by .* per token before training"):
+    with pytest.raises(RunError, match=r"before training policy and reference differ by .* per token"):
         check_reference(trainer)
 
 
 @pytest.mark.parametrize(
     "answers, compared",
     [
-        ([(40, 40), (2, 30), (16, 20), (30, 1), (20, 16), (50, 50)], [2, 4]),
-        ([(3, 15), (1, 1), (2, 9)], [1, 2]),  # no row has two long answers
+        ([(40, 40), (2, 30), (16, 20), (30, 1), (20, 16), (50, 50)], [2, 5]),
+        ([(3, 15), (1, 1), (2, 9)], [1, 0]),  # no row has two long answers
         ([(20, 20)], [0]),
     ],
 )
-def test_the_shortest_rows_whose_answers_average_rounding_out_are_compared(
+def test_a_short_and_a_long_row_are_compared_in_one_batch(
     answers: list[tuple[int, int]], compared: list[int], tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, seen, score = build(tiny_run, tmp_path), [], step0.score_both
-    rows = [
-        {"prompt_ids": [7], "chosen_ids": [8] * a, "rejected_ids": [9] * b, "row": i}
-        for i, (a, b) in enumerate(answers)
-    ]
-    monkeypatch.setattr(step0, "score_both", lambda _, rows: seen.extend(rows) or score(trainer, rows))
+    trainer, seen, score = build(tiny_run, tmp_path), [], step0.score_batch
+    rows = [{"prompt_ids": [7], "chosen_ids": [8] * a, "rejected_ids": [9] * b} for a, b in answers]
+    monkeypatch.setattr(
+        step0, "score_batch", lambda _, model, batch: seen.append(batch) or score(trainer, model, batch)
+    )
     trainer.train_dataset = rows
     check_reference(trainer)
-    assert [row["row"] for row in seen] == compared
+    assert seen == [[rows[index] for index in compared]] * 2
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_slightly_wrong_reference_is_found_in_fp32_weights(autocast: bool, tiny_run, tmp_path) -> None:
+    """Autocast's rounding is larger than this difference, which over many tokens shifts the margin."""
+    trainer = build([*tiny_run, f"training.bf16={autocast}"], tmp_path)
+    assert check_reference(trainer) < 1e-5
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(1e-3)
+    assert 1e-4 < check_reference(trainer, is_initial=False) < 0.05
+    with pytest.raises(RunError, match=r"policy and reference differ by .* rounding in float32 explains 0\.00015"):
+        check_reference(trainer)
+
+
+def test_columns_of_other_rows_are_found(tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+    trainer = build(
+        [*tiny_run, "engine.reference_store=true", "training.ld_alpha=0.5", "training.bf16=false"], tmp_path
+    )
+    check_reference(trainer)
+    check_before(trainer, True, trainer.evaluate())
+    for split in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, split)
+        values = rows["ref_chosen_logps"]
+        rows = rows.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [*values[1:], values[0]])
+        setattr(trainer, split, rows)
+    with pytest.raises(RunError, match=r"`ref_chosen_logps` is -.*, but the reference gives -.* over \d+ tokens"):
+        check_reference(trainer)
+
+
+def test_rewards_before_training_must_be_0(tiny_run, tmp_path) -> None:
+    trainer = build(tiny_run, tmp_path)
+    metrics = trainer.evaluate()
+    check_before(trainer, True, metrics)
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        wrong = metrics | {f"eval_{name}": -0.19}
+        check_before(trainer, False, wrong)
+        with pytest.raises(RunError, match=f"{name} of the evaluation rows is -0.19; rounding explains "):
+            check_before(trainer, True, wrong)
 
 
 def test_ld_alpha_does_not_confuse_the_check(tiny_run, tmp_path) -> None:

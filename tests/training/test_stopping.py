@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,21 @@ from dpo_runner.training.mixins.saving import EvaluationCut
 from dpo_runner.training.trainer import RunTrainer
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup() -> Iterator[None]:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
+
+
+def test_under_nohup_a_run_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stopping().on_signals():
+        send(signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -58,7 +72,7 @@ def test_of_the_signals_after_the_first_only_ctrl_c_does_not_wait_for_the_checkp
     stopping, control = Stopping(), SimpleNamespace(should_save=False)
     with stopping.on_signals():
         stopping.on_train_begin(None, None, None)
-        for again in (number, signal.SIGTERM, signal.SIGUSR1):
+        for again in (number, *SIGNALS[1:]):
             if again != signal.SIGINT or again == number:
                 send(again)
         stopping.on_step_end(None, None, control)

@@ -1,24 +1,25 @@
 """Trainer traps: adapters that move, dropout as configured, rows that are not templated twice."""
 
+import dataclasses
 import types
-from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import training_args
+from trl import DPOConfig
 
+from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.data.preferences import ID_COLUMNS, load_preferences
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.model.blueprint import Blueprint
-from dpo_runner.training.build import build_dpo_config
-from dpo_runner.training.memory.settle import Settled
-from dpo_runner.training.plan import build_plan
-from dpo_runner.training.step0 import score_both
+from dpo_runner.training.build import build_dpo_config, undo_global_settings
 from dpo_runner.training.trainer import RunTrainer, count_steps
 from tests.support.adapters import EXACT, close, load_by_hand
 from tests.support.common import ROWS
-from tests.support.trainers import build, first_rows, gradients, logps_of
+from tests.support.trainers import build, first_rows, gradients, logps_of, score_both
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
@@ -169,6 +170,18 @@ def test_what_upstream_refuses_is_one_line(tmp_path) -> None:
         build_dpo_config(conf, tmp_path)
 
 
+def test_a_field_that_only_newer_libraries_have_is_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = dataclasses.fields
+    older = tuple(field for field in fields(DPOConfig) if not field.name.startswith("activation_checkpointing"))
+    monkeypatch.setattr(dataclasses, "fields", lambda of: older if of is DPOConfig else fields(of))
+    assert build_dpo_config(load_conf(["training.gradient_checkpointing=true"]), tmp_path).gradient_checkpointing
+    expected = rf"`training.activation_checkpointing=True`: transformers {version('transformers')} does not know it; "
+    with pytest.raises(ConfigError, match=expected):
+        build_dpo_config(load_conf(["training.activation_checkpointing=true"]), tmp_path)
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "apo_zero", "[sigmoid,sft]"])
 def test_losses_train(loss: str, tiny_run, tmp_path) -> None:
     trainer = build([*tiny_run, f"training.loss_type={loss}"], tmp_path)
@@ -180,7 +193,7 @@ def test_conversations_become_the_tokens_that_trl_makes_of_them(tiny_model, toke
     """If TRL's templating is correct, ours gives the same tokens."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     from dpo_runner.data.templates.chat_template import apply_chat_template
 
@@ -208,10 +221,28 @@ def test_one_process_takes_one_gpu(tiny_run: list[str], tmp_path: Path, monkeypa
     conf = load_conf([*tiny_run, "training.bf16=false", "training.per_device_train_batch_size=2"])
     args = build_dpo_config(conf, tmp_path)
     assert args.n_gpu == 1 and args.train_batch_size == 2 and not args.use_cpu
-    blueprint = Blueprint.of_run(conf)
-    data = load_preferences(conf, blueprint.tokenizer)
-    settled = Settled(conf, conf, args, data.shape())
-    plan = build_plan(settled, blueprint, data, tmp_path)
-    assert plan["device"].startswith("the first of 4 GPUs; CUDA_VISIBLE_DEVICES")
-    conf = load_conf([*tiny_run, "training.use_cpu=true"])
-    assert "device" not in build_plan(replace(settled, asked=conf), blueprint, data, tmp_path)
+
+
+def test_what_a_run_sets_for_the_whole_process_ends_with_it(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
+    before = torch.backends.fp32_precision
+    for value, expected in (("true", "tf32"), ("null", before), ("false", "ieee"), ("true", "tf32"), ("null", before)):
+        conf = load_conf([*tiny_run, f"training.tf32={value}"])
+        with undo_global_settings():
+            build_dpo_config(conf, tmp_path)
+            assert torch.backends.fp32_precision == expected
+    run(load_conf([*tiny_run, "training.tf32=true", "training.full_determinism=true", "dry_run=true"]))
+    assert torch.backends.fp32_precision == before and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_initialization_that_runs_out_of_memory_says_so(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("dpo_runner.training.trainer.initialize_lora_eva_weights", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        build([*tiny_run, "lora.init_lora_weights=eva"], tmp_path)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from dpo_runner.config.sections.data import COLUMNS, DataConf, SourceFields
+from dpo_runner.config.sections.data import COLUMNS, ROLES, DataConf, SourceFields
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
 
@@ -62,5 +62,9 @@ def _check_source(source: SourceFields, key: str) -> Iterator[str]:
         yield f"`{key}.columns`: maps two columns to the same name; a row has room for one"
     if source.formatter is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source.formatter):
         yield f"`{key}.formatter={source.formatter}`: must be package.module:function"
-    if source.pairing != "best_vs_worst" and source.format not in ("auto", "scored", "helpsteer"):
+    for theirs, role in source.roles.items():
+        if role not in ROLES:
+            yield f"`{key}.roles.{theirs}={role}`: no such role{suggest(role, ROLES)}"
+    one_pair = source.format not in ("auto", "scored", "helpsteer", "kto")
+    if one_pair and (source.pairing == "best_vs_rest" or (source.pairing == "all_pairs" and source.format == "hh")):
         yield f"`{key}.pairing={source.pairing}`: has no effect with format={source.format}, which holds one pair a row"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.rules.training import OTHER_LOSSES
+from dpo_runner.config.rules.training import OTHER_VALUES
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import suggest
 from dpo_runner.io.masking import holds_secret
@@ -35,6 +35,15 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("training.precompute_ref_batch_size", 1, True, None, False),
     ("training.dataset_num_proc", 1, True, None, False),
     ("training.dataloader_num_workers", 0, True, None, False),
+    ("training.dataloader_prefetch_factor", 1, True, None, False),
+    ("training.data_seed", 0, True, None, False),
+    ("training.eval_accumulation_steps", 1, True, None, False),
+    ("training.eval_delay", 0, True, None, False),
+    ("training.torch_empty_cache_steps", 1, True, None, False),
+    ("training.neftune_noise_alpha", 0, True, None, False),
+    ("training.pad_to_multiple_of", 1, True, None, False),
+    ("training.ref_model_mixup_alpha", 0, True, 1, True),
+    ("training.ref_model_sync_steps", 1, True, None, False),
     ("lora.r", 1, True, None, False),
     ("lora.lora_alpha", 1, True, None, False),
     ("lora.lora_dropout", 0, True, 1, False),
@@ -105,7 +114,7 @@ def check_field(key: str, field: "dataclasses.Field[Any]", value: Any) -> Iterat
         choices = field.metadata.get("choices")
         for item in _items(value):
             if choices and item is not None and item not in choices:
-                other = OTHER_LOSSES.get(item) if key == "training.loss_type" else None
+                other = OTHER_VALUES.get(key, {}).get(item)
                 yield f"`{key}={item}`: {other or f'no such choice{suggest(item, choices)}'}"
 
 
@@ -149,6 +158,11 @@ def check_names(conf: RunFields) -> Iterator[str]:
             yield f"`{key}={value}`: holds what looks like a secret, which would become the name of a folder"
     if any(character in conf.wandb.project for character in "/\\#?%:") or len(conf.wandb.project) > 128:
         yield f"`wandb.project={conf.wandb.project}`: W&B takes up to 128 characters, and none of / \\ # ? % :"
+    if "/" in (conf.wandb.entity or ""):
+        yield f"`wandb.entity={conf.wandb.entity}`: is a user or team alone; the project goes into wandb.project"
+    for name, most in (("name", 128), ("group", 128), ("job_type", 64)):
+        if len(text := getattr(conf.wandb, name) or "") > most:
+            yield f"`wandb.{name}={text[:20]}…`: has {len(text)} characters, and W&B takes up to {most}"
     for tag in conf.wandb.tags:
         if len(tag) > 64:
             yield f"`wandb.tags={tag}`: W&B takes tags of up to 64 characters"

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from dpo_runner.config.sections.model import LoraConf
 from dpo_runner.config.sections.run import RunFields
@@ -14,12 +15,20 @@ _NEED_MORE = {
     "corda": "needs covariances from a pass over data of its own",
     "lora_ga": "needs gradients from a pass over data of its own",
 }
+OTHER_LORA_FIELDS = {"rank": "is called lora.r"}
+"""Fields that users of other tools may write under `lora`."""
+
 OWNED_LORA_FIELDS = {
     "bias": "PEFT's bias=none always applies: trained biases of the base would be the reference's too",
     "task_type": "PEFT's task_type=CAUSAL_LM always applies",
     "inference_mode": "an adapter in inference mode is not trained",
 }
 """Fields of PEFT's configs that neither `lora` nor `lora.config` sets, each with the reason."""
+
+_DEVICE = re.compile(
+    r"None|auto|balanced|balanced_low_0|sequential|cpu|disk|(?:(?:cuda|xpu|npu|hpu|mlu):)?\d+|cuda|xpu|mps"
+)
+"""accelerate's strategies, and the names of devices, of which None stands for the default."""
 
 
 def check_model_groups(conf: RunFields) -> Iterator[str]:
@@ -55,6 +64,7 @@ def check_model_groups(conf: RunFields) -> Iterator[str]:
                 f"`lora.{key}`: the result of model.adapter_mode=stack is two adapters joined into one, which PEFT "
                 "cannot do with such; use model.adapter_mode=merge"
             )
+    yield from _check_device_map(model.device_map, conf.training.use_cpu)
     if lora is not None and lora.lora_dropout > 0 and conf.training.disable_dropout:
         yield (
             f"`lora.lora_dropout={lora.lora_dropout}`: has no effect with training.disable_dropout=true; "
@@ -72,6 +82,23 @@ def check_model_groups(conf: RunFields) -> Iterator[str]:
         )
     if trains_adapter and conf.training.sync_ref_model:
         yield "`training.sync_ref_model=True`: needs full fine-tuning; the reference of an adapter has no copy to move"
+
+
+def _check_device_map(device_map: Any, use_cpu: bool) -> Iterator[str]:
+    """Yield a line if a device does not exist, or if the model would not be where training puts its batches."""
+    devices = {str(device) for device in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+    number = re.fullmatch(r"(?:\w+:)?0*([1-9]\d*)", min(devices, default=""))
+    if wrong := [each for each in sorted(devices) if not _DEVICE.fullmatch(each)]:
+        yield f"`model.device_map={device_map}`: {wrong[0]} is no device; use auto, or leave it out"
+    elif use_cpu and devices not in ({"None"}, {"cpu"}):
+        yield f"`model.device_map={device_map}`: contradicts training.use_cpu=true; leave one of them out"
+    elif devices == {"cpu"} and not use_cpu:
+        yield f"`model.device_map={device_map}`: places the model alone; use training.use_cpu=true to train on the CPU"
+    elif len(devices) == 1 and number:
+        yield (
+            f"`model.device_map={device_map}`: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES="
+            f"{number[1]} in the environment, and leave model.device_map out"
+        )
 
 
 def _find_unjoinable(lora: LoraConf) -> str | None:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from dpo_runner.config.metrics import direction_of, evaluation_keys
+from dpo_runner.config.metrics import METRICS, direction_of, evaluation_keys
+from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, may_have_evaluation
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.sweep import SearchConf, SweepConf
 from dpo_runner.errors import suggest
@@ -44,7 +45,11 @@ def check_search(conf: RunFields) -> Iterator[str]:
         if value := getattr(conf.sweep, key):
             yield f"`sweep.{key}={value}`: is of a grid; leave it out, or {where}sampler"
     if search.objective not in (objectives := list_objectives(conf)):
-        yield f"`{where}objective={search.objective}`: no such metric{suggest(search.objective, objectives)}"
+        of_table = {metric.column: metric.key for metric in METRICS}.get(search.objective, search.objective)
+        yield f"`{where}objective={search.objective}`: no such metric{suggest(of_table, objectives)}"
+    elif search.objective.startswith("eval_") and not may_have_evaluation(conf.data):
+        yield f"`{where}objective={search.objective}`: {NO_EVALUATION_ROWS}"
+        return
     elif read_direction(search) is None:
         yield f"`{where}direction`: must be set for {search.objective} ({where}direction=maximize or minimize)"
     if search.sampler != "tpe" and search.pruner != "median" and "startup_trials" in changed:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_runner.config.sections.data import DataConf
 from dpo_runner.config.sections.run import RunFields
+from dpo_runner.config.sections.training import TrainingConf
 
 
 def check_training(conf: RunFields) -> Iterator[str]:
@@ -33,6 +35,8 @@ def check_training(conf: RunFields) -> Iterator[str]:
         value = getattr(training, key)
         if value is not None and value > 1 and value != int(value):
             yield f"`training.{key}={value}`: must be a whole number of steps, or a share of all steps below 1"
+    if "tpu_metrics_debug" in training.debug:
+        yield f"`training.debug={training.debug}`: tpu_metrics_debug prints a TPU's metrics; leave it out"
     if training.bf16 and training.fp16:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
     if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
@@ -60,17 +64,30 @@ def check_torch_compile(conf: RunFields) -> Iterator[str]:
             )
 
 
-def check_evaluation(conf: RunFields) -> Iterator[str]:
-    training, data = conf.training, conf.data
+def may_have_evaluation(data: DataConf) -> bool:
+    """Return whether there may be evaluation rows; only the data shows whether a folder has some."""
     sources = data.sources.values() if data.sources else [data]
-    has_eval = data.eval_fraction > 0 or any(
+    return data.eval_fraction > 0 or any(
         source.eval_path or source.eval_split or _may_bring_evaluation(source.path) for source in sources
     )
-    if training.eval_strategy != "no" and not has_eval:
-        yield (
-            f"`training.eval_strategy={training.eval_strategy}`: there are no evaluation rows; set data.eval_path, "
-            "data.eval_split or data.eval_fraction, or training.eval_strategy=no"
-        )
+
+
+def find_vain_evaluation(training: TrainingConf) -> list[str]:
+    """Return one line for each setting that needs evaluation rows, for a run without any."""
+    off = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
+    wanted = {key: value for key, value in off.items() if getattr(training, key) != value}
+    wanted |= {"save_strategy": "steps"} if training.save_strategy == "best" else {}
+    return [
+        f"`training.{key}={getattr(training, key)}`: {NO_EVALUATION_ROWS}, or training.{key}={str(value).lower()}"
+        for key, value in wanted.items()
+    ]
+
+
+def check_evaluation(conf: RunFields) -> Iterator[str]:
+    training = conf.training
+    if not may_have_evaluation(conf.data) and (vain := find_vain_evaluation(training)):
+        yield from vain
+        return
     if not training.load_best_model_at_end or training.save_strategy == "best":
         return
     if training.eval_strategy == training.save_strategy == "steps":
@@ -91,6 +108,8 @@ def _may_bring_evaluation(path: str | None) -> bool:
     """Return whether a path may also hold evaluation rows: bundled pairs do, folders may."""
     return path is not None and (path.startswith("bundled:") or Path(path).expanduser().is_dir())
 
+
+NO_EVALUATION_ROWS = "there are no evaluation rows; set data.eval_path, data.eval_split or data.eval_fraction"
 
 OWNED_FIELDS: dict[str, str] = {
     "output_dir": "use `run_dir`",
@@ -156,18 +175,43 @@ OTHER_FIELDS: dict[str, str] = {
     "simpo_gamma": _CPO,
     "num_generations": _GRPO,
     "epsilon": _GRPO,
+    "lr": "is called training.learning_rate",
+    "batch_size": "is called training.per_device_train_batch_size",
+    "epochs": "is called training.num_train_epochs",
+    "warmup_ratio": "is called training.warmup_steps, which takes a share of all steps too (0.1)",
+    "group_by_length": "is not needed, pairs are trained without padding; leave it out",
+    "no_cuda": "is called training.use_cpu",
+    "save_safetensors": "was removed from transformers, which writes safetensors only; leave it out",
+    "overwrite_output_dir": "was removed from transformers; use another run_dir",
+    "reference_model": "use model.reference",
+    "ref_model": "use model.reference",
+    "dataset_name": "use data.path",
+    "use_peft": "use lora=r16, or lora=none",
+    "lora_r": "use lora.r",
 }
 """Fields that users of other versions or algorithms may write under `training`, each with the reason."""
 
-OTHER_LOSSES: dict[str, str] = {
+_LOSSES: dict[str, str] = {
     **dict.fromkeys(("kto", "kto_pair"), f"{_KTO}; bco_pair is the nearest for pairs"),
     **dict.fromkeys(("simpo", "cpo"), f"{_CPO}; sigmoid_norm is the nearest with one"),
     "orpo": "belongs to ORPO, another algorithm, which has no reference model; use sigmoid, or [sigmoid,sft] for a mix",
     "rpo": "is a mix here: training.loss_type=[sigmoid,sft] training.loss_weights=[1,ALPHA]",
     "dpo": "is called sigmoid in TRL",
     "grpo": _GRPO,
+    "wpo": "is training.use_weighting=true here, with another loss",
+    "cdpo": "is not in TRL; robust with training.label_smoothing is the nearest",
+    "dpop": "is not in TRL; [sigmoid,sft] is the nearest",
 }
-"""Values of `loss_type` that users of other versions or algorithms may write, each with the reason."""
+
+OTHER_VALUES: dict[str, dict[str, str]] = {
+    "training.loss_type": _LOSSES,
+    "training.optim": {
+        **dict.fromkeys(("adam", "adamw", "adamw_hf"), "is called adamw_torch, or adamw_torch_fused, the default"),
+        "paged_adamw": "is called paged_adamw_32bit",
+    },
+    "wandb.mode": dict.fromkeys(("off", "none"), "is called disabled"),
+}
+"""Values that users of other versions, algorithms or tools may write, by field, each with the reason."""
 
 OUR_DEFAULTS: dict[str, tuple[object, str]] = {
     "disable_dropout": (

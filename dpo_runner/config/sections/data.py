@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass, field, fields
 
-FORMATS = ("auto", "preference", "hh", "sharegpt", "alpaca", "orca", "scored", "helpsteer")
+FORMATS = ("auto", "preference", "hh", "sharegpt", "swift", "alpaca", "orca", "scored", "helpsteer", "kto")
 """Layouts of rows; see `dpo_runner.data.layouts.known`."""
 COLUMNS = (
     *("prompt", "chosen", "rejected", "system", "conversations", "history", "instruction", "input", "question"),
     *("output", "responses", "scores", "response", "score", "helpfulness", "score_chosen", "score_rejected"),
-    *("context", "response1", "response2", "overall_preference", "tools", "chat_template_kwargs"),
+    *("context", "response1", "response2", "overall_preference", "tools", "chat_template_kwargs", "messages"),
+    *("rejected_response", "rejected_messages", "completion", "label", "system_prompt"),
 )
 """Canonical column names, the targets of `data.columns`."""
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles of messages, the targets of `data.roles`."""
 
 
 @dataclass
@@ -17,16 +20,16 @@ class SourceFields:
     """Location and layout of rows."""
 
     path: str | None = None
-    """`bundled:concise`, a local file (JSON, JSONL, CSV, TSV, Parquet, Arrow, also .gz or .zst), a folder, a glob,
-    or a hub dataset id."""
+    """`bundled:concise`, a local file (JSON, JSONL, CSV, TSV, Parquet, Arrow; text also packed, such as .gz), a folder,
+    a glob, or a hub dataset id."""
     eval_path: str | None = None
     """Local file, folder or glob of evaluation pairs; null: from `eval_split` or `eval_fraction`."""
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or of a folder whose README.md has configurations."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Training split of a hub dataset, or of a folder saved by `datasets`."""
+    """Training split of a hub dataset, or of a folder that names its splits."""
     eval_split: str | None = None
     """Evaluation split of the same dataset."""
     format: str = field(default="auto", metadata={"choices": FORMATS})
@@ -36,9 +39,15 @@ class SourceFields:
     formatter: str | None = None
     """Your `package.module:function`: maps a row to one in a known layout, a list of such rows, or None to drop it."""
     pairing: str = field(default="best_vs_worst", metadata={"choices": ("best_vs_worst", "best_vs_rest", "all_pairs")})
-    """Pairs made from a row with more than two scored answers; equal scores make no pair."""
+    """Pairs made from a row with more than two answers; equal scores make no pair, and answers without scores need
+    `all_pairs`, each chosen one with each rejected one."""
     min_score_gap: float = 0.0
     """Drop pairs whose scores differ by less than this (pairs without scores stay)."""
+    drop_columns: list[str] = field(default_factory=list)
+    """Columns to ignore, by the names they have before `columns` renames them, such as `[rating]`."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Roles of messages by other names, theirs to `system`, `user`, `assistant` or `tool`, such as
+    `{narrator: system}`."""
 
 
 @dataclass

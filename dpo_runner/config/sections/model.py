@@ -44,6 +44,16 @@ class ModelConf:
     added_tokens: list[str] = field(default_factory=list)
     """Required special tokens. Missing ones are added, and their embeddings trained and saved."""
 
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the reference is the model that training starts from."""
+        return is_start(self.reference, self.adapter)
+
+
+def is_start(reference: object, adapter: object) -> bool:
+    """Return whether `model.reference` is the model that training starts from, given `model.adapter`."""
+    return reference == "initial" or (reference == "base" and adapter is None)
+
 
 @dataclass
 class QuantConf:

@@ -43,9 +43,10 @@ class EngineConf:
     """Token limit of a micro-batch, a shared prefix counted once; the gradient stays the same. null: the tokens of
     per_device_train_batch_size of the largest pairs, on a CPU at most 1024; 0: TRL's batches."""
     lean_layers: bool = True
-    """Keep fewer activations for backward in LoRA layers, and on a CPU in the norms and MLPs of Llama-like models."""
+    """Keep fewer activations for backward in LoRA layers and in the norms and MLPs of Llama-like models."""
     auto_gradient_checkpointing: bool = True
-    """Switch on training.gradient_checkpointing if the memory estimate says that the run would not fit without it."""
+    """If the memory estimate says that the run would not fit otherwise, take fewer tokens at a time on a GPU, or else
+    switch on training.gradient_checkpointing."""
     reference_store: bool = True
     """Compute the reference's log-probabilities once for all runs with the same reference, and cache them on disk."""
     reference_store_gb: float = 10.0

@@ -171,7 +171,10 @@ class TrainingConf:
     torch_compile_backend: str | None = None
     """Backend for `torch.compile()`. If set, automatically enables `torch_compile`."""
 
-    torch_compile_mode: str | None = None
+    torch_compile_mode: str | None = field(
+        default=None,
+        metadata={"choices": ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")},
+    )
     """Compilation mode for `torch.compile()`. If set, automatically enables `torch_compile`."""
 
     use_liger_kernel: bool = False
@@ -179,7 +182,7 @@ class TrainingConf:
     Deprecated in `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer`, and will be
     removed in v2.0.0: use `model_init_kwargs={"use_kernels": True}` instead."""
 
-    liger_kernel_config: dict[str, Any] | None = None
+    liger_kernel_config: Any = field(default=None, metadata={"type": "dict[str, Any] | None"})
     """Configuration for Liger Kernel. Passed as kwargs to `_apply_liger_kernel_to_instance()`. If None, uses
     default configuration."""
 

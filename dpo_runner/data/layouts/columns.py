@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_runner.data.layouts.messages import Message
+from dpo_runner.data.layouts.messages import Message, to_messages
 from dpo_runner.errors import RowError
 
 Row = dict[str, Any]
@@ -38,12 +38,25 @@ def require(row: Row, *columns: str) -> None:
 
 def name_columns(names: Iterable[Any]) -> str:
     """Format column names for a one-line message; in a CSV file without header they may be whole texts."""
-    shown = [text if (text := str(name)[:40]).isprintable() else ascii(text) for name in names]
+    texts = [str(name)[:40] for name in names]  # in quotes where blanks at the edges would not be seen
+    shown = [(text if text == text.strip() else repr(text)) if text.isprintable() else ascii(text) for text in texts]
     return ", ".join(shown[:25]) + (", …" if len(shown) > 25 else "") if shown else "nothing"
 
 
 def find_scores(row: Row) -> float | None:
-    """Return chosen's score minus rejected's, or None if the row lacks them."""
+    """Return chosen's score minus rejected's, None if the row lacks them, or NaN if they are no finite numbers."""
+    try:
+        return read_scores(row)
+    except RowError:
+        return math.nan  # only `data.min_score_gap` needs them
+
+
+def read_scores(row: Row) -> float | None:
+    """Return chosen's score minus rejected's, or None if the row lacks them.
+
+    Raises:
+        RowError: a score is not a finite number.
+    """
     for chosen, rejected in SCORE_PAIRS:
         if has(row, chosen, rejected):
             return to_number(row[chosen], chosen) - to_number(row[rejected], rejected)
@@ -66,10 +79,53 @@ def to_number(value: Any, column: str) -> float:
 
 
 def with_system(row: Row, prompt: list[Message]) -> list[Message]:
-    """Prepend a row's `system` text to its prompt, unless it is blank or the prompt has a system turn."""
-    system = row.get("system")
+    """Prepend a row's `system` or `system_prompt` to its prompt, if not blank and the prompt has no system turn."""
+    column = "system_prompt" if row.get("system") is None else "system"
+    system = row.get(column)
     if system is not None and not isinstance(system, str):
-        raise RowError("not a text", f"`system` holds {system!r:.60}; expected a text")
+        raise RowError("not a text", f"`{column}` holds {system!r:.60}; expected a text")
     if system and system.strip() and prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     return prompt
+
+
+def read_history(row: Row) -> list[Message]:
+    """Return the turns of a row's `history`: pairs of question and answer, or messages."""
+    turns: list[Message] = []
+    history = row.get("history") or []
+    if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+        return to_messages(history, "user", "history")
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("not a text", f"`history` holds {turn!r:.60}; expected pairs of question and answer")
+        turns += [*to_messages(turn[0], "user", "history"), *to_messages(turn[1], "assistant", "history")]
+    return turns
+
+
+def with_history(row: Row, prompt: list[Message]) -> list[Message]:
+    """Prepend a row's `history`, if it is a list, to a prompt of one turn; one of more turns holds its own."""
+    return [*read_history(row), *prompt] if len(prompt) == 1 and isinstance(row.get("history"), list) else prompt
+
+
+def read_answers(row: Row, pairing: str) -> list[tuple[list[Message], list[Message]]]:
+    """Return chosen and rejected as messages: one of each, or each with each if they are lists of texts.
+
+    Raises:
+        RowError: one is missing or no answer, or several have no order and `pairing` is not `all_pairs`.
+    """
+    require(row, "chosen", "rejected")
+    chosen, rejected = row["chosen"], row["rejected"]
+    return [
+        (to_messages(one, "assistant", "chosen"), to_messages(other, "assistant", "rejected"))
+        for one in _list_texts(chosen, "chosen", pairing)
+        for other in _list_texts(rejected, "rejected", pairing)
+    ]
+
+
+def _list_texts(value: Any, column: str, pairing: str) -> list[Any]:
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        return [value]
+    if len(value) > 1 and pairing != "all_pairs":
+        cure = "data.pairing=all_pairs pairs each chosen answer with each rejected one"
+        raise RowError("several answers", f"`{column}` holds {len(value)} texts without scores; {cure}")
+    return value

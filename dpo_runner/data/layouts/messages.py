@@ -1,18 +1,22 @@
 """Conversations as role/content messages, and the checks on preference pairs."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_runner.config.sections.data import ROLES
+from dpo_runner.data.layouts.media import find_kind, holds_media
+from dpo_runner.data.layouts.serialized import decode_calls, decode_messages, decode_tool
 from dpo_runner.errors import RowError
 
 Message = dict[str, Any]
 """`role`, `content`, and further keys a chat template may use: tool_calls, name, reasoning_content, …"""
 
-ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {
     **{role: role for role in ROLES},
+    "developer": "system",
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
@@ -20,12 +24,13 @@ ALIASES = {
     "model": "assistant",
     "chatgpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "ipython": "tool",
 }
-_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
-"""A list of messages as text, as in a CSV file; taken as plain text, the JSON itself would be trained on."""
+_CALLS = ("function_call", "tool_call")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -38,7 +43,7 @@ class Pair:
         chosen, rejected: assistant turns, possibly with tool turns between them; each ends with an assistant turn.
         tools: tool definitions passed to the chat template.
         chat_template_kwargs: further variables of the chat template.
-        score_gap: score of chosen minus score of rejected; None if the row has no scores.
+        score_gap: score of chosen minus score of rejected; None if the row has no scores, NaN if they are unusable.
     """
 
     prompt: list[Message]
@@ -47,6 +52,10 @@ class Pair:
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     score_gap: float | None = None
+
+    def is_unscored(self) -> bool:
+        """Return whether the row has scores that are no finite numbers."""
+        return self.score_gap is not None and math.isnan(self.score_gap)
 
 
 def to_messages(value: Any, role: str, column: str) -> list[Message]:
@@ -58,12 +67,9 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
         RowError: the value is none of these, or a message lacks its role or content.
     """
     if isinstance(value, str):
-        if not _LOOKS_LIKE_MESSAGES.match(value):
+        value = decode_messages(value, column, ALIASES)
+        if isinstance(value, str):
             return [{"role": role, "content": value}]
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError("not a text", f"`{column}` holds messages that are not JSON: {value!r:.60}") from None
     if isinstance(value, dict):
         value = [value]
     if value is None:
@@ -74,7 +80,21 @@ def to_messages(value: Any, role: str, column: str) -> list[Message]:
         )
     if not value:
         raise RowError(f"empty {column}", "an empty list of messages")
-    return [_to_message(message, column) for message in value]
+    return _join_calls(value, [_to_message(message, column) for message in value])
+
+
+def _join_calls(raw: list[Any], messages: list[Message]) -> list[Message]:
+    """Join parallel calls, several turns of `function_call` in a row, to one turn with a call on each line."""
+    roles = [one.get("role") or one.get("from") for one in raw]
+    if not any(roles.count(role) > 1 for role in _CALLS):
+        return messages
+    joined = messages[:1]
+    for before, role, message in zip(roles, roles[1:], messages[1:], strict=False):
+        if before == role and role in _CALLS and len(message) == len(joined[-1]) == 2:
+            joined[-1] = {**joined[-1], "content": f"{joined[-1]['content']}\n{message['content']}"}
+        else:
+            joined.append(message)
+    return joined
 
 
 def _to_message(message: Any, column: str) -> Message:
@@ -87,8 +107,13 @@ def _to_message(message: Any, column: str) -> Message:
     if role is None or (content is None and others.get("tool_calls") is None):
         raise RowError("not a message", f"`{column}`: a message needs `role` and `content`; got {message!r:.80}")
     if not isinstance(role, str) or role.lower() not in ALIASES:
-        raise RowError("unknown role", f"`{column}`: {role!r:.40}; known are {', '.join(ROLES)}, human and gpt")
-    return {**_plain(others), "role": ALIASES[role.lower()], "content": _to_text(content, column)}
+        is_name = re.fullmatch(r"\w{1,30}", str(role))
+        cure = f'"data.roles={{{role}: user}}" takes it for user' if is_name else "data.roles maps others"
+        raise RowError("unknown role", f"`{column}`: {role!r:.40}; known are {', '.join(ROLES)}, human and gpt; {cure}")
+    for key in others:
+        if find_kind(key) and holds_media(others[key]):
+            raise RowError("not a text", f"`{column}`: a message holds `{key}`; only text can be trained on")
+    return {**decode_calls(_plain(others), column), "role": ALIASES[role.lower()], "content": _to_text(content, column)}
 
 
 def _to_text(content: Any, column: str) -> str:
@@ -120,29 +145,6 @@ def _plain(value: Any) -> Any:
 def _kind(value: Any) -> str:
     names = {"dict": "an object", "list": "a list", "int": "a number", "float": "a number", "bool": "a boolean"}
     return names.get(type(value).__name__, type(value).__name__)
-
-
-def split_conversations(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two whole conversations into their shared prompt and the two completions.
-
-    Raises:
-        RowError: they have no common prompt.
-    """
-    shared = 0
-    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
-        if one != other:
-            break
-        shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
-    if not shared:
-        raise RowError(
-            "no common prompt",
-            "`chosen` and `rejected` do not begin alike; give whole conversations in both or only the answers",
-        )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def check_pair(pair: Pair) -> None:
@@ -213,22 +215,24 @@ def _check_order(messages: list[Message], column: str) -> None:
 
 
 def parse_json(value: Any, kind: type, column: str) -> Any:
-    """Return a column's list or object, given as such or as JSON text; None if absent or empty.
+    """Return a column's list of tools or its object, given as such or as JSON text; None if absent or empty.
 
     Nulls inside are kept only from JSON text.
 
     Raises:
         RowError: the value is neither.
     """
-    if isinstance(value, str):
+    if isinstance(value, kind):
+        value = _plain(value)
+    while isinstance(value, str):  # JSON may be encoded twice
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             raise RowError(f"no usable {column}", f"`{column}` is not JSON: {error}") from None
-    elif isinstance(value, kind):
-        value = _plain(value)
     if value is not None and not isinstance(value, kind):
         due = "a list" if kind is list else "an object"
         raise RowError(f"no usable {column}", f"`{column}` is {_kind(value)}; expected {due} or its JSON")
+    if isinstance(value, list):
+        value = [decode_tool(item) for item in value]
     check_text(value, column)
     return value or None

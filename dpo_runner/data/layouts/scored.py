@@ -1,32 +1,51 @@
-"""Layouts with scored or ranked answers, and the pairs made from them."""
+"""Layouts with scored, ranked or labelled answers, and the pairs made from them."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpo_runner.data.layouts.columns import PROMPTS, Row, first, require, to_number, with_system
+from dpo_runner.data.layouts.columns import (
+    PROMPTS,
+    Row,
+    first,
+    has,
+    require,
+    to_number,
+    with_history,
+    with_system,
+)
 from dpo_runner.data.layouts.messages import Message, Pair, to_messages
+from dpo_runner.data.layouts.transcripts import read_prompt
 from dpo_runner.errors import RowError
 
 _RESPONSES = ("responses", "completions", "generations", "answers", "candidates")
-_SCORES = ("scores", "ratings", "rating", "rewards")
+_SCORES = ("scores", "ratings", "rating", "rewards", "ranks")
 _TEXTS = ("response", "text", "content", "answer", "completion")
-_SCORE = ("score", "overall_score", "rating", "reward")
+_SCORE = ("score", "overall_score", "rating", "reward", "rank")
+_RANKS = ("ranks", "rank")
+"""Places among the answers: the lowest is the best."""
+_LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+_CONTEXT = ("prompt", "system", "system_prompt", "tools", "chat_template_kwargs", "history")
 
 
 def is_scored(row: Row) -> bool:
-    """Return whether a row has a prompt, a list of answers, and scores in a column or in the answers."""
+    """Return whether a row has a prompt, a list of answers, and scores (or ranks) in a column or in the answers.
+
+    Beside chosen and rejected, ranks do not count: they are where the pair comes from.
+    """
+    is_pair = has(row, "chosen", "rejected")
     responses = row.get(first(row, _RESPONSES) or "")
     if first(row, PROMPTS) is None or not isinstance(responses, list):
         return False
-    return first(row, _SCORES) is not None or all(isinstance(i, dict) and first(i, _SCORE) for i in responses)
+    in_column, in_answer = (_SCORES[:-1], _SCORE[:-1]) if is_pair else (_SCORES, _SCORE)
+    return first(row, in_column) is not None or all(isinstance(i, dict) and first(i, in_answer) for i in responses)
 
 
 def read_scored(row: Row, pairing: str) -> list[Pair]:
     """Return a row's pairs by `data.pairing`; none if all scores are equal."""
-    prompt_column, responses_column = first(row, PROMPTS), first(row, _RESPONSES)
-    require(row, prompt_column or "prompt", responses_column or "responses")
-    responses, scores = _read_responses(row[str(responses_column)], row.get(first(row, _SCORES) or "scores"))
-    prompt = with_system(row, _read_prompt(row, str(prompt_column)))
+    prompt_column, responses_column = first(row, PROMPTS) or "prompt", first(row, _RESPONSES) or "responses"
+    require(row, prompt_column, responses_column)
+    responses, scores = _read_responses(row, responses_column)
+    prompt = with_system(row, _read_prompt(row, prompt_column))
     ranked = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep their order
     best, worst = ranked[0], ranked[-1]
     if pairing == "best_vs_worst":
@@ -48,23 +67,34 @@ def read_scored(row: Row, pairing: str) -> list[Pair]:
 
 
 def _read_prompt(row: Row, column: str) -> list[Message]:
-    prompt = to_messages(row[column], "user", column)
+    prompt = read_prompt(row[column], column)
     if column == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # the Alpaca form
         prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}\n{row['input']}"}
-    return prompt
+    return with_history(row, prompt)
 
 
-def _read_responses(responses: Any, scores: Any) -> tuple[list[Any], list[float]]:
+def _read_responses(row: Row, column: str) -> tuple[list[Any], list[float]]:
+    responses = row[column]
+    name = first(row, _SCORES) or "scores"
+    scores = row.get(name)
     if not isinstance(responses, list) or len(responses) < 2:
         count = len(responses) if isinstance(responses, list) else 0
         raise RowError("fewer than two answers", f"{count}; a pair needs two")
     if scores is None and all(isinstance(item, dict) and first(item, _SCORE) for item in responses):
-        scores = [item[first(item, _SCORE)] for item in responses]
+        names = [str(first(item, _SCORE)) for item in responses]
+        if len({name in _RANKS for name in names}) > 1:
+            raise RowError("scores do not match the answers", f"`{column}` holds both scores and ranks")
+        name, scores = names[0], [item[name] for item, name in zip(responses, names, strict=True)]
         responses = [item.get(first(item, _TEXTS)) for item in responses]
     if not isinstance(scores, list) or len(scores) != len(responses):
         found = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
         raise RowError("scores do not match the answers", f"{len(responses)} answers, {found}")
-    return responses, [to_number(score, "scores") for score in scores]
+    sign = -1 if name in _RANKS else 1
+    return responses, [sign * to_number(score, "scores") for score in scores]
+
+
+LISTS = (*_RESPONSES, *_SCORES)
+"""Columns that hold a list."""
 
 
 def read_helpsteer(row: Row, pairing: str) -> list[Pair]:
@@ -78,26 +108,55 @@ def read_helpsteer(row: Row, pairing: str) -> list[Pair]:
     if preference == 0:
         return []
     better, worse = answers if preference < 0 else answers[::-1]
-    return [Pair(to_messages(row["context"], "user", "context"), better, worse, score_gap=abs(preference))]
+    prompt = with_system(row, read_prompt(row["context"], "context"))
+    return [Pair(prompt, better, worse, score_gap=abs(preference))]
+
+
+def is_kto(row: Row) -> bool:
+    """Return whether a row is one answer that is good or bad, and nothing else."""
+    if first(row, ("chosen", "rejected", "response")) is not None or is_scored(row):
+        return False
+    return has(row, "prompt", "completion") and str(row.get("label")).lower() in _LABELS
+
+
+def read_kto(row: Row, pairing: str) -> list[Pair]:
+    """Return the pairs of grouped answers, good ones against bad ones.
+
+    Raises:
+        RowError: a label is neither true nor false, or no other row with this prompt is adjacent.
+    """
+    require(row, "prompt", "completion", "label")
+    labels = row.get("scores") or []
+    for label in labels:
+        if str(label).lower() not in _LABELS:
+            raise RowError("score is not a number", f"`label`: {label!r:.40}; expected true or false")
+    if len(labels) < 2:
+        rule = "a pair needs a good and a bad one in adjacent rows; sort the rows by prompt"
+        raise RowError("fewer than two answers", f"{len(labels)} to this prompt; {rule}")
+    return read_scored(row | {"scores": [_LABELS[str(label).lower()] for label in labels]}, pairing)
 
 
 def group_responses(rows: Iterable[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Row | RowError]]:
-    """Group HelpSteer rows of one response each: adjacent rows with one prompt become one scored row.
+    """Group rows of one answer each: adjacent rows with one prompt, system text and tools become one scored row.
 
     Incomplete and unreadable rows are passed on unchanged and do not separate a group.
     """
     start, group = 0, None
     for number, row in rows:
-        if isinstance(row, RowError) or row.get("prompt") is None or row.get("response") is None:
+        if isinstance(row, RowError) or not has(row, "prompt") or first(row, ("response", "completion")) is None:
             yield number, row
             continue
-        score = row.get("helpfulness") if row.get("score") is None else row["score"]
-        if group is not None and group["prompt"] == row["prompt"]:
-            group["responses"].append(row["response"])
+        if has(row, "completion", "label"):
+            answer, score = "completion", row["label"]
+        else:
+            answer = "completion" if row.get("response") is None else "response"
+            score = row.get("helpfulness") if row.get("score") is None else row["score"]
+        if group is not None and all(group.get(column) == row.get(column) for column in _CONTEXT):
+            group["responses"].append(row[answer])
             group["scores"].append(score)
             continue
         if group is not None:
             yield start, group
-        start, group = number, {**row, "responses": [row["response"]], "scores": [score]}
+        start, group = number, row | {"responses": [row[answer]], "scores": [score]}
     if group is not None:
         yield start, group

@@ -28,6 +28,7 @@ class Outcome:
     rows: int = 0
     bad: list[tuple[int, int, str, str]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    unscored: int = 0
     first_mismatch: tuple[int, int, str] | None = None
 
 
@@ -65,6 +66,7 @@ def process_batch(batch: Batch, recipe: Recipe) -> Outcome:
         if result.mismatch:
             outcome.first_mismatch = (batch.file, number, result.mismatch)
             break
+    outcome.unscored = sum(pair.is_unscored() for pair, _, _ in kept)
     outcome.pairs = _to_arrow(batch.file, kept)
     return outcome
 

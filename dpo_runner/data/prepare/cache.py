@@ -19,6 +19,7 @@ from dpo_runner.data.prepare.recipe import Recipe
 from dpo_runner.data.prepare.workers import ROWS_PER_BATCH, process_all
 from dpo_runner.data.rows.sources import RowSource
 from dpo_runner.io.files import cache_dir, write_folder_once
+from dpo_runner.io.upstream import set_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,8 @@ class Prepared:
         rows: columns prompt_ids, chosen_ids, rejected_ids (list of int32), prompt (its messages as JSON), file and
             number (location of the row), prompt_hash and pair_hash (uint64), mismatched (bool).
         folder: cache folder; its bad.jsonl lists the unusable rows.
-        facts: `format`, `rows`, `bad` and `left_out` (rows by reason), `first_bad`, `first_mismatch`.
+        facts: `format`, `unread`, `rows`, `bad` and `left_out` (rows by reason), `unscored` (pairs), `first_bad`,
+            `first_mismatch`.
     """
 
     source: RowSource
@@ -95,7 +97,7 @@ def load_rows(folder: Path) -> "Dataset":
     from datasets import Dataset
 
     rows = Dataset.from_file(str(folder / ROWS))
-    rows._fingerprint = folder.name  # stable, so that `datasets` finds its cached results for these rows
+    set_fingerprint(rows, folder.name)  # stable, so that `datasets` finds its cached results for these rows
     return rows
 
 
@@ -110,7 +112,7 @@ def _write(folder: Path, source: RowSource, recipe: Recipe, num_proc: int | None
 
     bad: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    rows, first_bad, first_mismatch = 0, None, None
+    rows, unscored, first_bad, first_mismatch = 0, 0, None, None
     batches = source.batches(ROWS_PER_BATCH)
     first = next(batches)
     layout = recipe.find_layout(first, source)
@@ -124,6 +126,7 @@ def _write(folder: Path, source: RowSource, recipe: Recipe, num_proc: int | None
             writer.write_batch(outcome.pairs)
             rows += outcome.rows
             left_out += outcome.left_out
+            unscored += outcome.unscored
             for number_of_file, number, reason, detail in outcome.bad:
                 bad[reason] += 1
                 row = {"file": number_of_file, "number": number, "reason": reason, "detail": detail}
@@ -132,9 +135,11 @@ def _write(folder: Path, source: RowSource, recipe: Recipe, num_proc: int | None
             first_mismatch = first_mismatch or outcome.first_mismatch
     facts = {
         "format": layout,
+        "unread": recipe.unread,
         "rows": rows,
         "bad": dict(bad.most_common()),
         "left_out": dict(left_out.most_common()),
+        "unscored": unscored,
         "first_bad": first_bad,
         "first_mismatch": first_mismatch,
     }

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.config.sections.data import SourceFields
-from dpo_runner.data.layouts.columns import Row
-from dpo_runner.data.layouts.formats import find_layout, format_row, load_formatter, read_pairs, rename_columns
+from dpo_runner.data.layouts.cells import decode_cells
+from dpo_runner.data.layouts.columns import Row, read_scores
+from dpo_runner.data.layouts.conversations import map_roles
+from dpo_runner.data.layouts.formats import (
+    find_layout,
+    find_unread,
+    format_row,
+    load_formatter,
+    read_pairs,
+    rename_columns,
+)
 from dpo_runner.data.layouts.known import Layout
 from dpo_runner.data.layouts.messages import Pair
 from dpo_runner.data.rows.decoding import Batch, decode_rows
 from dpo_runner.data.rows.sources import RowSource
 from dpo_runner.data.templates.chat_template import ChatTemplate
-from dpo_runner.errors import DataError, LeftOut, RowError
+from dpo_runner.errors import DataError, LeftOut, RowError, suggest
+
+_MOST_WATCHED = 50
+"""Rows that are enough to see which columns are read."""
 
 
 @dataclass
@@ -30,6 +42,7 @@ class Recipe:
         template_options: the settings used to build `template`.
         key: configuration key of the source, for messages.
         layout: detected from the first rows; None before.
+        unread: columns of the first rows that the layout does not read; empty before.
         formatter: the user's function, or None.
     """
 
@@ -38,6 +51,7 @@ class Recipe:
     template_options: list[Any]
     key: str
     layout: Layout | None = None
+    unread: list[str] = field(default_factory=list)
     formatter: Callable[[Row], Any] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +62,8 @@ class Recipe:
         conf, code = self.conf, Path(__file__).parents[1]
         parts = [
             source.digest(),
-            [conf.format, sorted(conf.columns.items()), conf.pairing, conf.min_score_gap],
+            [conf.format, sorted(conf.columns.items()), conf.pairing, conf.min_score_gap, sorted(conf.drop_columns)],
+            sorted(conf.roles.items()),
             _digest_module(self.formatter) if self.formatter else None,
             self.template_options,
             _digest_tokenizer(self.template.tokenizer),
@@ -59,42 +74,62 @@ class Recipe:
 
     def without_mapping(self) -> "Recipe":
         """Return a recipe for rows already processed by `rows`."""
-        return replace(self, conf=replace(self.conf, columns={}, formatter=None))
+        return replace(self, conf=replace(self.conf, columns={}, drop_columns=[], formatter=None, roles={}))
 
     def rows(self, row: Row | RowError) -> list[Row]:
-        """Apply the user's formatter and column names to a decoded row; return one row or several.
+        """Apply the user's formatter, then drop, rename and decode columns and map roles; return one row or several.
 
         Raises:
             LeftOut: the formatter leaves the row out.
             RowError: the row cannot be used.
         """
+        return self._change(self._format(row))
+
+    def _change(self, rows: list[Row]) -> list[Row]:
+        if self.conf.drop_columns:
+            rows = [{key: row[key] for key in row if key not in self.conf.drop_columns} for row in rows]
+        if self.conf.columns:
+            rows = [rename_columns(row, self.conf.columns) for row in rows]
+        rows = [decode_cells(row, self.conf.roles) for row in rows]
+        return [map_roles(row, self.conf.roles) for row in rows] if self.conf.roles else rows
+
+    def _format(self, row: Row | RowError) -> list[Row]:
         if isinstance(row, RowError):
             raise row
         rows = format_row(row, self.formatter) if self.formatter else [row]
         if not rows:
             raise LeftOut("data.formatter returned nothing")
-        return [rename_columns(row, self.conf.columns) for row in rows] if self.conf.columns else rows
+        return rows
 
     def find_layout(self, batch: Batch, source: RowSource) -> str:
         """Detect the layout from a source's first rows, and return its description.
 
         Raises:
-            DataError: no layout matches, several do, or none of the rows can be used.
+            DataError: no layout matches, several do, none of the rows can be used, or none has a column to drop.
         """
-        rows, first = [], None
+        rows, first, names = [], None, set[str]()
         for number, row in decode_rows(batch):
             try:
-                rows += self.rows(row)
+                made = self._format(row)
+                names |= {str(name) for item in made for name in item}
+                rows += self._change(made)
             except LeftOut:
                 continue
             except RowError as error:
                 first = first or f"{source.locate(batch.file, number)}: {error}"
+        for name in self.conf.drop_columns:
+            if names and name not in names:
+                raise DataError(
+                    f"`{self.key}.drop_columns=[{name}]`: none of the first rows has this column{suggest(name, names)}"
+                )
         if not rows:
             raise DataError(
                 f"`{self.key}`: none of the first rows can be used; {first or 'data.formatter leaves out all'}"
             )
         self.layout = find_layout(rows, self.conf.format, self.key, source.setting)
-        return self.layout.describe(next(row for row in rows if self.layout.matches(row)))
+        fitting = [row for row in map(self.layout.respell, rows) if self.layout.matches(row)]
+        self.unread = find_unread(fitting[:_MOST_WATCHED], self.layout)
+        return self.layout.describe(fitting[0])
 
     def pairs(self, row: Row | RowError) -> list[Pair]:
         """Return a row's pairs, at least one.
@@ -104,11 +139,15 @@ class Recipe:
             RowError: the row cannot be used.
         """
         assert self.layout is not None
-        pairs = [pair for item in self.rows(row) for pair in read_pairs(item, self.layout, self.conf.pairing)]
+        pairs = []
+        for item in self.rows(row):
+            pairs += read_pairs(item, self.layout, self.conf.pairing)
+            if self.conf.min_score_gap > 0 and any(pair.is_unscored() for pair in pairs):
+                read_scores(self.layout.respell(item))  # names what is wrong with them
         if not pairs:
             raise LeftOut("all answers score the same")
         gap = self.conf.min_score_gap
-        kept = [pair for pair in pairs if pair.score_gap is None or pair.score_gap >= gap]
+        kept = [pair for pair in pairs if pair.score_gap is None or pair.is_unscored() or pair.score_gap >= gap]
         if not kept and all(pair.score_gap is not None and pair.score_gap < 0 for pair in pairs):
             raise LeftOut("rejected scores higher than chosen")
         if not kept:

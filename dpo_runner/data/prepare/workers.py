@@ -36,7 +36,7 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
         RunError: a worker process died.
     """
     assert recipe.layout is not None
-    if recipe.layout.name == "helpsteer":
+    if recipe.layout.grouped:
         batches, recipe = _group(batches, recipe), recipe.without_mapping()
     workers = num_proc or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     for count, batch in enumerate(batches, start=1):
@@ -88,7 +88,8 @@ def _by_file(batches: Iterator[Batch], recipe: Recipe) -> Iterator[tuple[int, It
 
 def _map(row: Row | RowError, recipe: Recipe) -> list[Row] | list[RowError]:
     try:
-        return recipe.rows(row)
+        assert recipe.layout is not None
+        return [recipe.layout.respell(made) for made in recipe.rows(row)]
     except RowError as error:
         return [error]
 

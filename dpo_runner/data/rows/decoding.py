@@ -52,6 +52,8 @@ def _decode(row: bytes | str | dict[str, Any] | RowError) -> dict[str, Any] | Ro
         return RowError("broken JSON", "nested too deeply")
     except ValueError:  # the only other cause: Python's limit on the digits of an int
         return RowError("broken JSON", f"a number of more than {sys.get_int_max_str_digits()} digits")
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", '"'):  # a row that was encoded twice
+        return _decode(value)
     return value if isinstance(value, dict) else RowError("not an object", _KINDS.get(type(value), "a number"))
 
 

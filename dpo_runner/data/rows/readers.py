@@ -2,38 +2,20 @@
 
 import codecs
 import csv
-import gzip
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dpo_runner.data.rows.decoding import Batch, quote
+from dpo_runner.data.rows.json_text import JsonText
+from dpo_runner.data.rows.packing import CHUNK, LONGEST_ROW, Unreadable, open_text
 from dpo_runner.errors import RowError, reason_of
 
-_CHUNK = 1 << 20  # bytes per read
 _BATCH_BYTES = 32 << 20  # a batch of long rows ends early, so that memory stays flat
-_LONGEST_ROW = 64 << 20  # anything longer is not a row, but a file in a format other than its suffix says
 _MOST_BLANK = 1 << 20  # consecutive blank lines; a small compressed file can hold practically endless ones
-_SPACE = re.compile(r"[ \t\n\r]*")
-_OTHER_KINDS = (  # first bytes of files that are not text
-    (codecs.BOM_UTF32_LE, "it is UTF-32; save it as UTF-8"),  # before UTF-16: it starts with the same bytes
-    (codecs.BOM_UTF32_BE, "it is UTF-32; save it as UTF-8"),
-    (codecs.BOM_UTF16_LE, "it is UTF-16; save it as UTF-8"),
-    (codecs.BOM_UTF16_BE, "it is UTF-16; save it as UTF-8"),
-    (b"\x1f\x8b", "it is compressed with gzip; add .gz to its name"),
-    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd; add .zst to its name"),
-    (b"PAR1", "it is Parquet; rename it to end in .parquet"),
-    (b"ARROW1", "it is Arrow; rename it to end in .arrow"),
-    (b"PK\x03\x04", "it is a zip archive; unpack it"),
-)
-
-
-class Unreadable(Exception):
-    """The rest of a file cannot be read."""
 
 
 def read_file(file: int, path: Path, suffix: str, size: int) -> Iterator[Batch]:
@@ -99,7 +81,7 @@ def _read_parquet(path: Path, size: int) -> Iterator[Any]:
     from pyarrow import parquet
 
     # read page by page; by default pyarrow holds whole row groups and ignores page checksums
-    settings = {"pre_buffer": False, "buffer_size": _CHUNK, "page_checksum_verification": True}
+    settings = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
     with parquet.ParquetFile(path, **settings) as file:
         yield from file.iter_batches(size, use_threads=False)
 
@@ -118,37 +100,23 @@ def _read_arrow(path: Path) -> Iterator[Any]:
 
 
 def _read_text(path: Path, suffix: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row) from a text file, compressed or not."""
-    kind, _, packing = suffix.removeprefix(".").partition(".")
-    with _open(path, packing) as file:
-        start = file.peek(8)[:8]
-        for mark, told in _OTHER_KINDS:
-            if start.startswith(mark):
-                raise Unreadable(told)
+    """Yield (line, row) from a text file, packed or not."""
+    kind, dot, packing = suffix.removeprefix(".").partition(".")
+    with open_text(path, dot + packing) as file:
         if kind in ("csv", "tsv"):
             yield from _read_table(file, "," if kind == "csv" else "\t")
         elif kind == "json":
-            yield from _JsonText(file).rows()
+            yield from JsonText(file).rows()
         else:
             yield from _read_lines(file)
 
 
-def _open(path: Path, packing: str) -> io.BufferedReader:
-    if packing == "gz":
-        return cast(io.BufferedReader, gzip.open(path))
-    if packing == "zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _CHUNK)
-    return io.BufferedReader(path.open("rb", buffering=0), _CHUNK)
-
-
 def _read_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
     number = blank = 0
-    while line := file.readline(_LONGEST_ROW + 1):
+    while line := file.readline(LONGEST_ROW + 1):
         number += 1
-        if len(line) > _LONGEST_ROW:
-            raise Unreadable(f"line {number}: longer than {_LONGEST_ROW:,} bytes; each row needs a line of its own")
+        if len(line) > LONGEST_ROW:
+            raise Unreadable(f"line {number}: longer than {LONGEST_ROW:,} bytes; each row needs a line of its own")
         line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
         blank = 0 if line else blank + 1
         if blank > _MOST_BLANK:
@@ -159,10 +127,10 @@ def _read_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
 
 def _limit_lines(text: io.TextIOWrapper) -> Iterator[str]:
     number = blank = 0
-    while line := text.readline(_LONGEST_ROW + 1):
+    while line := text.readline(LONGEST_ROW + 1):
         number += 1
-        if len(line) > _LONGEST_ROW:
-            raise Unreadable(f"line {number}: longer than {_LONGEST_ROW:,} characters")
+        if len(line) > LONGEST_ROW:
+            raise Unreadable(f"line {number}: longer than {LONGEST_ROW:,} characters")
         blank = 0 if line.strip() else blank + 1
         if blank > _MOST_BLANK:
             raise Unreadable(f"line {number}: the last {blank:,} lines are blank")
@@ -170,7 +138,7 @@ def _limit_lines(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(_LONGEST_ROW)  # the csv module's default of 128 KiB is less than a long conversation
+    csv.field_size_limit(LONGEST_ROW)  # the csv module's default of 128 KiB is less than a long conversation
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     # without strict, the reader guesses where a quoted cell ends
     reader = csv.reader(_limit_lines(text), delimiter=delimiter, strict=True)
@@ -194,101 +162,12 @@ def _read_table(file: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, 
         if header:
             yield line, RowError("wrong number of cells", f"{len(cells)} instead of {len(header)}")
             continue
-        header = cells
+        names = [name.strip() for name in cells]
+        header = names if len(set(names)) == len(names) else cells
         for column, name in enumerate(header, start=1):
+            if re.fullmatch(r'\s+"[^"]*"', cells[column - 1]):
+                raise Unreadable(f"line {line}: column {column} has a blank before its quote; remove such blanks")
             if not name.strip():
                 raise Unreadable(f"line {line}: column {column} has no name (with pandas, write with index=False)")
             if name in header[: column - 1]:
                 raise Unreadable(f"line {line}: column {quote(name)} appears twice")
-
-
-class _JsonText:
-    """A JSON list or concatenated JSON objects, read value by value; only the current one is in memory."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self.file, self.decode = file, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self.text, self.position, self.ended = "", 0, False
-        self.line, self.line_start = 1, 0
-        # leave ints as text: too many digits then fail in `decode_rows`, which costs one row instead of the file
-        self.scan = json.JSONDecoder(parse_int=str).raw_decode
-
-    def rows(self) -> Iterator[tuple[int, str]]:
-        """Yield (number, JSON text) of each value: its line, or minus its position if all share one line."""
-        for place, (line, text) in enumerate(self._values(), start=1):
-            if place == 1:
-                first_line, share_one = line, False
-            elif place == 2:
-                share_one = line == first_line
-            yield (-place if share_one else line), text
-
-    def _values(self) -> Iterator[tuple[int, str]]:
-        first = self._peek()
-        if first == "{":
-            while self._peek() == "{":
-                yield self._take()
-        elif first == "[":
-            self._move(self.position + 1)
-            goes_on = self._peek() != "]"
-            while goes_on:
-                yield self._take()
-                if self._peek() not in (",", "]"):
-                    raise self._broken("Expecting ',' or ']'" if self._peek() else "the list never closes")
-                goes_on = self._peek() == ","
-                self._move(self.position + goes_on)
-            self._move(self.position + 1)
-        if self._peek():
-            raise self._broken("Extra data" if first == "[" else "Expecting an object, or one list of them")
-
-    def _peek(self) -> str:
-        """Return the next non-blank character, or "" at the end."""
-        blank = 0
-        while True:
-            match = _SPACE.match(self.text, self.position)
-            assert match is not None
-            blank += match.end() - self.position
-            self._move(match.end())
-            if self.position < len(self.text) or self.ended:
-                return self.text[self.position : self.position + 1]
-            if blank > _LONGEST_ROW:
-                raise self._broken(f"the last {blank:,} characters are blank")
-            self._read_on()
-
-    def _take(self) -> tuple[int, str]:
-        if not self._peek():
-            raise self._broken("the list never closes")
-        while True:
-            # The last characters of the chunk may be part of a longer number, name or escape.
-            certain = len(self.text) if self.ended else len(self.text) - 16
-            try:
-                _, end = self.scan(self.text, self.position)
-                if end <= certain or self.text[end - 1] in '}]"':
-                    break
-            except json.JSONDecodeError as error:
-                if self.ended or (error.pos < certain and not error.msg.startswith("Unterminated string")):
-                    self._move(error.pos)
-                    raise self._broken(error.msg) from None
-            except RecursionError:
-                raise self._broken("nested too deeply") from None
-            if len(self.text) - self.position > _LONGEST_ROW:
-                raise self._broken(f"longer than {_LONGEST_ROW:,} characters; the rows must be one list or stand alone")
-            self._read_on()
-        line, text = self.line, self.text[self.position : end]
-        self._move(end)
-        return line, text
-
-    def _read_on(self) -> None:
-        """Drop the consumed text and read at least as much as remains, so rescanning costs at most 2x."""
-        rest = self.text[self.position :]
-        data = self.file.read(max(_CHUNK, len(rest)))
-        self.ended = not data
-        self.line_start -= self.position
-        self.text, self.position = rest + self.decode(data, self.ended), 0
-
-    def _move(self, position: int) -> None:
-        self.line += (newlines := self.text.count("\n", self.position, position))
-        if newlines:
-            self.line_start = self.text.rindex("\n", self.position, position) + 1
-        self.position = position
-
-    def _broken(self, message: str) -> Unreadable:
-        return Unreadable(f"line {self.line}, column {self.position - self.line_start + 1}: {message}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dpo_runner.data.layouts.cells import decode_cells
 from dpo_runner.data.layouts.formats import find_layout, read_pairs
 from dpo_runner.data.layouts.messages import Message, Pair
 from dpo_runner.data.templates.rendering import Rendered, Renderer, any_of, find_special_ids
@@ -258,6 +259,7 @@ def apply_chat_template(
     Raises:
         ConfigError: the row has no known layout, cannot be used, or the template breaks one of these guarantees.
     """
+    row = decode_cells(row)
     pairs = read_pairs(row, find_layout([row], format), "best_vs_worst")
     if not pairs:
         raise RowError("no pair", "all answers have the same score")

@@ -1,5 +1,7 @@
 """Rendering of messages with a chat template, and built-in templates for models without one."""
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_runner.data.layouts.messages import Message, Pair
+from dpo_runner.data.layouts.serialized import decode_calls, render_calls
 from dpo_runner.errors import ConfigError, RowError
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class Renderer:
         ending: text that the template adds after an answer.
 
     Raises:
-        ConfigError: the template cannot render one question and answer.
+        ConfigError: the template cannot render one question and answer, or the system prompt holds a control token.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class Renderer:
         self.tokenizer = tokenizer
         self._system_prompt, self._on_no_system_role = system_prompt, on_no_system_role
         self._control = any_of(tokenizer.convert_ids_to_tokens(sorted(find_special_ids(tokenizer))))
+        if found := self._control.search(system_prompt or ""):
+            raise ConfigError(
+                f"`data.system_prompt`: holds the control token {found.group()!r}, which would be encoded as such; "
+                "leave it out, the chat template writes those it needs"
+            )
         self.knows_system, self.generation_prompt, self.ending = False, "", ""
         if tokenizer.chat_template is not None:
             self._probe()
@@ -66,13 +74,21 @@ class Renderer:
         Raises:
             RowError: the template refuses the prompt.
         """
+        messages = [decode_calls(message, "prompt") for message in messages]  # read from a file, they are plain JSON
         return self._render(self._place_system(messages), True, variables)
 
     def _place_system(self, prompt: list[Message]) -> list[Message]:
-        """Add the configured system turn if there is none, and fold it if the template has no system role."""
+        """Add the configured system turn if there is none; without a system role, fold it, or leave it out if blank.
+
+        A template with a system role may write another text without a system turn, so there a blank turn stays.
+        """
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
-        if self.knows_system or prompt[0]["role"] != "system" or self.tokenizer.chat_template is None:
+        if self.knows_system or prompt[0]["role"] != "system":
+            return prompt
+        if not prompt[0]["content"].strip():
+            return prompt[1:]
+        if self.tokenizer.chat_template is None:
             return prompt
         if self._on_no_system_role == "error":
             raise RowError(
@@ -89,9 +105,10 @@ class Renderer:
         """
         for column, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
             for message in messages:
-                found = self._control.search(message["content"])
-                if found:
-                    raise RowError("control token in the text", f"`{column}` holds {found.group()!r}")
+                self._refuse_control(message["content"] if len(message) == 2 else message, column)
+        for column, value in (("tools", pair.tools), ("chat_template_kwargs", pair.chat_template_kwargs)):
+            if value:
+                self._refuse_control(value, column)
         prompt = self._place_system(pair.prompt)
         variables = dict(pair.chat_template_kwargs or {})
         if pair.tools:
@@ -102,6 +119,15 @@ class Renderer:
             self._render(prompt + pair.rejected, False, variables),
         )
 
+    def _refuse_control(self, value: Any, column: str) -> None:
+        """Raise a RowError if a text, or one anywhere in a JSON value, holds a control token."""
+        if isinstance(value, str):
+            if found := self._control.search(value):
+                raise RowError("control token in the text", f"`{column}` holds {found.group()!r}")
+        elif isinstance(value, (dict, list)):
+            for item in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+                self._refuse_control(item, column)
+
     def _render(self, messages: list[Message], generation_prompt: bool, variables: dict[str, Any]) -> str:
         if self.tokenizer.chat_template is None:
             if any(message["role"] not in ("user", "assistant") for message in messages) or len(messages) > 2:
@@ -111,11 +137,10 @@ class Renderer:
                 )
             return "".join(message["content"] for message in messages)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation_prompt, **variables
-                )
+            apply = functools.partial(
+                self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=generation_prompt, **variables
             )
+            return render_calls(lambda given: str(apply(given)), messages)
         except Exception as error:  # raise_exception of the template, or a Jinja error: it affects this row only
             raise RowError("the chat template refuses the row", str(error)) from None
 

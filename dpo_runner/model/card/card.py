@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from dpo_runner.config.metrics import find_first_update, mark_ties
 from dpo_runner.config.run_conf import config_keys
 from dpo_runner.config.sections.data import resolve_sources
 from dpo_runner.errors import reason_of
@@ -26,7 +27,7 @@ from dpo_runner.model.adapters import describe_adapter
 from dpo_runner.model.card.facts import LABELS, RunFacts, build_metadata, list_citations
 from dpo_runner.model.card.plots import Plot, write_plots
 from dpo_runner.model.card.use import describe_use
-from dpo_runner.model.quantization import describe_quantization
+from dpo_runner.model.quantization import name_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def write_card(
 
 def _draw_plots(folder: Path, facts: RunFacts, say: Callable[[str], None]) -> list[Plot]:
     try:
-        return write_plots(folder, facts.events)
+        first, model = find_first_update(facts.events), facts.conf.model
+        return write_plots(folder, [mark_ties(event, event["step"], model, first) for event in facts.events])
     except Exception as error:  # a failed plot must not lose the weights
         logger.exception("the curves cannot be drawn")
         say(f"the model card has no curves; drawing them failed: {reason_of(error)}")
@@ -105,7 +107,7 @@ def _describe(facts: RunFacts) -> list[tuple[Any, ...]]:
         "base model": f"`{conf.model.model_name_or_path}`",
         "SFT adapter": f"`{conf.model.adapter}` ({conf.model.adapter_mode})" if conf.model.adapter else None,
         "trained": describe_adapter(conf),
-        "base quantized to, in training": describe_quantization(conf.quant) if conf.quant else None,
+        "base quantized to, in training": name_quantization(conf.quant) if conf.quant else None,
         "reference": facts.reference,
         "loss": f"{loss}, beta {conf.training.beta:g}",
         "learning rate": f"{conf.training.learning_rate:g}, {conf.training.lr_scheduler_type}",
@@ -116,7 +118,7 @@ def _describe(facts: RunFacts) -> list[tuple[Any, ...]]:
 
 
 def _describe_results(facts: RunFacts) -> list[str]:
-    before, after = facts.summary["before"], facts.summary["after"]
+    before, after = mark_ties(facts.summary["before"], 0, facts.conf.model), facts.summary["after"]
     if not after:
         return ["The run had no evaluation pairs and answered no prompts."]
     order = list(LABELS)

@@ -107,7 +107,8 @@ def _list_results(facts: RunFacts, sources: dict[str, SourceConf]) -> Iterator[E
                 )
 
 
-_LOSSES = {
+_PAPERS = {  # by what a run uses, losses by `training.loss_type`
+    "dpo": "Rafailov et al. 2023, *Direct Preference Optimization*, arXiv:2305.18290",
     "hinge": "Zhao et al. 2023, *SLiC-HF*, arXiv:2305.10425",
     "ipo": "Azar et al. 2023, *A General Theoretical Paradigm (IPO)*, arXiv:2310.12036",
     "exo_pair": "Ji et al. 2024, *Efficient Exact Optimization (EXO)*, arXiv:2402.00856",
@@ -115,23 +116,20 @@ _LOSSES = {
     "robust": "Chowdhury et al. 2024, *Provably Robust DPO*, arXiv:2403.00409",
     "bco_pair": "Jung et al. 2024, *Binary Classifier Optimization*, arXiv:2404.04656",
     "sppo_hard": "Wu et al. 2024, *Self-Play Preference Optimization*, arXiv:2405.00675",
-    **dict.fromkeys(("aot", "aot_unpaired"), "Melnyk et al. 2024, *Alignment via Optimal Transport*, arXiv:2406.05882"),
-    **dict.fromkeys(("apo_zero", "apo_down"), "D'Oosterlinck et al. 2024, *Anchored Preference*, arXiv:2408.06266"),
+    "aot aot_unpaired": "Melnyk et al. 2024, *Alignment via Optimal Transport*, arXiv:2406.05882",
+    "apo_zero apo_down": "D'Oosterlinck et al. 2024, *Anchored Preference*, arXiv:2408.06266",
     "discopop": "Lu et al. 2024, *Discovering Preference Optimization Algorithms*, arXiv:2406.08414",
+    "trl": "von Werra et al. 2020, *TRL: Transformers Reinforcement Learning*, https://github.com/huggingface/trl",
+    "lora": "Hu et al. 2021, *LoRA*, arXiv:2106.09685",
+    "dora": "Liu et al. 2024, *DoRA*, arXiv:2402.09353",
+    "qlora": "Dettmers et al. 2023, *QLoRA*, arXiv:2305.14314",
 }
-"""Citations by `training.loss_type`; the other losses are from the DPO paper or have no paper."""
 
 
 def list_citations(conf: RunConf) -> list[str]:
     """Return the sources of a run's methods, one line each."""
-    losses, lora = conf.training.loss_type, conf.lora
-    named = [losses] if isinstance(losses, str) else losses
-    used = {
-        "Rafailov et al. 2023, *Direct Preference Optimization*, arXiv:2305.18290": True,
-        **{_LOSSES[loss]: True for loss in named if loss in _LOSSES},
-        "von Werra et al. 2020, *TRL: Transformers Reinforcement Learning*, https://github.com/huggingface/trl": True,
-        "Hu et al. 2021, *LoRA*, arXiv:2106.09685": conf.model.adapter or (lora and lora.peft_type == "LORA"),
-        "Liu et al. 2024, *DoRA*, arXiv:2402.09353": lora and lora.use_dora,
-        "Dettmers et al. 2023, *QLoRA*, arXiv:2305.14314": conf.quant and conf.quant.load_in_4bit,
-    }
-    return [entry for entry, is_used in used.items() if is_used]
+    used = {"dpo", "trl", *([losses] if isinstance(losses := conf.training.loss_type, str) else losses)}
+    used |= {"lora"} if conf.model.adapter or (conf.lora and conf.lora.peft_type == "LORA") else set()
+    used |= {"dora"} if conf.lora and conf.lora.use_dora else set()
+    used |= {"qlora"} if conf.quant and conf.quant.load_in_4bit else set()
+    return [paper for name, paper in _PAPERS.items() if used & {*name.split()}]

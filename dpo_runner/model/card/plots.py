@@ -5,6 +5,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_runner.config.metrics import TIE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -88,10 +90,10 @@ def _shifts(events: Sequence[dict[str, Any]]) -> list[_Line]:
 
 
 def _series(events: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return (step, value) points; a second evaluation at a step is of the best weights and left out."""
+    """Return (step, value) points without ties; a second evaluation at a step is of the best weights and left out."""
     points: dict[int, float] = {}
     for event in events:
-        if key in event and isfinite(event[key]):
+        if key in event and event[key] != TIE and isfinite(event[key]):
             points.setdefault(event["step"], float(event[key]))
     return sorted(points.items())
 

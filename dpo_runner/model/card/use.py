@@ -6,7 +6,7 @@ from typing import Any
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.model.card.facts import RunFacts, hub_base
 from dpo_runner.model.files.packaged import PYPI_PREFIX, RANDOM_PREFIX
-from dpo_runner.model.quantization import describe_quantization
+from dpo_runner.model.quantization import name_quantization
 
 _ASK = [
     'messages = [{"role": "user", "content": "Why do we sleep?"}]',
@@ -35,7 +35,7 @@ def describe_use(facts: RunFacts, name: str, adapter: dict[str, Any] | None) -> 
     notes = [] if adapter is None else _note_base(facts, adapter)
     if facts.conf.quant is not None:
         notes.append(
-            f"Trained on a base quantized to {describe_quantization(facts.conf.quant)}, which is not part of this "
+            f"Trained on a base quantized to {name_quantization(facts.conf.quant)}, which is not part of this "
             "folder: answers on the unquantized base may differ from the run's own."
         )
     return ["```python", *code, "", *_ASK, "```", *(f"\n{note}" for note in notes)]

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from dpo_runner.config.adapter_config import read_adapter_fields
 from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.errors import ConfigError, reason_of, suggest
 from dpo_runner.model.adapters import changes_base
+from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.files.pickles import refuse_pickled_adapter
 from dpo_runner.model.reference import Reference
 from dpo_runner.model.stacking import SFT, absorb_embeddings, find_unjoinable
@@ -41,13 +42,15 @@ def check_adapters(
         ConfigError: an adapter does not fit the base, or cannot be used in this way.
     """
     start = getattr(new, "init_lora_weights", None)
+    if new is not None:
+        _check_tying(new, meta, "lora.config.ensure_weight_tying=True", "leave it out, and list the output head too")
     if adapter is not None:
         key = f"model.adapter={adapter}"
         model = check_adapter(adapter, meta, key, conf)
         if conf.adapter_mode == "merge":
             _check_mergeable(model, key, "use model.adapter_mode=continue")
         else:
-            _check_copyable(model.peft_config[SFT], key, "use model.adapter_mode=merge")
+            _check_copyable(model, key, "use model.adapter_mode=merge")
         if conf.adapter_mode == "stack":
             own = {"modules_to_save", "trainable_token_indices"}  # embeddings are moved into the base
             if found := find_unjoinable(model.peft_config[SFT], own):
@@ -67,7 +70,7 @@ def check_adapters(
         if not reference.is_within:
             _check_mergeable(model, key, "name another reference")
         else:
-            _check_copyable(model.peft_config[SFT], key, instead)
+            _check_copyable(model, key, instead)
             if read_brought_rows(folder, meta)[1]:
                 raise ConfigError(f"`{key}`: brings embeddings of its own, which would be the policy's too; {instead}")
 
@@ -78,8 +81,9 @@ def _check_mergeable(model: PeftModel, key: str, instead: str) -> None:
             raise ConfigError(f"`{key}`: its lora_bias=True cannot be merged into {path}, which has no bias; {instead}")
 
 
-def _check_copyable(config: PeftConfig, key: str, instead: str) -> None:
-    """Refuse an adapter that changes the base's own weights, under which no other adapter is right."""
+def _check_copyable(model: PeftModel, key: str, instead: str) -> None:
+    """Refuse an adapter that changes the base's own weights, or of which PEFT makes no whole copy."""
+    config = model.peft_config[SFT]
     if getattr(config, "bias", "none") != "none":
         raise ConfigError(
             f"`{key}`: trains biases of the base (bias={config.bias}), so no other adapter can be beside it; {instead}"
@@ -89,6 +93,17 @@ def _check_copyable(config: PeftConfig, key: str, instead: str) -> None:
         raise ConfigError(
             f"`{key}`: changes the base whenever PEFT loads it (init_lora_weights={start}), and its frozen copy would "
             f"change it again; {instead}"
+        )
+    _check_tying(config, model, key, instead)
+
+
+def _check_tying(config: PeftConfig, model: PeftModel | PreTrainedModel, key: str, instead: str) -> None:
+    """Refuse copies of embeddings and head that are tied: PEFT ties those of a model's first adapter only."""
+    ties = getattr(config, "ensure_weight_tying", False) and config.modules_to_save
+    if ties and model.config.tie_word_embeddings:
+        raise ConfigError(
+            f"`{key}`: ensure_weight_tying=True ties its copies of {', '.join(config.modules_to_save)}, and PEFT does "
+            f"so for one adapter of a model, but a run needs a second one; {instead}"
         )
 
 
@@ -123,6 +138,11 @@ def check_adapter(folder: Path, meta: PreTrainedModel, key: str, conf: ModelConf
     config = read_adapter_config(folder)
     if config.is_prompt_learning:
         raise ConfigError(f"`{key}`: is a {config.peft_type.value} adapter, which learns virtual tokens, not weights")
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        raise ConfigError(
+            f"`{key}`: is a classifier's, such as a reward model's (task_type={config.task_type}), and its head would "
+            "be left out; name an adapter that was trained to answer"
+        )
     file = folder / "adapter_model.safetensors"
     if conf.use_safetensors or file.exists() or not (folder / "adapter_model.bin").exists():
         refuse_pickled_adapter(folder, key)
@@ -132,8 +152,8 @@ def check_adapter(folder: Path, meta: PreTrainedModel, key: str, conf: ModelConf
 
 def _check_names(file: Path, meta: PreTrainedModel, key: str, name: str) -> None:
     modules = dict(meta.named_modules())
-    moved = None
-    with safe_open(file, "pt") as tensors:
+    moved, (setting, _, folder) = None, key.partition("=")
+    with loading_errors(folder, setting), safe_open(file, "pt") as tensors:
         for weight in sorted(tensors.keys()):
             if "_orig_mod." in weight:
                 raise ConfigError(
@@ -206,6 +226,26 @@ def _put_on_meta(folder: Path, config: PeftConfig, meta: PreTrainedModel, key: s
             )
     model.peft_config[SFT] = config
     return model
+
+
+def check_result(folder: Path) -> None:
+    """Check that the adapter of a finished run can be read.
+
+    Raises:
+        ConfigError: a file of it is missing or damaged.
+    """
+    refuse_pickled_adapter(folder)
+    remedy = "put it back from a copy, or run again with another run_dir"
+    file = folder / "adapter_config.json"
+    try:
+        read_adapter_config(folder)
+        file = folder / "adapter_model.safetensors"
+        with safe_open(file, "pt"):
+            pass
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: cannot be read; {reason_of(error)}; {remedy}") from None
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:

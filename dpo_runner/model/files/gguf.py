@@ -2,10 +2,13 @@
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.io.console import show_each
 from dpo_runner.io.files import cache_dir, write_folder_once
 
 if TYPE_CHECKING:
@@ -48,20 +51,34 @@ def read_gguf(file: Path, name: str) -> "tuple[PreTrainedModel, PreTrainedTokeni
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-        trust_remote_code=False,
-    )
+    with _own_bar(f"converting {file.name}, once"):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     # transformers takes the model for packed GGUF and refuses to save it, although its weights are now dense.
     model.config.quantization_config = None
     del model.config.quantization_config
     model.hf_quantizer = None
-    model.config._name_or_path = name
+    model.config.name_or_path = name
     return model, tokenizer
+
+
+@contextmanager
+def _own_bar(what: str) -> Iterator[None]:
+    """Show the conversion as other long steps are shown, instead of with transformers' bar."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    theirs = reader.tqdm
+    reader.tqdm = lambda tensors, desc: show_each(tensors, what)
+    try:
+        yield
+    finally:
+        reader.tqdm = theirs
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+from safetensors import SafetensorError
+
 from dpo_runner.config.adapter_config import read_adapter_base
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError, reason_of
@@ -36,7 +38,15 @@ def resolve_model_path(conf: ModelConf) -> str:
         return str(load_gguf_path(path))
     if conf.gguf_file is not None:
         return str(load_gguf_path(_find_gguf(name, path, conf.gguf_file, conf.revision)))
+    if path.is_dir() and not (path / "config.json").exists() and (below := _look_below(path, "*config.json")):
+        raise ConfigError(f"`model.model_name_or_path={name}`: has no config.json{below}")
     return str(path) if path.exists() else name
+
+
+def _look_below(path: Path, file: str) -> str:
+    """Return where in a folder's subfolders there is the file that the folder lacks, such as a run's adapter."""
+    found = sorted({each.parent for depth in ("*", "*/*") for each in path.glob(f"{depth}/{file}")})
+    return f"; there is one in {', '.join(map(str, found[:4]))}" if found else ""
 
 
 def _find_gguf(name: str, path: Path, file: str, revision: str | None) -> Path:
@@ -66,7 +76,12 @@ def resolve_adapter_path(conf: ModelConf) -> str:
     path = Path(name).expanduser()
     if path.exists():
         if not is_adapter(name):
-            raise ConfigError(f"`model.adapter={name}`: not a PEFT adapter, because it has no adapter_config.json")
+            instead = (
+                f"; name its folder, {path.parent}" if path.is_file() else _look_below(path, "adapter_config.json")
+            )
+            raise ConfigError(
+                f"`model.adapter={name}`: not a PEFT adapter, because it has no adapter_config.json{instead}"
+            )
         return str(path)
     from huggingface_hub import snapshot_download
 
@@ -109,6 +124,11 @@ def loading_errors(name: str, key: str) -> Iterator[None]:
         raise ConfigError(
             f"`{key}={name}`: holds a pickle with more than weights, which could run code; it was not loaded"
         ) from None
+    except SafetensorError as error:
+        raise ConfigError(
+            f"`{key}={name}`: has a safetensors file that is damaged, cut off or only a Git LFS pointer ({error}); "
+            "fetch it again"
+        ) from None
     except (OSError, ValueError) as error:
         if "safetensors" in str(error) and "does not appear to have" in str(error):
             raise ConfigError(
@@ -119,4 +139,11 @@ def loading_errors(name: str, key: str) -> Iterator[None]:
             raise ConfigError(
                 f"`{key}={name}`: has no tokenizer that transformers can read; save the model's tokenizer there"
             ) from None
+        if "no file named model.safetensors" in str(error):
+            raise ConfigError(
+                f"`{key}={name}`: holds no weights (model.safetensors); convert a DeepSpeed or FSDP checkpoint first "
+                "(`zero_to_fp32.py --safe_serialization`, `accelerate merge-weights`)"
+            ) from None
+        if "Repo id must be" in str(error):
+            raise ConfigError(f"`{key}={name}`: no such folder, and not a hub id such as OWNER/NAME") from None
         raise ConfigError(f"`{key}={name}`: cannot be loaded; {reason_of(error)}") from None

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import RunPruned
-from dpo_runner.sweep.search.study import open_trial
+from dpo_runner.sweep.search.study import id_of, open_trial
 
 
 class Pruning(TrainerCallback):  # type: ignore[misc]
@@ -25,7 +25,7 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, run_dir: Path, search: SearchConf) -> None:
         self._trial = open_trial(run_dir.parent, search, run_dir.name)
-        self._reported = set(self._trial.storage.get_trial(self._trial._trial_id).intermediate_values)
+        self._reported = set(self._trial.storage.get_trial(id_of(self._trial)).intermediate_values)
         self._objective = search.objective
         self._training = False
 

@@ -15,6 +15,7 @@ import optuna
 from dpo_runner.config.rules.sweep import read_direction
 from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.io.upstream import find_private
 
 STUDY_FILE = "study.db"
 CONFIGURATION = "configuration"
@@ -71,7 +72,7 @@ def open_trial(sweep_dir: Path, search: SearchConf, job: str) -> optuna.Trial:
     """
     study = optuna.load_study(study_name=_NAME, storage=_open_storage(sweep_dir), pruner=_build_pruner(search))
     running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-    number = next((trial._trial_id for trial in running if trial.user_attrs.get("job") == job), None)
+    number = next((id_of(trial) for trial in running if trial.user_attrs.get("job") == job), None)
     if number is None:
         raise RunError(f"{sweep_dir / STUDY_FILE}: no trial is running for {job}")
     return optuna.Trial(study, number)
@@ -93,15 +94,21 @@ def build_sampler(search: SearchConf, number: int) -> optuna.samplers.BaseSample
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup_trials)
 
 
+def id_of(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+    """Return the number of a trial in its storage, which is not its number in the study."""
+    number: int = find_private("optuna", trial, "_trial_id")
+    return number
+
+
 @contextmanager
 def heartbeat(study: optuna.Study, running: Callable[[], Sequence[int]]) -> Iterator[None]:
     """Record heartbeats of the trials whose ids `running` returns, while the context is open."""
-    stopped = threading.Event()
+    stopped, storage = threading.Event(), find_private("optuna", study, "_storage")
 
     def beat() -> None:
         while not stopped.is_set():
             for trial_id in running():
-                study._storage.record_heartbeat(trial_id)
+                storage.record_heartbeat(trial_id)
             stopped.wait(_HEARTBEAT_SECONDS)
 
     thread = threading.Thread(target=beat, name="study-heartbeat", daemon=True)

@@ -16,7 +16,7 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.directory import DONE, name_points, prepare, read_job
 from dpo_runner.sweep.points import Point, digest_config
 from dpo_runner.sweep.search.space import Space
-from dpo_runner.sweep.search.study import CONFIGURATION, ask, build_sampler, heartbeat, open_study
+from dpo_runner.sweep.search.study import CONFIGURATION, ask, build_sampler, heartbeat, id_of, open_study
 
 # User attributes of a trial.
 _JOB, _EFFECT, _REFUSED, _RETRY_OF = "job", "effect", "refused", "retry_of"
@@ -62,7 +62,7 @@ class Search:
             if _JOB in trial.user_attrs:
                 self._names[trial.user_attrs[_EFFECT]] = trial.user_attrs[_JOB]
             if trial.state == TrialState.RUNNING:
-                self._resumed.append(optuna.Trial(self.study, trial._trial_id))
+                self._resumed.append(optuna.Trial(self.study, id_of(trial)))
             elif (
                 trial.state == TrialState.FAIL and trial.number not in tried_again and _REFUSED not in trial.user_attrs
             ):
@@ -117,7 +117,7 @@ class Search:
     @contextmanager
     def alive(self) -> Iterator[None]:
         """Send heartbeats of running trials to the study while the context is open."""
-        with heartbeat(self.study, lambda: [trial._trial_id for group in [*self._waiting.values()] for trial in group]):
+        with heartbeat(self.study, lambda: [id_of(trial) for group in [*self._waiting.values()] for trial in group]):
             yield
 
     def refused(self) -> list[str]:

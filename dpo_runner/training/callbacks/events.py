@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dpo_runner.config.metrics import find_first_update, mark_ties
+from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import RunError
 from dpo_runner.io.console import RunConsole
 from dpo_runner.records.directory import RunDirectory
@@ -20,19 +22,30 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         directory: the run directory, with metrics.jsonl.
         tracker: W&B.
         console: the terminal output.
+        model: the `model` group, which says whether the policy starts as its reference.
         show_progress: whether to show each step.
     """
 
-    def __init__(self, directory: RunDirectory, tracker: Tracker, console: RunConsole, show_progress: bool) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        tracker: Tracker,
+        console: RunConsole,
+        model: ModelConf,
+        show_progress: bool,
+    ) -> None:
         self._directory, self._tracker, self._console = directory, tracker, console
-        self._show_progress = show_progress
+        self._model, self._show_progress = model, show_progress
         self._drift: DriftWarnings | None = None
+        self._first_update = 1
         self.silent = False
         """If true, events are neither written nor shown."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._drift = DriftWarnings(args.beta)
-        for event in read_metrics(self._directory.path):  # events before the resume
+        earlier = read_metrics(self._directory.path)  # those before the resume
+        self._first_update = find_first_update(earlier)
+        for event in earlier:
             if "loss" in event:
                 self._drift.note(event)  # its warnings were shown then
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -50,7 +63,9 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         self._directory.append_metrics(event)
         self._tracker.log(event)
         if "loss" in logs:
-            self._console.show_step(state.global_step, logs)
+            self._first_update = max(self._first_update, find_first_update([event]))
+            shown = mark_ties(logs, state.global_step, self._model, self._first_update)
+            self._console.show_step(state.global_step, shown)
             for warning in self._drift.note(logs) if self._drift is not None else ():
                 self._console.warn(warning)
         if "eval_loss" in logs and not math.isfinite(float(logs["eval_loss"])):

@@ -16,15 +16,15 @@ from dpo_runner.training.mixins.saving import EvaluationCut
 _NOTICE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, preemption by a scheduler, and a scheduler's advance warning (Slurm's `--signal=USR1@120`)."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C, preemption by a scheduler, its advance warning (Slurm's `--signal=USR1@120`), and a closed terminal."""
 
 
 class Stopping(TrainerCallback):  # type: ignore[misc]
     """Ends training on a signal with a checkpoint of the current step; aborts a running evaluation.
 
     Before and after training a signal ends the run immediately, and so does SIGINT as a second signal.
-    Other signals after the first are ignored: schedulers repeat them, or send SIGTERM after SIGUSR1.
+    Other signals after the first are ignored: schedulers repeat them, or send SIGTERM after SIGUSR1; so do terminals.
 
     Raises:
         KeyboardInterrupt: with the first signal's number.
@@ -40,15 +40,17 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._heed) for number in SIGNALS}
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = [number for number in SIGNALS if number != signal.SIGHUP or not under_nohup]
+        previous = {number: signal.signal(number, self._heed) for number in heeded}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             if self._signal is not None and handles_ctrl_c():  # the exit code is that of the first signal
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                for number in SIGNALS[1:]:
+                    signal.signal(number, signal.SIG_IGN)
 
     def _heed(self, number: int, frame: Any) -> None:
         is_first = self._signal is None

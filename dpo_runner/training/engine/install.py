@@ -135,7 +135,10 @@ def _add_stored_reference(
     try:
         digest, made_of = identify_reference(trainer.ref_model or trainer.model, active, computed)
     except TypeError as error:
-        say(f"engine.reference_store: not used, the reference runs along; it has {error}, which cannot be hashed")
+        say(
+            "engine.reference_store: not used, the reference is computed in every step; it has "
+            f"{error}, which cannot be hashed"
+        )
         return
     limit = int(conf.reference_store_gb * 1e9)
     with ReferenceStore(digest, {**description, **made_of}, limit) as store:

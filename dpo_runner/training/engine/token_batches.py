@@ -30,6 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_runner.config.rules.training import LOSSES_OF_WHOLE_BATCHES
 from dpo_runner.config.sections.run import EngineConf
 from dpo_runner.io.processes import count_processes
+from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.packed.forward import base_of
 from dpo_runner.training.engine.packed.packing import pack_pairs
 
@@ -38,8 +39,8 @@ _ENOUGH = 1024
 
 Batch = dict[str, torch.Tensor]
 
-for _name in ("get_batch_samples", "training_step", "_compute_loss"):
-    assert hasattr(DPOTrainer, _name), f"TRL's DPOTrainer.{_name} is gone"
+check_names("transformers", DPOTrainer, get_batch_samples="epoch_iterator num_batches device")
+check_names("trl", DPOTrainer, _compute_loss="model inputs return_outputs")
 
 
 class Place(NamedTuple):
@@ -119,6 +120,20 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
         self._batches, self._taken = list(batches), 0
         return batches, items
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """TRL's figures since the last log event, by mode (`train`, `eval`) and name."""
+        figures: dict[str, Any] = self._metrics
+        return figures
+
+    def progress(self) -> dict[str, Any]:
+        """Return TRL's state that a checkpoint needs in addition to Trainer's."""
+        return {"num_tokens": self._total_train_tokens, "metrics": self.figures["train"]}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        self._total_train_tokens = progress["num_tokens"]
+        self.figures["train"].update(progress["metrics"])
+
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Do TRL's step for one of its batches; micro-batches all run at the last batch of the optimizer step."""
         micro_batches = self._regroup()
@@ -152,18 +167,18 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
     @contextlib.contextmanager
     def _unlogged(self) -> Iterator[None]:
         """Discard the metrics that TRL records for a micro-batch."""
-        metrics, tokens = self._metrics["train"], self._total_train_tokens
-        self._metrics["train"] = defaultdict(list)
+        metrics, tokens = self.figures["train"], self._total_train_tokens
+        self.figures["train"] = defaultdict(list)
         try:
             yield
         finally:
-            self._metrics["train"], self._total_train_tokens = metrics, tokens
+            self.figures["train"], self._total_train_tokens = metrics, tokens
 
     def _log_batches(self, model: Any, models: list[Any], scores: "_Scores") -> torch.Tensor:
         """Record TRL's metrics for its own batches, and return the step's loss."""
         losses = []
         for index, batch in enumerate(self._batches):
-            inputs = self._prepare_inputs(batch)
+            inputs = prepare_inputs(self, batch)
             with torch.no_grad(), self.compute_loss_context_manager(), _forward_of(models, scores.replay(index)):
                 losses.append(self.compute_loss(model, inputs).detach())
         return torch.stack(losses).mean()

@@ -1,12 +1,14 @@
 """Free memory, out-of-memory errors, and an allocator setting. Importing this does not import torch."""
 
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from dpo_runner.errors import RunError
+from dpo_runner.errors import ConfigError, RunError, reason_of
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _KEEP_BYTES = 2**30
@@ -39,6 +41,7 @@ _MEMORY_WORDS = (
 )
 """Parts of libraries' error messages; the last one is from cuBLAS and cuDNN."""
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
+_BROKEN_WORDS = ("cuda error", "cuda driver error", "cudnn error", "hip error", "triton")
 _ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
 """oneDNN's message for a lack of memory and other errors; with fewer free bytes it is the former."""
 
@@ -92,6 +95,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _find_cause(error) is not None
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Return whether an error says nothing about the model: out of memory, or of CUDA, its libraries or Triton.
+
+    After most errors of CUDA every later call in the process fails too.
+    """
+    kind, words = type(error), str(error).lower()
+    own = kind.__name__ == "AcceleratorError" or kind.__module__.startswith("triton")
+    return own or any(word in words for word in _BROKEN_WORDS) or is_out_of_memory(error)
+
+
 def _find_cause(error: BaseException) -> BaseException | None:
     cause: BaseException | None = error
     while cause is not None:
@@ -118,6 +131,45 @@ def _describe_sizes(error: BaseException) -> str:
 
 def format_bytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a run trains on, at hand or only described.
+
+    Attributes:
+        name: the GPU's name, or `CPU`.
+        total: its memory in bytes.
+        free: what of it a run may take, in bytes.
+        is_gpu: whether it is a GPU.
+        has_varlen: whether packed pairs attend there in one call of torch's variable-length kernel.
+    """
+
+    name: str
+    total: int
+    free: int
+    is_gpu: bool = False
+    has_varlen: bool = False
+
+
+def check_allocator() -> None:
+    """Allocate on the GPU, whose driver may lack what `expandable_segments` needs, as in a share of a card (vGPU).
+
+    Raises:
+        ConfigError: it does.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device="cuda")
+    except RuntimeError as error:
+        if "CUDA driver error" not in str(error):
+            raise
+        setting = f"PYTORCH_ALLOC_CONF={os.environ.get('PYTORCH_ALLOC_CONF', '')}"
+        raise ConfigError(
+            f"`{setting}`: the GPU's driver does not support it ({reason_of(error)}); "
+            "set PYTORCH_ALLOC_CONF=expandable_segments:False in the environment"
+        ) from error
 
 
 def read_memory(of_host: bool) -> tuple[str, int, int]:

@@ -6,13 +6,11 @@ records which tensors are alive.
 """
 
 import copy
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from trl import DPOConfig
 from trl.trainer import utils as trl_utils
@@ -20,51 +18,32 @@ from trl.trainer import utils as trl_utils
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.errors import ConfigError
+from dpo_runner.io.upstream import check_names
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.packed.forward import share_prefixes, trains_head, why_not_packable
+from dpo_runner.training.engine.packed.varlen_attention import has_kernel
 from dpo_runner.training.engine.token_batches import choose_budget, why_not_grouped
-from dpo_runner.training.memory.device import read_memory
-from dpo_runner.training.memory.fake_model import build_fake_models, tensors_of
+from dpo_runner.training.memory.device import Device, check_allocator, read_memory
+from dpo_runner.training.memory.fake_model import build_fake_models, fake_mode, tensors_of
 from dpo_runner.training.memory.fake_step import (
+    SCRATCH,
     build_packed_inputs,
     build_padded_inputs,
-    count_dequantized_bytes,
+    choose_attention,
     run_phase,
     without_tile_copies,
 )
+from dpo_runner.training.memory.optimizer import KNOWN, count_optimizer
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
+
+check_names("trl", trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 _FULL_DEPTH = 8
 """Deeper models are run with this many and half as many layers and extrapolated linearly."""
 
-_COPIES = {  # 4-byte values that an optimizer keeps per weight
-    "adamw_torch": 2,
-    "adamw_torch_fused": 2,
-    "paged_adamw": 2,
-    "paged_adamw_32bit": 2,
-    "ademamix": 3,
-    "paged_ademamix_32bit": 3,
-    "lion": 1,
-    "lion_32bit": 1,
-    "paged_lion": 1,
-    "paged_lion_32bit": 1,
-    "rmsprop": 1,
-    "rmsprop_bnb": 1,
-    "rmsprop_bnb_32bit": 1,
-    "adagrad": 1,
-    "sgd": 0,
-}
-_COPIES_8BIT = {  # 1-byte values, with a 4-byte absmax per 256 of them
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "ademamix_8bit": 3,
-    "paged_ademamix_8bit": 3,
-    "lion_8bit": 1,
-    "paged_lion_8bit": 1,
-    "rmsprop_bnb_8bit": 1,
-}
+_SPARE = 0.1
+"""Share of the peak that a GPU must have beside it, for gaps between blocks and libraries' workspaces; not measured."""
 
 
 @dataclass
@@ -76,23 +55,24 @@ class MemoryEstimate:
         phases: peak bytes of each phase, everything counted.
         advice: the settings that would save most.
         length: tokens of the longest row assumed.
-        device: the accelerator's name, or `CPU`.
-        device_total: its memory in bytes.
-        device_free: its free memory in bytes.
+        device: what the run trains on.
     """
 
     rows: dict[str, int]
     phases: dict[str, int]
     advice: str
     length: int
-    device: str
-    device_total: int
-    device_free: int
+    device: Device
 
     @property
     def total(self) -> int:
         """Peak in bytes, without the process itself and CUDA's context (about 0.5 GB each)."""
         return sum(self.rows.values())
+
+    @property
+    def needed(self) -> int:
+        """The free bytes that the run needs: the peak, and on a GPU a tenth more."""
+        return round(self.total * (1 + _SPARE)) if self.device.is_gpu else self.total
 
     @property
     def phase(self) -> str:
@@ -107,23 +87,25 @@ class MemoryEstimate:
     @property
     def totals(self) -> dict[str, int]:
         """The peak and the free memory, in bytes."""
-        return {f"at the peak ({self.phase})": self.total, f"free on {self.device}": self.device_free}
+        return {f"at the peak ({self.phase})": self.total, f"free on {self.device.name}": self.device.free}
 
     @property
     def shortage(self) -> str:
         """One line with the memory needed, the memory free, and the settings that take less."""
         return (
-            f"about {self.total / 1e9:.1f} GB are needed, {self.device_free / 1e9:.1f} GB are free on "
-            f"{self.device} ({self.device_total / 1e9:.1f} GB in all); {self.advice}"
+            f"about {self.needed / 1e9:.1f} GB are needed, {self.device.free / 1e9:.1f} GB are free on "
+            f"{self.device.name} ({self.device.total / 1e9:.1f} GB in all); {self.advice}"
         )
 
     @property
     def fits(self) -> bool:
-        """True if the peak fits into the memory free now."""
-        return self.total <= self.device_free
+        """True if what is needed is free now."""
+        return self.needed <= self.device.free
 
 
-def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> MemoryEstimate:
+def estimate_memory(
+    conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape, device: Device | None = None
+) -> MemoryEstimate:
     """Estimate a run's peak memory, on one device, from the model's config.
 
     Args:
@@ -131,6 +113,7 @@ def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape:
         args: its trainer's.
         blueprint: its model's.
         shape: row lengths of its data.
+        device: what it trains on; by default the device at hand.
 
     Returns:
         The peak over the phases training (policy, reference, backward), optimizer step and evaluation.
@@ -138,6 +121,7 @@ def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape:
     Raises:
         ConfigError: there is no model config, or the memory of a setting cannot be estimated.
     """
+    device = device or read_device(args)
     shape, args = shape.cut(conf.training.max_length), copy.copy(args)
     args.precompute_ref_log_probs |= blueprint.reference.is_stored
     config = blueprint.config
@@ -146,14 +130,13 @@ def estimate_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape:
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     if depth > _FULL_DEPTH and len(set(kinds)) < 2:
         cuts = (blueprint.with_config(_cut(config, layers)) for layers in (_FULL_DEPTH // 2, _FULL_DEPTH))
-        half, whole = (_simulate(cut, conf, args, shape) for cut in cuts)
+        half, whole = (_simulate(cut, conf, args, shape, device) for cut in cuts)
         held, phases = _extrapolate(half, whole, (depth - _FULL_DEPTH) / (_FULL_DEPTH - _FULL_DEPTH // 2))
     else:
-        held, phases = _simulate(blueprint, conf, args, shape)
+        held, phases = _simulate(blueprint, conf, args, shape, device)
     peak = max(phases.values(), key=lambda rows: sum(rows.values()))
-    name, total, free = read_device(args)
     totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
-    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), shape.longest, name, total, free)
+    return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), shape.longest, device)
 
 
 Rows = dict[str, int]
@@ -181,7 +164,7 @@ def _advise(conf: RunConf, rows: Rows) -> str:
 
 def _check_estimable(conf: RunConf, args: DPOConfig) -> None:
     reason = None
-    if args.optim not in {*_COPIES, *_COPIES_8BIT, "adafactor"}:
+    if args.optim not in KNOWN:
         reason = f"training.optim={args.optim.value}"
     elif args.activation_offloading or conf.training.deepspeed or args.fsdp:
         reason = "training.activation_offloading, deepspeed or fsdp"
@@ -207,35 +190,39 @@ def _extrapolate(
     return go_on(half[0], whole[0]), {phase: go_on(half[1][phase], rows) for phase, rows in whole[1].items()}
 
 
-def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataShape) -> tuple[Rows, dict[str, Rows]]:
+def _simulate(
+    blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataShape, device: Device
+) -> tuple[Rows, dict[str, Rows]]:
     """Run the phases on fake tensors, with the longest rows, or with the largest pairs if they are packed.
+
+    Fake tensors lie on the CPU. What a GPU computes in another way is replaced, whatever the machine.
 
     Returns:
         Bytes held throughout, and the additional bytes of each phase at its peak.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     policy, reference, held = build_fake_models(blueprint, args, mode)
     models = [model for model in (policy, reference) if model is not None]
-    packed = conf.engine.shared_prefix and _share_prefixes(models, shape.longest, args)
-    use_cpu = uses_cpu(args)
+    packed = conf.engine.shared_prefix and _share_prefixes(models, shape.longest, args, device)
     if conf.engine.lean_layers:
-        make_lean(policy, use_cpu)
+        make_lean(policy, not device.is_gpu)
     with mode:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        held["optimizer"] = _count_optimizer(args.optim, trained)
+        held["optimizer"] = count_optimizer(args.optim, trained)
         kept = [tensor for model in models for tensor in tensors_of(model)]
         width = blueprint.config.get_text_config().vocab_size
         chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         widths = {width, width % chunk, min(width, chunk), chunk} - {0}
         phases = {}
-        scratch = {torch.ops.bitsandbytes.gemm_4bit.default: count_dequantized_bytes}
-        with nullcontext() if use_cpu else without_tile_copies():
+        attention = choose_attention(device.has_varlen) if device.is_gpu else None
+        with without_tile_copies() if device.is_gpu else nullcontext():
             for phase in ("training", "evaluation"):
-                tracker = MemoryTracker(kept, widths, scratch)
+                tracker = MemoryTracker(kept, widths, SCRATCH)
                 batch = args.per_device_train_batch_size if phase == "training" else args.per_device_eval_batch_size
                 if packed:
-                    budget = count_tokens_at_once(conf, args, shape.largest) if phase == "training" else None
-                    inputs = build_packed_inputs(shape.largest, batch, budget)
+                    trains = phase == "training"
+                    tokens = count_tokens_at_once(conf, args, shape.largest, device) if trains else None
+                    inputs = build_packed_inputs(shape.largest, batch, tokens, attention)
                 else:
                     inputs = build_padded_inputs(2 * batch, shape.longest)
                 with tracker:
@@ -244,49 +231,45 @@ def _simulate(blueprint: Blueprint, conf: RunConf, args: DPOConfig, shape: DataS
                     "gradients": tracker.alive[GRADIENTS],
                     "activations": tracker.alive[ACTIVATIONS],
                     "logits": tracker.alive[LOGITS],
-                    "heap gaps": count_heap_gaps(tracker.alive, packed) if use_cpu else 0,
+                    "heap gaps": 0 if device.is_gpu else count_heap_gaps(tracker.alive, packed),
                 }
         gradients = sum(parameter.nbytes for parameter in trained)
         phases["optimizer step"] = {"gradients": gradients, "activations": 0, "logits": 0, "heap gaps": 0}
     return held, phases
 
 
-def _share_prefixes(models: list[Any], length: int, args: DPOConfig) -> bool:
+def _share_prefixes(models: list[Any], length: int, args: DPOConfig, device: Device) -> bool:
     """Install the engine's forward in policy and reference if a run would, and return whether it would."""
     if any(why_not_packable(model, length, args) for model in models):
         return False
     for model in models:
-        share_prefixes(model, trains_head(models[0]))
+        share_prefixes(model, device.is_gpu or trains_head(models[0]))  # a GPU takes TRL's kernel for the head anyway
     return True
 
 
-def count_tokens_at_once(conf: RunConf, args: DPOConfig, pair: PairShape) -> int | None:
+def count_tokens_at_once(conf: RunConf, args: DPOConfig, pair: PairShape, device: Device) -> int | None:
     """Return the tokens of a micro-batch; None if micro-batches are counted in rows."""
     batch = args.per_device_train_batch_size
     if (
         why_not_grouped(args.loss_type)
-        or (budget := choose_budget(conf.engine, batch, sum(pair), uses_cpu(args))) is None
+        or (budget := choose_budget(conf.engine, batch, sum(pair), not device.is_gpu)) is None
     ):
         return None
     whole: int = batch * args.gradient_accumulation_steps * sum(pair)
     return max(min(budget, whole), sum(pair))
 
 
-def _count_optimizer(name: str, trained: list[torch.nn.Parameter]) -> int:
-    sizes = [parameter.numel() for parameter in trained]
-    if name in _COPIES:
-        return 4 * _COPIES[name] * sum(sizes)
-    if name in _COPIES_8BIT:  # state of weights with fewer than 4096 values stays 32-bit
-        return _COPIES_8BIT[name] * sum(4 * n if n < 4096 else n + 4 * -(-n // 256) for n in sizes)
-    # Adafactor keeps row and column sums and no first moment
-    return 4 * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trained)
+def read_device(args: DPOConfig, held: int = 0) -> Device:
+    """Return the device that training runs on.
 
+    Args:
+        args: TRL's settings.
+        held: bytes that this process holds there and gives up for the run.
 
-def uses_cpu(args: DPOConfig) -> bool:
-    """Return whether training runs on the CPU."""
-    return bool(args.use_cpu) or not torch.cuda.is_available()
-
-
-def read_device(args: DPOConfig) -> tuple[str, int, int]:
-    """Return the training device's name, its total memory and its free memory in bytes."""
-    return read_memory(of_host=uses_cpu(args))
+    Raises:
+        ConfigError: nothing can be allocated on the GPU with torch's allocator set as it is.
+    """
+    if is_gpu := torch.cuda.is_available() and not args.use_cpu:
+        check_allocator()
+    name, total, free = read_memory(of_host=not is_gpu)
+    return Device(name, total, free + held, is_gpu, is_gpu and has_kernel(args.device))

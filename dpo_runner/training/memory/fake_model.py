@@ -17,10 +17,12 @@ from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from dpo_runner.errors import ConfigError
+from dpo_runner.io.upstream import find_private
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.files.locations import loading_errors
-from dpo_runner.model.quantization import close_4bit_trap
+from dpo_runner.model.quantization import keep_training_products
 from dpo_runner.model.stacking import SFT
+from dpo_runner.training.memory.tracker import storage_key
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """Outputs of the fused head that DPOTrainer requests for the policy."""
@@ -101,7 +103,7 @@ def _build_on_meta(
         model.tie_weights()
         if quantization is not None:
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-            quantizer._process_model_before_weight_loading(model, device_map=None)
+            find_private("transformers", quantizer, "_process_model_before_weight_loading")(model, device_map=None)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
             model.hf_quantizer, model.config.quantization_config = quantizer, quantization
         base = {id(tensor) for tensor in tensors_of(model)}
@@ -139,8 +141,13 @@ def _fill_quantized(model: nn.Module, quantization: BitsAndBytesConfig, dtype: t
     state: list[torch.Tensor] = []
     for layer in _quantized_layers(model):
         state += _fill_8bit(layer) if quantization.load_in_8bit else _fill_4bit(layer, quantization, dtype)
-    close_4bit_trap(model)
+    keep_training_products(model)
     return state
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return the mode in which tensors are made without memory; real ones may be mixed in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -151,7 +158,7 @@ def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the tensors' storages; a shared storage counts once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_key(s): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
 def _find_quantization(blueprint: Blueprint) -> BitsAndBytesConfig | None:

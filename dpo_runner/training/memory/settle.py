@@ -2,28 +2,37 @@
 
 Gradient checkpointing computes every layer twice, a third more work, for the same gradients. It is on if
 `training.gradient_checkpointing=true`, or if the memory estimate says that the run would not fit without it, unless
-`engine.auto_gradient_checkpointing=false`. If memory cannot be estimated, the setting stays unchanged.
+`engine.auto_gradient_checkpointing=false`. On a GPU smaller micro-batches, which cost less, are tried before. If memory
+cannot be estimated, the settings stay unchanged.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import DPOConfig
 
+from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, find_vain_evaluation
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.splits import DataShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.quantization import lacks_bf16
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.engine.install import why_not_packed
 from dpo_runner.training.engine.packed.forward import is_certain
+from dpo_runner.training.engine.precision import has_bf16
+from dpo_runner.training.memory.device import Device
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
 
 _BYTES_PER_WEIGHT = 20
 """Weight, gradient, Adam's two moments and the reference's copy, in fp32."""
+
+_ENOUGH = 2048
+"""Tokens of a micro-batch with which a GPU's matrix products are large; with fewer, checkpointing may cost less."""
 
 Settings = Mapping[str, Any]
 """Values by dotted key."""
@@ -38,7 +47,7 @@ class Settled:
         conf: the configuration as executed.
         args: TRL's settings, built from `conf`.
         shape: lengths and counts of the run's rows.
-        notes: why `conf` differs from `asked`, by label in the plan.
+        notes: what `conf` does otherwise than the reader expects, and why, by label in the plan.
     """
 
     asked: RunConf
@@ -64,7 +73,7 @@ class Settled:
         return estimate_memory(self.conf, self.args, blueprint, self.shape)
 
 
-def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: Path) -> Settled:
+def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: Path, held: int = 0) -> Settled:
     """Settle the settings that a configuration leaves open.
 
     Args:
@@ -72,32 +81,81 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
         blueprint: the model's blueprint.
         shape: lengths and counts of the rows.
         checkpoints: the folder for checkpoints.
+        held: bytes of the device that this process holds and gives up for the run.
 
     Raises:
-        ConfigError: TRL or transformers rejects the settings.
+        ConfigError: TRL or transformers rejects the settings, or they need evaluation rows, and there are none.
     """
-    args = build_dpo_config(conf, checkpoints)
-    if (lack := _find_lack_of_memory(conf, args, blueprint, shape)) is None:
-        return Settled(conf, conf, args, shape)
-    executed = with_settings(conf, {"training.gradient_checkpointing": True})
-    notes = {"checkpointing": f"of gradients, switched on: {lack}"}
-    return Settled(conf, executed, build_dpo_config(executed, checkpoints), shape, notes)
+    executed, notes = conf, {}
+    if not shape.has_evaluation:
+        executed = _leave_out_evaluation(conf)
+        notes["evaluation"] = "none, there are no evaluation rows"
+    args = build_dpo_config(executed, checkpoints)
+    if args.device.type == "cpu" and not has_bf16(use_cpu=True):
+        slow = {"model.dtype=float32": blueprint.dtype != torch.float32, "training.bf16=false": args.bf16}
+        if cures := [cure for cure, applies in slow.items() if applies]:
+            notes["speed"] = f"this CPU emulates 16-bit arithmetic, many times slower; use {' '.join(cures)}"
+    if lacks_bf16(conf.training.use_cpu):
+        notes["precision"] = f"fp16 instead of bf16, which {torch.cuda.get_device_name()} lacks"
+    settings, note = _save_memory(executed, args, blueprint, shape, read_device(args, held))
+    if settings:
+        executed = with_settings(executed, settings)
+        args = build_dpo_config(executed, checkpoints)
+    return Settled(conf, executed, args, shape, notes | note)
 
 
-def _find_lack_of_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> str | None:
-    """Return the memory shortage that requires gradient checkpointing, in words; None if there is none."""
+def _leave_out_evaluation(conf: RunConf) -> RunConf:
+    """Return a run without evaluation rows without the evaluations that only a preset asks for.
+
+    Raises:
+        ConfigError: the user's own settings need evaluation rows.
+    """
+    if conf.sweep.search.sampler is not None and conf.sweep.search.objective.startswith("eval_"):
+        raise ConfigError(f"`sweep.search.objective={conf.sweep.search.objective}`: {NO_EVALUATION_ROWS}")
+    executed = with_settings(conf, {"training.eval_strategy": "no"}) if conf.evaluation_is_optional else conf
+    if vain := find_vain_evaluation(executed.training):
+        raise ConfigError(vain)
+    return executed
+
+
+def _save_memory(
+    conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape, device: Device
+) -> tuple[Settings, dict[str, str]]:
+    """Return the settings that the run needs to fit, and a note for the plan; both are empty if it needs none."""
     if conf.training.gradient_checkpointing or not conf.engine.auto_gradient_checkpointing:
-        return None
-    bound = bound_memory(conf, args, blueprint, shape)
-    if not blueprint.meta.supports_gradient_checkpointing or 2 * bound < read_device(args)[2]:
-        return None
+        return {}, {}
+    if conf.training.activation_checkpointing is not None:  # transformers' new name, which goes before
+        return {}, {}
+    bound = bound_memory(conf, args, blueprint, shape, device)
+    if not blueprint.meta.supports_gradient_checkpointing or 2 * bound < device.free:
+        return {}, {}
     try:
-        estimate = estimate_memory(conf, args, blueprint, shape)
+        whole = estimate_memory(conf, args, blueprint, shape, device)
+        if whole.fits:
+            return {}, {}
+        free = f"{device.free / 1e9:.1f} GB free on {device.name}"
+        for tokens in _halve_budget(conf, args, blueprint, shape, device):
+            settings = {"engine.max_tokens_per_micro_batch": tokens}
+            if estimate_memory(with_settings(conf, settings), args, blueprint, shape, device).fits:
+                note = f"at most {tokens:,} tokens ({whole.needed / 1e9:.1f} GB needed with more; {free})"
+                return settings, {"micro-batches": note}
     except ConfigError:
-        return None
-    if estimate.fits:
-        return None
-    return f"{estimate.total / 1e9:.1f} GB without it, {estimate.device_free / 1e9:.1f} GB free on {estimate.device}"
+        return {}, {}
+    note = f"switched on ({whole.needed / 1e9:.1f} GB needed without it; {free})"
+    return {"training.gradient_checkpointing": True}, {"checkpointing": note}
+
+
+def _halve_budget(
+    conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape, device: Device
+) -> Iterator[int]:
+    """Yield smaller token budgets of a micro-batch, down to the largest pair, or to what keeps a GPU busy."""
+    if not device.is_gpu or why_not_packed(conf, blueprint, shape.longest) is not None:
+        return
+    pair = shape.cut(args.max_length).largest
+    tokens, least = count_tokens_at_once(conf, args, pair, device), max(sum(pair), _ENOUGH)
+    while tokens is not None and tokens > least:
+        tokens = max(tokens // 2, least)
+        yield tokens
 
 
 def with_settings(conf: RunConf, settings: Settings) -> RunConf:
@@ -109,7 +167,7 @@ def with_settings(conf: RunConf, settings: Settings) -> RunConf:
     return conf
 
 
-def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape) -> float:
+def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: DataShape, device: Device) -> float:
     """Return a cheap upper bound of a run's memory in bytes, inf if unknown; the estimate takes seconds.
 
     Args:
@@ -117,6 +175,7 @@ def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: Da
         args: TRL's settings.
         blueprint: the model's blueprint.
         shape: lengths and counts of the rows.
+        device: what the run trains on.
     """
     cut, model = shape.cut(args.max_length), blueprint.meta
     text = model.config.get_text_config()
@@ -130,7 +189,7 @@ def bound_memory(conf: RunConf, args: DPOConfig, blueprint: Blueprint, shape: Da
     training, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
     if why_not_packed(conf, blueprint, shape.longest) is None and is_certain(model):
         pair = sum(cut.largest)
-        tokens, scored = count_tokens_at_once(conf, args, cut.largest) or training * pair, evaluation * pair
+        tokens, scored = count_tokens_at_once(conf, args, cut.largest, device) or training * pair, evaluation * pair
     else:
         tokens, scored = 2 * max(training, evaluation) * cut.longest, 0
     of_tokens = max(tokens * (layers * per_layer + 8 * vocabulary), scored * (2 * per_layer + 8 * vocabulary))

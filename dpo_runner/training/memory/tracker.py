@@ -35,7 +35,7 @@ class MemoryTracker(TorchDispatchMode):
         self, kept: Iterable[torch.Tensor], widths: set[int], scratch: dict[Any, Callable[..., int]] | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = {tensor.untyped_storage()._cdata for tensor in kept}
+        self._kept = {storage_key(tensor.untyped_storage()) for tensor in kept}
         self._widths = widths
         self._scratch = scratch or {}
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
@@ -60,7 +60,7 @@ class MemoryTracker(TorchDispatchMode):
     def reclassify(self, tensor: torch.Tensor, kind: str) -> None:
         """Count a tensor as `kind` from now on; start counting it if it is new."""
         self._note(tensor)
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         if key in self._storages:
             reference, size, old = self._storages[key]
             self._storages[key] = (reference, size, kind)
@@ -69,7 +69,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._kept or key in self._storages or not size:
             return
         kind = LOGITS if tensor.ndim == 2 and self._widths.intersection(tensor.shape) else ACTIVATIONS
@@ -85,6 +85,12 @@ class MemoryTracker(TorchDispatchMode):
         if total > self.peak:
             self.peak = total
             self.alive = self._now | {ACTIVATIONS: self._now[ACTIVATIONS] + scratch}
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return what tells a storage from others; a fake one has no address."""
+    key: int = storage._cdata
+    return key
 
 
 def count_heap_gaps(alive: dict[str, int], packed: bool) -> int:

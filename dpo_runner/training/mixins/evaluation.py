@@ -63,8 +63,8 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
             super().log(logs, start_time)
             return
         # Add TRL's averages, as its own log would; one event for all sources follows.
-        logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()})
-        self._metrics["eval"].clear()
+        logs.update({f"eval_{key}": sum(values) / len(values) for key, values in self.figures["eval"].items()})
+        self.figures["eval"].clear()
 
 
 def merge_evaluations(parts: dict[str, dict[str, float]], rows: dict[str, int]) -> dict[str, float]:

@@ -15,12 +15,12 @@ from trl import DPOTrainer
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import RunError, reason_of
 from dpo_runner.io.files import write_json
+from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.token_batches import Batch, Place, select_pairs
 
 logger = logging.getLogger(__name__)
 
-# Private method of transformers, overridden here: fail on an upgrade that renames it.
-assert hasattr(DPOTrainer, "_get_grad_norm"), "transformers' Trainer._get_grad_norm is gone"
+check_names("transformers", DPOTrainer, _get_grad_norm="model grad_norm")
 
 _SHOWN = 3
 """Maximum pairs named in a message."""
@@ -45,7 +45,7 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of the next optimizer step, and reset the per-step state."""
         self._loss = torch.zeros((), device=self.args.device)
-        self._noted = {name: len(values) for name, values in self._metrics["train"].items()}
+        self._noted = {name: len(values) for name, values in self.figures["train"].items()}
         self._interval_steps += 1
         return super().get_batch_samples(*args, **kwargs)
 
@@ -75,9 +75,9 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         self._skipped += 1
         self._interval_skipped += 1
         model.zero_grad()  # the optimizer does not touch weights without gradient
-        noted = {name: values[: self._noted.get(name, 0)] for name, values in self._metrics["train"].items()}
-        self._metrics["train"].clear()
-        self._metrics["train"].update({name: values for name, values in noted.items() if values})
+        noted = {name: values[: self._noted.get(name, 0)] for name, values in self.figures["train"].items()}
+        self.figures["train"].clear()
+        self.figures["train"].update({name: values for name, values in noted.items() if values})
         self.say(f"{told}; the step is skipped")
         return None  # then Trainer logs no norm
 
@@ -140,7 +140,7 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
     def _describe(self, model: Any, batch: Batch, row: int | None) -> dict[str, Any]:
         chosen, rejected = _read_ids(batch)
         with self._unlogged(), torch.no_grad(), self.compute_loss_context_manager():
-            loss = float(self.compute_loss(model, self._prepare_inputs(batch)))
+            loss = float(self.compute_loss(model, prepare_inputs(self, batch)))
         return {
             "row": row,
             "source": self.data.locate("train", row) if row is not None else None,

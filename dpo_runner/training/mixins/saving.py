@@ -20,13 +20,19 @@ from trl import DPOTrainer
 
 from dpo_runner.errors import RunError
 from dpo_runner.io.files import write_json
+from dpo_runner.io.upstream import check_names
 from dpo_runner.records.checkpoints import list_checkpoints, put_damaged_aside, write_sealed
 
 logger = logging.getLogger(__name__)
 
-# Private methods of transformers, overridden here: fail on an upgrade that renames them.
-for _name in ("_save_checkpoint", "_determine_best_metric", "_maybe_log_save_evaluate", "_evaluate"):
-    assert hasattr(DPOTrainer, _name), f"transformers' Trainer.{_name} is gone"
+check_names(
+    "transformers",
+    DPOTrainer,
+    _save_checkpoint="model trial",
+    _determine_best_metric="metrics trial",
+    _maybe_log_save_evaluate="tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
+    _evaluate="trial ignore_keys_for_eval",
+)
 
 PROGRESS_FILE = "progress.json"
 """State in a checkpoint that Trainer and TRL keep only in memory and would reset on resume."""
@@ -45,7 +51,6 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
     """
 
     _cut_evaluation: dict[str, Any] | None = None
-    _total_train_tokens: float  # TRL's
 
     def __init__(self, *, say: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -153,21 +158,19 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
     def progress(self) -> dict[str, Any]:
         """Return the state that a checkpoint needs in addition to Trainer's."""
         return {
-            "num_tokens": self._total_train_tokens,
+            **super().progress(),
             "loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "metrics": self._metrics["train"],
             "due": self._cut_evaluation,
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Restore `progress`; called at the start of training, right after Trainer has reset the state."""
-        self._total_train_tokens = progress["num_tokens"]
+        super().restore(progress)
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
-        self._metrics["train"].update(progress["metrics"])
 
     def restore_at_start(self, checkpoint: Path) -> None:
         """Make the next training log as if it had not been interrupted at `checkpoint`."""

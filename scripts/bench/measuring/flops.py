@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_ROUNDS = 5
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -65,11 +67,13 @@ def read_shape(model: str) -> ModelShape:
     return ModelShape(dict(linear), (config.hidden_size, config.vocab_size), config.num_hidden_layers, width)
 
 
-def measure_peak(model: str, tokens: int, device: str, threads: int, repeats: int = 5) -> dict[str, Any]:
-    """Measure bf16 matrix products of the model's layers and head over `tokens` tokens.
+def measure_peak(
+    model: str, tokens: int, device: str, threads: int, dtype: str = "bfloat16", work: float = 2e11
+) -> dict[str, Any]:
+    """Measure matrix products in 16 bits of the model's layers and head over `tokens` tokens.
 
-    Each shape is multiplied as in the forward pass and as in the backward pass for its input; the fastest of `repeats`
-    rounds counts, after a warm-up round.
+    Each shape is multiplied as in the forward pass and as in the backward pass for its input; the fastest of five
+    rounds counts, after a warm-up round. A round has `work` operations of each shape, on a GPU 100 times as many.
 
     Returns:
         `tokens`, `flops_per_second` over all layers, weighted by their number, and `by_shape`.
@@ -80,12 +84,11 @@ def measure_peak(model: str, tokens: int, device: str, threads: int, repeats: in
     shape = read_shape(model)
     total_flops, total_seconds, by_shape = 0.0, 0.0, {}
     for (inputs, outputs), count in {**shape.linear, shape.head: 1}.items():
-        x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
-        weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
-        gradient = torch.randn(tokens, outputs, device=device, dtype=torch.bfloat16)
-        rounds = max(1, int(2e11 * (100 if device == "cuda" else 1) / (4 * tokens * inputs * outputs)))
+        sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        x, weight, gradient = (torch.randn(*size, device=device, dtype=getattr(torch, dtype)) for size in sizes)
+        rounds = max(1, int(work * (100 if device == "cuda" else 1) / (4 * tokens * inputs * outputs)))
         best = float("inf")
-        for _ in range(repeats + 1):
+        for _ in range(_ROUNDS + 1):
             _wait(device)
             start = time.perf_counter()
             for _ in range(rounds):

@@ -1,6 +1,7 @@
 """Commands and functions run in separate processes, with their time and memory."""
 
 import ast
+import hashlib
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -50,47 +51,68 @@ def build_environment(threads: int, work: Path, root: Path) -> dict[str, str]:
 
     `accelerate launch`, and so `trl dpo`, uses a single thread if OMP_NUM_THREADS is not set.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DPO_RUNNER_", "HF_"))}
+    # importing dpo_runner sets the last two
+    left_out = ("WANDB_", "DPO_RUNNER_", "HF_", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF")
+    folders = [str(root), *carry_packages(os.environ.get("PYTHONPATH", ""), work)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
     return {
         **kept,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join(folders),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(work / "hf"),
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
+def carry_packages(path: str, work: Path) -> list[str]:
+    """Return the folders of a PYTHONPATH, those of packages under a name that dill takes for one of packages.
+
+    dill, by which `datasets.map` tells functions apart, pickles the contents of modules that lie neither under
+    `sys.prefix` nor in a folder called site-packages; those of pyarrow cannot be.
+
+    Args:
+        path: the value of PYTHONPATH.
+        work: folder for links of that name.
+    """
+    folders = []
+    for folder in filter(None, path.split(os.pathsep)):
+        found = Path(folder).resolve()
+        if "site-packages" not in folder and any(found.glob("*.dist-info")):
+            link = work / "packages" / hashlib.sha256(str(found).encode()).hexdigest()[:8] / "site-packages"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(found)
+            folder = str(link)
+        folders.append(folder)
+    return folders
+
+
 def aside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a separate process.
 
-    This keeps the benchmark's own process small and off the GPU: the kernel's peak memory of a command starts at the
-    memory of the process that launched it.
-    """
-    return aside_within(None, work, *args, **kwargs)
-
-
-def aside_within(timeout: float | None, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in a separate process, killed after `timeout` seconds.
+    This keeps the benchmark's own process small: the kernel's peak memory of a command starts at the memory of the
+    process that launched it.
 
     Raises:
-        CommandFailed: the call timed out, or its process died.
+        CommandFailed: the process died.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        future = pool.submit(work, *args, **kwargs)
         try:
-            return future.result(timeout)
-        except TimeoutError:
-            for child in active_children():
-                child.kill()
-            raise CommandFailed(f"{work.__name__}: took more than {timeout:.0f} s") from None
+            return pool.submit(work, *args, **kwargs).result()
         except BrokenProcessPool:
             raise CommandFailed(f"{work.__name__}: its process died, of too little memory perhaps") from None
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float | None = None) -> Finished:
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    timeout: float | None = None,
+    hear: Callable[[str], None] = lambda line: None,
+) -> Finished:
     """Run a command to its end, with its output in `log`.
 
     Args:
@@ -98,6 +120,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeo
         environment: all environment variables.
         log: file to overwrite.
         timeout: seconds after which the command and all its child processes are killed.
+        hear: called with each line of output when it is there.
 
     Raises:
         CommandFailed: the command failed, with the log's last lines, or timed out.
@@ -131,6 +154,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, timeo
             for line in process.stdout:
                 now = time.time()
                 file.write(line)
+                hear(line)
                 if (event := read_event(line)) is not None:
                     events.append((now, event))
         except BaseException:

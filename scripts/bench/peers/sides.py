@@ -26,6 +26,12 @@ class Variant:
     precompute_ref_log_probs: bool = False
     batch: int = BATCHES[0]
 
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `trl dpo` for these settings, the micro-batch size aside."""
+        flags = [] if self.gradient_checkpointing else ["--gradient_checkpointing", "false"]
+        return [*flags, *(["--precompute_ref_log_probs"] if self.precompute_ref_log_probs else [])]
+
     def split(self, job: "Job") -> "Job":
         """Return the job with this micro-batch size and the same pairs per step."""
         return vary(job, batch=self.batch, accumulation=job.batch * job.accumulation // self.batch)
@@ -58,7 +64,7 @@ TRL_VARIANTS = add_splits(
 
 @dataclass(frozen=True)
 class Job:
-    """The training job of every side: one epoch of LoRA DPO in bf16.
+    """The training job of every side: one epoch of LoRA DPO.
 
     Attributes:
         rows: path of the JSON lines.
@@ -67,7 +73,7 @@ class Job:
         model: folder of the model.
         device: `cpu` or `cuda`.
         load_in_4bit: whether the base is quantized to nf4.
-        dtype: dtype of the base's weights; float32 also turns bf16 autocast off.
+        dtype: dtype of the base's weights and of autocast, which float32 turns off.
         max_steps: optimizer steps; -1 for one epoch.
     """
 
@@ -155,6 +161,7 @@ def _overrides(job: Job) -> list[str]:
         "data.eval_fraction=0",
         "data.on_overlong=trl",
         f"training.bf16={str(job.dtype == 'bfloat16').lower()}",
+        f"training.fp16={str(job.dtype == 'float16').lower()}",
         f"training.max_length={job.max_length}",
         f"training.per_device_train_batch_size={job.batch}",
         f"training.gradient_accumulation_steps={job.accumulation}",
@@ -197,6 +204,7 @@ def build_trl(job: Job, output_dir: Path, further: Sequence[str] = ()) -> list[s
         "lora_dropout": 0,
         "lora_target_modules": "all-linear",
         "bf16": str(job.dtype == "bfloat16").lower(),
+        "fp16": str(job.dtype == "float16").lower(),
     }
     flags = ["--use_peft", *(["--use_cpu"] if job.device == "cpu" else [])]
     flags += ["--load_in_4bit"] if job.load_in_4bit else []
@@ -210,10 +218,9 @@ def measure_ours(
     folder: Path,
     environment: Mapping[str, str],
     further: Sequence[str] = (),
-    timeout: float | None = None,
 ) -> Measured:
     """Run dpo_runner and read its run directory."""
-    finished = run(build_ours(job, folder, further), environment, folder.with_suffix(".log"), timeout)
+    finished = run(build_ours(job, folder, further), environment, folder.with_suffix(".log"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     times = [event["time"] for event in read_metrics(folder) if "loss" in event]
     return _measured(side, job, finished, folder / "checkpoints", summary["train_runtime"], times)
@@ -225,12 +232,9 @@ def measure_trl(
     folder: Path,
     environment: Mapping[str, str],
     variant: Variant,
-    timeout: float | None = None,
 ) -> Measured:
     """Run `trl dpo` and read its last checkpoint and output; the micro-batch size is that of `job`."""
-    flags = [] if variant.gradient_checkpointing else ["--gradient_checkpointing", "false"]
-    flags += ["--precompute_ref_log_probs"] if variant.precompute_ref_log_probs else []
-    finished = run(build_trl(job, folder, flags), environment, folder.with_suffix(".log"), timeout)
+    finished = run(build_trl(job, folder, variant.flags), environment, folder.with_suffix(".log"))
     return read_trainer(side, job, finished, folder)
 
 

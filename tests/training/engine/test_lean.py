@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from dpo_runner.training.engine.layers import lean
 from dpo_runner.training.engine.layers.lean import GatedSiLU, RMSNorm, make_lean
 from tests.support.engines import PACKED, assert_same, train
 from tests.support.families import FAMILIES, make_family
@@ -37,8 +38,12 @@ def differentiate(model: PeftModel, autocast: bool) -> tuple[torch.Tensor, torch
     return logits.detach(), torch.cat(gradients), sum(kept.values())
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids=str)
-def test_the_norm_is_llamas(dtypes: tuple[str, str]) -> None:
+def test_the_norm_is_llamas(dtypes: tuple[str, str], whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, as on a CPU, and as a whole, as on a GPU."""
+    if whole:
+        monkeypatch.setattr(lean, "_blocks", lambda rows: [slice(None)])
     of_input, of_weight = (getattr(torch, name) for name in dtypes)
     torch.manual_seed(1)
     norm = LlamaRMSNorm(300, eps=1e-5).to(of_weight).requires_grad_(False)
@@ -63,6 +68,25 @@ def test_the_norm_is_llamas(dtypes: tuple[str, str]) -> None:
     )
     assert ours.dtype == theirs.dtype
     assert (ours - exact.grad).norm() <= 1.02 * (theirs - exact.grad).norm() + 1e-7 * exact.grad.norm()
+
+
+def test_on_a_gpu_norms_and_mlps_are_lean_too_and_take_whole_tensors(tiny_model: str) -> None:
+    models = [adapt(tiny_model) for _ in range(2)]
+    make_lean(models[1], use_cpu=False)
+    replaced = {type(each).__name__ for each in models[1].modules() if "forward" in vars(each)}
+    assert replaced == {"LlamaRMSNorm", "LlamaMLP"}, "LoRA's own product is for CPUs"
+    (logits, gradient, kept), (same, alike, less) = (differentiate(model, autocast=True) for model in models)
+    assert torch.equal(same, logits) and less < 0.8 * kept
+    assert (alike - gradient).norm() <= 0.02 * gradient.norm()  # in bf16, with sums in another order
+
+    class OnGPU(torch.Tensor):
+        """A tensor that reports a GPU as its device."""
+
+        device = torch.device("cuda", 0)
+
+    rows = torch.empty(4096, 4096)
+    assert lean._blocks(rows.as_subclass(OnGPU)) == [slice(None)]
+    assert len(lean._blocks(rows)) == 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -99,7 +123,9 @@ def test_every_family_computes_the_same_and_only_copies_of_llamas_layers_are_rep
 
 def test_lora_keeps_its_input_as_it_is_under_autocast(tiny_model: str) -> None:
     models = [adapt(tiny_model) for _ in range(2)]
-    make_lean(models[1], use_cpu=False)  # only casts
+    for module in models[1].modules():
+        if isinstance(module, LoraLayer):
+            make_lean(module, use_cpu=False)
     (logits, gradient, kept), (same, alike, less) = (differentiate(model, autocast=True) for model in models)
     assert torch.equal(same, logits) and torch.equal(alike, gradient)
     assert less < 0.95 * kept

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from dpo_runner.training.engine.layers.lean import make_lean
 from dpo_runner.training.engine.layers.lora import LoraProduct, is_plain, multiply
@@ -129,4 +130,5 @@ def test_what_is_more_than_lora_is_left_to_peft(settings: dict[str, object]) -> 
 def test_on_a_gpu_lora_stays_pefts(tiny_model: str) -> None:
     model = adapt(tiny_model)
     make_lean(model, use_cpu=False)
-    assert not any("forward" in vars(module) for module in model.modules())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers and not any("forward" in vars(layer) for layer in layers)

@@ -41,6 +41,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     ("llama", {"attn_logit_softcapping": 50.0}, "the model caps its attention scores"),
     ("mixtral", {"router_aux_loss_coef": 0.001}, "TRL adds the loss of the experts' router"),
     ("mixtral", {"router_aux_loss_coef": 0.0}, None),
+    ("mixtral", {"router_aux_loss_coef": 0.0, "router_jitter_noise": 0.1}, "the experts' router adds noise"),
     ("llama", {"attention_dropout": 0.1}, "dropout is on"),
     ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0}, "dropout is on"),  # embd_pdrop, a module
     ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, None),

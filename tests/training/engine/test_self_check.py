@@ -1,5 +1,6 @@
 """The self-check finds what no rule about configs covers, and leaves the run's random state unchanged."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,32 @@ def test_runs_with_one_base_model_share_the_comparison(
     for changed in ("lora.use_dora=true", "data.max_train_samples=1", "engine.lean_layers=false"):
         assert count(bases, changed) == whole, changed
     assert count(BasePool()) == whole  # another model
+
+
+def test_only_the_models_own_refusals_are_taken_for_such(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, score = build([*tiny_run, *PLAIN], tmp_path), self_check._score
+    failure: Exception = RuntimeError("The size of tensor a must match")
+
+    def fail_if_packed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_packed(trainer):
+            raise failure
+        return score(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(self_check, "_score", fail_if_packed)
+    told = find_difference(trainer, trains_head=False)
+    assert told == "the model does not take packed rows (RuntimeError: The size of tensor a must match)"
+    for kind, message in (
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 1.50 GiB."),
+        (RuntimeError, "CUDA error: an illegal memory access was encountered"),
+        (RuntimeError, "Triton Error [CUDA]: device kernel image is invalid"),
+        (type("OutOfResources", (ValueError,), {"__module__": "triton.runtime.errors"}), "shared memory"),
+    ):
+        failure = kind(message)
+        with pytest.raises(kind, match=re.escape(message)):
+            find_difference(trainer, trains_head=False)
+    assert not is_packed(trainer)
 
 
 def test_a_model_that_does_not_agree_is_compared_again(tiny_run: list[str], tmp_path: Path) -> None:

@@ -14,19 +14,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.autograd import _functions
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from dpo_runner.errors import RunError
-from dpo_runner.training.engine.reference.columns import REF_COLUMNS, score_pairs
+from dpo_runner import run
+from dpo_runner.config.compose import load_conf
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.model import quantization
+from dpo_runner.training.engine.packed import forward as packed_forward
+from dpo_runner.training.engine.reference.columns import REF_COLUMNS, evaluating, score_batch, score_pairs
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references, make_room, store_dir
+from dpo_runner.training.step0 import check_reference
 from tests.support.common import make_adapter
 from tests.support.engines import PACKED, STORED, is_packed, train
 from tests.support.programs import start_python
 from tests.support.starts import STARTS, name_paths
 from tests.support.trainers import build, logps_of
 
-FP32 = ("training.bf16=false",)
+FP32, BF16 = ("training.bf16=false",), ("training.bf16=true",)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +65,12 @@ def by_hand(trainer: Any) -> torch.Tensor:
     """Return the same, [2, rows], each row scored alone from the logits of the model without its adapter."""
     with trainer.model.disable_adapter():
         return logps_of(trainer.model, list(trainer.train_dataset)).view(2, -1)
+
+
+def score_anew(trainer: Any) -> torch.Tensor:
+    """Return the same, [2, rows], as the engine scores the live reference."""
+    fresh = score_pairs(trainer, list(trainer.train_dataset))
+    return torch.tensor([[float(values.sum(dtype=np.float64)) for values in pair] for pair in fresh]).T
 
 
 def test_it_holds_what_the_reference_gives(tiny_run: list[str], tmp_path: Path) -> None:
@@ -147,9 +160,7 @@ def test_another_reference_is_another_one(
     scored.clear()
     trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
     assert sum(scored) >= len(trainer.train_dataset)
-    fresh = score_pairs(trainer, list(trainer.train_dataset))
-    expected = torch.tensor([[float(values.sum(dtype=np.float64)) for values in pair] for pair in fresh]).T
-    assert torch.equal(reference_of(trainer), expected)
+    assert torch.equal(reference_of(trainer), score_anew(trainer))
 
 
 @pytest.mark.parametrize("changes", HITS, ids="+".join)
@@ -162,6 +173,19 @@ def test_what_leaves_the_reference_alone_finds_it(
     assert max(scored) <= 3, "only the sample that is checked"
     if "training.ld_alpha=0.5" not in changes:
         torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
+
+
+def test_an_untrained_adapter_on_an_sft_adapter_is_no_part_of_the_reference(
+    tiny_run: list[str], sft_adapter: str, tmp_path: Path, scored: list[int]
+) -> None:
+    """TRL's `ref` beside the SFT adapter has another random lora_A with each seed and rank, and a lora_B of 0."""
+    stack = [*tiny_run, *FP32, *STORED, f"model.adapter={sft_adapter}", "model.adapter_mode=stack", "lora=r16"]
+    stack.append("lora.target_modules=[q_proj,embed_tokens]")  # of an embedding lora_B is random and lora_A 0
+    build(stack, tmp_path)
+    scored.clear()
+    trainer = build([*stack, "seed=7", "lora.r=8"], tmp_path)
+    assert max(scored) <= 3, "only the sample that is checked"
+    assert torch.equal(reference_of(trainer), score_anew(trainer))
 
 
 REFERENCES = {  # overrides, and the adapter that the reference has
@@ -229,6 +253,69 @@ def test_rows_that_depend_on_their_batch_are_not_stored(tiny_run: list[str], tin
     assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
     short = [*overrides, "training.max_length=40", "data.on_overlong=trl"]
     assert REF_COLUMNS[0] in build(short, tmp_path).train_dataset.column_names
+    with pytest.raises(ConfigError, match=r"precompute_ref_log_probs=True`: the model's dynamic RoPE depends on"):
+        run(load_conf([*overrides, "training.precompute_ref_log_probs=true", "dry_run=true"]))
+
+
+@pytest.fixture
+def int8_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8 in full, in training too: bitsandbytes has the same algorithm for all devices."""
+    monkeypatch.setattr(_functions, "MatMul8bitFp", _functions.MatMul8bitLt)
+    for module in (quantization, packed_forward):
+        monkeypatch.setattr(module, "rounds_inputs", lambda use_cpu: True)
+
+
+INT8 = ("quant=int8", "quant.llm_int8_threshold=0.5", "training.max_steps=1")
+
+
+def score_first(trainer: Any, rows: int) -> torch.Tensor:
+    """Return the policy's log p of the first row's chosen answer, [tokens], scored in a batch of so many rows."""
+    with evaluating(trainer), torch.no_grad():
+        pairs = score_batch(trainer, trainer.model, [trainer.train_dataset[index] for index in range(rows)])
+    return torch.from_numpy(pairs[0].chosen)
+
+
+@pytest.mark.usefixtures("int8_as_on_a_gpu")
+@pytest.mark.parametrize("own", [False, True], ids=["quant", "checkpoint"])
+def test_on_a_gpu_outliers_of_int8_keep_the_reference_in_the_policys_batches(
+    own: bool, tiny_run: list[str], tiny_model: str, tmp_path: Path
+) -> None:
+    """LLM.int8 leaves a column out for all rows."""
+    int8 = [*tiny_run, *FP32, *STORED, *INT8]
+    if own:
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.5)
+        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config).save_pretrained("int8")
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained("int8")
+        int8 = [*tiny_run, *FP32, *STORED, "model.model_name_or_path=./int8", "training.max_steps=1"]
+    trainer = build(int8, tmp_path)
+    assert not is_packed(trainer) and REF_COLUMNS[0] not in trainer.train_dataset.column_names
+    assert check_reference(trainer) == 0
+    layer = next(layer for layer in trainer.model.modules() if isinstance(layer, Linear8bitLt))
+    inputs = torch.randn(2, 3, layer.in_features) * torch.tensor([0.1, 1.0]).view(2, 1, 1)
+    assert not torch.equal(layer(inputs[:1])[0], layer(inputs)[0]), "the stand-in is none"
+    trainer.train()
+    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+    assert losses == [pytest.approx(math.log(2), abs=1e-6)]
+    with pytest.raises(ConfigError, match=r"precompute_ref_log_probs=True`: LLM.int8 computes a column in 16 bits"):
+        run(load_conf([*int8, "training.precompute_ref_log_probs=true", "dry_run=true"]))
+
+
+def test_on_a_cpu_int8_computes_in_evaluation_what_it_trains_and_rows_do_not_mix(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    trainer = build([*tiny_run, *FP32, *STORED, *INT8], tmp_path)
+    assert is_packed(trainer) and REF_COLUMNS[0] in trainer.train_dataset.column_names
+    layer = next(layer for layer in trainer.model.modules() if isinstance(layer, Linear8bitLt))
+    inputs = torch.randn(2, 3, layer.in_features) * torch.tensor([1.0, 9.0]).view(2, 1, 1)
+    trained, evaluated = (layer.train(mode)(inputs) for mode in (True, False))
+    assert torch.equal(trained, evaluated)
+    torch.testing.assert_close(layer(inputs[:1])[0], evaluated[0])
+    torch.testing.assert_close(score_first(trainer, 1), score_first(trainer, 4), atol=1e-4, rtol=0)
+    assert check_reference(trainer) < 1e-5
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+    assert [before, *losses] == [pytest.approx(math.log(2), abs=1e-5)] * 2
 
 
 def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path, scored: list[int]) -> None:
@@ -268,16 +355,32 @@ def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Pa
         torch.testing.assert_close(stored, live, atol=1e-4, rtol=0)
 
 
-def test_values_that_the_reference_does_not_give_are_refused(tiny_run: list[str], tmp_path: Path) -> None:
-    build([*tiny_run, *FP32, *STORED], tmp_path)
+@pytest.mark.parametrize(
+    "precision, shift, spike, is_refused",
+    [
+        (FP32, 0.0, 5e-4, False),  # in one token
+        (FP32, 1e-3, 0.0, True),
+        (BF16, 0.0, 0.3, False),
+        (BF16, 0.05, 0.0, True),  # below the rounding of single tokens, but in all of them
+        (BF16, 0.0, 3.0, True),
+    ],
+)
+def test_values_that_the_reference_does_not_give_are_refused(
+    precision: list[str], shift: float, spike: float, is_refused: bool, tiny_run: list[str], tmp_path: Path
+) -> None:
+    build([*tiny_run, *precision, *STORED], tmp_path)
     (path,) = store_dir().glob("*.sqlite")
     with sqlite3.connect(path) as database:
-        rows = database.execute("SELECT key, chosen FROM pairs").fetchall()
-        for key, chosen in rows:
-            wrong = (np.frombuffer(chosen, np.float32) + 0.01).tobytes()
-            database.execute("UPDATE pairs SET chosen = ? WHERE key = ?", [wrong, key])
-    with pytest.raises(RunError, match=r"does not give.*dpo_runner.cache clear reference"):
-        build([*tiny_run, *FP32, *STORED], tmp_path)
+        for key, *answers in database.execute("SELECT key, chosen, rejected FROM pairs").fetchall():
+            wrong = [np.frombuffer(values, np.float32) + np.float32(shift) for values in answers]
+            wrong[0][3] += np.float32(spike)
+            values = [values.tobytes() for values in wrong]
+            database.execute("UPDATE pairs SET chosen = ?, rejected = ? WHERE key = ?", [*values, key])
+    if not is_refused:
+        build([*tiny_run, *precision, *STORED], tmp_path)
+        return
+    with pytest.raises(RunError, match=r"does not give: 3 pairs .*differ by .*dpo_runner.cache clear reference"):
+        build([*tiny_run, *precision, *STORED], tmp_path)
 
 
 def test_a_damaged_file_is_named(tiny_run: list[str], tmp_path: Path) -> None:
@@ -325,14 +428,25 @@ def test_runs_at_once_fill_one_store_and_each_is_the_run_alone(
         return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
     running = [start(beta, f"at_once_{beta}") for beta in betas]
-    for run in running:
-        assert run.wait() == 0, run.communicate()[0]
+    for process in running:
+        assert process.wait() == 0, process.communicate()[0]
     (found,) = list_references()
     monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "other"))
     alone = start(betas[1], "alone")
     assert alone.wait() == 0, alone.communicate()[0]
     assert list_references()[0].pairs == found.pairs
     assert read("alone") == read(f"at_once_{betas[1]}") != read(f"at_once_{betas[0]}")
+
+
+def test_a_file_of_another_user_is_one_line_and_stays() -> None:
+    put("mine")
+    (store_dir() / "mine.lock").unlink()
+    (store_dir() / "mine.lock").mkdir()  # cannot be opened
+    with pytest.raises(
+        RunError, match=r"mine\.sqlite: the cache cannot be written; .*; DPO_RUNNER_CACHE names another"
+    ):
+        put("mine")
+    assert make_room(0) == [] and [path.name for path in store_dir().glob("*.sqlite")] == ["mine.sqlite"]
 
 
 def put(digest: str, limit: int = 10**9, pairs: int = 20) -> int:
@@ -416,11 +530,11 @@ def test_a_run_says_how_many_pairs_it_does_not_keep(
     torch.testing.assert_close(reference_of(trainer), by_hand(trainer), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+@pytest.mark.parametrize("start", STARTS)
 def test_whatever_the_reference_is_the_store_has_what_it_gives(
-    start: list[str], tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
+    start: str, tiny_run: list[str], sft_adapter: str, tiny_model: str, tmp_path: Path
 ) -> None:
-    named = name_paths(start, SFT=sft_adapter, MODEL=tiny_model)
+    named = name_paths(STARTS[start], SFT=sft_adapter, MODEL=tiny_model)
     live = build([*tiny_run, *FP32, *named], tmp_path)
     stored = build([*tiny_run, *FP32, *named, *STORED], tmp_path)
     rows = [live.train_dataset[index] for index in range(len(live.train_dataset))]
@@ -442,4 +556,4 @@ def test_weights_that_cannot_be_told_apart_are_not_stored(
     with caplog.at_level("INFO"):
         trainer = build([*tiny_run, *FP32, *STORED], tmp_path)
     assert not trainer.precompute_ref_logps and not list(store_dir().glob("*.sqlite"))
-    assert any("the reference runs along" in record.message for record in caplog.records)
+    assert any("the reference is computed in every step" in record.message for record in caplog.records)

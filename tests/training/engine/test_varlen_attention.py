@@ -1,6 +1,6 @@
 """The variable-length kernel's arguments: with a stand-in as documented, results are right.
 
-The kernel itself runs on GPUs only; `scripts/bench/gpu.py` compares it there.
+The kernel itself runs on GPUs only; `make check-gpu` compares it there.
 """
 
 from typing import Any
@@ -45,13 +45,23 @@ def attend_segments(
     return torch.cat(outputs)
 
 
+def attend_segments_2_11(
+    *inputs: Any, return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
+) -> torch.Tensor:
+    """Attend as the kernel of torch 2.11 does, which finds shared keys by their number."""
+    assert scale is not None
+    shares = inputs[0].size(1) != inputs[1].size(1)
+    return attend_segments(*inputs, scale=scale, window_size=window_size, enable_gqa=shares)
+
+
 @pytest.mark.parametrize("pairs", LAYOUTS, ids=str)
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
-def test_segments_give_what_a_mask_gives(pairs: list[PairLengths], heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernel", [attend_segments, attend_segments_2_11])
+def test_segments_give_what_a_mask_gives(pairs: list[PairLengths], heads: tuple[int, int], kernel: Any) -> None:
     packed = Pairs(pairs)
 
     def segments(*inputs: torch.Tensor) -> torch.Tensor:
-        return attend_varlen(*inputs, packed, 0.3, kernel=attend_segments)
+        return attend_varlen(*inputs, packed, 0.3, kernel=kernel)
 
     def mask(*inputs: torch.Tensor) -> torch.Tensor:
         return attend_under_mask(*inputs, pairs, 0.3)
@@ -88,11 +98,12 @@ def test_the_kernel_is_taken_where_it_has_code(monkeypatch: pytest.MonkeyPatch) 
         return torch.zeros(1, 2, 3, size, dtype=dtype).as_subclass(OnGPU)
 
     capability, seen = [(8, 0)], []
+    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_segments_2_11)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     for name in ("attend_varlen", "attend_pairs"):
         monkeypatch.setattr(attention, name, lambda *args, name=name: seen.append((name, args[0].dtype)))
-    varlen_attention._has_kernel.cache_clear()
+    varlen_attention.has_kernel.cache_clear()
     try:
         for size, dtype in ((64, torch.bfloat16), (128, torch.float16), (64, torch.float32), (256, torch.bfloat16)):
             attend(torch.nn.Module(), *[tensor(size, dtype)] * 3, None, pairs=Pairs([PairLengths(1, 2, 1)]))
@@ -101,9 +112,9 @@ def test_the_kernel_is_taken_where_it_has_code(monkeypatch: pytest.MonkeyPatch) 
         assert takes_varlen(full, full, full) and not takes_varlen(half, half, half)
         assert not takes_varlen(full, full, tensor(32, torch.bfloat16))
         capability[0] = (7, 5)
-        varlen_attention._has_kernel.cache_clear()
+        varlen_attention.has_kernel.cache_clear()
         assert not takes_varlen(full, full, full)
     finally:
-        varlen_attention._has_kernel.cache_clear()
+        varlen_attention.has_kernel.cache_clear()
     plain = torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16)
     assert not takes_varlen(plain, plain, plain)

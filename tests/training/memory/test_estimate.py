@@ -19,7 +19,9 @@ from dpo_runner.io.console import RunConsole
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.train import run as run_conf
 from dpo_runner.training.build import build_dpo_config
+from dpo_runner.training.memory import device as device_memory
 from dpo_runner.training.memory import estimate
+from dpo_runner.training.memory.device import Device
 from dpo_runner.training.memory.estimate import MemoryEstimate, estimate_memory
 from dpo_runner.training.memory.fake_model import build_fake_models
 from scripts.bench import memory
@@ -31,13 +33,19 @@ from tests.support.trainers import build
 
 TINY = ["model=tiny_random", "training=smoke"]
 TINY_WEIGHTS = 2 * 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+FIGURES = {"lean": 36.3, "own layers": 53.8, "fewer tokens": 20.6, "checkpointing": 8.0}
 LORA_16 = 16 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 
 
-def estimate_of(overrides: list[str], longest: int, pair: PairShape | None = None) -> MemoryEstimate:
+CARD = Device("a card", 24 * 10**9, 23 * 10**9, is_gpu=True, has_varlen=True)
+
+
+def estimate_of(
+    overrides: list[str], longest: int, pair: PairShape | None = None, device: Device | None = None
+) -> MemoryEstimate:
     conf = load_conf(overrides)
     shape = DataShape(longest, pair or PairShape(0, longest, longest))
-    return estimate_memory(conf, build_dpo_config(conf, Path("checkpoints")), Blueprint.of_run(conf), shape)
+    return estimate_memory(conf, build_dpo_config(conf, Path("checkpoints")), Blueprint.of_run(conf), shape, device)
 
 
 def run(*overrides: str, longest: int = 64) -> MemoryEstimate:
@@ -96,12 +104,74 @@ def test_quantized_weights_are_packed(quant: str) -> None:
 def test_a_7b_folder_needs_no_weights_and_little_time(tmp_path: Path) -> None:
     config = MistralConfig(dtype="bfloat16")
     config.save_pretrained(tmp_path / "mistral")
-    start = time.monotonic()
+    start = time.process_time()
     overrides = [f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.max_length=256"]
     rows = estimate_of(overrides, 256).rows
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 40  # 14 to 22 without avx512
     parameters = 7_241_732_096
     assert 0.5 * parameters < rows["weights"] + rows["quantization state"] < 0.6 * parameters
+
+
+def test_a_gpus_estimate_takes_the_gpus_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral 7B in 4 bits, four pairs of 200 + 824 + 700 tokens, on a machine without a GPU."""
+    MistralConfig(dtype="bfloat16").save_pretrained(tmp_path / "mistral")
+    model = [f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.bf16=true"]
+
+    def take(*overrides: str, device: Device = CARD) -> MemoryEstimate:
+        return estimate_of([*model, *overrides], 1024, PairShape(200, 824, 700), device)
+
+    for name in ("cpu_attention.PairAttention", "head.FrozenHeadLogProbs"):
+        monkeypatch.setattr(f"dpo_runner.training.engine.packed.{name}.apply", None)
+    whole = take()
+    figures = {
+        "lean": whole,
+        "own layers": take("engine.lean_layers=false"),
+        "fewer tokens": take("engine.max_tokens_per_micro_batch=3448"),
+        "checkpointing": take("training.gradient_checkpointing=true"),
+    }
+    found = {name: round(each.total / 1e9, 1) for name, each in figures.items()}
+    assert found == pytest.approx(FIGURES, rel=0.02)
+    assert whole.rows["heap gaps"] == 0
+    assert whole.needed == pytest.approx(1.1 * whole.total)
+    assert not whole.fits and figures["fewer tokens"].fits
+    pair_by_pair = take(device=Device("an older card", 0, 0, is_gpu=True))
+    assert pair_by_pair.total > whole.total
+
+
+def test_a_gpu_that_almost_has_the_peak_free_has_too_little() -> None:
+    peak = 10 * 10**9
+    for free, is_gpu, fits in ((10.5, False, True), (10.5, True, False), (11.5, True, True)):
+        found = MemoryEstimate(
+            {"all": peak}, {"training": peak}, "try", 1, Device("a card", 0, int(free * 1e9), is_gpu)
+        )
+        assert found.fits == fits
+        assert found.shortage.startswith(f"about {11 if is_gpu else 10}.0 GB are needed, {free} GB are free on a card")
+
+
+def test_the_device_is_the_one_that_trains(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = build_dpo_config(load_conf(tiny_run), Path("checkpoints"))
+    monkeypatch.setattr(estimate, "check_allocator", lambda: None)
+    monkeypatch.setattr(estimate, "has_kernel", lambda device: True)
+    monkeypatch.setattr(estimate, "read_memory", lambda of_host: ("CPU" if of_host else "a card", 100, 50))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args.use_cpu = True
+    assert estimate.read_device(args, held=7) == Device("CPU", 100, 57)
+    args.use_cpu = False
+    assert estimate.read_device(args, held=7) == Device("a card", 100, 57, is_gpu=True, has_varlen=True)
+
+
+def test_a_driver_without_growing_segments_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    error = "CUDA driver error: operation not supported"
+    with pytest.raises(ConfigError, match=r"`PYTORCH_ALLOC_CONF=expandable_segments:True`.*not supported.*:False"):
+        device_memory.check_allocator()
+    error = "CUDA error: out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device_memory.check_allocator()
 
 
 def test_extrapolation_over_layers_equals_the_full_simulation(
@@ -172,12 +242,12 @@ def test_a_dry_run_needs_the_models_config_and_its_tokenizer_only(tmp_path: Path
     assert re.search(r"at the peak \((training|evaluation)\) *│ *\d+\.\d\d", result.stdout)
     assert "free on CPU" in result.stdout or "free on NVIDIA" in result.stdout
     refused = run_python("-m", "dpo_runner", *command[1:])
-    assert refused.returncode == 2 and "cannot be loaded" in refused.stderr
+    assert refused.returncode == 2 and "holds no weights (model.safetensors); convert" in refused.stderr
 
 
 def test_a_dry_run_warns_of_what_does_not_fit(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def show(free: int) -> str:
-        monkeypatch.setattr(estimate, "read_device", lambda args: ("a card", 10**9, free))
+        monkeypatch.setattr(estimate, "read_device", lambda args: Device("a card", 10**9, free))
         text = io.StringIO()
         assert (
             run_conf(load_conf([*tiny_run, "dry_run=true"]), console=RunConsole(Console(file=text, width=200))) is None
@@ -198,7 +268,7 @@ def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
 @pytest.mark.real_model
 def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
-    overrides += [f"model.dtype={real_model_dtype()}"]
+    overrides += [f"model.dtype={real_model_dtype()}", "data.max_train_samples=4", "data.max_eval_samples=2"]
     measured = memory.run_child(overrides)
     estimate = memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
     assert estimate.total == pytest.approx(measured["measured"], rel=0.15)

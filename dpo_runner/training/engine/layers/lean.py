@@ -10,16 +10,16 @@ which the residual stream keeps anyway, and r:
 
     ∂L/∂x = r g - x r³ mean(g x),        g = w · ∂L/∂y
 
-It is computed in fp32, a few rows at a time, so that they stay in the processor's cache. y is bitwise the same; the
-gradient is the same up to the rounding of fp32 sums. Left alone: norms whose weight is trained.
+It is computed in fp32, on a CPU a few rows at a time, so that they stay in the processor's cache. y is bitwise the
+same; the gradient is the same up to the rounding of fp32 sums. Left alone: norms whose weight is trained.
 
 **Gated SiLU**, silu(gate) · up: autograd saves silu(gate) in addition to its factors; here the backward pass
 recomputes it, bitwise the same.
 
 On CPUs a plain LoRA layer also runs as one function (`lora.py`).
 
-RMSNorm and gated SiLU are replaced on CPUs only, and only in models whose norm and MLP have the same instructions as
-Llama's (Mistral, Qwen 2 and 3, SmolLM and others copy them); other models keep their own.
+RMSNorm and gated SiLU are replaced only in models whose norm and MLP have the same instructions as Llama's (Mistral,
+Qwen 2 and 3, SmolLM and others copy them); other models keep their own.
 """
 
 import types
@@ -33,10 +33,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from dpo_runner.io.upstream import check_names
 from dpo_runner.training.engine.layers.lora import is_plain, multiply
 
+check_names("peft", LoraLayer, _cast_input_dtype="x dtype")
+
 _CACHED = 2**19
-"""Elements per block in computations that pass over them several times."""
+"""Elements per block in computations that pass over them several times on a CPU."""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -70,7 +73,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
-    if isinstance(rows, FakeTensor):  # no values to cache; one block keeps the memory estimate fast
+    if rows.device.type != "cpu" or isinstance(rows, FakeTensor):  # one block keeps the memory estimate fast too
         return [slice(None)]
     size = max(_CACHED // rows.size(1), 1)
     return [slice(start, start + size) for start in range(0, rows.size(0), size)]
@@ -105,9 +108,9 @@ def make_lean(model: nn.Module, use_cpu: bool) -> None:
             _replace(module, "forward", multiply)
         if isinstance(module, LoraLayer) and _casts_needlessly(module):
             _replace(module, "_cast_input_dtype", _keep_input_dtype)
-        elif use_cpu and _is_copy(module, LlamaRMSNorm) and not module.weight.requires_grad:
+        elif _is_copy(module, LlamaRMSNorm) and not module.weight.requires_grad:
             _replace(module, "forward", _normalize)
-        elif use_cpu and _is_copy(module, LlamaMLP) and type(module.act_fn) in (nn.SiLU, SiLUActivation):
+        elif _is_copy(module, LlamaMLP) and type(module.act_fn) in (nn.SiLU, SiLUActivation):
             _replace(module, "forward", _feed_forward)
 
 

@@ -25,7 +25,9 @@ from trl import DPOConfig
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_runner.config.sections.training import TrainingConf
-from dpo_runner.model.reference import find_growing_rope
+from dpo_runner.io.upstream import find_attention, find_private
+from dpo_runner.model.quantization import rounds_inputs
+from dpo_runner.model.reference import find_batch_dependence
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION, register_attention
 from dpo_runner.training.engine.packed.head import frozen_head
 from dpo_runner.training.engine.packed.packing import Packing, pack_pairs
@@ -66,6 +68,8 @@ def why_not_packable(
         settings: the training's.
         adapters: configs of adapters that `model` does not have yet.
     """
+    from bitsandbytes.nn import Linear8bitLt
+
     to_come = list(adapters)
     adapters = [*to_come, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     if any(adapter.is_prompt_learning for adapter in adapters):
@@ -78,13 +82,14 @@ def why_not_packable(
         return "training.neftune_noise_alpha scales its noise by the padded length of TRL's batches"
     model = base_of(model)
     config = model.config.get_text_config()
-    if kind := find_growing_rope(config, longest):
-        return f"the model's {kind} RoPE depends on the longest row of a batch"
+    mixes = rounds_inputs(settings.use_cpu) and any(isinstance(layer, Linear8bitLt) for layer in model.modules())
+    if reason := find_batch_dependence(config, mixes, longest):
+        return reason
     if config is not model.config:
         return "the model takes more than text"
-    if (implementation := model.config._attn_implementation) != IMPLEMENTATION:
+    if (implementation := find_attention(model.config)) != IMPLEMENTATION:
         return f"model.attn_implementation is {implementation}, not {IMPLEMENTATION}"
-    if not model._supports_attention_backend:
+    if not find_private("transformers", model, "_supports_attention_backend"):
         return f"{type(model).__name__} does not attend through transformers' AttentionInterface"
     kinds = getattr(config, "layer_types", None) or ()
     if other := set(kinds) - _LAYER_TYPES:
@@ -96,6 +101,8 @@ def why_not_packable(
         return "the model caps its attention scores"
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):  # TRL's own rule
         return "TRL adds the loss of the experts' router, which counts each row's tokens"
+    if any("jitter" in key and value for key, value in config.to_dict().items()):
+        return "the experts' router adds noise in training, once for both rows of a pair"
     drawn = not settings.disable_dropout and (any(map(_drops_out, to_come)) or _has_dropout(model))
     if drawn or getattr(config, "layerdrop", None):  # layerdrop is not an nn.Dropout
         return "dropout is on, and would be drawn once for both rows of a pair"

@@ -14,15 +14,21 @@ Left to TRL's kernel: other devices (it is written in Triton for GPUs), a head t
 """
 
 import contextlib
+import subprocess
+import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
-assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "TRL's head looks up its kernel elsewhere"
+from dpo_runner.errors import ConfigError, reason_of
+from dpo_runner.io.upstream import check_names
+
+check_names("trl", trl_utils, "_ChunkedLogProbFunction")
 
 _TOKENS = 256
 """Tokens per block: enough for fast products, few enough for logits to take tens of megabytes."""
@@ -128,6 +134,26 @@ def _score_block(
     if "log_sum_sq_probs" in wanted:
         log_squares.copy_(torch.linalg.vecdot(weights, weights).log() - 2 * log_total)
     return total, weights
+
+
+def check_kernel(device: torch.device) -> None:
+    """Score a token with TRL's kernel; on a GPU Triton compiles it, with a C compiler and Python's headers.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    hidden, head = torch.zeros(1, 16, device=device), torch.zeros(32, 16, device=device)
+    try:
+        ChunkedLogProbFunction.apply(hidden, head, None, torch.zeros(1, dtype=torch.int64, device=device), 1.0, 32)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, RuntimeError) and "compiler" not in str(error):
+            raise
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        reason = reason_of(error).rstrip(".") if header.exists() else f"{header} is missing"
+        raise ConfigError(
+            f"`training`: Triton cannot compile TRL's kernel for the GPU: {reason}; install a C compiler and Python's "
+            "headers, such as Debian's gcc and python3-dev"
+        ) from error
 
 
 class _Dispatch:

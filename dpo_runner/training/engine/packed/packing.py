@@ -5,7 +5,7 @@ A pair is laid out as `chosen ++ rejected[p:]`, where p is the length of the lon
 token has the position, and with `attention.py` the context, that it has in its own row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -45,10 +45,15 @@ class Segments(NamedTuple):
 
 
 class Pairs(list[PairLengths]):
-    """The lengths of packed pairs in their order, with their `Segments` cached so that layers share them."""
+    """The lengths of packed pairs in their order, with their `Segments` cached so that layers share them.
 
-    def __init__(self, pairs: Iterable[PairLengths] = ()) -> None:
+    Attributes:
+        attention: computes the attention; None if the tensors' device decides, which the memory estimate's are not on.
+    """
+
+    def __init__(self, pairs: Iterable[PairLengths] = (), attention: Callable[..., torch.Tensor] | None = None) -> None:
         super().__init__(pairs)
+        self.attention = attention
         self._segments: dict[torch.device, Segments] = {}
 
     def segments(self, device: torch.device) -> Segments:

@@ -20,9 +20,11 @@ from peft import PeftModel
 from torch import nn
 from trl import DPOTrainer
 
+from dpo_runner.io.upstream import prepare_inputs
 from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.forward import base_of, is_certain, share_prefixes
 from dpo_runner.training.engine.packed.packing import count_tokens
+from dpo_runner.training.memory.device import is_of_device
 
 _SHORT, _LONG = 16, 128
 """Tokens of each prompt and answer in the two checks; only long rows span several attention blocks."""
@@ -71,6 +73,8 @@ def find_difference(trainer: DPOTrainer, trains_head: bool, settings: str = "") 
             try:
                 packed = _score(trainer, model, rows)
             except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
+                if is_of_device(refusal):
+                    raise
                 return f"the model does not take packed rows ({type(refusal).__name__}: {refusal})"
             finally:
                 take_back()
@@ -140,7 +144,7 @@ def _score_twice(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]]
 
 def _score(trainer: DPOTrainer, model: Any, rows: Sequence[dict[str, Any]], training: bool = False) -> torch.Tensor:
     """Return log p of all completion tokens, [N], fp32; `training` enables gradients and dropout."""
-    inputs = label_completions(trainer._prepare_inputs(trainer.data_collator(rows)))
+    inputs = label_completions(prepare_inputs(trainer, trainer.data_collator(rows)))
     was_training = model.training
     model.train(training)
     try:

@@ -7,13 +7,14 @@ chosen row (q = k) itself and the keys before it, in a tail (k = p + q) the pref
 materialized, and grouped-query heads share their keys here too. A prefix is gathered twice, so its gradient is the
 sum of two.
 
-Left to `attend_pairs` in `attention.py`: fp32, head sizes that the kernel does not support, devices other than Nvidia
-GPUs from Ampere on, and torch versions whose kernel lacks grouped-query attention.
+Left to `attend_pairs` in `attention.py`: fp32, head sizes that the kernel does not support, and devices other than
+Nvidia GPUs from Ampere on.
 """
 
 import functools
 import inspect
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -24,27 +25,13 @@ _LARGEST_HEAD = 192
 """Largest head size whose backward pass every supported card has."""
 
 
-class Kernel(Protocol):
-    """The part of the signature of `torch.nn.attention.varlen.varlen_attn` used here."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
-    ) -> torch.Tensor: ...
-
-
 def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Return whether the kernel supports these heads, their dtype and device; shapes as for `attend`."""
+    return supports_heads(query, key, value) and query.device.type == "cuda" and has_kernel(query.device)
+
+
+def supports_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether the kernel supports these heads and their dtype, on any device; shapes as for `attend`."""
     size = query.size(3)
     return (
         query.dtype == key.dtype == value.dtype
@@ -52,19 +39,23 @@ def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         and size == value.size(3)
         and size % 8 == 0
         and size <= _LARGEST_HEAD
-        and query.device.type == "cuda"
-        and _has_kernel(query.device)
     )
 
 
 @functools.cache
-def _has_kernel(device: torch.device) -> bool:
+def has_kernel(device: torch.device) -> bool:
+    """Return whether this torch has the kernel for a GPU."""
     return (
         torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and "enable_gqa" in inspect.signature(varlen_attn).parameters
     )
+
+
+@functools.cache
+def _asks_for_groups(kernel: Callable[..., Any]) -> bool:
+    """Return whether shared keys must be announced; torch 2.11's kernel finds them by itself."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def attend_varlen(
@@ -73,7 +64,7 @@ def attend_varlen(
     value: torch.Tensor,
     pairs: Pairs,
     scale: float,
-    kernel: Kernel | Any = varlen_attn,
+    kernel: Callable[..., Any] = varlen_attn,
 ) -> torch.Tensor:
     """Attend within pairs; shapes as for `attend`."""
     segments = pairs.segments(query.device)
@@ -88,6 +79,6 @@ def attend_varlen(
         segments.max_k,
         scale=scale,
         window_size=(-1, 0),  # causal
-        enable_gqa=query.size(1) != key.size(1),
+        **({"enable_gqa": query.size(1) != key.size(1)} if _asks_for_groups(kernel) else {}),
     )
     return output.unsqueeze(0)

@@ -7,7 +7,7 @@ some or none of the pairs in the store are bitwise the same.
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_runner.errors import RunError
+from dpo_runner.io.upstream import prepare_inputs
 from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.head import log_probs_alone
 from dpo_runner.training.engine.packed.packing import count_tokens
+from dpo_runner.training.engine.reference.rounding import compare_pairs, find_rounding
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -31,9 +33,6 @@ _SLICE = 10_000  # rows whose token log-probabilities are in memory at a time
 _CHUNK = 64  # pairs that are looked up again just before they are scored, and written together
 _TOKENS = 16_384  # in one forward on an accelerator
 _CHECKED = 3  # stored pairs that each run scores again
-
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Nats by which a stored log p may differ from a new one: rounding with another thread count."""
 
 Row = dict[str, Any]
 
@@ -113,41 +112,57 @@ def _score_missing(trainer: DPOTrainer, missing: Mapping[bytes, Row], store: Ref
 
 
 def _verify(trainer: DPOTrainer, known: Mapping[bytes, tuple[Row, PairLogps]], store: ReferenceStore) -> None:
-    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
-    rows, stored = [row for row, _ in known.values()], [logps for _, logps in known.values()]
-    for row, expected, now in zip(rows, stored, score_pairs(trainer, rows), strict=True):
-        for answer, old, new in zip(("chosen", "rejected"), expected, now, strict=True):
-            if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=_TOLERANCE.get(dtype, 1e-3)):
-                raise RunError(
-                    f"{store.path}: has log-probabilities that the reference does not give: {old.sum():.3f} instead "
-                    f"of {new.sum():.3f} for a {answer} answer (first tokens {row[f'{answer}_ids'][:5]}); "
-                    "`python -m dpo_runner.cache clear reference` deletes them"
-                )
+    if not known:
+        return
+    rows = [row for row, _ in known.values()]
+    difference = compare_pairs([logps for _, logps in known.values()], score_pairs(trainer, rows))
+    if difference.exceeds(dtype := find_rounding(trainer)):
+        raise RunError(
+            f"{store.path}: has log-probabilities that the reference does not give: {len(rows)} pairs scored again "
+            f"{difference.describe(dtype)}; `python -m dpo_runner.cache clear reference` deletes them"
+        )
 
 
 def score_pairs(trainer: DPOTrainer, rows: Sequence[Row]) -> list[PairLogps]:
     """Return the reference's log p of each pair's completion tokens, in the order of `rows`."""
-    model, training = trainer.ref_model or trainer.model, trainer.model.training
     found: list[PairLogps] = []
+    with being_reference(trainer) as model, trainer.accelerator.autocast():
+        for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
+            found += score_batch(trainer, model, batch)
+    return found
+
+
+def score_batch(trainer: DPOTrainer, model: Any, rows: Sequence[Row]) -> list[PairLogps]:
+    """Return log p of each pair's completion tokens under `model`; all pairs are in one batch."""
+    rows = [{name: values for name, values in row.items() if name not in REF_COLUMNS} for row in rows]
+    inputs = label_completions(prepare_inputs(trainer, trainer.data_collator(rows)))
+    with torch.no_grad(), log_probs_alone():
+        log_probs = completion_logps(model, inputs)
+    scored = (inputs["labels"] != -100)[:, 1:].cpu()
+    values = [row[places].numpy() for row, places in zip(log_probs.float().cpu(), scored, strict=True)]
+    return list(map(PairLogps, values[: len(rows)], values[len(rows) :]))
+
+
+@contextmanager
+def being_reference(trainer: DPOTrainer) -> Iterator[Any]:
+    """Provide the reference, in evaluation mode.
+
+    A caller scores all its batches in one context: switching PEFT's adapters takes as long as a small pair's forward.
+    """
+    with evaluating(trainer), _reference_adapter(trainer):
+        yield trainer.ref_model or trainer.model
+
+
+@contextmanager
+def evaluating(trainer: DPOTrainer) -> Iterator[None]:
+    """Put the policy's model, of which the reference may be part, in evaluation mode."""
+    training = trainer.model.training
     trainer.model.eval()
     try:
-        with (  # once for all batches: switching PEFT's adapters off and on takes as long as a small pair's forward
-            log_probs_alone(),
-            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-            _reference_adapter(trainer),
-        ):
-            for batch in _batches(rows, isolate=trainer.accelerator.device.type == "cpu"):
-                inputs = label_completions(trainer._prepare_inputs(trainer.data_collator(batch)))
-                scored = inputs["labels"] != -100
-                inputs = {key: value for key, value in inputs.items() if key not in REF_COLUMNS}
-                with torch.no_grad(), trainer.accelerator.autocast():
-                    log_probs = completion_logps(model, inputs)
-                rows_of = zip(log_probs.float().cpu(), scored[:, 1:].cpu(), strict=True)
-                values = [row[places].numpy() for row, places in rows_of]
-                found += map(PairLogps, values[: len(batch)], values[len(batch) :])
+        with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+            yield
     finally:
         trainer.model.train(training)
-    return found
 
 
 def reference_adapter(trainer: DPOTrainer) -> str | None:

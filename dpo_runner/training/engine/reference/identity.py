@@ -2,7 +2,8 @@
 
 It covers the weights themselves, not their origin. Every tensor of the reference is hashed as it lies in memory, after
 any quantization, merging or resizing: however it was loaded, the same digest means the same function. With XXH3 at 128
-bits this takes 0.1 s per gigabyte. Adapters that are off in the reference belong to the policy and are left out.
+bits this takes 0.1 s per gigabyte. Adapters that are off in the reference belong to the policy and are left out, and so
+are untrained ones: with `stack`, TRL's `ref` differs from seed to seed and adds nothing.
 """
 
 import json
@@ -16,6 +17,7 @@ import xxhash
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from dpo_runner.io.upstream import find_attention
 from dpo_runner.training.engine.packed.forward import base_of
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -42,8 +44,10 @@ def identify_reference(model: nn.Module, active: Sequence[str], forward: str) ->
     """
     base = base_of(model)
     adapters: dict[str, PeftConfig] = model.peft_config if isinstance(model, PeftModel) else {}
+    state = model.state_dict()
+    active = [name for name in active if not _adds_nothing(state, name)]
     weights = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         parts = name.split(".")
         if set(adapters) & set(parts) - set(active):
             continue
@@ -57,11 +61,17 @@ def identify_reference(model: nn.Module, active: Sequence[str], forward: str) ->
         "weights": weights.hexdigest(),
         "config": xxhash.xxh3_128_hexdigest(_to_json(configs)),
         "forward": forward,
-        "attention": base.config._attn_implementation,
+        "attention": find_attention(base.config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _describe_cpu(),
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
     return xxhash.xxh3_128_hexdigest(_to_json(made_of)), made_of
+
+
+def _adds_nothing(state: dict[str, torch.Tensor], adapter: str) -> bool:
+    """Return whether an adapter is an untrained LoRA: one matrix of each product is random, the other 0."""
+    own = [(name, tensor) for name, tensor in state.items() if adapter in name.split(".")]
+    return bool(own) and all("lora_A" in name or "lora_embedding_B" in name or not tensor.any() for name, tensor in own)
 
 
 def _describe_cpu() -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from dpo_runner.errors import RunError
+from dpo_runner.errors import RunError, reason_of
 from dpo_runner.io.files import cache_dir
 from dpo_runner.io.locks import lock
 
@@ -55,20 +55,19 @@ class ReferenceStore:
     """
 
     def __init__(self, digest: str, description: Mapping[str, Any], limit: int) -> None:
-        folder = store_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{digest}.sqlite"
+        self.path = store_dir() / f"{digest}.sqlite"
         self._limit, self.left_out = limit, 0
-        self._in_use = _lock_path(self.path).open("a")
-        lock(self._in_use.fileno(), shared=True, wait=True, inherited=True)
         with self._store_errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._in_use = _lock_path(self.path).open("a")
+            lock(self._in_use.fileno(), shared=True, wait=True, inherited=True)
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
             with self._database:
                 self._database.executescript(_SCHEMA)
                 self._database.execute(
                     "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", [json.dumps(description)]
                 )
-        self.path.touch()  # mark it as used, even if nothing is written
+            self.path.touch()  # mark it as used, even if nothing is written
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +125,11 @@ class ReferenceStore:
         except sqlite3.Error as error:
             raise RunError(
                 f"{self.path}: {error}; `python -m dpo_runner.cache clear reference` deletes it, "
+                "engine.reference_store=false runs without the store"
+            ) from error
+        except OSError as error:  # such as another user's file
+            raise RunError(
+                f"{self.path}: the cache cannot be written; {reason_of(error)}; DPO_RUNNER_CACHE names another folder, "
                 "engine.reference_store=false runs without the store"
             ) from error
 
@@ -193,10 +197,13 @@ def _writing() -> Iterator[None]:
 
 
 def _delete(path: Path) -> bool:
-    with _lock_path(path).open("a") as file:
-        if lock(file.fileno(), inherited=True) is False:
-            return False
-        path.unlink(missing_ok=True)
+    try:
+        with _lock_path(path).open("a") as file:
+            if lock(file.fileno(), inherited=True) is False:
+                return False
+            path.unlink(missing_ok=True)
+    except OSError:  # another user's
+        return False
     return True
 
 

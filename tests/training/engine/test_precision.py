@@ -7,9 +7,9 @@ import torch
 
 from dpo_runner.config.compose import load_conf
 from dpo_runner.evaluate.work import name_autocast
-from dpo_runner.training import precision
 from dpo_runner.training.build import build_dpo_config
-from dpo_runner.training.precision import autocast, choose_autocast
+from dpo_runner.training.engine import precision
+from dpo_runner.training.engine.precision import autocast, choose_autocast
 
 
 @pytest.mark.parametrize("hardware", [False, True])
@@ -22,15 +22,23 @@ from dpo_runner.training.precision import autocast, choose_autocast
     ],
 )
 def test_the_hardware_decides_where_the_configuration_does_not(overrides, expected, hardware, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "has_bf16", lambda: hardware)
+    monkeypatch.setattr(precision, "has_bf16", lambda use_cpu: hardware)
     conf = load_conf(["training.use_cpu=true", *overrides])
     assert name_autocast(conf) == expected[hardware]
     assert build_dpo_config(conf, Path("x")).bf16 == (expected[hardware] is not None)  # as in the run
 
 
 def test_fp16_leaves_nothing_to_the_hardware(monkeypatch) -> None:
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "has_bf16", lambda use_cpu: True)
     assert choose_autocast(load_conf(["training.fp16=true"]).training) == torch.float16
+
+
+def test_a_run_on_the_cpu_does_not_ask_the_gpu(monkeypatch) -> None:
+    own = precision.has_bf16()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not own)
+    asked = [choose_autocast(load_conf([f"training.use_cpu={use}"]).training) for use in ("true", "false")]
+    assert [dtype == torch.bfloat16 for dtype in asked] == [own, not own]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -6,14 +6,20 @@ from contextlib import contextmanager
 import torch
 
 from dpo_runner.config.sections.training import TrainingConf
+from dpo_runner.io.upstream import find_private
+from dpo_runner.model.quantization import lacks_bf16
 
 
-def has_bf16() -> bool:
-    """Return whether bf16 matmul is supported in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+def has_bf16(use_cpu: bool = False) -> bool:
+    """Return whether bf16 matmul is supported in hardware: CUDA since Ampere, x86 with AMX or avx512_bf16.
+
+    Args:
+        use_cpu: ask the CPU even if there is a GPU.
+    """
+    if torch.cuda.is_available() and not use_cpu:
+        return not lacks_bf16()
     cpu = torch.cpu
-    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(find_private("torch", cpu, name)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def choose_autocast(training: TrainingConf) -> torch.dtype | None:
@@ -21,9 +27,9 @@ def choose_autocast(training: TrainingConf) -> torch.dtype | None:
 
     If neither `training.bf16` nor `training.fp16` is set, the hardware decides.
     """
-    if training.fp16:
+    if training.fp16 or (training.bf16 is not False and lacks_bf16(training.use_cpu)):
         return torch.float16
-    return torch.bfloat16 if (has_bf16() if training.bf16 is None else training.bf16) else None
+    return torch.bfloat16 if (has_bf16(training.use_cpu) if training.bf16 is None else training.bf16) else None
 
 
 @contextmanager

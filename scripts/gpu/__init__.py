@@ -1,0 +1,1 @@
+"""The GPU check: exactness, memory and speed on this machine; see `check`."""
