@@ -28,9 +28,18 @@ def suggest(wrong: object, right: typing.Iterable[str]) -> str:
 
 
 class DpoRunnerError(Exception):
-    """Base class of errors shown as one line, without a traceback."""
+    """Base class of errors shown as one line, without a traceback. Picklable, whatever its constructor takes."""
 
     exit_code = 1
+
+    def __reduce__(self) -> "tuple[typing.Any, ...]":
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[DpoRunnerError], args: tuple[object, ...], attributes: dict[str, object]) -> DpoRunnerError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(DpoRunnerError):

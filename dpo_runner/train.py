@@ -1,13 +1,16 @@
 """One run: from a configuration to a DPO-tuned adapter with metrics, samples and records.
 
 blueprint -> data -> settle -> plan | lock -> model -> trainer -> check -> measure -> train -> measure -> save
+
+With several processes all of them run this; those of `launch.processes` are started after the plan.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.errors import ConfigError
 from dpo_runner.io.console import RunConsole
 from dpo_runner.io.logs import quiet_imports, route_library_logs
 from dpo_runner.records.directory import resolve_run_dir
@@ -25,15 +28,19 @@ with quiet_imports():
     from dpo_runner.training.build import build_trainer, undo_global_settings
     from dpo_runner.training.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.training.memory.device import LOADING, PREPARING, watch_memory
-    from dpo_runner.training.memory.retry import attempts
+    from dpo_runner.training.memory.retry import attempts, launch_attempts
     from dpo_runner.training.memory.settle import Settled, settle
-    from dpo_runner.training.plan import build_plan, find_warnings
-    from dpo_runner.training.rehearsal import rehearse
+    from dpo_runner.training.planning.plan import show_plan
+    from dpo_runner.training.planning.rehearsal import rehearse
+    from dpo_runner.training.ranks.group import do_first, first_before_others, gather, is_first, is_launched, share
+    from dpo_runner.training.ranks.launch import starts_processes
+    from dpo_runner.training.ranks.watch import over_processes
     from dpo_runner.training.session import Session, open_session, read_finished
     from dpo_runner.training.step0 import check_before, check_start, choose_texts
 
 
 @undo_global_settings()
+@over_processes
 def run(
     conf: RunConf,
     overrides: Sequence[str] = (),
@@ -64,22 +71,25 @@ def run(
             checkpoint.
     """
     console = console or RunConsole()
-    path = resolve_run_dir(conf)  # nothing is written yet
-    if (summary := read_finished(path, conf, console)) is not None:
+    path = share(resolve_run_dir(conf))  # nothing is written yet
+    if (summary := do_first(lambda: read_finished(path, conf, console))) is not None:
         return summary
 
     # ---- Model, data, settings and plan, before any weight is loaded
-    with route_library_logs(None):
+    with route_library_logs(None), first_before_others():
         blueprint = draw_blueprint(conf)
         data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin, console.show_preparing)
-        settled = settle(conf, blueprint, data.shape(), path / "checkpoints", held)
+    with route_library_logs(None):
+        settled = share(settle(conf, blueprint, data.shape(), path / "checkpoints", held))
         rehearse(settled.args, blueprint, data)
-        console.show_plan(build_plan(settled, blueprint, data, path))
-    for warning in find_warnings(conf, overrides, blueprint, data):
-        console.warn(warning)
+    if is_first() and not is_launched():
+        show_plan(settled, blueprint, data, path, overrides, console)
     if conf.dry_run:
-        show_memory(settled, blueprint, console)
         return None
+    if starts_processes(conf):
+        job = partial(run, replace(conf, run_dir=str(path)), overrides, None, callbacks)
+        launch_attempts(job, settled, path, console.warn)
+        return read_summary(path)
 
     # ---- Lock the run directory; from here on status.json, run.log and W&B record the run
     with open_session(path, conf, overrides, console, callbacks) as session:
@@ -88,8 +98,9 @@ def run(
         for attempt in attempts(settled, blueprint, session):  # more than one only if memory runs out
             with attempt:
                 _train(attempt.settled, blueprint, data, session, load_base)
-    session.show_next_steps()
-    return session.summary
+    if is_first():
+        session.show_next_steps()
+    return share(session.summary)
 
 
 def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session: Session, load_base: LoadBase) -> None:
@@ -103,7 +114,8 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     with watch_memory(LOADING):
         policy = load_policy(blueprint, load_base, session.say)
     checkpoint = session.open_checkpoint()
-    session.record_inputs(collect_environment(conf.seed, data, blueprint, policy), data, checkpoint)
+    environment = do_first(lambda: collect_environment(conf.seed, data, blueprint, policy))
+    session.record_inputs(environment, data, checkpoint)
 
     # ---- Trainer: TRL's, with our mixins and engine
     with watch_memory(PREPARING):
@@ -125,25 +137,15 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     after = measure_model(trainer, data, conf)
 
     # ---- Save the result
+    peak = max(gather(measure_peak_memory(settled.args.device)))
+    if not is_first():
+        return
     samples = pair_answers(data.prompts, before.answers, after.answers)
     session.write_samples(samples)
     summary = {"before": before.metrics, "after": after.metrics, **trained}
-    summary |= {"peak_memory_gb": round(measure_peak_memory(settled.args.device), 3)}
+    summary |= {"peak_memory_gb": round(peak, 3)}
     summary |= {"out_of_memory": session.out_of_memory} if session.out_of_memory else {}
     facts = read_facts(session.directory.path, conf, blueprint.reference.described, summary)
     texts = choose_texts(trainer.train_dataset)
     weights = save_result(session.directory, trainer.model, policy, blueprint, facts, texts, session.warn)
     session.conclude(summary, weights, samples)
-
-
-def show_memory(settled: Settled, blueprint: Blueprint, console: RunConsole) -> None:
-    """Show the peak memory estimate; warn if the device has too little memory."""
-    try:
-        with route_library_logs(None):
-            estimate = settled.estimate(blueprint)
-    except ConfigError as error:
-        console.warn(f"the memory that this run takes is not known: {error}")
-        return
-    console.show_sizes(estimate.title, estimate.rows, estimate.totals)
-    if not estimate.fits:
-        console.warn(estimate.shortage)

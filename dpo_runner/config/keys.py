@@ -25,6 +25,7 @@ EFFECTS = {
     "resume": Effect.PLACES,
     "dry_run": Effect.PLACES,
     "judge": Effect.PLACES,
+    "launch.timeout": Effect.PLACES,
     "hydra": Effect.PLACES,
     "training.output_dir": Effect.PLACES,
     "training.logging_dir": Effect.PLACES,

@@ -16,7 +16,7 @@ from dpo_runner.config.rules.fields import (
 )
 from dpo_runner.config.rules.model import check_model_groups
 from dpo_runner.config.rules.sweep import check_search, check_sweep
-from dpo_runner.config.rules.training import check_evaluation, check_torch_compile, check_training
+from dpo_runner.config.rules.training import check_evaluation, check_launch, check_torch_compile, check_training
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import ConfigError
 
@@ -53,6 +53,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
             *check_model_groups(conf),
             *check_data(conf),
             *check_training(conf),
+            *check_launch(conf),
             *check_torch_compile(conf),
             *check_evaluation(conf),
             *check_names(conf),

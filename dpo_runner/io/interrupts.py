@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that end a run with a checkpoint: Ctrl-C, preemption by a scheduler, its advance warning (Slurm's
+`--signal=USR1@120`), and a closed terminal."""
+
 Handler = Callable[[int, FrameType | None], None]
 
 

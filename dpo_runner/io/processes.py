@@ -1,13 +1,8 @@
-"""The processes that train together, and the GPUs that this one may use. Imports no torch."""
+"""The GPUs that this process may use. Imports no torch."""
 
 import os
 import shutil
 import subprocess
-
-
-def count_processes() -> int:
-    """Return the world size set by the launcher, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def list_gpus() -> list[str]:

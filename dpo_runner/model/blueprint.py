@@ -13,7 +13,6 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from dpo_runner.config.sections.model import LoraConf, ModelConf, QuantConf
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import ConfigError, renaming
-from dpo_runner.io.processes import count_processes
 from dpo_runner.model.adapters import build_peft_config, changes_base, check_targets, find_other_bases
 from dpo_runner.model.files.fit import check_adapters, read_adapter_config
 from dpo_runner.model.files.locations import is_adapter, refuse_hub_adapter, resolve_adapter_path, resolve_model_path
@@ -65,7 +64,7 @@ class Blueprint:
     @classmethod
     def of_run(cls, conf: RunFields) -> "Blueprint":
         """Return the unchecked blueprint of a run."""
-        stores = conf.engine.reference_store and not conf.training.sync_ref_model and count_processes() == 1
+        stores = conf.engine.reference_store and not conf.training.sync_ref_model
         model = replace(conf.model, device_map="cpu") if conf.training.use_cpu else conf.model
         groups, training = (model, conf.quant, conf.lora), conf.training
         blueprint = cls(*groups, stores, training.precompute_ref_log_probs, training.max_length)

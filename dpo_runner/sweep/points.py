@@ -15,8 +15,8 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.io.masking import mask_override
 from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
 
-_ADDED = ("drop_columns", "roles")
-"""Fields of a source of rows that earlier versions lack."""
+_ADDED = ("drop_columns", "roles", "launch", "processes")
+"""Keys that earlier versions lack."""
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
 
 
@@ -34,11 +34,12 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
     def keep(value: Any, prefix: str = "") -> Any:
         if not isinstance(value, dict):
             return value
-        return {
+        kept = {
             key: keep(item, f"{prefix}{key}.")
             for key, item in value.items()
-            if f"{prefix}{key}" not in ignored and (item or key not in _ADDED)
+            if f"{prefix}{key}" not in (*ignored, "launch.timeout")
         }
+        return {key: item for key, item in kept.items() if item or key not in _ADDED}
 
     told = {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
     return hashlib.sha256(json.dumps(keep(add_defaults(told)), sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from dpo_runner.data.preferences import PreferenceData, SamplePrompt
 from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
+from dpo_runner.training.ranks.group import count, gather, rank
 from dpo_runner.training.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> M
     batch_size = 4 * conf.training.per_device_eval_batch_size  # an answer needs far less memory than a scored pair
     length, tokenizer = conf.samples.max_new_tokens, trainer.processing_class
     with watch_memory(ANSWERING), trainer.accelerator.autocast() if _mixes_dtypes(trainer.model) else nullcontext():
-        answers = generate_answers(trainer.model, tokenizer, data.prompts, length, batch_size, data.stop_id)
+        own = [prompt for index, prompt in enumerate(data.prompts) if index // batch_size % count() == rank()]
+        parts = gather(generate_answers(trainer.model, tokenizer, own, length, batch_size, data.stop_id))
+    batches = [[part[start : start + batch_size] for start in range(0, len(part), batch_size)] for part in parts]
+    turns = zip_longest(*batches, fillvalue=[])
+    answers = [answer for turn in turns for batch in turn for answer in batch]
     return Measurement({**metrics, **summarize_answers(answers)}, answers)
 
 

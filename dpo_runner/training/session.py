@@ -1,10 +1,12 @@
 """The session of a running run: the only writer of its directory, W&B run and console output."""
 
 import logging
+import os
+import platform
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_status, read_summary
 from dpo_runner.records.resume import check_continuable, check_free, check_same_inputs, check_unused, read_logged
 from dpo_runner.records.tracking import Tracker, track
+from dpo_runner.training.callbacks.agreement import AgreementCheck
 from dpo_runner.training.callbacks.events import RunEvents
 from dpo_runner.training.callbacks.movement import MovementCheck
 from dpo_runner.training.callbacks.stopping import Stopping
+from dpo_runner.training.ranks.group import count, do_first, gather, is_first, rank
+from dpo_runner.training.ranks.watch import ending_by_itself, write_into
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +85,10 @@ class Session:
     def callbacks(self) -> list[TrainerCallback]:
         """The trainer's callbacks: log events, movement check, the caller's callbacks, signal handling."""
         checks = self._conf.checks
+        events = [self._events] if is_first() else []
         movement = [MovementCheck(checks.on_nonfinite == "skip_batch")] if checks.step0 else []
-        return [self._events, *movement, *self._further, self._stopping]
+        agreement = [AgreementCheck()] if count() > 1 else []
+        return [*events, *movement, *agreement, *self._further, self._stopping]
 
     def open_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint, from which training continues, or None.
@@ -89,6 +96,9 @@ class Session:
         Raises:
             ConfigError: the checkpoint contains a pickle that could run code.
         """
+        return do_first(self._open_checkpoint)
+
+    def _open_checkpoint(self) -> Path | None:
         training = self._conf.training
         checkpoint = open_last_checkpoint(
             self.directory.checkpoints,
@@ -106,6 +116,11 @@ class Session:
         Raises:
             ConfigError: the run began with another model or other data.
         """
+        processes = gather({"host": platform.node(), "pid": os.getpid()})
+        if not is_first():
+            return
+        if len(processes) > 1:
+            self.directory.note(processes=processes)
         if checkpoint is not None:
             check_same_inputs(self.directory.path, environment, self.warn)
         self.directory.write_environment(environment)
@@ -123,7 +138,8 @@ class Session:
                 "`training.sync_ref_model=True`: such a run cannot be continued, checkpoints lack its reference"
             )
         step, logged = (read_step(checkpoint), read_logged(checkpoint)) if checkpoint else (-1, set())
-        self.directory.keep_metrics_until(step, logged)
+        if is_first():
+            self.directory.keep_metrics_until(step, logged)
 
     @contextmanager
     def muted(self, is_muted: bool) -> Iterator[None]:
@@ -137,6 +153,8 @@ class Session:
     def note_out_of_memory(self, records: list[Record]) -> None:
         """Record the settings that were reduced after running out of memory."""
         self.out_of_memory = records
+        if not is_first():
+            return
         self.directory.note(out_of_memory=records)
         self.tracker.log_out_of_memory(records)
 
@@ -185,17 +203,27 @@ def open_session(
         RunError, RunInterrupted, RunPruned: raised by the block; recorded before they propagate.
     """
     stopping = Stopping()
-    with RunDirectory(path).claim() as directory:
-        if _is_finished(path, conf, console):
+    with RunDirectory(path).claim() if is_first() else nullcontext(RunDirectory(path)) as directory:
+        if do_first(lambda: _is_finished(path, conf, console)):
             yield None
             return
-        records = _read_out_of_memory(path, conf)
+        records = do_first(lambda: _read_out_of_memory(path, conf))
         details = {"out_of_memory": records} if records else {}
-        with _recorded(directory, conf, overrides, console, stopping, details) as tracker:
+        write_into(path / "ranks", lambda reason: directory.write_last_status("failed", error=reason))
+        recorded = _recorded(directory, conf, overrides, console, stopping, details)
+        with recorded if is_first() else _logged(path / "ranks", stopping, console) as tracker:
             session = Session(directory, conf, tracker, console, stopping, callbacks, records)
             yield session
-        assert session.summary is not None
-        directory.write_status("finished", adapter=session.summary["weights"])  # only after W&B is closed
+        if is_first():
+            assert session.summary is not None
+            directory.write_status("finished", adapter=session.summary["weights"])  # only after W&B is closed
+
+
+@contextmanager
+def _logged(folder: Path, stopping: Stopping, console: RunConsole) -> Iterator[Tracker]:
+    """Keep the log of a process that is not the first, and so writes nothing else."""
+    with route_library_logs(folder / f"{rank()}.log"), stopping.on_signals(), ending_by_itself():
+        yield Tracker(None, console.warn, None)
 
 
 @contextmanager
@@ -217,7 +245,7 @@ def _recorded(
         directory.write_status("running", **details)
         directory.start_heartbeat()
         try:
-            with track(conf, directory, console.warn) as tracker:
+            with track(conf, directory, console.warn) as tracker, ending_by_itself():
                 yield tracker
         except KeyboardInterrupt as error:
             console.stop_training()

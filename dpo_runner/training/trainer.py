@@ -19,7 +19,6 @@ from trl import DPOConfig, DPOTrainer
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import ID_COLUMNS, PreferenceData
 from dpo_runner.errors import ConfigError, RunError, reason_of
-from dpo_runner.io.processes import count_processes
 from dpo_runner.io.upstream import check_names, find_attention, find_fingerprint, set_fingerprint
 from dpo_runner.model.adapters import make_loadable
 from dpo_runner.model.blueprint import Blueprint
@@ -244,12 +243,12 @@ def count_steps(training: Any, rows: int) -> int:
     """Return the number of optimizer steps over `rows` training rows, counted like transformers' Trainer.
 
     Args:
-        training: the section `training`, or the `DPOConfig` built from it.
+        training: the `DPOConfig`, or the section `training` that it was built from.
         rows: number of training rows.
     """
     if training.max_steps > 0:
         return int(training.max_steps)
-    per_batch = training.per_device_train_batch_size * count_processes()
+    per_batch = training.per_device_train_batch_size
     batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
     per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     steps: int = math.ceil(training.num_train_epochs * per_epoch)

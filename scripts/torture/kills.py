@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.io.interrupts import SIGNALS
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
-from dpo_runner.training.callbacks.stopping import SIGNALS
 
 TINY = [
     "model=tiny_random",

@@ -12,10 +12,11 @@ import pytest
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunInterrupted
+from dpo_runner.io.interrupts import SIGNALS
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
 from dpo_runner.records.reading import read_metrics, read_summary
 from dpo_runner.records.resume import read_logged
-from dpo_runner.training.callbacks.stopping import SIGNALS, Stopping
+from dpo_runner.training.callbacks.stopping import Stopping
 from dpo_runner.training.mixins.saving import EvaluationCut
 from dpo_runner.training.trainer import RunTrainer
 

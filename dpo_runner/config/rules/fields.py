@@ -58,6 +58,8 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("checks.max_skipped_batches", 1, True, None, False),
     ("engine.max_tokens_per_micro_batch", 0, True, None, False),
     ("engine.reference_store_gb", 0, True, None, False),
+    ("launch.processes", 1, True, None, False),
+    ("launch.timeout", 0, False, None, False),
     ("samples.num_prompts", 0, True, None, False),
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),

@@ -54,6 +54,22 @@ def check_training(conf: RunFields) -> Iterator[str]:
             )
 
 
+def check_launch(conf: RunFields) -> Iterator[str]:
+    processes, training = conf.launch.processes, conf.training
+    if isinstance(processes, str) and processes != "auto":
+        yield f"`launch.processes={processes}`: must be a number, or auto: one process for each visible GPU"
+    if processes in (None, 1):
+        return
+    for key in ("fsdp", "deepspeed"):
+        if value := getattr(training, key):
+            yield (
+                f"`training.{key}={value}`: with launch.processes each process holds the whole model, which is not "
+                "supported together; leave one of them out"
+            )
+    if conf.model.device_map is not None:
+        yield f"`model.device_map={conf.model.device_map}`: each of launch.processes has one GPU; leave it out"
+
+
 def check_torch_compile(conf: RunFields) -> Iterator[str]:
     training = conf.training
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):

@@ -1,4 +1,4 @@
-"""`RunFields`, all fields of a run; sections `wandb`, `engine`, `checks`, `samples` and `judge`."""
+"""`RunFields`, all fields of a run; sections `wandb`, `engine`, `launch`, `checks`, `samples` and `judge`."""
 
 from dataclasses import dataclass, field
 
@@ -57,6 +57,18 @@ class EngineConf:
 
 
 @dataclass
+class LaunchConf:
+    """Several processes for one run."""
+
+    processes: int | str | None = None
+    """Processes that share the work of each step, a GPU each; `auto`: one for each visible GPU. A step then has
+    per_device_train_batch_size x gradient_accumulation_steps x processes pairs. null: one, or those that torchrun or
+    another launcher has started."""
+    timeout: float = 30.0
+    """Minutes without a step or a scored batch after which a run of several processes ends."""
+
+
+@dataclass
 class ChecksConf:
     """Checks during the run, and the response to failures."""
 
@@ -111,6 +123,7 @@ class RunFields:
     training: TrainingConf = field(default_factory=TrainingConf)
     wandb: WandbConf = field(default_factory=WandbConf)
     engine: EngineConf = field(default_factory=EngineConf)
+    launch: LaunchConf = field(default_factory=LaunchConf)
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
     judge: JudgeConf = field(default_factory=JudgeConf)

@@ -48,7 +48,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        self._start = self._last = _take_fingerprints(model)
+        self._start = self._last = take_fingerprints(model)
         for name, layer in find_lora(model).items():
             self._hooks.append(layer.register_forward_pre_hook(self._note(name)))
 
@@ -65,7 +65,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
         rate = optimizer.param_groups[0]["lr"]
         if not self._start or rate == 0:
             return
-        now = _take_fingerprints(model)
+        now = take_fingerprints(model)
         if (args.fp16 or self._may_skip) and now == self._last and self._skipped < _MOST_SKIPPED_STEPS:
             self._skipped += 1
             return
@@ -103,7 +103,7 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def _take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
+def take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
     """Return the fingerprint of each trainable weight, by name."""
     return {name: _fingerprint(weight) for name, weight in model.named_parameters() if weight.requires_grad}
 

@@ -10,14 +10,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_runner.io.interrupts import handles_ctrl_c
+from dpo_runner.io.interrupts import SIGNALS, handles_ctrl_c
 from dpo_runner.training.mixins.saving import EvaluationCut
+from dpo_runner.training.ranks.group import count, gather
+from dpo_runner.training.ranks.watch import note_progress
 
 _NOTICE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Ctrl-C, preemption by a scheduler, its advance warning (Slurm's `--signal=USR1@120`), and a closed terminal."""
 
 
 class Stopping(TrainerCallback):  # type: ignore[misc]
@@ -66,19 +64,30 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         self._training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        note_progress()
+        self._agree()
         control.should_save |= self._signal is not None
 
+    def _agree(self) -> None:
+        """Let all processes stop for a signal to any of them: schedulers and agents may tell only one."""
+        if count() > 1:
+            received = [number for number in gather(self._signal) if number is not None]
+            self._signal = self._signal or next(iter(received), None)
+
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        note_progress()
         if self._training and self._signal is not None:
             raise EvaluationCut(self._signal)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         control.should_save |= self._signal is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree()
         self.end_training()
 
     def end_training(self) -> None:

@@ -1,6 +1,7 @@
 """Installation of the engine into a trainer, part by part, with a reason for each part left out."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpo_runner.training.engine.reference.identity import identify_reference
 from dpo_runner.training.engine.reference.store import ReferenceStore
 from dpo_runner.training.engine.token_batches import TokenBatches, choose_budget, why_not_grouped
 from dpo_runner.training.memory.device import keep_freed_memory
+from dpo_runner.training.ranks.group import is_first, share
 
 _VERSION = 3
 """Version of the forward whose results the store keeps; raise it whenever the rounding may change."""
@@ -109,7 +111,7 @@ def _share_prefixes(trainer: DPOTrainer, conf: EngineConf, longest: int) -> str 
         if reason := why_not_packable(model, longest, trainer.args):
             return reason
     is_trained = trains_head(trainer.model)
-    if reason := find_difference(trainer, is_trained, repr(conf)):
+    if reason := share(find_difference(trainer, is_trained, repr(conf))):
         return reason
     for model in models:
         share_prefixes(model, is_trained)
@@ -141,7 +143,9 @@ def _add_stored_reference(
         )
         return
     limit = int(conf.reference_store_gb * 1e9)
-    with ReferenceStore(digest, {**description, **made_of}, limit) as store:
+    # Other processes than the first neither read nor write the file: network disks may lack locks.
+    opened = ReferenceStore(digest, {**description, **made_of}, limit) if is_first() else nullcontext()
+    with opened as store:
 
         def add(dataset: Any) -> Any:
             return add_reference_columns(trainer, dataset, store, say)
@@ -151,7 +155,7 @@ def _add_stored_reference(
             engine.eval_dataset = {name: add(rows) for name, rows in engine.eval_dataset.items()}
         elif engine.eval_dataset is not None:
             engine.eval_dataset = add(engine.eval_dataset)
-    if store.left_out:
+    if store is not None and store.left_out:
         say(
             f"engine.reference_store_gb={conf.reference_store_gb:g}: the store is full; {store.left_out:,} pairs were "
             "scored and not kept; raise the limit, or run `python -m dpo_runner.cache clear reference`"

@@ -13,41 +13,35 @@ called again for each original batch, with the recorded values of its tokens ins
 values as without the engine.
 
 TRL's batches are kept for losses that are not sums over pairs (`aot` and `aot_unpaired` sort them, `sft` averages over
-all tokens), for several processes, which would all need the same number of micro-batches, and for models that do not
-take packed rows.
+all tokens), and for models that do not take packed rows.
+
+Several processes share the work of a step: pairs are dealt out to them by tokens, or whole batches where TRL's are
+kept. Gradients are summed over the processes, scores of tokens are exchanged, and each process computes the metrics of
+some batches, so that all have the step's gradient, loss and metrics.
 """
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from trl import DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_runner.config.rules.training import LOSSES_OF_WHOLE_BATCHES
 from dpo_runner.config.sections.run import EngineConf
-from dpo_runner.io.processes import count_processes
 from dpo_runner.io.upstream import check_names, prepare_inputs
-from dpo_runner.training.engine.packed.forward import base_of
 from dpo_runner.training.engine.packed.packing import pack_pairs
+from dpo_runner.training.engine.scores import Batch, Place, StepScores, forward_of
+from dpo_runner.training.ranks.group import count, deal, gather, rank, seed_process, sum_gradients
 
 _ENOUGH = 1024
 """Tokens beyond which a larger micro-batch takes more memory and is not faster on a CPU."""
 
-Batch = dict[str, torch.Tensor]
-
 check_names("transformers", DPOTrainer, get_batch_samples="epoch_iterator num_batches device")
 check_names("trl", DPOTrainer, _compute_loss="model inputs return_outputs")
-
-
-class Place(NamedTuple):
-    """Position of a pair: index of its batch in the step, and of the pair in that batch."""
-
-    batch: int
-    row: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def why_not_grouped(loss_type: str | Sequence[str]) -> str | None:
     kinds = LOSSES_OF_WHOLE_BATCHES.intersection([loss_type] if isinstance(loss_type, str) else loss_type)
     if kinds:
         return f"training.loss_type={', '.join(sorted(kinds))} is not a sum over pairs"
-    return "there are several processes" if count_processes() > 1 else None
+    return None
 
 
 def choose_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool) -> int | None:
@@ -85,14 +79,17 @@ def choose_budget(conf: EngineConf, batch_size: int, largest: int, use_cpu: bool
     return min(plain, _ENOUGH) if use_cpu else plain
 
 
-def group_pairs(sizes: Sequence[Sequence[int]], budget: int) -> list[MicroBatch]:
-    """Group the pairs of one optimizer step (first-fit decreasing).
+def group_pairs(sizes: Sequence[Sequence[int]], budget: int, process: int = 0) -> list[MicroBatch]:
+    """Group a process's pairs of one optimizer step (first-fit decreasing).
 
     Args:
         sizes: tokens of each pair of each batch.
         budget: tokens that a micro-batch may have; a larger pair gets a micro-batch of its own.
+        process: the process; pairs are dealt out to the processes by tokens.
     """
     places = [Place(batch, row) for batch, rows in enumerate(sizes) for row in range(len(rows))]
+    owners = deal([sizes[place.batch][place.row] for place in places])
+    places = [place for place, owner in zip(places, owners, strict=True) if owner == process]
     places.sort(key=lambda place: sizes[place.batch][place.row], reverse=True)
     bins: list[tuple[int, list[Place]]] = []
     for place in places:
@@ -116,6 +113,7 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """Return the batches of one optimizer step, and remember them."""
+        seed_process(self.args.seed, self.state.global_step)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches, self._taken = list(batches), 0
         return batches, items
@@ -137,32 +135,48 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Do TRL's step for one of its batches; micro-batches all run at the last batch of the optimizer step."""
         micro_batches = self._regroup()
-        if micro_batches is None:
+        if micro_batches is None and count() == 1:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         self._taken += 1
         if self._taken < len(self._batches):
             return torch.zeros((), device=self.args.device)
-        models = [each for each in (self.model, self.ref_model) if each is not None]
-        scores = _Scores(self._batches)
-        with self._unlogged():
-            for micro_batch in micro_batches:
-                self.current_gradient_accumulation_steps = micro_batch.divisor
-                with _forward_of(models, scores.record(micro_batch.places)):
-                    super().training_step(model, select_pairs(self._batches, micro_batch.places), num_items_in_batch)
-        self.current_gradient_accumulation_steps = len(self._batches)
-        return self._log_batches(model, models, scores)
+        if micro_batches is None:
+            own = self._train_own_batches(model, num_items_in_batch)
+        else:
+            models = [each for each in (self.model, self.ref_model) if each is not None]
+            scores = StepScores(self._batches, self.args.device)
+            with self._unlogged():
+                for micro_batch in micro_batches:
+                    self.current_gradient_accumulation_steps = micro_batch.divisor
+                    inputs = select_pairs(self._batches, micro_batch.places)
+                    with forward_of(models, scores.record(micro_batch.places)):
+                        super().training_step(model, inputs, num_items_in_batch)
+            self.current_gradient_accumulation_steps = len(self._batches)
+            scores.exchange()
+            shared = range(rank(), len(self._batches), count())
+            own = [self._score_batch(model, models, scores, index) for index in shared]
+        sum_gradients([weight for weight in model.parameters() if weight.requires_grad])
+        losses = self._log_records(own)
+        return losses.sum() if micro_batches is None else losses.mean()
 
     def _regroup(self) -> list[MicroBatch] | None:
-        """Return the step's micro-batches, or None if they equal TRL's batches."""
+        """Return this process's micro-batches of the step; None if they equal TRL's batches."""
         if self.max_tokens is None:
             return None
         if self._taken == 0:
             sizes = [[pair.chosen + pair.tail for pair in pack_pairs(*_rows(batch)).pairs] for batch in self._batches]
             plain = [[Place(index, row) for row in range(len(rows))] for index, rows in enumerate(sizes)]
-            groups = group_pairs(sizes, self.max_tokens)
-            self._groups = None if sorted(group.places for group in groups) == plain else groups
+            groups = group_pairs(sizes, self.max_tokens, rank())
+            self._groups = None if count() == 1 and sorted(group.places for group in groups) == plain else groups
         return self._groups
+
+    def _train_own_batches(self, model: Any, num_items_in_batch: Any) -> "list[_Record]":
+        """Do TRL's step for this process's share of TRL's batches."""
+        sizes = [batch["attention_mask"].sum().item() for batch in self._batches]
+        own = [index for index, owner in enumerate(deal(sizes)) if owner == rank()]
+        step = super().training_step
+        return [self._record(index, partial(step, model, self._batches[index], num_items_in_batch)) for index in own]
 
     @contextlib.contextmanager
     def _unlogged(self) -> Iterator[None]:
@@ -174,75 +188,37 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
         finally:
             self.figures["train"], self._total_train_tokens = metrics, tokens
 
-    def _log_batches(self, model: Any, models: list[Any], scores: "_Scores") -> torch.Tensor:
-        """Record TRL's metrics for its own batches, and return the step's loss."""
-        losses = []
-        for index, batch in enumerate(self._batches):
-            inputs = prepare_inputs(self, batch)
-            with torch.no_grad(), self.compute_loss_context_manager(), _forward_of(models, scores.replay(index)):
-                losses.append(self.compute_loss(model, inputs).detach())
-        return torch.stack(losses).mean()
+    def _score_batch(self, model: Any, models: list[Any], scores: "StepScores", index: int) -> "_Record":
+        """Compute TRL's loss and metrics of one of its batches from the scores of its tokens."""
+        inputs = prepare_inputs(self, self._batches[index])
+        with torch.no_grad(), self.compute_loss_context_manager(), forward_of(models, scores.replay(index)):
+            return self._record(index, lambda: self.compute_loss(model, inputs))
+
+    def _record(self, index: int, compute: Callable[[], torch.Tensor]) -> "_Record":
+        """Compute the loss of one of TRL's batches, and take what TRL notes of it out of the trainer's figures."""
+        before = self._total_train_tokens
+        with self._unlogged():
+            loss = compute().detach()
+            return _Record(index, loss, dict(self.figures["train"]), self._total_train_tokens - before)
+
+    def _log_records(self, own: "list[_Record]") -> torch.Tensor:
+        """Note the metrics of all batches, of all processes, in TRL's order; return the batches' losses."""
+        records = sorted((record for part in gather(own) for record in part), key=lambda record: record.number)
+        for record in records:
+            self._total_train_tokens += record.tokens
+            for name, values in record.figures.items():
+                self.figures["train"][name].extend(values)
+        self.figures["train"]["num_tokens"] = [self._total_train_tokens]  # TRL's is no list of batches
+        return torch.stack([record.loss.to(self.args.device) for record in records])
 
 
-Forward = Callable[..., Any]
+class _Record(NamedTuple):
+    """One of TRL's batches: its number in the step, its loss, TRL's figures, and its tokens."""
 
-
-class _Scores:
-    """Recorded scores of the step's tokens, call by call: the policy's, then any reference's."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._shapes = [(batch["input_ids"].size(0), batch["input_ids"].size(1) - 1) for batch in batches]
-        self._calls: list[list[FusedCausalLMOutput]] = []
-
-    def record(self, places: Sequence[Place]) -> Callable[[Forward], Forward]:
-        """Return a wrapper that records a forward's outputs for a micro-batch."""
-        call = 0
-
-        def around(forward: Forward) -> Forward:
-            def scored(*args: Any, **kwargs: Any) -> FusedCausalLMOutput:
-                nonlocal call
-                outputs: FusedCausalLMOutput = forward(*args, **kwargs)
-                self._keep(call, places, outputs)
-                call += 1
-                return outputs
-
-            return scored
-
-        return around
-
-    def replay(self, batch: int) -> Callable[[Forward], Forward]:
-        """Return a wrapper whose forward replays the recorded outputs of one of TRL's batches, in call order."""
-        calls = iter(self._calls)
-        return lambda forward: lambda *args, **kwargs: next(calls)[batch]
-
-    def _keep(self, call: int, places: Sequence[Place], outputs: FusedCausalLMOutput) -> None:
-        if call == len(self._calls):
-            self._calls.append([FusedCausalLMOutput() for _ in self._shapes])
-        for name, values in outputs.items():
-            if values.dim() != 2:
-                continue
-            for index, place in enumerate(places):
-                rows, width = self._shapes[place.batch]
-                kept = self._calls[call][place.batch]
-                if name not in kept:
-                    kept[name] = values.new_zeros(rows, width)
-                width = min(width, values.size(1))
-                for row, source in ((place.row, index), (rows // 2 + place.row, len(places) + index)):
-                    kept[name][row, :width] = values[source, :width].detach()
-
-
-@contextlib.contextmanager
-def _forward_of(models: Sequence[Any], around: Callable[[Forward], Forward]) -> Iterator[None]:
-    """Wrap the scoring forwards of the base models in `around`."""
-    bases = [base_of(model) for model in models]
-    forwards = [base.forward for base in bases]
-    for base, forward in zip(bases, forwards, strict=True):
-        base.forward = around(forward)
-    try:
-        yield
-    finally:
-        for base, forward in zip(bases, forwards, strict=True):
-            base.forward = forward
+    number: int
+    loss: torch.Tensor
+    figures: dict[str, list[Any]]
+    tokens: float
 
 
 def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,12 +8,15 @@ correspondingly more batches.
 import gc
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
+from dpo_runner.records.directory import update_status
+from dpo_runner.records.reading import read_status
 from dpo_runner.training.memory.device import (
     ANSWERING,
     EVALUATION,
@@ -22,6 +25,8 @@ from dpo_runner.training.memory.device import (
     format_bytes,
     is_out_of_memory,
 )
+from dpo_runner.training.ranks.group import count
+from dpo_runner.training.ranks.launch import count_processes, launch
 
 if TYPE_CHECKING:
     from dpo_runner.model.blueprint import Blueprint
@@ -87,6 +92,9 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
         session.console.stop_training()
         _release(failure)
         smaller = find_smaller(now.conf, failure.part, failure.tokens, largest)
+        if smaller and count() > 1 and now.conf.checks.on_out_of_memory == "smaller_batch":
+            # The others wait for this process in a collective operation; see `launch_attempts`.
+            raise failure.advised(f"the same command with {_join(smaller)} continues the run")
         if not smaller or now.conf.checks.on_out_of_memory == "stop":
             advice = f"try {', or '.join(list_ways(now.conf, failure.part, smaller))}"
             if smaller:
@@ -96,6 +104,33 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
         records = [*records, {"part": failure.part, "sizes": failure.sizes, "settings": smaller}]
         session.warn(f"{failure}; going on with {_join(smaller)}")
         session.note_out_of_memory(records)
+
+
+def launch_attempts(job: Callable[[], Any], settled: "Settled", path: Path, warn: Callable[[str], None]) -> None:
+    """Start the run's processes; if memory runs out in one, start them again with smaller batches, as `attempts` does.
+
+    Args:
+        job: what each process does.
+        settled: the run as first attempted.
+        path: the run's directory.
+        warn: shows one line as a warning.
+
+    Raises:
+        DpoRunnerError: the first failure of any process.
+    """
+    largest = sum(settled.shape.cut(settled.asked.training.max_length).largest)
+    while True:
+        try:
+            return launch(job, count_processes(settled.asked), path)
+        except OutOfMemory as failure:
+            records = list((read_status(path) or {}).get("out_of_memory", []))
+            now = settled.with_settings({key: value for record in records for key, value in record["settings"].items()})
+            smaller = find_smaller(now.conf, failure.part, failure.tokens, largest)
+            if not smaller or now.conf.checks.on_out_of_memory == "stop":
+                raise
+            records.append({"part": failure.part, "sizes": failure.sizes, "settings": smaller})
+            update_status(path, out_of_memory=records)
+            warn(f"out of memory in {failure.part}: {failure.sizes}; starting again with {_join(smaller)}")
 
 
 def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> dict[str, int]:

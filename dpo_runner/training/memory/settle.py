@@ -27,6 +27,7 @@ from dpo_runner.training.engine.packed.forward import is_certain
 from dpo_runner.training.engine.precision import has_bf16
 from dpo_runner.training.memory.device import Device
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
+from dpo_runner.training.ranks.launch import count_processes
 
 _BYTES_PER_WEIGHT = 20
 """Weight, gradient, Adam's two moments and the reference's copy, in fp32."""
@@ -86,9 +87,11 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
     Raises:
         ConfigError: TRL or transformers rejects the settings, or they need evaluation rows, and there are none.
     """
-    executed, notes = conf, {}
+    # Each process sees all batches of a step; see `ranks.group`.
+    batches = conf.training.gradient_accumulation_steps * count_processes(conf)
+    executed, notes = with_settings(conf, {"training.gradient_accumulation_steps": batches}), {}
     if not shape.has_evaluation:
-        executed = _leave_out_evaluation(conf)
+        executed = _leave_out_evaluation(executed)
         notes["evaluation"] = "none, there are no evaluation rows"
     args = build_dpo_config(executed, checkpoints)
     if args.device.type == "cpu" and not has_bf16(use_cpu=True):

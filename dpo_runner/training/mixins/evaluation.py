@@ -2,16 +2,31 @@
 
 import math
 import time
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
+from datasets import Dataset
+from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 
 from dpo_runner.training.memory.device import EVALUATION, TRAINING, watch_memory
+from dpo_runner.training.mixins.saving import EvaluationCut
+from dpo_runner.training.ranks.group import count, gather, rank
+
+
+class _Part(NamedTuple):
+    """A process's part of an evaluation: Trainer's metrics, rows, TRL's figures by batch, the signal that cut it."""
+
+    metrics: dict[str, Any]
+    rows: int
+    figures: dict[str, list[float]]
+    cut: tuple[Any, ...] | None
 
 
 class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
     """Monotonic evaluation times, evaluation per source, and the phase in out-of-memory errors."""
 
+    eval_dataset: Any
     _evaluated: tuple[float, int] | None = None
     _evaluates_part = False
 
@@ -19,13 +34,53 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
         with watch_memory(TRAINING, self.max_tokens):
             return super().train(*args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of this process's batches: each of a single process's batches goes to one process."""
+        if count() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        whole = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            self.eval_dataset = {**whole, eval_dataset: self._select_own(whole[eval_dataset])}
+        else:
+            self.eval_dataset = self._select_own(whole if eval_dataset is None else eval_dataset)
+        try:
+            return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else None)
+        finally:
+            self.eval_dataset = whole
+
+    def _select_own(self, rows: Dataset) -> Dataset:
+        size = self.args.eval_batch_size
+        return rows.select([row for row in range(len(rows)) if row // size % count() == rank()])
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        began = time.monotonic()
-        with watch_memory(EVALUATION):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        began, cut = time.monotonic(), None
+        output = EvalLoopOutput(None, None, {}, 0)
+        try:
+            with watch_memory(EVALUATION):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        except EvaluationCut as error:
+            cut = error
+        if count() > 1:
+            output, cut = self._merge_parts(output, cut, metric_key_prefix)
+        if cut is not None:
+            raise cut
         output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
         self._evaluated = time.monotonic() - began, output.num_samples
         return output
+
+    def _merge_parts(
+        self, output: EvalLoopOutput, cut: EvaluationCut | None, prefix: str
+    ) -> tuple[EvalLoopOutput, EvaluationCut | None]:
+        """Merge the evaluations of all processes, each over its own batches, into that of all batches."""
+        parts = gather(_Part(output.metrics, output.num_samples, dict(self.figures["eval"]), cut.args if cut else None))
+        cuts = [EvaluationCut(*part.cut) for part in parts if part.cut is not None]
+        if rows := sum(part.rows for part in parts):
+            total = sum(part.metrics[f"{prefix}_loss"] * part.rows for part in parts if part.rows)
+            output.metrics[f"{prefix}_loss"] = total / rows
+        for name in {name: None for part in parts for name in part.figures}:
+            turns = zip_longest(*(part.figures.get(name, ()) for part in parts))  # a batch of each process in turn
+            self.figures["eval"][name] = [value for turn in turns for value in turn if value is not None]
+        return output._replace(num_samples=rows), cuts[0] if cuts else None
 
     def _correct_times(self, logs: dict[str, float]) -> None:
         """Replace runtime and speeds in the log event of the last evaluation by the measured ones, once."""
@@ -33,7 +88,7 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
             return
         seconds, rows = self._evaluated
         self._evaluated = None
-        batches = math.ceil(rows / (self.args.eval_batch_size * self.args.world_size))
+        batches = math.ceil(rows / self.args.eval_batch_size)
         for key in logs:
             if key.endswith("_runtime"):
                 logs[key] = round(seconds, 4)

@@ -22,6 +22,7 @@ from dpo_runner.errors import RunError
 from dpo_runner.io.files import write_json
 from dpo_runner.io.upstream import check_names
 from dpo_runner.records.checkpoints import list_checkpoints, put_damaged_aside, write_sealed
+from dpo_runner.training.ranks.group import do_first
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,15 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint atomically, then delete old ones beyond `save_total_limit`."""
-        folder = Path(self.args.output_dir)
+        do_first(partial(self._write_checkpoint, model, trial))
+        self._note_best(self._place_of_checkpoint())  # the other processes have not written it
+
+    def _place_of_checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, final = Path(self.args.output_dir), self._place_of_checkpoint()
         self._check_room(folder)
-        final = folder / f"checkpoint-{self.state.global_step}"
         write_sealed(final, partial(self._fill_checkpoint, model, trial, final))
         put_damaged_aside(folder, self.say)
         self._check_best()
@@ -145,10 +152,17 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
         for file in (written := staging / final.name).iterdir():
             file.rename(staging / file.name)
         written.rmdir()
-        if (best := self.find_best()) is not None and (best == final or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
+        if self._note_best(final):
             self.state.save_to_json(str(staging / "trainer_state.json"))
         write_json(staging / PROGRESS_FILE, self.progress())
+
+    def _note_best(self, saved: Path) -> bool:
+        """Put the best checkpoint's path, if it is there or just `saved`, into the state; return whether it is."""
+        best = self.find_best()
+        is_there = best is not None and (best == saved or best.is_dir())
+        if is_there:
+            self.state.best_model_checkpoint = str(best)
+        return is_there
 
     def find_best(self) -> Path | None:
         """Return the best checkpoint so far, by step: the recorded path may be outdated."""

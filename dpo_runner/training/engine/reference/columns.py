@@ -26,6 +26,8 @@ from dpo_runner.training.engine.packed.head import log_probs_alone
 from dpo_runner.training.engine.packed.packing import count_tokens
 from dpo_runner.training.engine.reference.rounding import compare_pairs, find_rounding
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
+from dpo_runner.training.ranks.group import count, deal, gather, rank, share
+from dpo_runner.training.ranks.watch import note_progress
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -38,14 +40,16 @@ Row = dict[str, Any]
 
 
 def add_reference_columns(
-    trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore, say: Callable[[str], None]
+    trainer: DPOTrainer, dataset: Dataset, store: ReferenceStore | None, say: Callable[[str], None]
 ) -> Dataset:
     """Return `dataset` with the reference's summed log-probabilities of each pair in `REF_COLUMNS`.
+
+    The first process reads and writes the store; all processes score what it lacks.
 
     Args:
         trainer: has the reference, the collator, and `ld_alpha`.
         dataset: rows of token ids.
-        store: this reference's.
+        store: this reference's; None in processes other than the first.
         say: shows one line to the user.
 
     Raises:
@@ -57,14 +61,15 @@ def add_reference_columns(
         rows = [dataset[index] for index in range(start, min(start + _SLICE, len(dataset)))]
         keys = [_digest(row, trainer.data_collator) for row in rows]
         by_key = dict(zip(keys, rows, strict=True))
-        known = store.find(list(by_key))
+        known = {} if store is None else store.find(list(by_key))
         checked = random.Random().sample(sorted(known), min(unchecked, len(known)))  # not from the run's own seed
         unchecked -= len(checked)
-        _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
-        if missing := {key: row for key, row in by_key.items() if key not in known}:
+        if store is not None:
+            _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
+        if missing := share([key for key in by_key if key not in known]):
             say(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
-            known |= _score_missing(trainer, missing, store)
-        sums += [sum_logps(known[key], trainer.ld_alpha) for key in keys]
+            known |= _score_missing(trainer, {key: by_key[key] for key in missing}, store)
+        sums += share([sum_logps(known[key], trainer.ld_alpha) for key in keys] if store is not None else [])
     for name, values in zip(REF_COLUMNS, zip(*sums, strict=True), strict=True):
         dataset = dataset.add_column(name, list(values))
     return dataset
@@ -96,18 +101,25 @@ def _digest(row: Row, collator: Any) -> bytes:
     return digest.digest()
 
 
-def _score_missing(trainer: DPOTrainer, missing: Mapping[bytes, Row], store: ReferenceStore) -> dict[bytes, PairLogps]:
-    """Score pairs and store them; processes that score the same pairs at once share the work."""
+def _score_missing(
+    trainer: DPOTrainer, missing: Mapping[bytes, Row], store: ReferenceStore | None
+) -> dict[bytes, PairLogps]:
+    """Score pairs and store them; runs that score the same pairs at once share the work."""
     found: dict[bytes, PairLogps] = {}
-    keys = list(missing)
-    random.Random().shuffle(keys)
-    for start in range(0, len(keys), _CHUNK):
-        chunk = keys[start : start + _CHUNK]
-        known = store.find(chunk)
-        rest = [key for key in chunk if key not in known]
-        scored = dict(zip(rest, score_pairs(trainer, [missing[key] for key in rest]), strict=True))
-        store.add(scored)
-        found |= known | scored
+    keys = share(random.Random().sample(list(missing), len(missing)))
+    for start in range(0, len(keys), _CHUNK * count()):
+        chunk = keys[start : start + _CHUNK * count()]
+        known = {} if store is None else store.find(chunk)
+        rest = share([key for key in chunk if key not in known])
+        owners = deal([count_tokens(missing[key]) for key in rest])
+        own = [key for key, owner in zip(rest, owners, strict=True) if owner == rank()]
+        note_progress()
+        scores = gather(score_pairs(trainer, [missing[key] for key in own]))
+        if store is not None:
+            turns = [iter(part) for part in scores]
+            scored = {key: next(turns[owner]) for key, owner in zip(rest, owners, strict=True)}
+            store.add(scored)
+            found |= known | scored
     return found
 
 

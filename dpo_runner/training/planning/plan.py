@@ -10,7 +10,10 @@ from dpo_runner.config.keys import find_ignored
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import resolve_sources
 from dpo_runner.data.preferences import PreferenceData
-from dpo_runner.io.processes import count_processes, list_gpus, list_installed_gpus
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.console import RunConsole
+from dpo_runner.io.logs import route_library_logs
+from dpo_runner.io.processes import list_gpus, list_installed_gpus
 from dpo_runner.io.upstream import list_newer
 from dpo_runner.model.adapters import describe_adapter
 from dpo_runner.model.blueprint import Blueprint
@@ -19,7 +22,38 @@ from dpo_runner.model.vocabulary import describe_padding
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled
+from dpo_runner.training.ranks.launch import count_processes
 from dpo_runner.training.trainer import count_steps
+
+
+def show_plan(
+    settled: Settled,
+    blueprint: Blueprint,
+    data: PreferenceData,
+    run_dir: Path,
+    overrides: Sequence[str],
+    console: RunConsole,
+) -> None:
+    """Show the plan and its warnings, and the memory estimate in a dry run."""
+    with route_library_logs(None):
+        console.show_plan(build_plan(settled, blueprint, data, run_dir))
+    for warning in find_warnings(settled.asked, overrides, blueprint, data):
+        console.warn(warning)
+    if settled.asked.dry_run:
+        show_memory(settled, blueprint, console)
+
+
+def show_memory(settled: Settled, blueprint: Blueprint, console: RunConsole) -> None:
+    """Show the peak memory estimate; warn if the device has too little memory."""
+    try:
+        with route_library_logs(None):
+            estimate = settled.estimate(blueprint)
+    except ConfigError as error:
+        console.warn(f"the memory that this run takes is not known: {error}")
+        return
+    console.show_sizes(estimate.title, estimate.rows, estimate.totals)
+    if not estimate.fits:
+        console.warn(estimate.shortage)
 
 
 def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run_dir: Path) -> dict[str, str]:
@@ -32,10 +66,10 @@ def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run
         run_dir: the run's directory.
     """
     conf = settled.asked
-    model, training = conf.model, conf.training
+    model, training, processes = conf.model, conf.training, count_processes(conf)
     remote_code = ", RUNS CODE SHIPPED WITH THE MODEL (trust_remote_code)" if model.trust_remote_code else ""
     loss = training.loss_type if isinstance(training.loss_type, str) else "+".join(training.loss_type)
-    steps = count_steps(training, len(data.train))
+    steps = count_steps(settled.args, len(data.train))
     rate = f"{training.learning_rate:g}, {training.lr_scheduler_type}"
     if training.warmup_steps >= max(steps, 1) and training.lr_scheduler_type != "constant":
         rate += f", never reached: the warm-up takes {training.warmup_steps:g} steps (training.warmup_steps)"
@@ -52,7 +86,7 @@ def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run
         "learning rate": rate,
         "batch": (
             f"{count_pairs_per_step(conf)} pairs a step ({training.per_device_train_batch_size} per device x "
-            f"{training.gradient_accumulation_steps} accumulation x {count_processes()} process)"
+            f"{training.gradient_accumulation_steps} accumulation x {processes} process{'es' if processes > 1 else ''})"
         ),
         "device": describe_device(conf, settled.args),
         "steps": str(steps),
@@ -100,4 +134,4 @@ def find_unseen_gpus(conf: RunConf) -> list[str]:
 
 def count_pairs_per_step(conf: RunConf) -> int:
     """Return the number of preference pairs per optimizer step."""
-    return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * count_processes()
+    return conf.training.per_device_train_batch_size * conf.training.gradient_accumulation_steps * count_processes(conf)

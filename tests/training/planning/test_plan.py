@@ -10,7 +10,7 @@ import torch
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.training.memory import estimate
-from dpo_runner.training.plan import describe_device, find_unseen_gpus
+from dpo_runner.training.planning.plan import describe_device, find_unseen_gpus
 from tests.support.gpus import LISTING, put_program
 
 

@@ -15,8 +15,8 @@ from trl.kernels import ChunkedLogProbFunction
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import ConfigError
-from dpo_runner.training import rehearsal
 from dpo_runner.training.engine.packed.head import check_kernel
+from dpo_runner.training.planning import rehearsal
 from tests.support.common import ROWS
 
 MIN_LR = "training.lr_scheduler_type=cosine_with_min_lr"

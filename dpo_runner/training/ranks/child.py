@@ -1,0 +1,39 @@
+"""One of the processes of a run that `launch.processes` started: `python -m dpo_runner.training.ranks.child FILE`."""
+
+import gc
+import os
+import pickle
+import sys
+import threading
+import time
+from pathlib import Path
+
+from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
+
+with on_ctrl_c(end_at_once):
+    from dpo_runner.errors import DpoRunnerError
+    from dpo_runner.io.exits import honest_exit
+
+_POLL_SECONDS = 0.5
+
+
+def main() -> None:
+    """Do the pickled job in the file; the launcher shows a failure, so this process only exits with its code."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="parent", daemon=True).start()
+    with honest_exit("interrupted"):
+        job = pickle.loads(Path(sys.argv[1]).read_bytes())
+        gc.freeze()
+        try:
+            job()
+        except DpoRunnerError as error:
+            sys.exit(error.exit_code)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

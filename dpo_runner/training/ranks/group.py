@@ -1,0 +1,248 @@
+"""The processes that train one run together, and what they exchange.
+
+Each process runs TRL's trainer as a single process does: the same batches in the same order, the same optimizer steps,
+the same weights. Only work is divided: the pairs of a step, the batches of an evaluation, the prompts to answer, and
+the rows that the reference scores. accelerate and transformers see one process, so nothing of theirs wraps the model,
+splits batches or gathers metrics; gradients are summed over the processes before each optimizer step.
+
+Outside a group every function here acts as in a group of one.
+"""
+
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpo_runner.config.run_conf import RunConf
+from dpo_runner.errors import ConfigError
+from dpo_runner.io.processes import list_gpus
+
+LAUNCHER = "DPO_RUNNER_LAUNCHER"
+"""Environment variable: the process id of the run that started this process with `launch.processes`."""
+
+_HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables that tell accelerate of other processes."""
+
+_FOREVER = timedelta(days=30)
+"""Other processes wait that long for the first one's data preparation; failures end the wait earlier."""
+
+_AT_ONCE = 2**25  # gradient values that are summed at a time
+
+Value = TypeVar("Value")
+
+_stores: Any = dist  # torch's stubs lack the stores
+TCPStore, PrefixStore = _stores.TCPStore, _stores.PrefixStore
+
+
+@dataclass
+class _Group:
+    """This process's place among `count` processes, and the store that they share.
+
+    Attributes:
+        store: torch's key-value store, served by the launcher or by the first process.
+        prefix: of our keys; torchrun keeps its store when it starts the processes again.
+        turn: number of values shared so far.
+    """
+
+    rank: int
+    count: int
+    store: Any
+    prefix: str
+    turn: int = 0
+
+
+_group: _Group | None = None
+
+
+def join_group(conf: RunConf) -> RunConf:
+    """Join the processes that a launcher started for this run, if there are any.
+
+    Launchers (torchrun, srun scripts, Ray, `launch.processes`) set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT. The process takes the GPU numbered LOCAL_RANK of those that it may use.
+
+    Returns:
+        The configuration, with `launch.processes` set to the number of processes.
+
+    Raises:
+        ConfigError: the processes, or their engine, are other than the run can use.
+    """
+    global _group
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if _group is None and count > 1:
+        _check_environment(conf, count)
+        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        use_cpu = conf.training.use_cpu or not _take_gpu(local)
+        if dist.is_initialized():  # by Ray Train
+            store = _open_store(rank)
+        else:
+            timeout = timedelta(seconds=conf.training.ddp_timeout)
+            dist.init_process_group("gloo" if use_cpu else "cpu:gloo,cuda:nccl", timeout=timeout)
+            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store.set_timeout(_FOREVER)
+        _group = _Group(rank, count, store, f"dpo_runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        for name in _HIDDEN:
+            os.environ.pop(name, None)
+    return conf if _group is None else replace(conf, launch=replace(conf.launch, processes=_group.count))
+
+
+def _check_environment(conf: RunConf, count: int) -> None:
+    if conf.launch.processes not in (None, 1, "auto", count):
+        raise ConfigError(
+            f"`launch.processes={conf.launch.processes}`: a launcher has started {count} processes; leave it out"
+        )
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise ConfigError(
+                f"{name}={os.environ[name]}: several processes share the work of a step, and each holds the whole "
+                "model; start them with launch.processes=N, torchrun, or accelerate launch --multi_gpu"
+            )
+
+
+def _take_gpu(local: int) -> bool:
+    """Make one GPU visible to this process, unless the launcher has done so; return whether there is one."""
+    if len(gpus := list_gpus()) > 1:
+        if local >= len(gpus):
+            raise ConfigError(f"LOCAL_RANK={local}: there are {len(gpus)} GPUs; start one process for each of them")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]
+    return torch.cuda.is_available()
+
+
+def _open_store(rank: int) -> Any:
+    """Return a store of our own, served by the first process of an existing group."""
+    host = socket.gethostname()
+    served = TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    address: list[Any] = [(host, served.port) if served is not None else None]
+    dist.broadcast_object_list(address)
+    return served or TCPStore(*address[0], is_master=False)
+
+
+def rank() -> int:
+    """Return this process's number; 0 for the first."""
+    return 0 if _group is None else _group.rank
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return 1 if _group is None else _group.count
+
+
+def is_first() -> bool:
+    """Return whether this process writes the run directory and talks to the terminal and W&B."""
+    return rank() == 0
+
+
+def is_launched() -> bool:
+    """Return whether a run with `launch.processes` has started this process, and shown its plan."""
+    return LAUNCHER in os.environ
+
+
+def open_store() -> Any:
+    """Return another connection to the processes' store, for another thread."""
+    assert _group is not None
+    store = PrefixStore(_group.prefix, _group.store.clone())
+    store.set_timeout(timedelta(seconds=10))
+    return store
+
+
+def share(value: Value) -> Value:
+    """Return the first process's value; the others wait for it without a limit."""
+    if _group is None:
+        return value
+    key, _group.turn = f"{_group.prefix}/{_group.turn}", _group.turn + 1
+    if _group.rank == 0:
+        _group.store.set(key, pickle.dumps(value))
+        return value
+    received: Value = pickle.loads(_group.store.get(key))
+    return received
+
+
+def do_first(act: Callable[[], Value]) -> Value:
+    """Let the first process act, and return what it returns; the others wait."""
+    return share(act() if is_first() else None)  # type: ignore[return-value]
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Let the first process run this block before the others, which then find its caches."""
+    if not is_first():
+        share(None)
+    yield
+    if is_first():
+        share(None)
+
+
+def gather(value: Value) -> list[Value]:
+    """Return each process's value, in their order."""
+    if _group is None:
+        return [value]
+    values: list[Any] = [None] * _group.count
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Sum the gradients of trained weights over all processes, in place; a missing one counts as 0.
+
+    A weight without a gradient in any process, such as an idle expert's, keeps none.
+    """
+    if _group is None:
+        return
+    device = weights[0].device
+    held = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.float32, device=device)
+    dist.all_reduce(held)
+    reached = [weight for weight, processes in zip(weights, held.tolist(), strict=True) if processes]
+    for weight in reached:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    some: list[torch.Tensor] = []
+    for weight in reached:
+        assert weight.grad is not None
+        some.append(weight.grad)
+        if weight is reached[-1] or sum(grad.numel() for grad in some) >= _AT_ONCE:
+            _sum(some)
+            some = []
+
+
+def _sum(tensors: list[torch.Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def seed_process(seed: int, step: int) -> None:
+    """Give processes other than the first dropout of their own, the same after a resume as without an interruption.
+
+    The first process draws what a single process draws. The others are seeded anew at each step.
+
+    Args:
+        seed: the run's.
+        step: optimizer steps done.
+    """
+    if rank():
+        torch.manual_seed(hash((seed, rank(), step)) % 2**32)
+
+
+def deal(sizes: Sequence[int]) -> list[int]:
+    """Deal work out to the processes: the largest first, each to the process that has least.
+
+    Args:
+        sizes: the size of each piece of work.
+
+    Returns:
+        Each piece's process.
+    """
+    loads, owners = [0] * count(), [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner = min(range(count()), key=loads.__getitem__)
+        loads[owner] += sizes[index]
+        owners[index] = owner
+    return owners
