@@ -1,6 +1,7 @@
 """Checks before a run directory is written to or continued, and the progress saved in checkpoints."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_runner.config.keys import REMOVED_KEYS, Effect, effect_of, split_removed
+from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf, config_keys
-from dpo_runner.errors import ConfigError, RunBusy
+from dpo_runner.errors import ConfigError, RunBusy, RunInterrupted
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.checkpoints import find_last_checkpoint
 from dpo_runner.records.directory import EVENT_KINDS
@@ -22,6 +24,9 @@ _FIRST = (LOCK_FILE, "run.log", "config.yaml", "overrides.yaml")
 """Files written before status.json, next to an empty checkpoints/."""
 
 
+_SHARES = ("training.gradient_accumulation_steps", "launch.processes")
+"""Keys whose product is the number of a step's batches: a run may be continued by another number of processes."""
+
 _CANNOT_TELL = f"the run cannot be continued without it: {PUT_BACK}"
 
 _MOVABLE = ("model.base",)
@@ -33,6 +38,13 @@ _FILES = {
     "model.reference": "model.reference",
 }
 """Keys of environment.json with digests of files, and the keys that name the files. Older runs lack them."""
+
+
+def interrupted(run_dir: Path, signal_number: int) -> RunInterrupted:
+    """Return the error of a run that a signal has stopped, with the way to continue it."""
+    return RunInterrupted(
+        f"interrupted; continue with the same command and {write_override('run_dir', run_dir)}", signal_number
+    )
 
 
 def read_epoch(checkpoint: Path) -> float:
@@ -114,8 +126,16 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and (effect_of(key) is Effect.COMPUTES or key in fixed)
+        if key not in _SHARES
         if key in before or now[key] not in (None, [], {})  # a key that older versions lack
     ]
+    steps = [math.prod(each.get(key) or 1 for key in _SHARES) for each in (before, now)]
+    if steps[0] != steps[1]:
+        pairs = [step * conf.training.per_device_train_batch_size for step in steps]
+        mistakes.append(
+            f"`training.gradient_accumulation_steps={now[_SHARES[0]]}`: makes {pairs[1]} pairs a step, and the run in "
+            f"{run_dir} has {pairs[0]}; keep the product with launch.processes, or use another run_dir"
+        )
     if mistakes:
         raise ConfigError(mistakes)
     if status["state"] != "finished":  # fail on a damaged file before the slow model load

@@ -13,17 +13,23 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of, mark_ties
-from dpo_runner.config.overrides import write_override
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
-from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, describe_failure
+from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunPruned, describe_failure
 from dpo_runner.io.console import RunConsole
 from dpo_runner.io.logs import route_library_logs
 from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.records.checkpoints import open_last_checkpoint, read_step
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_status, read_summary
-from dpo_runner.records.resume import check_continuable, check_free, check_same_inputs, check_unused, read_logged
+from dpo_runner.records.resume import (
+    check_continuable,
+    check_free,
+    check_same_inputs,
+    check_unused,
+    interrupted,
+    read_logged,
+)
 from dpo_runner.records.tracking import Tracker, track
 from dpo_runner.training.callbacks.agreement import AgreementCheck
 from dpo_runner.training.callbacks.events import RunEvents
@@ -251,10 +257,7 @@ def _recorded(
             console.stop_training()
             number = error.args[0] if error.args else signal.SIGINT
             directory.write_last_status("interrupted", error=signal.Signals(number).name)
-            raise RunInterrupted(
-                f"interrupted; continue with the same command and {write_override('run_dir', directory.path)}",
-                signal_number=number,
-            ) from None
+            raise interrupted(directory.path, number) from None
         except RunPruned as error:
             console.stop_training()
             console.say(str(error))

@@ -25,8 +25,8 @@ from dpo_runner.training.memory.device import (
     format_bytes,
     is_out_of_memory,
 )
-from dpo_runner.training.ranks.group import count
-from dpo_runner.training.ranks.launch import count_processes, launch
+from dpo_runner.training.ranks.group import count, count_processes
+from dpo_runner.training.ranks.launch import launch
 
 if TYPE_CHECKING:
     from dpo_runner.model.blueprint import Blueprint

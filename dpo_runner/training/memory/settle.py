@@ -27,7 +27,7 @@ from dpo_runner.training.engine.packed.forward import is_certain
 from dpo_runner.training.engine.precision import has_bf16
 from dpo_runner.training.memory.device import Device
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
-from dpo_runner.training.ranks.launch import count_processes
+from dpo_runner.training.ranks.group import count_processes
 
 _BYTES_PER_WEIGHT = 20
 """Weight, gradient, Adam's two moments and the reference's copy, in fp32."""

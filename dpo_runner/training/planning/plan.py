@@ -22,7 +22,7 @@ from dpo_runner.model.vocabulary import describe_padding
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled
-from dpo_runner.training.ranks.launch import count_processes
+from dpo_runner.training.ranks.group import count_processes
 from dpo_runner.training.trainer import count_steps
 
 

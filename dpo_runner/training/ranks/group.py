@@ -62,7 +62,7 @@ _group: _Group | None = None
 
 
 def join_group(conf: RunConf) -> RunConf:
-    """Join the processes that a launcher started for this run, if there are any.
+    """Join the processes that a launcher started for this run, if there are any, and settle their number.
 
     Launchers (torchrun, srun scripts, Ray, `launch.processes`) set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT. The process takes the GPU numbered LOCAL_RANK of those that it may use.
@@ -71,7 +71,7 @@ def join_group(conf: RunConf) -> RunConf:
         The configuration, with `launch.processes` set to the number of processes.
 
     Raises:
-        ConfigError: the processes, or their engine, are other than the run can use.
+        ConfigError: there are fewer GPUs, or the launcher asks for something else.
     """
     global _group
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,7 +89,26 @@ def join_group(conf: RunConf) -> RunConf:
         _group = _Group(rank, count, store, f"dpo_runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
         for name in _HIDDEN:
             os.environ.pop(name, None)
-    return conf if _group is None else replace(conf, launch=replace(conf.launch, processes=_group.count))
+    processes = _choose_count(conf) if _group is None else _group.count
+    if processes == (conf.launch.processes or 1):
+        return conf
+    return replace(conf, launch=replace(conf.launch, processes=processes))
+
+
+def _choose_count(conf: RunConf) -> int:
+    gpus = [] if conf.training.use_cpu else list_gpus()
+    processes = conf.launch.processes or 1
+    if processes == "auto":
+        return max(len(gpus), 1)
+    assert isinstance(processes, int)
+    if processes > len(gpus) > 0:
+        raise ConfigError(f"`launch.processes={processes}`: there are {len(gpus)} GPUs; use at most that many, or auto")
+    return processes
+
+
+def count_processes(conf: RunConf) -> int:
+    """Return the number of processes of a run, from a configuration that `join_group` has returned."""
+    return conf.launch.processes if isinstance(conf.launch.processes, int) else 1
 
 
 def _check_environment(conf: RunConf, count: int) -> None:

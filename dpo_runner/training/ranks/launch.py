@@ -20,10 +20,10 @@ from typing import Any
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted, reason_of
 from dpo_runner.io.interrupts import SIGNALS
-from dpo_runner.io.processes import list_gpus
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
-from dpo_runner.training.ranks.group import LAUNCHER, PrefixStore, TCPStore, count, is_launched
+from dpo_runner.records.resume import interrupted
+from dpo_runner.training.ranks.group import LAUNCHER, PrefixStore, TCPStore, count, count_processes
 from dpo_runner.training.ranks.watch import FAILED, find_failure, post
 
 _POLL_SECONDS = 0.1
@@ -33,27 +33,9 @@ _FAILED_SECONDS = 20
 """Time that they have after a failure, in which they write only their records."""
 
 
-def count_processes(conf: RunConf) -> int:
-    """Return the number of processes that train a run.
-
-    Raises:
-        ConfigError: there are fewer GPUs.
-    """
-    if count() > 1:
-        return count()
-    gpus = [] if conf.training.use_cpu else list_gpus()
-    processes = conf.launch.processes or 1
-    if processes == "auto":
-        return max(len(gpus), 1)
-    assert isinstance(processes, int)
-    if gpus and processes > len(gpus):
-        raise ConfigError(f"`launch.processes={processes}`: there are {len(gpus)} GPUs; use at most that many, or auto")
-    return processes
-
-
 def starts_processes(conf: RunConf) -> bool:
     """Return whether this process is to start the run's processes, rather than to train."""
-    return count() == 1 and not is_launched() and count_processes(conf) > 1
+    return count() == 1 and count_processes(conf) > 1
 
 
 def launch(job: Callable[[], Any], processes: int, path: Path) -> None:
@@ -140,8 +122,7 @@ def _passing_on(processes: "list[subprocess.Popen[bytes]]") -> Iterator[list[int
 def _wait(processes: "list[subprocess.Popen[bytes]]", store: Any, received: list[int]) -> None:
     """Wait until all processes have ended, or the time is over that they have after the first one."""
     until = None
-    while any(process.poll() is None for process in processes):
-        codes = [process.returncode for process in processes]
+    while None in (codes := [process.poll() for process in processes]):
         for number, code in enumerate(codes):
             if code is not None and code < 0 and not received and not store.check([FAILED]):
                 post(store, RunError(_describe_kill(number, code)))
@@ -172,4 +153,4 @@ def _raise_failure(processes: "list[subprocess.Popen[bytes]]", store: Any, recei
     if (status := read_status(path)) is not None and status["state"] == "running":
         end = {"state": "interrupted" if isinstance(failure, RunInterrupted) else "failed", "error": str(failure)}
         update_status(path, **end)
-    raise failure
+    raise interrupted(path, failure.exit_code - 128) if isinstance(failure, RunInterrupted) else failure

@@ -1,0 +1,177 @@
+"""Several processes train what one trains, and all end as one does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_runner import load_conf, run
+from dpo_runner.errors import ConfigError
+from dpo_runner.records.reading import read_metrics, read_status, read_summary
+from tests.support.common import make_tiny_run, write_pairs
+
+ROOT = Path(__file__).parents[3]
+TIMES = ("time", "runtime", "per_second")
+
+
+def overrides_of(pairs: str) -> list[str]:
+    """Overrides of a run in fp32 whose last step of an epoch is short: 22 rows, 12 pairs a step."""
+    steps = ["training.max_steps=6", "training.save_steps=3", "training.eval_steps=3", "training.bf16=false"]
+    return [*make_tiny_run(pairs), *steps, "training.learning_rate=1e-3", "samples.num_prompts=9"]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def distance(one: Path, other: Path) -> float:
+    """Return the relative distance of two runs' adapters."""
+    a, b = read_weights(one), read_weights(other)
+    difference = sum(float((a[name] - b[name]).double().square().sum()) for name in a)
+    return (difference / sum(float(weight.double().square().sum()) for weight in a.values())) ** 0.5
+
+
+def figures_of(folder: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in event.items() if not key.endswith(TIMES)} for event in read_metrics(folder)]
+
+
+def check_same(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    assert distance(one, other) <= tolerance
+    for event, expected in zip(figures_of(one), figures_of(other), strict=True):
+        assert event == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    before, after = read_summary(one), read_summary(other)
+    for part in ("before", "after"):
+        assert before[part] == pytest.approx(after[part], rel=tolerance, abs=tolerance)
+
+
+def check_bits(one: Path, other: Path) -> None:
+    for name in ("adapter/adapter_model.safetensors", "samples.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert figures_of(one) == figures_of(other)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run by one process and by two, and its data."""
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = overrides_of(write_pairs(folder))
+    run(load_conf([*overrides, f"run_dir={folder}/one", "training.gradient_accumulation_steps=6"]))
+    run(
+        load_conf([*overrides, f"run_dir={folder}/two", "training.gradient_accumulation_steps=3", "launch.processes=2"])
+    )
+    return folder
+
+
+def test_two_processes_train_evaluate_and_answer_as_one(runs: Path) -> None:
+    check_same(runs / "two", runs / "one")
+    status = read_status(runs / "two")
+    assert status is not None and status["state"] == "finished" and len(status["processes"]) == 2
+    assert not list((runs / "two").glob("ranks/*.stacks"))
+
+
+def start(runs: Path, *further: str, program: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start the run of two processes as a command, or another program's, in its own process group."""
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3", *further]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, "-m", "dpo_runner", *overrides]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def find_processes(run_dir: Path) -> list[int]:
+    status = read_status(run_dir)
+    assert status is not None
+    return [each["pid"] for each in status["processes"]]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def check_gone(pids: list[int]) -> None:
+    until = time.monotonic() + 10
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_launcher_gives_the_same_run(runs: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713")
+    process = start(runs, f"run_dir={tmp_path}/r", program=launcher)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert output.count("step-0 check") == 1 and "2 processes" in output
+    check_bits(tmp_path / "r", runs / "two")
+
+
+def test_kills_and_signals_end_all_processes_and_change_nothing(runs: Path, tmp_path: Path) -> None:
+    again = ("launch.processes=2", f"run_dir={tmp_path}/r")
+
+    process = start(runs, *again)
+    wait_for(tmp_path / "r/checkpoints/checkpoint-3", process)
+    pids = find_processes(tmp_path / "r")
+    os.kill(pids[1], signal.SIGKILL)
+    output = process.communicate()[0]
+    assert process.returncode == 137, output
+    assert "error: process 1 was killed by SIGKILL; the same command continues the run" in output
+    check_gone(pids)
+    status = read_status(tmp_path / "r")
+    assert status is not None and status["state"] == "failed" and "killed by SIGKILL" in status["error"]
+
+    process = start(runs, *again)
+    line = ""
+    while "continuing from" not in line:
+        line = process.stdout.readline()
+    pids = find_processes(tmp_path / "r")
+    os.kill(pids[1], signal.SIGTERM)  # to one of them alone
+    output = process.communicate()[0]
+    assert process.returncode == 143, output
+    assert "interrupted; continue with the same command" in output
+    check_gone(pids)
+
+    process = start(runs, *again)
+    while "loading the model" not in line:
+        line = process.stdout.readline()
+    process.kill()  # the parent
+    process.wait()
+    until = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", "ranks.child"], check=False, capture_output=True).stdout:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+    process = start(runs, *again)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    check_bits(tmp_path / "r", runs / "two")
+
+
+def test_another_number_of_processes_continues_a_run_with_as_many_pairs_a_step(runs: Path, tmp_path: Path) -> None:
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), f"run_dir={tmp_path}/r"]
+    shutil.copytree(runs / "two", tmp_path / "r")
+    for name in ("summary.json", "adapter", "checkpoints/checkpoint-6"):
+        path = tmp_path / "r" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    (tmp_path / "r" / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    with pytest.raises(ConfigError, match=r"6 pairs a step, and the run in .* has 12"):
+        run(load_conf([*overrides, "training.gradient_accumulation_steps=3"]))
+    run(load_conf([*overrides, "training.gradient_accumulation_steps=6"]))
+    check_same(tmp_path / "r", runs / "one")
