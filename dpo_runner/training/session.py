@@ -35,8 +35,8 @@ from dpo_runner.training.callbacks.agreement import AgreementCheck
 from dpo_runner.training.callbacks.events import RunEvents
 from dpo_runner.training.callbacks.movement import MovementCheck
 from dpo_runner.training.callbacks.stopping import Stopping
-from dpo_runner.training.ranks.group import count, do_first, gather, is_first, rank
-from dpo_runner.training.ranks.watch import ending_by_itself, write_into
+from dpo_runner.training.ranks.group import count, do_first, gather, is_first, rank, share
+from dpo_runner.training.ranks.watch import write_into
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,9 @@ class Session:
     def callbacks(self) -> list[TrainerCallback]:
         """The trainer's callbacks: log events, movement check, the caller's callbacks, signal handling."""
         checks = self._conf.checks
-        events = [self._events] if is_first() else []
         movement = [MovementCheck(checks.on_nonfinite == "skip_batch")] if checks.step0 else []
-        agreement = [AgreementCheck()] if count() > 1 else []
-        return [*events, *movement, *agreement, *self._further, self._stopping]
+        own = [*([self._events] if is_first() else []), *movement, *([AgreementCheck()] if count() > 1 else [])]
+        return [*own, *self._further, self._stopping]
 
     def open_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint, from which training continues, or None.
@@ -213,7 +212,8 @@ def open_session(
         if do_first(lambda: _is_finished(path, conf, console)):
             yield None
             return
-        records = do_first(lambda: _read_out_of_memory(path, conf))
+        records: list[Record] = share((read_status(path) or {}).get("out_of_memory", []))
+        records = records if conf.checks.on_out_of_memory == "smaller_batch" else []
         details = {"out_of_memory": records} if records else {}
         write_into(path / "ranks", lambda reason: directory.write_last_status("failed", error=reason))
         recorded = _recorded(directory, conf, overrides, console, stopping, details)
@@ -227,8 +227,8 @@ def open_session(
 
 @contextmanager
 def _logged(folder: Path, stopping: Stopping, console: RunConsole) -> Iterator[Tracker]:
-    """Keep the log of a process that is not the first, and so writes nothing else."""
-    with route_library_logs(folder / f"{rank()}.log"), stopping.on_signals(), ending_by_itself():
+    """Keep the log of a process other than the first, which writes nothing else."""
+    with route_library_logs(folder / f"{rank()}.log"), stopping.on_signals(), stopping.ending_right():
         yield Tracker(None, console.warn, None)
 
 
@@ -251,7 +251,7 @@ def _recorded(
         directory.write_status("running", **details)
         directory.start_heartbeat()
         try:
-            with track(conf, directory, console.warn) as tracker, ending_by_itself():
+            with track(conf, directory, console.warn) as tracker, stopping.ending_right():
                 yield tracker
         except KeyboardInterrupt as error:
             console.stop_training()
@@ -297,10 +297,3 @@ def _is_finished(path: Path, conf: RunConf, console: RunConsole) -> bool:
         return False
     console.say(f"{path} is finished; its results are in {path / 'summary.json'}")
     return True
-
-
-def _read_out_of_memory(path: Path, conf: RunConf) -> list[Record]:
-    """Return the out-of-memory records of an interrupted run that continued with smaller batches."""
-    if conf.checks.on_out_of_memory != "smaller_batch":
-        return []
-    return list((read_status(path) or {}).get("out_of_memory", []))

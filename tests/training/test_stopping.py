@@ -55,6 +55,18 @@ def test_in_the_training_the_step_ends_and_is_saved_first(number: int, capfd: py
     assert caught.value.args == (number,)
 
 
+def test_what_torch_makes_of_a_signal_is_an_interruption_still() -> None:
+    stopping = Stopping()
+    with stopping.on_signals(), pytest.raises(KeyboardInterrupt) as caught, stopping.ending_right():
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+    assert caught.value.args == (signal.SIGTERM,)
+    with pytest.raises(ValueError, match="a fault"), Stopping().ending_right():
+        raise ValueError("a fault")
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_outside_the_training_ends_the_run_where_it_stands(number: int) -> None:
     with Stopping().on_signals(), pytest.raises(KeyboardInterrupt) as caught:

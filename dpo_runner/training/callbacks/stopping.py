@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dpo_runner.errors import DpoRunnerError
 from dpo_runner.io.interrupts import SIGNALS, handles_ctrl_c
 from dpo_runner.training.mixins.saving import EvaluationCut
 from dpo_runner.training.ranks.group import count, gather
-from dpo_runner.training.ranks.watch import note_progress
+from dpo_runner.training.ranks.watch import ending_by_itself, note_progress
 
 _NOTICE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
@@ -49,6 +50,17 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
             if self._signal is not None and handles_ctrl_c():  # the exit code is that of the first signal
                 for number in SIGNALS[1:]:
                     signal.signal(number, signal.SIG_IGN)
+
+    @contextmanager
+    def ending_right(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt for what torch's C++ code makes of one; see also `ending_by_itself`."""
+        with ending_by_itself():
+            try:
+                yield
+            except Exception as error:
+                if self._signal is None or self._training or isinstance(error, DpoRunnerError):
+                    raise
+                raise KeyboardInterrupt(self._signal) from error
 
     def _heed(self, number: int, frame: Any) -> None:
         is_first = self._signal is None

@@ -61,17 +61,16 @@ class _Watch(threading.Thread):
                 self._end(failure)
 
     def _give_up(self) -> DpoRunnerError:
-        where = ""
-        if self.folder is not None:
-            file = self.folder / f"{rank()}.stacks"
-            with file.open("w") as stream:
-                faulthandler.dump_traceback(stream)
-            where = f"; {self.folder} has each process's stack"
+        where = "" if self.folder is None else f"; {self.folder} has each process's stack"
         error = RunError(f"no step for {self._minutes:g} minutes (launch.timeout){where}")
         post(self.store, error)
         return error
 
     def _end(self, failure: DpoRunnerError) -> None:
+        """End this process, which has not ended by itself, and leave a note of where it was."""
+        if self.folder is not None:
+            with (self.folder / f"{rank()}.stacks").open("w") as stream:
+                faulthandler.dump_traceback(stream)
         if is_first():
             self.note_end(describe_failure(failure))
             if not is_launched():

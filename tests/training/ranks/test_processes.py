@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_runner import load_conf, run
-from dpo_runner.errors import ConfigError
+from dpo_runner.data.preferences import load_preferences
+from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
+from dpo_runner.training.engine.token_batches import TokenBatches
+from dpo_runner.training.memory.retry import launch_attempts
+from dpo_runner.training.memory.settle import settle
+from dpo_runner.training.ranks.launch import launch
 from tests.support.common import make_tiny_run, write_pairs
+from tests.support.ranks import train
+from tests.support.trainers import build
 
 ROOT = Path(__file__).parents[3]
 TIMES = ("time", "runtime", "per_second")
@@ -175,3 +185,105 @@ def test_another_number_of_processes_continues_a_run_with_as_many_pairs_a_step(r
         run(load_conf([*overrides, "training.gradient_accumulation_steps=3"]))
     run(load_conf([*overrides, "training.gradient_accumulation_steps=6"]))
     check_same(tmp_path / "r", runs / "one")
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes import the tests' support."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.usefixtures("importable")
+def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path) -> None:
+    """TRL's batches, all weights, and a bad row of one process, whose step all skip."""
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "samples.num_prompts=0", "training.save_strategy=no"]
+    variants = {
+        "trl": ["engine.shared_prefix=false", "training.loss_type=[sigmoid,sft]", "engine.reference_store=false"],
+        "all": ["lora=none", "training.learning_rate=1e-5"],
+        "bad": ["checks.on_nonfinite=skip_batch", "checks.max_skipped_batches=9"],
+    }
+    row = build(overrides, tmp_path / "unused").train_dataset[7]
+    bad_row = [*row["prompt_ids"], *row["chosen_ids"]]
+    confs = {
+        (name, count): load_conf(
+            [
+                *(*overrides, *variants[name], f"run_dir={tmp_path}/{name}-{count}", f"launch.processes={count}"),
+                f"training.gradient_accumulation_steps={6 // count}",
+            ]
+        )
+        for name in variants
+        for count in (1, 2)
+    }
+    two = [confs[name, 2] for name in variants]
+    launch(partial(train, two, None, bad_row), 2, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenBatches, "compute_loss", TokenBatches.compute_loss)  # undone at the end
+        train([confs[name, 1] for name in variants], None, bad_row)
+    for name in variants:
+        one, other = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
+        assert figures_of(one)
+        for event, expected in zip(figures_of(other), figures_of(one), strict=True):
+            assert event == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert distance(tmp_path / "bad-2", tmp_path / "bad-1") < 1e-5
+    dumps = [json.loads(next((tmp_path / f"bad-{count}/nonfinite").iterdir()).read_text()) for count in (1, 2)]
+    assert dumps[0]["pairs"][0].keys() == dumps[1]["pairs"][0].keys()
+    assert [pair["row"] for pair in dumps[0]["pairs"] if not pair["finite"]] == [7]
+    assert [pair["source"] for pair in dumps[0]["pairs"]] == [pair["source"] for pair in dumps[1]["pairs"]]
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("gradients stay apart", "after step 2 process 1 has other weights than process 0"),
+        ("an error", "process 1: ValueError: a fault of one process"),
+        ("a hang", r"no step for 0.1 minutes \(launch.timeout\); .*/ranks has each process's stack"),
+    ],
+)
+def test_a_fault_of_one_process_ends_all_with_one_line(runs: Path, tmp_path: Path, fault: str, told: str) -> None:
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
+    conf = load_conf([*overrides, f"run_dir={tmp_path}/r", "launch.processes=2", "launch.timeout=0.1"])
+    with pytest.raises(RunError, match=told):
+        launch(partial(train, [conf], fault), 2, tmp_path / "r")
+    status = read_status(tmp_path / "r")
+    assert status is not None and status["state"] == "failed"
+    check_gone([each["pid"] for each in status["processes"]])
+    assert bool(list((tmp_path / "r").glob("ranks/1.stacks"))) == (fault == "a hang")
+
+
+@pytest.mark.usefixtures("importable")
+def test_too_little_memory_in_one_process_starts_all_again_with_smaller_batches(runs: Path, tmp_path: Path) -> None:
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
+    retry = ["checks.on_out_of_memory=smaller_batch", "launch.processes=2", f"run_dir={tmp_path}/r"]
+    conf = load_conf([*overrides, *retry])
+    blueprint = draw_blueprint(conf)
+    data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin)
+    settled = settle(conf, blueprint, data.shape(), tmp_path / "r/checkpoints")
+    warnings: list[str] = []
+    launch_attempts(partial(train, [conf], "too little memory"), settled, tmp_path / "r", warnings.append)
+    assert "starting again with engine.max_tokens_per_micro_batch=" in warnings[0]
+    assert read_summary(tmp_path / "r")["out_of_memory"]
+    check_same(tmp_path / "r", runs / "one")
+
+
+@pytest.mark.usefixtures("importable")
+def test_each_process_has_a_dropout_of_its_own(runs: Path, tmp_path: Path) -> None:
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
+    conf = load_conf([*overrides, "lora.lora_dropout=0.1", "launch.processes=2", f"run_dir={tmp_path}/r"])
+    launch(partial(train, [conf], draws=tmp_path), 2, tmp_path / "r")
+    draws = [json.loads((tmp_path / f"draws-{number}.json").read_text()) for number in (0, 1)]
+    assert len(set(draws[0] + draws[1])) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["launch.processes=x"], "`launch.processes=x`: must be a number, or auto"),
+        (["launch.processes=0"], "`launch.processes=0`: must be at least 1"),
+        (["launch.processes=2", "training.fsdp=full_shard"], "`training.fsdp=full_shard`: with launch.processes"),
+        (["launch.processes=2", "model.device_map=auto"], "`model.device_map=auto`: each of launch.processes has one"),
+    ],
+)
+def test_what_processes_cannot_do_is_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_conf(overrides)
