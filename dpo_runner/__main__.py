@@ -69,6 +69,8 @@ def _run_with_hydra() -> None:
 
     sys.argv[1:] = expand_overrides(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv) or any(text.startswith("sweep=") for text in sys.argv):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("a sweep starts its own workers; use launch.processes=N in it instead of a launcher")
         sys.argv[1:] = complete_sweep(defer_sections(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     register_plugins()

@@ -80,10 +80,10 @@ def perform(
 
 
 def choose_loader(conf: RunConf, bases: "BasePool | None") -> "LoadBase":
-    """Return what loads the base model of a job: the pool, if `engine.keep_base_model` allows it."""
+    """Return what loads the base model of a job: the pool, if `engine.keep_base_model` and `launch` allow it."""
     from dpo_runner.model.policy import load_fresh
 
-    if bases is not None and conf.engine.keep_base_model:
+    if bases is not None and conf.engine.keep_base_model and conf.launch.processes in (None, 1):
         return bases.load
     if bases is not None:
         bases.clear()

@@ -30,7 +30,7 @@ from dpo_runner.sweep.directory import (
     read_progress,
     resolve_sweep_dir,
 )
-from dpo_runner.sweep.jobs import read_labels, write_place
+from dpo_runner.sweep.jobs import count_processes, read_labels, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.points import Point, build_points
 from dpo_runner.sweep.screen import SweepScreen, list_failures
@@ -189,12 +189,11 @@ class OptunaSweeper(GridSweeper):
 
         search = Search(path, space, sweep, config_dir)
         with search.alive():
-            self._run(search, path, sweep, config_dir, handle)
+            count = count_workers(sweep.workers, count_processes([corner]))
+            self._run(search, path, count, config_dir, handle)
         return _report_outcome(search, path, corner, screen)
 
-    def _run(self, search: "Search", path: Path, sweep: SweepConf, config_dir: str | None, handle: int) -> None:
-        count = count_workers(sweep.workers)
-
+    def _run(self, search: "Search", path: Path, count: int, config_dir: str | None, handle: int) -> None:
         def follow(name: str, goes_on: bool) -> list[list[str]]:
             search.settle(name)
             jobs = search.take(1) if goes_on else []

@@ -134,15 +134,18 @@ class WorkerPool:
     """Runs jobs on worker processes.
 
     Args:
-        count: the number of workers; None for one per GPU, or one on the CPU.
+        count: the number of workers; None for one per GPU, or group of GPUs, or one on the CPU.
         threads: the number of threads of each worker.
         log_dir: the folder for the workers' output outside of jobs.
         inherited: file descriptors that workers keep open until they end.
+        processes: the processes of a job (`launch.processes`), each with a GPU of its own.
     """
 
-    def __init__(self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = ()) -> None:
-        self._gpus = list_gpus()
-        self.count = count_workers(count)
+    def __init__(
+        self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = (), processes: int = 1
+    ) -> None:
+        self._gpus = group_gpus(processes)
+        self.count = count_workers(count, processes)
         self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
         self._workers: dict[int, Worker] = {}
         self._leaving: list[Worker] = []
@@ -264,6 +267,16 @@ class WorkerPool:
         self._workers, self._leaving = {}, []
 
 
-def count_workers(count: int | None) -> int:
-    """Return the number of workers for `sweep.workers`: null means one per GPU, or one on the CPU."""
-    return count or max(len(list_gpus()), 1)
+def count_workers(count: int | None, processes: int = 1) -> int:
+    """Return the number of workers for `sweep.workers`: null means one per group of GPUs, or one on the CPU."""
+    return count or max(len(group_gpus(processes)), 1)
+
+
+def group_gpus(processes: int) -> list[str]:
+    """Return values of CUDA_VISIBLE_DEVICES with one GPU for each process of a job; the GPUs that are over are unused.
+
+    Fewer GPUs than processes make one group, whose jobs say what is missing.
+    """
+    gpus = list_gpus()
+    size = min(processes, len(gpus))
+    return [",".join(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)] if gpus else []

@@ -24,7 +24,7 @@ from dpo_runner.sweep.directory import lock_sweep, read_job
 from dpo_runner.sweep.executor import perform
 from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
-from dpo_runner.sweep.workers import Worker, WorkerPool
+from dpo_runner.sweep.workers import Worker, WorkerPool, group_gpus
 from tests.support.gpus import LISTING, put_program
 
 
@@ -38,6 +38,9 @@ def test_there_is_a_worker_for_each_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     assert list_gpus() == ["MIG-cccc-3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert list_gpus() == ["3", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert WorkerPool(None, 1, tmp_path, processes=2).count == 2
+    assert group_gpus(2) == ["0,1", "2,3"] and group_gpus(9) == ["0,1,2,3,4"] and len(group_gpus(1)) == 5
     for nothing in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
         assert list_gpus() == [] and WorkerPool(None, 1, tmp_path).count == 1

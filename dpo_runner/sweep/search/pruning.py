@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import RunPruned
 from dpo_runner.sweep.search.study import id_of, open_trial
+from dpo_runner.training.ranks.group import do_first
 
 
 class Pruning(TrainerCallback):  # type: ignore[misc]
@@ -24,10 +25,14 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, run_dir: Path, search: SearchConf) -> None:
+        self._given = run_dir, search
         self._trial = open_trial(run_dir.parent, search, run_dir.name)
         self._reported = set(self._trial.storage.get_trial(id_of(self._trial)).intermediate_values)
         self._objective = search.objective
         self._training = False
+
+    def __reduce__(self) -> tuple[type["Pruning"], tuple[Path, SearchConf]]:
+        return Pruning, self._given  # each process of a run opens the study
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = True
@@ -42,10 +47,13 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
             RunPruned: the pruner stops the run.
         """
         step = state.global_step
-        if not self._training or self._objective not in logs or not state.is_world_process_zero:
+        if not self._training or self._objective not in logs:
             return
-        if step not in self._reported:  # a run resumed from a checkpoint repeats evaluations
-            self._trial.report(logs[self._objective], step)
-            self._reported.add(step)
-        if step < state.max_steps and self._trial.should_prune():
+        if do_first(lambda: self._is_given_up(logs[self._objective], step, state.max_steps)):
             raise RunPruned(step, state.max_steps)
+
+    def _is_given_up(self, value: float, step: int, steps: int) -> bool:
+        if step not in self._reported:  # a run resumed from a checkpoint repeats evaluations
+            self._trial.report(value, step)
+            self._reported.add(step)
+        return step < steps and bool(self._trial.should_prune())

@@ -275,6 +275,19 @@ def test_each_process_has_a_dropout_of_its_own(runs: Path, tmp_path: Path) -> No
     assert len(set(draws[0] + draws[1])) == 12
 
 
+def test_jobs_of_a_sweep_may_own_two_processes_each(runs: Path, tmp_path: Path) -> None:
+    """A search too: each process opens the study, and all end when it gives a run up."""
+    search = ["sweep.search.sampler=random", "sweep.search.trials=2", "sweep.search.pruner=median"]
+    pruning = ["sweep.search.startup_trials=1", "sweep.search.warmup_steps=0", "sweep.search.objective=eval_loss"]
+    axis = "training.learning_rate=choice(1e-3,1e-5)"
+    process = start(runs, "-m", "launch.processes=2", f"sweep.dir={tmp_path}/s", *search, *pruning, axis)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    states = [read_status(path) for path in sorted((tmp_path / "s").glob("[0-9]*"))]
+    assert sorted(status["state"] for status in states if status) == ["finished", "pruned"], output
+    assert all(len(status["processes"]) == 2 for status in states if status)
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
