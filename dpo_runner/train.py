@@ -114,8 +114,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     with watch_memory(LOADING):
         policy = load_policy(blueprint, load_base, session.say)
     checkpoint = session.open_checkpoint()
-    environment = do_first(lambda: collect_environment(conf.seed, data, blueprint, policy))
-    session.record_inputs(environment, data, checkpoint)
+    session.record_inputs(do_first(lambda: collect_environment(conf.seed, data, blueprint, policy)), data, checkpoint)
 
     # ---- Trainer: TRL's, with our mixins and engine
     with watch_memory(PREPARING):

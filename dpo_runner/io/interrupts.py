@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that end a run with a checkpoint: Ctrl-C, preemption by a scheduler, its advance warning (Slurm's
@@ -38,7 +39,12 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     try:
         os.write(2, b"error: interrupted\n")
     finally:
-        os._exit(128 + number)
+        exit_now(128 + number)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Exit the process from any thread, without waiting for the others."""
+    os._exit(code)
 
 
 def raise_once(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
+from dpo_runner.io.interrupts import end_at_once, exit_now, on_ctrl_c
 
 with on_ctrl_c(end_at_once):
     from dpo_runner.errors import DpoRunnerError
@@ -32,7 +32,7 @@ def main() -> None:
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
-    os._exit(1)
+    exit_now(1)
 
 
 if __name__ == "__main__":

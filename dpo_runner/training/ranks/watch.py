@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted, describe_failure
 from dpo_runner.io.exits import report
+from dpo_runner.io.interrupts import exit_now
 from dpo_runner.training.ranks.group import count, is_first, is_launched, join_group, open_store, rank
 
 FAILED = "failed"
@@ -75,7 +76,7 @@ class _Watch(threading.Thread):
             self.note_end(describe_failure(failure))
             if not is_launched():
                 report(failure)
-        os._exit(failure.exit_code)
+        exit_now(failure.exit_code)
 
     def stop(self) -> None:
         self._ended.set()

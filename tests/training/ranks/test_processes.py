@@ -280,7 +280,7 @@ def test_jobs_of_a_sweep_may_own_two_processes_each(runs: Path, tmp_path: Path) 
     search = ["sweep.search.sampler=random", "sweep.search.trials=2", "sweep.search.pruner=median"]
     pruning = ["sweep.search.startup_trials=1", "sweep.search.warmup_steps=0", "sweep.search.objective=eval_loss"]
     axis = "training.learning_rate=choice(1e-3,1e-5)"
-    process = start(runs, "-m", "launch.processes=2", f"sweep.dir={tmp_path}/s", *search, *pruning, axis)
+    process = start(runs, "launch.processes=2", f"sweep.dir={tmp_path}/s", *search, *pruning, axis, "-m")
     output = process.communicate()[0]
     assert process.returncode == 0, output
     states = [read_status(path) for path in sorted((tmp_path / "s").glob("[0-9]*"))]
