@@ -9,7 +9,7 @@ TORCH ?= 2.13.0
 FAST := $(addprefix tests/,config data io model records training commands sweep/test_search.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-demo test-oldest test-newest check format bench bench-data bench-memory check-gpu torture clean
+.PHONY: help setup demo test test-slow test-demo test-oldest test-newest check format bench bench-data bench-memory bench-processes check-gpu torture clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ bench: setup  ## measure training beside `trl dpo` and LLaMA-Factory, on an idle
 
 bench-data: setup  ## measure how fast and in how much memory a million rows are prepared (20 minutes, 4 GB of disk)
 	$(BIN)/python -m scripts.bench.data
+
+bench-processes: setup  ## measure two processes beside one, on the same job (10 minutes, 6 GB of memory)
+	$(BIN)/python -m scripts.bench.processes
 
 bench-memory: setup  ## measure the memory of training, and how near its estimate is (10 minutes, 13 GB of memory)
 	$(BIN)/python -m scripts.bench.memory

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dpo_runner.io.interrupts import SIGNALS
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
 
@@ -51,6 +53,7 @@ REAL = [
     "samples.max_new_tokens=8",
     "wandb=disabled",
 ]
+TWO = [*TINY, "launch.processes=2"]
 _OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second|preparation_time)$")
 _ATTEMPTS = 5
 
@@ -200,6 +203,14 @@ def kill(process: Any, number: int) -> int:
     return 128 + signal.SIGKILL
 
 
+def kill_one(process: Any, number: int) -> int:
+    """Kill a run's launcher, or in turn one of its processes, if they have started."""
+    children = psutil.Process(process.pid).children()
+    targets = [process, *(each for each in children if "dpo_runner.training.ranks.child" in each.cmdline())]
+    targets[number % len(targets)].kill()
+    return 128 + signal.SIGKILL
+
+
 def send_in_turn(process: Any, number: int) -> int:
     chosen = SIGNALS[number % len(SIGNALS)]
     with contextlib.suppress(ProcessLookupError):  # the process has just ended
@@ -212,6 +223,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=90, help="kill -9 on the tiny model")
     parser.add_argument("--real-kills", type=int, default=10, help="kill -9 on the default model")
     parser.add_argument("--signals", type=int, default=20, help=f"instants for each of {len(SIGNALS)} signals")
+    parser.add_argument("--process-kills", type=int, default=30, help="kill -9 on two processes and their launcher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where runs go; a temporary folder unless told otherwise")
     args = parser.parse_args()
@@ -219,6 +231,7 @@ def main() -> None:
     rows = [
         ("kill -9, tiny model", TINY, args.kills, kill),
         ("SIGINT, SIGTERM, SIGUSR1 and SIGHUP, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
+        ("kill -9 of a launcher or a process, tiny model", TWO, args.process_kills, kill_one),
         ("kill -9, default model", REAL, args.real_kills, kill),
     ]
     failed = False
