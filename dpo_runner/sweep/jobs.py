@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dpo_runner.config.compose import compose_point
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.io.processes import list_gpus
 from dpo_runner.sweep.directory import read_record
 from dpo_runner.sweep.points import ONLY_POINT, label_point
 
@@ -33,12 +32,6 @@ class Job:
     def path(self) -> Path:
         assert self.conf.run_dir is not None
         return Path(self.conf.run_dir)
-
-
-def count_processes(confs: Sequence[RunConf]) -> int:
-    """Return the largest number of processes of any of these configurations (`launch.processes`)."""
-    asked = [conf.launch.processes or 1 for conf in confs]
-    return max(max(len(list_gpus()), 1) if number == "auto" else int(number) for number in asked)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dpo_runner.config.overrides import write_override
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import RunError, RunInterrupted
 from dpo_runner.sweep.directory import DONE, read_job
-from dpo_runner.sweep.jobs import Job, Outcome, build_job, count_processes, read_labels, read_place
+from dpo_runner.sweep.jobs import Job, Outcome, build_job, read_labels, read_place
 from dpo_runner.sweep.screen import SweepScreen
-from dpo_runner.sweep.workers import WorkerPool
+from dpo_runner.sweep.workers import WorkerPool, group_gpus
 
 
 class WorkersLauncher(Launcher):  # type: ignore[misc]
@@ -54,8 +54,8 @@ class WorkersLauncher(Launcher):  # type: ignore[misc]
         """
         place = read_place(job_overrides[0])[0]
         jobs = self._build_jobs(job_overrides, place)
-        processes = count_processes([job.conf for job in jobs])
-        pool = WorkerPool(self._sweep.workers, self._sweep.threads_per_worker, place, self.inherited, processes)
+        gpus = group_gpus([job.conf for job in jobs])
+        pool = WorkerPool(self._sweep.workers, self._sweep.threads_per_worker, place, self.inherited, gpus)
         screen = SweepScreen(self.total or len(jobs), 0, min(pool.count, len(jobs)))
         queue = deque(jobs)
         outcomes: dict[Path, Outcome] = {}

@@ -30,12 +30,12 @@ from dpo_runner.sweep.directory import (
     read_progress,
     resolve_sweep_dir,
 )
-from dpo_runner.sweep.jobs import count_processes, read_labels, write_place
+from dpo_runner.sweep.jobs import read_labels, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.points import Point, build_points
 from dpo_runner.sweep.screen import SweepScreen, list_failures
 from dpo_runner.sweep.search.space import Space, read_axis_ends, read_space
-from dpo_runner.sweep.workers import count_workers
+from dpo_runner.sweep.workers import count_workers, group_gpus
 
 if TYPE_CHECKING:
     from dpo_runner.sweep.search.trials import Search
@@ -189,7 +189,7 @@ class OptunaSweeper(GridSweeper):
 
         search = Search(path, space, sweep, config_dir)
         with search.alive():
-            count = count_workers(sweep.workers, count_processes([corner]))
+            count = count_workers(sweep.workers, group_gpus([corner]))
             self._run(search, path, count, config_dir, handle)
         return _report_outcome(search, path, corner, screen)
 

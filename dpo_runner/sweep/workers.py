@@ -138,14 +138,14 @@ class WorkerPool:
         threads: the number of threads of each worker.
         log_dir: the folder for the workers' output outside of jobs.
         inherited: file descriptors that workers keep open until they end.
-        processes: the processes of a job (`launch.processes`), each with a GPU of its own.
+        gpus: the GPUs of each worker; see `group_gpus`.
     """
 
     def __init__(
-        self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = (), processes: int = 1
+        self, count: int | None, threads: int, log_dir: Path, inherited: Sequence[int] = (), gpus: Sequence[str] = ()
     ) -> None:
-        self._gpus = group_gpus(processes)
-        self.count = count_workers(count, processes)
+        self._gpus = gpus
+        self.count = count_workers(count, gpus)
         self._threads, self._log_dir, self._inherited = threads, log_dir, inherited
         self._workers: dict[int, Worker] = {}
         self._leaving: list[Worker] = []
@@ -267,16 +267,20 @@ class WorkerPool:
         self._workers, self._leaving = {}, []
 
 
-def count_workers(count: int | None, processes: int = 1) -> int:
+def count_workers(count: int | None, gpus: Sequence[str]) -> int:
     """Return the number of workers for `sweep.workers`: null means one per group of GPUs, or one on the CPU."""
-    return count or max(len(group_gpus(processes)), 1)
+    return count or max(len(gpus), 1)
 
 
-def group_gpus(processes: int) -> list[str]:
-    """Return values of CUDA_VISIBLE_DEVICES with one GPU for each process of a job; the GPUs that are over are unused.
+def group_gpus(confs: Sequence[RunConf]) -> list[str]:
+    """Return the values of CUDA_VISIBLE_DEVICES among which jobs are divided; empty if all train on the CPU.
 
-    Fewer GPUs than processes make one group, whose jobs say what is missing.
+    There is one GPU in each for each process of the job that has most (`launch.processes`). If there are too few GPUs,
+    all are in one group, and the job says what is missing.
     """
     gpus = list_gpus()
-    size = min(processes, len(gpus))
-    return [",".join(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)] if gpus else []
+    if not gpus or all(conf.training.use_cpu for conf in confs):
+        return []
+    asked = [conf.launch.processes or 1 for conf in confs]
+    size = min(max(len(gpus) if number == "auto" else int(number) for number in asked), len(gpus))
+    return [",".join(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]

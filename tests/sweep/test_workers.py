@@ -32,18 +32,21 @@ def test_there_is_a_worker_for_each_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     put_program(tmp_path, "nvidia-smi", LISTING, monkeypatch)
     assert list_gpus() == ["GPU-aaaa-1", "GPU-bbbb-2"]
-    assert WorkerPool(None, 1, tmp_path).count == 2
-    assert WorkerPool(5, 1, tmp_path).count == 5
+    conf = load_conf(["model=tiny_random"])
+    assert WorkerPool(None, 1, tmp_path, gpus=group_gpus([conf])).count == 2
+    assert WorkerPool(5, 1, tmp_path, gpus=group_gpus([conf])).count == 5
     put_program(tmp_path, "nvidia-smi", LISTING + "  MIG 1g.10gb Device 0: (UUID: MIG-cccc-3)\n", monkeypatch)
     assert list_gpus() == ["MIG-cccc-3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert list_gpus() == ["3", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
-    assert WorkerPool(None, 1, tmp_path, processes=2).count == 2
-    assert group_gpus(2) == ["0,1", "2,3"] and group_gpus(9) == ["0,1,2,3,4"] and len(group_gpus(1)) == 5
+    several = {number: load_conf(["model=tiny_random", f"launch.processes={number}"]) for number in (2, 9, "auto")}
+    assert group_gpus([conf, several[2]]) == ["0,1", "2,3"] and len(group_gpus([conf])) == 5
+    assert group_gpus([several[9]]) == group_gpus([several["auto"]]) == ["0,1,2,3,4"]
+    assert group_gpus([load_conf(["training.use_cpu=true"])]) == []
     for nothing in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
-        assert list_gpus() == [] and WorkerPool(None, 1, tmp_path).count == 1
+        assert list_gpus() == group_gpus([conf]) == [] and WorkerPool(None, 1, tmp_path).count == 1
 
 
 def test_where_no_worker_can_start_the_sweep_says_why_and_where(

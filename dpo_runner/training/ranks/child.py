@@ -1,4 +1,4 @@
-"""One of the processes of a run that `launch.processes` started: `python -m dpo_runner.training.ranks.child FILE`."""
+"""One of the processes of a run that `launch.processes` started: `python -m dpo_runner.training.ranks.child FILE PARENT`."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.5
 
 def main() -> None:
     """Do the pickled job in the file; the launcher shows a failure, so this process only exits with its code."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(sys.argv[2]),), name="parent", daemon=True).start()
     with honest_exit("interrupted"):
         job = pickle.loads(Path(sys.argv[1]).read_bytes())
         gc.freeze()

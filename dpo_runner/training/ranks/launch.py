@@ -86,7 +86,7 @@ def _start(number: int, processes: int, port: int, file: Path) -> "subprocess.Po
         "OMP_NUM_THREADS": str(max(threads // processes, 1)),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "dpo_runner.training.ranks.child", str(file)],
+        [sys.executable, "-m", "dpo_runner.training.ranks.child", str(file), str(os.getpid())],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=None if number == 0 else subprocess.DEVNULL,

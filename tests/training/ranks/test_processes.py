@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,11 +22,14 @@ from dpo_runner.data.preferences import load_preferences
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
+from dpo_runner.training.callbacks import agreement
+from dpo_runner.training.callbacks.movement import take_fingerprints
 from dpo_runner.training.engine.token_batches import TokenBatches
 from dpo_runner.training.memory.retry import launch_attempts
 from dpo_runner.training.memory.settle import settle
 from dpo_runner.training.ranks.launch import launch
 from tests.support.common import make_tiny_run, write_pairs
+from tests.support.light_ranks import work
 from tests.support.ranks import train
 from tests.support.trainers import build
 
@@ -158,19 +163,25 @@ def test_kills_and_signals_end_all_processes_and_change_nothing(runs: Path, tmp_
     check_gone(pids)
 
     process = start(runs, *again)
-    while "loading the model" not in line:
-        line = process.stdout.readline()
-    process.kill()  # the parent
-    process.wait()
-    until = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", "ranks.child"], check=False, capture_output=True).stdout:
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-    process = start(runs, *again)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     check_bits(tmp_path / "r", runs / "two")
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    code = (
+        "from functools import partial; from dpo_runner import load_conf; from pathlib import Path;"
+        "from dpo_runner.training.ranks.launch import launch; from tests.support.light_ranks import work;"
+        "launch(partial(work, load_conf(['training.use_cpu=true']), 'a hang'), 2, Path('r'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while len(children := psutil.Process(process.pid).children()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    check_gone([child.pid for child in children])
 
 
 def test_another_number_of_processes_continues_a_run_with_as_many_pairs_a_step(runs: Path, tmp_path: Path) -> None:
@@ -195,12 +206,13 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("importable")
 def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path) -> None:
-    """TRL's batches, all weights, and a bad row of one process, whose step all skip."""
+    """TRL's batches, all weights, and a bad row of one process, whose step all skip; but for each one's own dropout."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "samples.num_prompts=0", "training.save_strategy=no"]
     variants = {
         "trl": ["engine.shared_prefix=false", "training.loss_type=[sigmoid,sft]", "engine.reference_store=false"],
         "all": ["lora=none", "training.learning_rate=1e-5"],
         "bad": ["checks.on_nonfinite=skip_batch", "checks.max_skipped_batches=9"],
+        "dropout": ["lora.lora_dropout=0.5"],
     }
     row = build(overrides, tmp_path / "unused").train_dataset[7]
     bad_row = [*row["prompt_ids"], *row["chosen_ids"]]
@@ -215,11 +227,16 @@ def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path
         for count in (1, 2)
     }
     two = [confs[name, 2] for name in variants]
-    launch(partial(train, two, None, bad_row), 2, tmp_path)
+    launch(partial(train, two, bad_row=bad_row, draws=tmp_path / "draws"), 2, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenBatches, "compute_loss", TokenBatches.compute_loss)  # undone at the end
-        train([confs[name, 1] for name in variants], None, bad_row)
-    for name in variants:
+        train([confs[name, 1] for name in variants], bad_row=bad_row, draws=tmp_path / "draws")
+    draws = [
+        json.loads((tmp_path / f"draws/dropout-{place}.json").read_text())
+        for place in ("1/draws-0", "2/draws-0", "2/draws-1")
+    ]
+    assert draws[0] == draws[1] and len(set(draws[0] + draws[2])) == 12
+    for name in ("trl", "all", "bad"):
         one, other = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
         assert figures_of(one)
         for event, expected in zip(figures_of(other), figures_of(one), strict=True):
@@ -235,20 +252,30 @@ def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("gradients stay apart", "after step 2 process 1 has other weights than process 0"),
-        ("an error", "process 1: ValueError: a fault of one process"),
-        ("a hang", r"no step for 0.1 minutes \(launch.timeout\); .*/ranks has each process's stack"),
+        ("an error", "^process 1: ValueError: a fault of one process$"),
+        ("an exit", r"^process 1: the run called sys.exit\(3\)$"),
+        ("a hang", r"^no step for 0\.03 minutes \(launch\.timeout\)$"),
     ],
 )
-def test_a_fault_of_one_process_ends_all_with_one_line(runs: Path, tmp_path: Path, fault: str, told: str) -> None:
-    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
-    conf = load_conf([*overrides, f"run_dir={tmp_path}/r", "launch.processes=2", "launch.timeout=0.1"])
+def test_a_fault_of_one_process_ends_all_with_one_line(tmp_path: Path, fault: str, told: str) -> None:
+    conf = load_conf(["model=tiny_random", "training.use_cpu=true", "launch.timeout=0.03"])
+    begin = time.monotonic()
     with pytest.raises(RunError, match=told):
-        launch(partial(train, [conf], fault), 2, tmp_path / "r")
-    status = read_status(tmp_path / "r")
-    assert status is not None and status["state"] == "failed"
-    check_gone([each["pid"] for each in status["processes"]])
-    assert bool(list((tmp_path / "r").glob("ranks/1.stacks"))) == (fault == "a hang")
+        launch(partial(work, conf, fault), 2, tmp_path / "r")
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.usefixtures("importable")
+def test_processes_exchange_gradients_and_values(tmp_path: Path) -> None:
+    launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
+
+
+def test_weights_that_differ_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for same, told in ((model, None), (other, "after step 1 process 1 has other weights than process 0: 2 of 2")):
+        monkeypatch.setattr(agreement, "gather", lambda mine, same=same: [mine, take_fingerprints(same)])
+        with nullcontext() if told is None else pytest.raises(RunError, match=told):
+            agreement.check_agreement(model, 1)
 
 
 @pytest.mark.usefixtures("importable")
@@ -260,19 +287,10 @@ def test_too_little_memory_in_one_process_starts_all_again_with_smaller_batches(
     data = load_preferences(conf, blueprint.tokenizer, blueprint.template_origin)
     settled = settle(conf, blueprint, data.shape(), tmp_path / "r/checkpoints")
     warnings: list[str] = []
-    launch_attempts(partial(train, [conf], "too little memory"), settled, tmp_path / "r", warnings.append)
+    launch_attempts(partial(train, [conf], short_of_memory=True), settled, tmp_path / "r", warnings.append)
     assert "starting again with engine.max_tokens_per_micro_batch=" in warnings[0]
     assert read_summary(tmp_path / "r")["out_of_memory"]
     check_same(tmp_path / "r", runs / "one")
-
-
-@pytest.mark.usefixtures("importable")
-def test_each_process_has_a_dropout_of_its_own(runs: Path, tmp_path: Path) -> None:
-    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
-    conf = load_conf([*overrides, "lora.lora_dropout=0.1", "launch.processes=2", f"run_dir={tmp_path}/r"])
-    launch(partial(train, [conf], draws=tmp_path), 2, tmp_path / "r")
-    draws = [json.loads((tmp_path / f"draws-{number}.json").read_text()) for number in (0, 1)]
-    assert len(set(draws[0] + draws[1])) == 12
 
 
 def test_jobs_of_a_sweep_may_own_two_processes_each(runs: Path, tmp_path: Path) -> None:
