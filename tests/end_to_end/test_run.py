@@ -375,12 +375,15 @@ def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     overrides = [
         f"run_dir={folder}",
         f"model.dtype={real_model_dtype()}",
-        "data.max_train_samples=16",
-        "data.max_eval_samples=6",
+        "data.max_train_samples=4",
+        "data.max_eval_samples=4",
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=1",
         "training.eval_strategy=no",
+        "training.warmup_steps=0",
         "training.learning_rate=4e-4",
-        "samples.num_prompts=2",
-        "samples.max_new_tokens=8",
+        "samples.num_prompts=1",
+        "samples.max_new_tokens=4",
         "wandb=disabled",
     ]
     summary = run(load_conf(overrides))
