@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -103,8 +102,7 @@ def test_the_account_of_the_data_is_kept_and_logged(tiny_run: list[str], tmp_pat
         ("pairs.jsonl", 26, "chosen equals rejected"),
     ]
     logged = next((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(logged)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = run_python("-m", "wandb", "leet", "inspect", "--json", str(logged)).stdout
     assert "data_report" in shown and "chosen equals rejected" in shown and "data/train/prompt_tokens" in shown
 
 

@@ -151,9 +151,8 @@ def serve(address: str) -> None:
     for module in IMPORTED:
         importlib.import_module(module)
     global MEDIA_TMP
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
     import jinja2
+    from wandb.sdk.data_types._private import MEDIA_TMP
 
     from dpo_runner.model.card import card
 
