@@ -1,10 +1,12 @@
 """Shared fixtures: tiny generated models, small data, no network."""
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import settings
 
@@ -12,6 +14,8 @@ from tests.support.common import make_adapter, make_tiny_run, write_pairs
 
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+jinja2.Template = functools.cache(jinja2.Template)  # PEFT renders a card beside each adapter: compile it once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -32,12 +36,14 @@ def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep data tokenized by tests out of the user's cache; converted models are shared with it."""
     from dpo_runner.io.files import cache_dir
-    from dpo_runner.model.files.packaged import load_random_model_path
+    from dpo_runner.model.files.packaged import load_default_model_path, load_random_model_path
 
     own = tmp_path_factory.mktemp("cache")
+    if any(item.get_closest_marker("real_model") for item in request.session.items):
+        load_default_model_path()
     for folder in (load_random_model_path(), *cache_dir().glob("smollm2-*")):
         (own / folder.name).symlink_to(folder)
     with pytest.MonkeyPatch.context() as patch:

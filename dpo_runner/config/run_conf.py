@@ -1,9 +1,8 @@
 """`RunConf`: the complete configuration of one run, validated on construction. Imports no torch."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from dpo_runner.config.rules.data import check_data
 from dpo_runner.config.rules.fields import (
@@ -65,6 +64,13 @@ def find_mistakes(conf: RunFields) -> list[str]:
 
 def config_keys(conf: Any) -> dict[str, Any]:
     """Return a run's configuration as plain containers, for YAML and JSON."""
-    plain = OmegaConf.to_container(OmegaConf.structured(conf))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    fields = [field for field in dataclasses.fields(conf) if not field.metadata.get("omegaconf_ignore")]
+    return {field.name: _to_plain(getattr(conf, field.name)) for field in fields}
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_keys(value)
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,5 +1,6 @@
 """The YAML files that a command selects, and their check. Imports no torch."""
 
+import functools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,12 +151,21 @@ def check_file(path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]
     try:
         if path.stat().st_size > _LARGEST_FILE:
             return [f"{place}: holds more than {_LARGEST_FILE // 1000:,} kB, which no configuration does"], []
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        header = ConfigSource._get_header_dict(text)
+        return _check_text(path.read_text(encoding="utf-8"), path, group)
     except OSError as error:
         return [f"{place}: cannot be read; {error.strerror}"], []
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        return [f"{path.name}: not valid YAML: {reason_of(error)}"], []
+
+
+@functools.lru_cache(maxsize=256)
+def _check_text(text: str, path: Path, group: str) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Check the text of a YAML file; cached, as each composition reads the same files. Do not mutate the result."""
+    place = f"{path.parent.name}/{path.name}"
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        header = ConfigSource._get_header_dict(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line, reason = _locate_error(error)
         return [f"{path.name}{f':{line}' if line else ''}: not valid YAML: {reason}"], []
     if root is None:

@@ -94,7 +94,7 @@ def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, tiny_run: list[str]) -> None:
     before = set(tmp_path.iterdir())
-    result = run_program(*tiny_run, "dry_run=true")
+    result = run_python("-m", "dpo_runner", *tiny_run, "dry_run=true")
     assert result.returncode == 0, result.stderr
     for expected in (
         "reference",

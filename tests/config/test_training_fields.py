@@ -2,8 +2,6 @@
 
 import dataclasses
 import enum
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from dpo_runner.config.compose import load_conf
 from dpo_runner.config.rules.training import OTHER_FIELDS, OTHER_VALUES, OUR_DEFAULTS, OWNED_FIELDS
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
+from tests.support.programs import run_python
 
 ROOT = Path(__file__).parents[2]
 PINS = (ROOT / "constraints.txt").read_text().splitlines()
@@ -47,7 +46,7 @@ def test_defaults_are_upstreams_or_have_a_reason() -> None:
 @pytest.mark.skipif(not IS_PINNED, reason="the module is written with the versions of constraints.txt")
 def test_the_module_is_what_the_script_writes() -> None:
     script = ROOT / "scripts" / "make_training_fields.py"
-    subprocess.run([sys.executable, str(script), "--check"], check=True, capture_output=True)
+    assert run_python(str(script), "--check").returncode == 0
 
 
 @pytest.mark.parametrize("name", sorted(OWNED_FIELDS))

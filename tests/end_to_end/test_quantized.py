@@ -24,14 +24,15 @@ QUANTIZATIONS = sorted({path.stem for path in (CONF_DIR / "quant").glob("*.yaml"
 @pytest.mark.real_model
 @pytest.mark.parametrize("quant", QUANTIZATIONS)
 def test_the_default_model_goes_through_all_commands_quantized(
-    quant: str, own_cache: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    quant: str, pairs: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """LLM.int8's outlier columns, of which tiny random models have none, made this run fail its checks."""
     few = [
-        *("data.max_train_samples=4", "data.max_eval_samples=2", "training.per_device_train_batch_size=2"),
-        *("training.gradient_accumulation_steps=1", "training.max_steps=2", "training.warmup_steps=0"),
-        *("training.learning_rate=4e-4", "training.logging_steps=1", "training.eval_strategy=no"),
-        *("samples.num_prompts=1", "samples.max_new_tokens=4", "wandb=disabled", f"model.dtype={real_model_dtype()}"),
+        *("data=local_file", f"data.path={pairs}", "data.max_train_samples=2", "data.max_eval_samples=2"),
+        *("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1", "training.max_steps=2"),
+        *("training.warmup_steps=0", "training.learning_rate=4e-4", "training.logging_steps=1"),
+        *("training.eval_strategy=no", "samples.num_prompts=0"),
+        *("wandb=disabled", f"model.dtype={real_model_dtype()}"),
     ]
     summary = run(load_conf([f"quant={quant}", "run_dir=r", *few]))
     assert summary is not None and summary["before"]["eval_loss"] == pytest.approx(math.log(2), abs=0.02)
@@ -41,11 +42,11 @@ def test_the_default_model_goes_through_all_commands_quantized(
     assert all(weight.any() for name, weight in weights.items())
 
     monkeypatch.setattr(result, "load_tuned_model", functools.cache(result.load_tuned_model))  # quantizing takes long
-    assert run_main(evaluate, "r", "samples.num_prompts=1", "samples.max_new_tokens=4") == 0
+    assert run_main(evaluate, "r", "samples.num_prompts=1", "samples.max_new_tokens=2") == 0
     evaluated = json.loads(next(Path("r/evaluations").glob("*/evaluation.json")).read_text())
     assert evaluated["evaluated"]["pairs"] == 2
     capfd.readouterr()
-    assert run_main(chat, "r", "--prompt", "What is 7 plus 7?", "--max-new-tokens", "4") == 0
+    assert run_main(chat, "r", "--prompt", "What is 7 plus 7?", "--max-new-tokens", "2") == 0
     said = capfd.readouterr()
     assert said.out.strip() and not said.err
     assert run_main(export, "r", "--out", "merged") == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -103,8 +102,7 @@ def test_the_account_of_the_data_is_kept_and_logged(tiny_run: list[str], tmp_pat
         ("pairs.jsonl", 26, "chosen equals rejected"),
     ]
     logged = next((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(logged)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = run_python("-m", "wandb", "leet", "inspect", "--json", str(logged)).stdout
     assert "data_report" in shown and "chosen equals rejected" in shown and "data/train/prompt_tokens" in shown
 
 
@@ -375,12 +373,15 @@ def real_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     overrides = [
         f"run_dir={folder}",
         f"model.dtype={real_model_dtype()}",
-        "data.max_train_samples=16",
-        "data.max_eval_samples=6",
+        "data.max_train_samples=4",
+        "data.max_eval_samples=4",
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=1",
         "training.eval_strategy=no",
+        "training.warmup_steps=0",
         "training.learning_rate=4e-4",
-        "samples.num_prompts=2",
-        "samples.max_new_tokens=8",
+        "samples.num_prompts=1",
+        "samples.max_new_tokens=4",
         "wandb=disabled",
     ]
     summary = run(load_conf(overrides))

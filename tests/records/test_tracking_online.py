@@ -325,7 +325,7 @@ def test_a_server_that_comes_back_gets_everything(
 
 def test_a_slow_server_gets_everything(server: WandbServer, environment: dict[str, str], online: list[str]) -> None:
     server.fail("slow")
-    server.delay = 0.3
+    server.delay = 0.1
     printed = Run(online, environment).succeed()
     assert as_events(server.only_run().history) == without_time(read_logged())
     assert server.only_run().exit_code == 0 and "wandb sync" not in printed

@@ -3,15 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dpo_runner.records.wandb_files import find_folder, find_parts, list_commands, mark_sent
-
-WANDB = str(Path(sys.executable).parent / "wandb")
+from tests.support.programs import run_python
 
 
 def write_part(
@@ -33,7 +30,8 @@ def list_taken(command: str) -> set[Path]:
     program, *rest = shlex.split(command)
     assert program == "wandb"
     env = {**os.environ, "WANDB_SILENT": "false"}
-    result = subprocess.run([WANDB, *rest, "--dry-run"], env=env, capture_output=True, text=True, check=True)
+    result = run_python("-m", "wandb", *rest, "--dry-run", env=env)
+    assert result.returncode == 0, result.stderr
     return {Path(name).resolve().parent for name in re.findall(r"\S+\.wandb$", result.stdout + result.stderr, re.M)}
 
 

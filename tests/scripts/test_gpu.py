@@ -53,6 +53,7 @@ def test_attention_that_misses_tokens_is_found(task: Task, monkeypatch: pytest.M
         return attend(*args, pairs=[pair._replace(prefix=pair.prefix // 2) for pair in pairs], **kwargs)
 
     monkeypatch.setattr(attention, "attend", without_prefix)
+    monkeypatch.setattr(attention_part, "_HEADS", attention_part._HEADS[:1])
     attention_part.check_attention(task, wrong)
     assert len(wrong.failed) == 3
     # a card whose kernel is not taken
@@ -269,10 +270,11 @@ def test_an_error_of_a_part_is_its_result(task: Task) -> None:
 
 @pytest.mark.real_model
 def test_a_right_reference_passes_and_a_wrong_one_does_not(default_model: str, tmp_path: Path) -> None:
-    """Some ways of `scripts.gpu.rounding`, on few pairs: other sums pass each time, other masks never."""
-    rows = write_rows("hh", 6, default_model, tmp_path, None)
+    """Some ways of `scripts.gpu.rounding`, on four pairs: other sums pass each time, other masks never."""
+    rows = [write_rows("synthetic", 2, default_model, tmp_path, None, length, 0.5) for length in (48, 80)]
+    Path("rows.jsonl").write_text("".join(Path(some.path).read_text() for some in rows))
     ways = [way for way in rounding.WAYS if not way.steps and "quant" not in str(way.overrides)]
-    found = list(rounding.judge(default_model, rows.path, "cpu", tmp_path, 1000, ways))
+    found = list(rounding.judge(default_model, "rows.jsonl", "cpu", tmp_path, 20, ways))
     assert [judged.way for judged in found if not judged.ok] == []
     assert [judged.is_right for judged in found] == [True, True, False, True, False, True]
 
@@ -283,7 +285,7 @@ def test_it_runs_where_packages_are_on_pythonpath_alone(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.symlink_to(next(path for path in map(Path, sys.path) if path.name == "site-packages"))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("VIRTUAL_ENV", "PYTHON"))}
-    options = f"--device cpu --only attention,benchmark --sizes tiny --work {tmp_path / 'work'}"
+    options = f"--device cpu --only layers,benchmark --sizes tiny --work {tmp_path / 'work'}"
     command = ["make", "-C", str(ROOT), "check-gpu", f"PYTHON={python}", f"VENV={tmp_path}/none", f"ARGS={options}"]
     result = subprocess.run(command, env={**kept, "PYTHONPATH": str(packages)}, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from dpo_runner.config.compose import load_conf
 from dpo_runner.model.quantization import build_quantization_config
 
-EXACT = ["training.bf16=false", "model.dtype=float32"]
+EXACT = ["training.bf16=false", "model.dtype=float32", "training.eval_strategy=no", "training.save_strategy=no"]
 
 
 def load_by_hand(tiny_model: str, quant: str = "none"):

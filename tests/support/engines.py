@@ -16,7 +16,7 @@ STORED = ("engine.shared_prefix=true", "engine.reference_store=true")
 _TIMES = ("runtime", "per_second", "preparation_time")
 
 
-def train(overrides: list[str], folder: Path, steps: int = 10) -> tuple[list[dict[str, float]], torch.Tensor, Any]:
+def train(overrides: list[str], folder: Path, steps: int = 6) -> tuple[list[dict[str, float]], torch.Tensor, Any]:
     """Return the logs of a short training, its trained weights (flat), and the trainer."""
     settings = [
         "training.bf16=false",

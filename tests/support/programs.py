@@ -151,11 +151,13 @@ def serve(address: str) -> None:
     for module in IMPORTED:
         importlib.import_module(module)
     global MEDIA_TMP
+    import jinja2
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     from dpo_runner.model.card import card
 
     card.write_plots = lambda folder, events: []  # as in tests/conftest.py
+    jinja2.Template = functools.cache(jinja2.Template)
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

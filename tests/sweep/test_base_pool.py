@@ -82,7 +82,7 @@ class Runner:
 
 @pytest.fixture
 def runner(tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(tiny_run, capsys)
+    return Runner([*tiny_run, "training.max_steps=2"], capsys)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def count_live() -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("runs", [15, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [9, pytest.param(50, marks=pytest.mark.slow)])
 def test_many_runs_leave_nothing(runs: int, tiny_run: list[str]) -> None:
     conf = load_conf([*tiny_run, "training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"])
     data = load_preferences(conf, Blueprint(conf.model).tokenizer)
@@ -250,7 +250,6 @@ def test_whatever_was_done_to_the_base_the_next_run_is_the_run_alone(
     tamper: Any, runner: Runner, alone: list[dict[str, Any]]
 ) -> None:
     """Everything but weights is restored; a base with modified weights is reported and loaded again."""
-    runner.overrides.append("training.max_steps=2")
     if not alone:
         alone.append(runner([]))
     bases = BasePool()

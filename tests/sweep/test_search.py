@@ -280,7 +280,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, own_cache: None) -> dict[str, tuple[str, str]]:
-    code, out, err = finish(start(folder, *SEARCH, "sweep.dir=undisturbed", afresh=True))
+    code, out, err = finish(start(folder, *SEARCH, "sweep.dir=undisturbed"))
     assert code == 0, err
     assert "runs: 5 finished, 0 pruned, 0 failed" in out and "20 executed, 0 saved" in out
     results = read_results(folder / "undisturbed")

@@ -3,8 +3,6 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +11,9 @@ import pytest
 
 from dpo_runner.records.reading import read_status
 from dpo_runner.sweep.directory import read_jobs
+from tests.support.programs import run_python
 from tests.support.sweeps import finish, furnish, start, wait_until
 from tests.support.wandb_server import API_KEY, WandbServer
-
-WANDB = str(Path(sys.executable).parent / "wandb")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +34,9 @@ def run_printed(out: str, program: str, folder: Path, server: WandbServer) -> st
         line for line in out.splitlines() if line.startswith(("curves ", "upload ")) and f"wandb {program} " in line
     )
     env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
-    command = [WANDB, *shlex.split(line)[2:]]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stderr
+    result = run_python("-m", "wandb", *shlex.split(line)[2:], cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr
+    return str(result.stderr)
 
 
 def list_parts(sweep: Path) -> dict[str, list[str]]:
@@ -167,8 +165,7 @@ def test_the_folder_can_be_elsewhere(folder: Path, own_cache: None, server: Wand
     assert len(parts) == 2 and not (folder / "shown" / "wandb").exists()
     assert f"wandb leet {folder}/w/wandb" in out
     for path in (folder / "w" / "wandb").rglob("*.wandb"):
-        command = [WANDB, "leet", "inspect", "--json", str(path)]
-        assert "train/loss" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "train/loss" in run_python("-m", "wandb", "leet", "inspect", "--json", str(path)).stdout
 
 
 def test_a_sweep_of_ours_is_none_of_their_agents_runs(folder: Path, own_cache: None) -> None:

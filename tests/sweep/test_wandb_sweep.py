@@ -158,12 +158,12 @@ def test_a_run_that_their_server_refuses_is_recorded_under_the_id_that_it_gave(
         **{"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "chosen01", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "me"},
     }
     server.fail("401")
-    printed = subprocess.run([sys.executable, "-c", START], env=env, capture_output=True, text=True, check=True).stdout
+    printed = run_python("-c", START, env=env).stdout
     assert printed.count("W&B did not start") == 1 and "the run is recorded offline instead" in printed
     assert json.loads((tmp_path / "r" / "status.json").read_text())["wandb"].startswith("offline: ")
     (part,) = (tmp_path / "r" / "wandb").glob("*run-*-chosen01")
     server.recover()
-    subprocess.run([sys.executable, "-m", "wandb", "sync", part], env=env, capture_output=True, check=True)
+    assert run_python("-m", "wandb", "sync", str(part), env=env).returncode == 0
     run = server.runs["chosen01"]
     assert (set(server.runs), run.variables["sweep"], run.exit_code) == ({"chosen01"}, "s1", 0)
     assert run.history[0]["train/loss"] == 0.5 and run.summary["state"] == "finished"

@@ -26,6 +26,7 @@ from dpo_runner.sweep.jobs import Job, Outcome, place_conf, write_place
 from dpo_runner.sweep.launcher import WorkersLauncher
 from dpo_runner.sweep.workers import Worker, WorkerPool, group_gpus
 from tests.support.gpus import LISTING, put_program
+from tests.support.programs import run_python
 
 
 def test_there_is_a_worker_for_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,7 @@ def test_other_launchers_can_send_our_classes_to_their_processes() -> None:
 
 def test_settings_that_another_launcher_would_ignore_are_refused(tmp_path: Path) -> None:
     command = ["-m", "seed=1,2", "hydra/launcher=basic", "sweep.workers=2", "sweep.on_error=stop"]
-    result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
+    result = run_python("-m", "dpo_runner", *command)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "error: `sweep.workers=2`: is of hydra/launcher=workers; leave one of them out",
@@ -140,7 +141,7 @@ def test_settings_that_another_launcher_would_ignore_are_refused(tmp_path: Path)
 
 def test_a_field_of_a_section_that_an_axis_brings_reaches_every_point(tmp_path: Path) -> None:
     command = ["-m", "quant=nf4,fp4", "quant.bnb_4bit_use_double_quant=false", "dry_run=true"]
-    result = subprocess.run([sys.executable, "-m", "dpo_runner", *command], capture_output=True, text=True)
+    result = run_python("-m", "dpo_runner", *command)
     assert result.returncode == 0, result.stderr
     assert "2 points" in result.stdout and "double_quant" not in result.stdout
     assert "estimated once the first has finished" in result.stdout and "1 epoch" in result.stdout

@@ -27,7 +27,7 @@ from dpo_runner.training.engine.packed import forward as packed_forward
 from dpo_runner.training.engine.reference.columns import REF_COLUMNS, evaluating, score_batch, score_pairs
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore, list_references, make_room, store_dir
 from dpo_runner.training.step0 import check_reference
-from tests.support.common import make_adapter
+from tests.support.common import make_adapter, make_tiny_run, write_pairs
 from tests.support.engines import PACKED, STORED, is_packed, train
 from tests.support.programs import start_python
 from tests.support.starts import STARTS, name_paths
@@ -39,6 +39,22 @@ FP32, BF16 = ("training.bf16=false",), ("training.bf16=true",)
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def filled_by_a_run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of a run in fp32 that has stored its reference."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_RUNNER_CACHE", str(folder / "cache"))
+        build([*make_tiny_run(write_pairs(folder)), *FP32, *STORED], folder)
+    return folder / "cache"
+
+
+@pytest.fixture
+def filled(filled_by_a_run: Path, tmp_path: Path) -> None:
+    """A copy of that cache as the own one."""
+    shutil.copytree(filled_by_a_run, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -153,11 +169,9 @@ HITS = [
 
 @pytest.mark.parametrize("changes", MISSES, ids="+".join)
 def test_another_reference_is_another_one(
-    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int], filled: None
 ) -> None:
     """For truncated rows TRL's own cache returns the values of the first run to the second."""
-    build([*tiny_run, *FP32, *STORED], tmp_path)
-    scored.clear()
     trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
     assert sum(scored) >= len(trainer.train_dataset)
     assert torch.equal(reference_of(trainer), score_anew(trainer))
@@ -165,10 +179,8 @@ def test_another_reference_is_another_one(
 
 @pytest.mark.parametrize("changes", HITS, ids="+".join)
 def test_what_leaves_the_reference_alone_finds_it(
-    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int]
+    changes: list[str], tiny_run: list[str], tmp_path: Path, scored: list[int], filled: None
 ) -> None:
-    build([*tiny_run, *FP32, *STORED], tmp_path)
-    scored.clear()
     trainer = build([*tiny_run, *FP32, *STORED, *changes], tmp_path)
     assert max(scored) <= 3, "only the sample that is checked"
     if "training.ld_alpha=0.5" not in changes:
@@ -330,11 +342,9 @@ def test_another_order_finds_it(tiny_run: list[str], pairs: str, tmp_path: Path,
 
 
 def test_other_precision_of_fp32_products_is_another_reference(
-    tiny_run: list[str], tmp_path: Path, scored: list[int]
+    tiny_run: list[str], tmp_path: Path, scored: list[int], filled: None
 ) -> None:
     """`training.tf32` sets it on a GPU."""
-    build([*tiny_run, *FP32, *STORED], tmp_path)
-    scored.clear()
     products = torch.backends.mkldnn.matmul
     before, products.fp32_precision = products.fp32_precision, "ieee"
     try:
@@ -344,9 +354,8 @@ def test_other_precision_of_fp32_products_is_another_reference(
     assert sum(scored) >= len(trainer.train_dataset)
 
 
-def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path) -> None:
+def test_ld_alpha_is_applied_to_what_is_stored(tiny_run: list[str], tmp_path: Path, filled: None) -> None:
     """TRL's own cache wrongly returns the values of None for 0.0."""
-    build([*tiny_run, *FP32, *STORED], tmp_path)
     for alpha in (0.0, 0.5):
         trainer = build([*tiny_run, *FP32, *STORED, f"training.ld_alpha={alpha}"], tmp_path)
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
@@ -383,8 +392,7 @@ def test_values_that_the_reference_does_not_give_are_refused(
         build([*tiny_run, *precision, *STORED], tmp_path)
 
 
-def test_a_damaged_file_is_named(tiny_run: list[str], tmp_path: Path) -> None:
-    build([*tiny_run, *FP32, *STORED], tmp_path)
+def test_a_damaged_file_is_named(tiny_run: list[str], tmp_path: Path, filled: None) -> None:
     (path,) = store_dir().glob("*.sqlite")
     path.write_bytes(b"SQLite format 3\0" + b"\x17" * 5000)
     with pytest.raises(RunError, match=f"{path.name}.*clear reference"):

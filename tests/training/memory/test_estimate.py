@@ -82,8 +82,9 @@ def test_more_rows_and_longer_rows_take_more() -> None:
     few, many = (run(f"training.per_device_train_batch_size={n}").phases["training"] for n in (1, 4))
     short, long = (run(longest=n).phases["training"] for n in (32, 128))
     assert few < many and short < long
-    assert run(longest=10**6).length == 512  # training.max_length
-    assert run("training.max_length=null", longest=600).length == 600
+    one = ["training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=1"]
+    assert run("training.max_length=128", *one, longest=10**6).length == 128
+    assert run("training.max_length=null", *one, longest=600).length == 600
 
 
 def test_checkpointing_takes_less() -> None:
@@ -114,6 +115,7 @@ def test_a_7b_folder_needs_no_weights_and_little_time(tmp_path: Path) -> None:
 
 def test_a_gpus_estimate_takes_the_gpus_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistral 7B in 4 bits, four pairs of 200 + 824 + 700 tokens, on a machine without a GPU."""
+    monkeypatch.setattr(estimate, "_FULL_DEPTH", 4)  # quicker than 8
     MistralConfig(dtype="bfloat16").save_pretrained(tmp_path / "mistral")
     model = [f"model.model_name_or_path={tmp_path / 'mistral'}", "quant=nf4", "training.bf16=true"]
 
@@ -178,7 +180,7 @@ def test_extrapolation_over_layers_equals_the_full_simulation(
     tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = make_family("llama", tokenizer, tmp_path / "deep", num_hidden_layers=12)
-    overrides = [f"model.model_name_or_path={deep}"]
+    overrides = [f"model.model_name_or_path={deep}", "training.per_device_train_batch_size=2"]
     extrapolated = run(*overrides)
     monkeypatch.setattr(estimate, "_FULL_DEPTH", 12)
     full = run(*overrides)
@@ -230,7 +232,7 @@ def test_the_fake_models_are_those_of_the_run(
 
 def test_a_dry_run_needs_the_models_config_and_its_tokenizer_only(tmp_path: Path, tokenizer: Any) -> None:
     folder = tmp_path / "mistral"
-    MistralConfig(dtype="bfloat16").save_pretrained(folder)
+    MistralConfig(dtype="bfloat16", num_hidden_layers=2).save_pretrained(folder)
     command = ["dry_run=true", "model=mistral", f"model.model_name_or_path={folder}", "quant=nf4"]
     refused = run_python("-m", "dpo_runner", *command)
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -268,7 +270,7 @@ def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
 @pytest.mark.real_model
 def test_the_estimate_is_near_what_the_default_model_takes() -> None:
     overrides = ["training.max_length=256", "training.per_device_train_batch_size=1", "training.max_steps=1"]
-    overrides += [f"model.dtype={real_model_dtype()}", "data.max_train_samples=4", "data.max_eval_samples=2"]
+    overrides += [f"model.dtype={real_model_dtype()}", "data.max_train_samples=2", "data.max_eval_samples=1"]
     measured = memory.run_child(overrides)
     estimate = memory.estimate([*overrides, "data.path=rows.jsonl"], measured)
     assert estimate.total == pytest.approx(measured["measured"], rel=0.15)

@@ -163,7 +163,8 @@ def test_a_gpu_takes_fewer_tokens_at_a_time_before_it_checkpoints(
         pytest.param("small", ["training.per_device_eval_batch_size=64"], marks=pytest.mark.slow),
     ],
 )
-def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path) -> None:
+def test_the_bound_is_one(kind: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_FULL_DEPTH", 2)  # quicker than 8
     shape = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     config = LlamaConfig(**shape, num_key_value_heads=3, vocab_size=49152) if kind == "small" else MistralConfig()
     config.dtype = "bfloat16"
