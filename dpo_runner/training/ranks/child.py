@@ -1,4 +1,4 @@
-"""One of the processes of a run that `launch.processes` started: `python -m dpo_runner.training.ranks.child FILE PARENT`."""
+"""One of the processes that `launch.processes` starts: `python -m dpo_runner.training.ranks.child FILE PARENT`."""
 
 import gc
 import os
