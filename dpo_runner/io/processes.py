@@ -4,6 +4,24 @@ import os
 import shutil
 import subprocess
 
+from dpo_runner.errors import ConfigError
+
+
+def take_gpu() -> None:
+    """Make one GPU visible to this process of several, unless its launcher has done so: the one numbered LOCAL_RANK.
+
+    CUDA reads the variable once, so this comes before torch is imported.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    local = os.environ.get("LOCAL_RANK", "")
+    if not local.isdecimal() or len(gpus := list_gpus()) < 2:
+        return
+    if int(local) >= len(gpus):
+        raise ConfigError(f"LOCAL_RANK={local}: there are {len(gpus)} GPUs; start one process for each of them")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(local)]
+
 
 def list_gpus() -> list[str]:
     """Return the usable GPUs as named in CUDA_VISIBLE_DEVICES."""

@@ -275,8 +275,8 @@ def count_workers(count: int | None, gpus: Sequence[str]) -> int:
 def group_gpus(confs: Sequence[RunConf]) -> list[str]:
     """Return the values of CUDA_VISIBLE_DEVICES among which jobs are divided; empty if all train on the CPU.
 
-    There is one GPU in each for each process of the job that has most (`launch.processes`). If there are too few GPUs,
-    all are in one group, and the job says what is missing.
+    Each group has as many GPUs as the largest job has processes (`launch.processes`). If there are too few GPUs, all
+    are in one group, and the job fails with a line that says so.
     """
     gpus = list_gpus()
     if not gpus or all(conf.training.use_cpu for conf in confs):

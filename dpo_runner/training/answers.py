@@ -14,6 +14,7 @@ from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
 from dpo_runner.training.ranks.group import count, gather, rank
+from dpo_runner.training.ranks.watch import note_progress
 from dpo_runner.training.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def generate_answers(
     model.eval()
     try:
         for start in range(0, len(prompts), batch_size):
+            note_progress()
             ids = [prompt.ids for prompt in prompts[start : start + batch_size]]
             width = max(map(len, ids))
             pad = tokenizer.pad_token_id

@@ -22,6 +22,7 @@ from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.policy import Policy, Say
 from dpo_runner.model.quantization import lacks_bf16
 from dpo_runner.training.engine.precision import choose_autocast
+from dpo_runner.training.ranks.group import is_first
 from dpo_runner.training.trainer import RunTrainer, check_memory
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,8 @@ def build_trainer(
     """
     if blueprint.reference.is_stored:  # then TRL neither loads a reference nor hashes all weights for its cache
         args.precompute_ref_log_probs = blueprint.trains_all
+    if not is_first():
+        args.save_total_limit = None  # Trainer deletes checkpoints at its end
     trainer = RunTrainer(policy, blueprint, data, conf, args, callbacks, say)
     check_memory(trainer)
     return trainer

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def open_session(
         records: list[Record] = share((read_status(path) or {}).get("out_of_memory", []))
         records = records if conf.checks.on_out_of_memory == "smaller_batch" else []
         details = {"out_of_memory": records} if records else {}
-        write_into(path / "ranks", lambda reason: directory.write_last_status("failed", error=reason))
+        write_into(path / "ranks", partial(_note_end, directory))
         recorded = _recorded(directory, conf, overrides, console, stopping, details)
         with recorded if is_first() else _logged(path / "ranks", stopping, console) as tracker:
             session = Session(directory, conf, tracker, console, stopping, callbacks, records)
@@ -223,6 +224,11 @@ def open_session(
         if is_first():
             assert session.summary is not None
             directory.write_status("finished", adapter=session.summary["weights"])  # only after W&B is closed
+
+
+def _note_end(directory: RunDirectory, failure: DpoRunnerError) -> None:
+    state = "interrupted" if isinstance(failure, RunInterrupted) else "failed"
+    directory.write_last_status(state, error=describe_failure(failure))
 
 
 @contextmanager

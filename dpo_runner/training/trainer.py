@@ -34,6 +34,7 @@ from dpo_runner.training.memory.device import is_of_device
 from dpo_runner.training.mixins.evaluation import TimedEvaluation
 from dpo_runner.training.mixins.nonfinite import FiniteSteps
 from dpo_runner.training.mixins.saving import SealedCheckpoints
+from dpo_runner.training.ranks.group import copy_from_first
 
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at common ranks
 
@@ -100,6 +101,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
                 self._initialize_eva()
             self._cast_adapter_to_fp32()
             make_loadable(self.model.peft_config["default"])
+        copy_from_first(weight for weight in self.model.parameters() if weight.requires_grad)
         silence_dropout(self.model)
         self._install_engine(conf, blueprint)
 

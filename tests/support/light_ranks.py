@@ -33,12 +33,12 @@ def work(conf: RunConf, fault: str | None) -> None:
     """Exchange what processes exchange; in the second of two rounds, with a fault of one of them."""
     assert conf.launch.processes == 2
     for turn in range(2):
+        assert gather(rank()) == [0, 1] and share(rank()) == 0
         weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
         weights[rank()].grad = torch.full((3,), 1.0 + rank())
         sum_gradients(weights)
         grads = [None if weight.grad is None else weight.grad.tolist() for weight in weights]
         assert grads == [[1.0] * 3, [2.0] * 3, None]
-        assert gather(rank()) == [0, 1] and share(rank()) == 0
         assert deal([5, 4, 3, 3]) == [0, 1, 1, 0]
         note_progress()
         if turn == 1 and fault is not None:

@@ -63,9 +63,14 @@ def check_launch(conf: RunFields) -> Iterator[str]:
     for key in ("fsdp", "deepspeed"):
         if value := getattr(training, key):
             yield (
-                f"`training.{key}={value}`: with launch.processes each process holds the whole model, which is not "
-                "supported together; leave one of them out"
+                f"`training.{key}={value}`: launch.processes={processes} gives each process the whole model; leave one "
+                "of the two out"
             )
+    if (training.accelerator_config or {}).get("use_seedable_sampler") is False:
+        yield (
+            "`training.accelerator_config`: with launch.processes all processes need the same rows; leave out "
+            "use_seedable_sampler"
+        )
     if conf.model.device_map is not None:
         yield f"`model.device_map={conf.model.device_map}`: each of launch.processes has one GPU; leave it out"
 
@@ -156,7 +161,7 @@ OWNED_FIELDS: dict[str, str] = {
     "bf16_full_eval": "the evaluation before training would leave the weights in bf16 for training too",
     "fp16_full_eval": "the evaluation before training would leave the weights in fp16 for training too",
     "local_rank": "set by the launcher",
-    "parallelism_config": "one process trains; launching several is not supported yet",
+    "parallelism_config": "use `launch.processes`; each process holds the whole model",
     "do_train": "without effect upstream; `dry_run=true` stops before training",
     "do_eval": "without effect upstream; use `training.eval_strategy`",
     "do_predict": "without effect upstream; a DPO run has nothing to predict",

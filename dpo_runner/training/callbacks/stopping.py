@@ -53,7 +53,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def ending_right(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt for what torch's C++ code makes of one; see also `ending_by_itself`."""
+        """Raise KeyboardInterrupt again if torch's C++ code turned it into another error; see `ending_by_itself`."""
         with ending_by_itself():
             try:
                 yield

@@ -28,10 +28,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from trl import DPOTrainer
 
 from dpo_runner.config.rules.training import LOSSES_OF_WHOLE_BATCHES
 from dpo_runner.config.sections.run import EngineConf
+from dpo_runner.errors import RunError
 from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.packed.packing import pack_pairs
 from dpo_runner.training.engine.scores import Batch, Place, StepScores, forward_of
@@ -113,8 +115,8 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """Return the batches of one optimizer step, and remember them."""
-        seed_process(self.args.seed, self.state.global_step)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        seed_process(self.args.seed, self.state.global_step)  # after the sampler may have drawn
         self._batches, self._taken = list(batches), 0
         return batches, items
 
@@ -153,6 +155,8 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
                     with forward_of(models, scores.record(micro_batch.places)):
                         super().training_step(model, inputs, num_items_in_batch)
             self.current_gradient_accumulation_steps = len(self._batches)
+            if not micro_batches and self.args.fp16:  # the scaler begins with the first scaled loss
+                self.accelerator.scaler.scale(torch.zeros((), device=self.args.device))
             scores.exchange()
             shared = range(rank(), len(self._batches), count())
             own = [self._score_batch(model, models, scores, index) for index in shared]
@@ -195,21 +199,25 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
             return self._record(index, lambda: self.compute_loss(model, inputs))
 
     def _record(self, index: int, compute: Callable[[], torch.Tensor]) -> "_Record":
-        """Compute the loss of one of TRL's batches, and take what TRL notes of it out of the trainer's figures."""
+        """Compute the loss of one of TRL's batches; return it with TRL's figures, which are not logged yet."""
         before = self._total_train_tokens
         with self._unlogged():
             loss = compute().detach()
-            return _Record(index, loss, dict(self.figures["train"]), self._total_train_tokens - before)
+            return _Record(index, loss.cpu(), dict(self.figures["train"]), self._total_train_tokens - before)
 
     def _log_records(self, own: "list[_Record]") -> torch.Tensor:
         """Note the metrics of all batches, of all processes, in TRL's order; return the batches' losses."""
-        records = sorted((record for part in gather(own) for record in part), key=lambda record: record.number)
+        digests, parts = zip(*gather((_digest(self._batches), own)), strict=True)
+        if len(set(digests)) > 1:
+            step = self.state.global_step + 1
+            raise RunError(f"step {step} has other rows in some processes than in others; their samplers differ")
+        records = sorted((record for part in parts for record in part), key=lambda record: record.number)
         for record in records:
             self._total_train_tokens += record.tokens
             for name, values in record.figures.items():
                 self.figures["train"][name].extend(values)
-        self.figures["train"]["num_tokens"] = [self._total_train_tokens]  # TRL's is no list of batches
-        return torch.stack([record.loss.to(self.args.device) for record in records])
+        self.figures["train"]["num_tokens"] = [self._total_train_tokens]  # TRL replaces it at each batch
+        return torch.stack([record.loss for record in records]).to(self.args.device)
 
 
 class _Record(NamedTuple):
@@ -219,6 +227,16 @@ class _Record(NamedTuple):
     loss: torch.Tensor
     figures: dict[str, list[Any]]
     tokens: float
+
+
+def _digest(batches: Sequence[Batch]) -> str | None:
+    """Return a digest of a step's rows, which all processes must have; None for a single process."""
+    if count() == 1:
+        return None
+    digest = xxhash.xxh3_64()
+    for batch in batches:
+        digest.update(batch["input_ids"].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

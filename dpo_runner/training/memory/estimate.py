@@ -36,6 +36,7 @@ from dpo_runner.training.memory.fake_step import (
 )
 from dpo_runner.training.memory.optimizer import KNOWN, count_optimizer
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
+from dpo_runner.training.ranks.group import count_processes
 
 check_names("trl", trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
@@ -154,7 +155,7 @@ def _advise(conf: RunConf, rows: Rows) -> str:
     if not training.gradient_checkpointing:
         ways[ACTIVATIONS] += ["training.gradient_checkpointing=true"]
     if (batch := training.per_device_train_batch_size) > 1:
-        accumulation = training.gradient_accumulation_steps * 2
+        accumulation = training.gradient_accumulation_steps // count_processes(conf) * 2
         smaller = f"training.per_device_train_batch_size={batch // 2}"
         ways[LOGITS] += [f"{smaller} training.gradient_accumulation_steps={accumulation}"]
     order = sorted(ways, key=lambda row: rows[row], reverse=True)

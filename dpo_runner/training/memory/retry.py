@@ -25,8 +25,9 @@ from dpo_runner.training.memory.device import (
     format_bytes,
     is_out_of_memory,
 )
-from dpo_runner.training.ranks.group import count, count_processes
+from dpo_runner.training.ranks.group import count, count_processes, is_launched
 from dpo_runner.training.ranks.launch import launch
+from dpo_runner.training.ranks.watch import find_cause
 
 if TYPE_CHECKING:
     from dpo_runner.model.blueprint import Blueprint
@@ -59,6 +60,8 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        if error is not None and not isinstance(error, OutOfMemory):
+            error = find_cause(error)  # another process of the run may have run out of memory
         if not isinstance(error, OutOfMemory):
             return False
         logger.error("memory ran out\n%s", "".join(traceback.format_exception(error)))
@@ -93,15 +96,17 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
         _release(failure)
         smaller = find_smaller(now.conf, failure.part, failure.tokens, largest)
         if smaller and count() > 1 and now.conf.checks.on_out_of_memory == "smaller_batch":
-            # The others wait for this process in a collective operation; see `launch_attempts`.
-            raise failure.advised(f"the same command with {_join(smaller)} continues the run")
+            # The others wait for this process in a collective operation, so all end; `launch_attempts` starts again.
+            if not is_launched():
+                session.note_out_of_memory([*records, _record(failure, smaller)])
+            raise failure.advised("the same command continues the run with smaller batches")
         if not smaller or now.conf.checks.on_out_of_memory == "stop":
             advice = f"try {', or '.join(list_ways(now.conf, failure.part, smaller))}"
             if smaller:
                 advice += "; checks.on_out_of_memory=smaller_batch tries smaller batches by itself"
             raise failure.advised(f"{_describe_estimate(now, blueprint)}{advice}")
         settings |= smaller
-        records = [*records, {"part": failure.part, "sizes": failure.sizes, "settings": smaller}]
+        records = [*records, _record(failure, smaller)]
         session.warn(f"{failure}; going on with {_join(smaller)}")
         session.note_out_of_memory(records)
 
@@ -128,16 +133,19 @@ def launch_attempts(job: Callable[[], Any], settled: "Settled", path: Path, warn
             smaller = find_smaller(now.conf, failure.part, failure.tokens, largest)
             if not smaller or now.conf.checks.on_out_of_memory == "stop":
                 raise
-            records.append({"part": failure.part, "sizes": failure.sizes, "settings": smaller})
-            update_status(path, out_of_memory=records)
+            update_status(path, out_of_memory=[*records, _record(failure, smaller)])
             warn(f"out of memory in {failure.part}: {failure.sizes}; starting again with {_join(smaller)}")
+
+
+def _record(failure: OutOfMemory, smaller: Settings) -> dict[str, Any]:
+    return {"part": failure.part, "sizes": failure.sizes, "settings": smaller}
 
 
 def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> dict[str, int]:
     """Return settings with which a phase needs less memory for the same result; empty if there are none.
 
     Args:
-        conf: the configuration.
+        conf: the configuration as executed; see `Settled`.
         part: the phase, such as `TRAINING`.
         tokens: token limit of a micro-batch; None if rows are counted.
         largest: tokens of the largest pair, prompt counted once; the lower limit of a micro-batch.
@@ -155,7 +163,7 @@ def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> 
     if batch == 1 or training.dataloader_drop_last:  # smaller batches would drop other pairs
         return {}
     factor = next(n for n in range(2, batch + 1) if batch % n == 0)  # the effective batch stays the same
-    return {_BATCH: batch // factor, _ACCUMULATION: accumulation * factor}
+    return {_BATCH: batch // factor, _ACCUMULATION: accumulation // count_processes(conf) * factor}
 
 
 def list_ways(conf: RunConf, part: str | None = None, smaller: Settings | None = None) -> list[str]:

@@ -35,6 +35,8 @@ _BYTES_PER_WEIGHT = 20
 _ENOUGH = 2048
 """Tokens of a micro-batch with which a GPU's matrix products are large; with fewer, checkpointing may cost less."""
 
+_ACCUMULATION = "training.gradient_accumulation_steps"
+
 Settings = Mapping[str, Any]
 """Values by dotted key."""
 
@@ -61,7 +63,10 @@ class Settled:
         """Return the run with changed settings, such as smaller batches."""
         if not settings:
             return self
-        conf = with_settings(self.conf, settings)
+        executed = dict(settings)
+        if _ACCUMULATION in settings:
+            executed[_ACCUMULATION] *= count_processes(self.asked)
+        conf = with_settings(self.conf, executed)
         args = build_dpo_config(conf, Path(self.args.output_dir))
         return replace(self, asked=with_settings(self.asked, settings), conf=conf, args=args)
 
@@ -89,7 +94,7 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
     """
     # Each process sees all batches of a step; see `ranks.group`.
     batches = conf.training.gradient_accumulation_steps * count_processes(conf)
-    executed, notes = with_settings(conf, {"training.gradient_accumulation_steps": batches}), {}
+    executed, notes = with_settings(conf, {_ACCUMULATION: batches}), {}
     if not shape.has_evaluation:
         executed = _leave_out_evaluation(executed)
         notes["evaluation"] = "none, there are no evaluation rows"
@@ -100,7 +105,10 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
             notes["speed"] = f"this CPU emulates 16-bit arithmetic, many times slower; use {' '.join(cures)}"
     if lacks_bf16(conf.training.use_cpu):
         notes["precision"] = f"fp16 instead of bf16, which {torch.cuda.get_device_name()} lacks"
-    settings, note = _save_memory(executed, args, blueprint, shape, read_device(args, held))
+    device = read_device(args, held)
+    if not device.is_gpu:
+        device = replace(device, free=device.free // count_processes(conf))
+    settings, note = _save_memory(executed, args, blueprint, shape, device)
     if settings:
         executed = with_settings(executed, settings)
         args = build_dpo_config(executed, checkpoints)

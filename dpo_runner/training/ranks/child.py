@@ -1,4 +1,4 @@
-"""One of the processes that `launch.processes` starts: `python -m dpo_runner.training.ranks.child FILE PARENT`."""
+"""One of the processes that `launch.processes` starts: `python -m dpo_runner.training.ranks.child PARENT < JOB`."""
 
 import gc
 import os
@@ -6,22 +6,23 @@ import pickle
 import sys
 import threading
 import time
-from pathlib import Path
 
 from dpo_runner.io.interrupts import end_at_once, exit_now, on_ctrl_c
 
 with on_ctrl_c(end_at_once):
     from dpo_runner.errors import DpoRunnerError
     from dpo_runner.io.exits import honest_exit
+    from dpo_runner.io.processes import take_gpu
 
 _POLL_SECONDS = 0.5
 
 
 def main() -> None:
-    """Do the pickled job in the file; the launcher shows a failure, so this process only exits with its code."""
-    threading.Thread(target=_end_with_parent, args=(int(sys.argv[2]),), name="parent", daemon=True).start()
+    """Do the pickled job on standard input; the launcher shows a failure, so this process only exits with its code."""
+    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), name="parent", daemon=True).start()
     with honest_exit("interrupted"):
-        job = pickle.loads(Path(sys.argv[1]).read_bytes())
+        take_gpu()
+        job = pickle.load(sys.stdin.buffer)  # imports torch
         gc.freeze()
         try:
             job()

@@ -11,10 +11,11 @@ Outside a group every function here acts as in a group of one.
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +38,8 @@ _AT_ONCE = 2**25  # gradient values that are summed at a time
 
 Value = TypeVar("Value")
 
-_stores: Any = dist  # torch's stubs lack the stores
-TCPStore, PrefixStore = _stores.TCPStore, _stores.PrefixStore
+_torch: Any = dist  # its stubs lack these
+TCPStore, PrefixStore = _torch.TCPStore, _torch.PrefixStore
 
 
 @dataclass
@@ -47,7 +48,8 @@ class _Group:
 
     Attributes:
         store: torch's key-value store, served by the launcher or by the first process.
-        prefix: of our keys; torchrun keeps its store when it starts the processes again.
+        prefix: of the names in the store; torchrun keeps its store when it starts the processes again.
+        connect: opens torch's process group.
         turn: number of values shared so far.
     """
 
@@ -55,6 +57,7 @@ class _Group:
     count: int
     store: Any
     prefix: str
+    connect: Callable[[], None]
     turn: int = 0
 
 
@@ -65,7 +68,8 @@ def join_group(conf: RunConf) -> RunConf:
     """Join the processes that a launcher started for this run, if there are any, and settle their number.
 
     Launchers (torchrun, srun scripts, Ray, `launch.processes`) set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT. The process takes the GPU numbered LOCAL_RANK of those that it may use.
+    MASTER_PORT. torch's process group is opened by the first `gather`: once there is one, transformers writes no model
+    files in processes other than the first, so their caches would stay incomplete.
 
     Returns:
         The configuration, with `launch.processes` set to the number of processes.
@@ -77,16 +81,8 @@ def join_group(conf: RunConf) -> RunConf:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if _group is None and count > 1:
         _check_environment(conf, count)
-        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        use_cpu = conf.training.use_cpu or not _take_gpu(local)
-        if dist.is_initialized():  # by Ray Train
-            store = _open_store(rank)
-        else:
-            timeout = timedelta(seconds=conf.training.ddp_timeout)
-            dist.init_process_group("gloo" if use_cpu else "cpu:gloo,cuda:nccl", timeout=timeout)
-            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store.set_timeout(_FOREVER)
-        _group = _Group(rank, count, store, f"dpo_runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        _group = _meet(conf, int(os.environ["RANK"]), count)
+        _group.store.set_timeout(_FOREVER)
         for name in _HIDDEN:
             os.environ.pop(name, None)
     processes = _choose_count(conf) if _group is None else _group.count
@@ -95,9 +91,29 @@ def join_group(conf: RunConf) -> RunConf:
     return replace(conf, launch=replace(conf.launch, processes=processes))
 
 
+def _meet(conf: RunConf, rank: int, count: int) -> _Group:
+    prefix = f"dpo_runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if dist.is_initialized():  # by Ray Train
+        return _Group(rank, count, _open_store(rank), prefix, lambda: None)
+    met = next(_torch.rendezvous("env://"))[0]
+    on_gpus = torch.cuda.is_available() and not conf.training.use_cpu
+    connect = partial(
+        dist.init_process_group,
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        store=PrefixStore("group", met),
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=conf.training.ddp_timeout),
+    )
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return _Group(rank, count, store, prefix, connect)
+
+
 def _choose_count(conf: RunConf) -> int:
-    gpus = [] if conf.training.use_cpu else list_gpus()
     processes = conf.launch.processes or 1
+    if processes == 1:
+        return 1
+    gpus = [] if conf.training.use_cpu else list_gpus()
     if processes == "auto":
         return max(len(gpus), 1)
     assert isinstance(processes, int)
@@ -112,7 +128,15 @@ def count_processes(conf: RunConf) -> int:
 
 
 def _check_environment(conf: RunConf, count: int) -> None:
-    if conf.launch.processes not in (None, 1, "auto", count):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"WORLD_SIZE={count}: the environment lacks {name}; a launcher sets all four, or none")
+    if torch.cuda.device_count() > 1 and not conf.training.use_cpu:
+        raise ConfigError(
+            f"WORLD_SIZE={count}: this process sees {torch.cuda.device_count()} GPUs; set CUDA_VISIBLE_DEVICES to one "
+            "of them before torch is imported, as `python -m dpo_runner` does from LOCAL_RANK"
+        )
+    if conf.launch.processes not in (None, "auto", count):
         raise ConfigError(
             f"`launch.processes={conf.launch.processes}`: a launcher has started {count} processes; leave it out"
         )
@@ -122,15 +146,6 @@ def _check_environment(conf: RunConf, count: int) -> None:
                 f"{name}={os.environ[name]}: several processes share the work of a step, and each holds the whole "
                 "model; start them with launch.processes=N, torchrun, or accelerate launch --multi_gpu"
             )
-
-
-def _take_gpu(local: int) -> bool:
-    """Make one GPU visible to this process, unless the launcher has done so; return whether there is one."""
-    if len(gpus := list_gpus()) > 1:
-        if local >= len(gpus):
-            raise ConfigError(f"LOCAL_RANK={local}: there are {len(gpus)} GPUs; start one process for each of them")
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]
-    return torch.cuda.is_available()
 
 
 def _open_store(rank: int) -> Any:
@@ -197,19 +212,36 @@ def first_before_others() -> Iterator[None]:
         share(None)
 
 
+def leave_together() -> None:
+    """Wait, at the end of a run, until all have come here: the first process may serve the store."""
+    if _group is None:
+        return
+    _group.store.set(f"{_group.prefix}/left/{_group.rank}/{_group.turn}", b"")
+    if _group.rank == 0:
+        _group.store.wait([f"{_group.prefix}/left/{number}/{_group.turn}" for number in range(_group.count)])
+
+
 def gather(value: Value) -> list[Value]:
     """Return each process's value, in their order."""
     if _group is None:
         return [value]
+    if not dist.is_initialized():
+        _group.connect()
     values: list[Any] = [None] * _group.count
     dist.all_gather_object(values, value)
     return values
 
 
+def copy_from_first(weights: Iterable[torch.Tensor]) -> None:
+    """Give all processes the first one's weights: factorizations on GPUs may differ in signs and last bits."""
+    for weight in weights if _group is not None else ():
+        dist.broadcast(weight.data, 0)
+
+
 def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     """Sum the gradients of trained weights over all processes, in place; a missing one counts as 0.
 
-    A weight without a gradient in any process, such as an idle expert's, keeps none.
+    A weight without a gradient in all processes, such as an idle expert's, keeps none. Comes after a `gather`.
     """
     if _group is None:
         return

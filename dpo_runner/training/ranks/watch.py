@@ -23,7 +23,7 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted, describe_failure
 from dpo_runner.io.exits import report
 from dpo_runner.io.interrupts import exit_now
-from dpo_runner.training.ranks.group import count, is_first, is_launched, join_group, open_store, rank
+from dpo_runner.training.ranks.group import count, is_first, is_launched, join_group, leave_together, open_store, rank
 
 FAILED = "failed"
 """The key of the first failure in the processes' store."""
@@ -48,7 +48,7 @@ class _Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.store = open_store()
         self.folder: Path | None = None
-        self.note_end: Callable[[str], None] = lambda reason: None
+        self.note_end: Callable[[DpoRunnerError], None] = lambda failure: None
         self.last_sign: float | None = None
         self._minutes, self._seconds = minutes, 60 * minutes
         self._ended = threading.Event()
@@ -73,7 +73,7 @@ class _Watch(threading.Thread):
             with (self.folder / f"{rank()}.stacks").open("w") as stream:
                 faulthandler.dump_traceback(stream)
         if is_first():
-            self.note_end(describe_failure(failure))
+            self.note_end(failure)
             if not is_launched():
                 report(failure)
         exit_now(failure.exit_code)
@@ -92,7 +92,9 @@ def over_processes(run: Run) -> Run:
     def joined(conf: RunConf, *args: Any, **kwargs: Any) -> Any:
         conf = join_group(conf)
         with _watching(conf.launch.timeout):
-            return run(conf, *args, **kwargs)
+            result = run(conf, *args, **kwargs)
+            leave_together()
+            return result
 
     return cast(Run, joined)
 
@@ -140,7 +142,7 @@ def find_failure(store: Any) -> DpoRunnerError | None:
         return RunError("the first process, or its launcher, is gone")
     failure: DpoRunnerError = error
     if type(failure) is RunError and number != 0:
-        return RunError(f"process {number}: {failure}")
+        return RunError(f"process {number}: {failure}; its output is in ranks/{number}.log")
     return failure
 
 
@@ -150,12 +152,12 @@ def note_progress() -> None:
         _watch.last_sign = time.monotonic()
 
 
-def write_into(folder: Path, note_end: Callable[[str], None]) -> None:
+def write_into(folder: Path, note_end: Callable[[DpoRunnerError], None]) -> None:
     """Direct all that this process prints, unless it is the first, into `folder`/N.log.
 
     Args:
         folder: the run's folder `ranks`.
-        note_end: records the reason in status.json, if the watch ends the first process.
+        note_end: records the failure in status.json, if the watch ends the first process.
     """
     if _watch is None:
         return
@@ -171,7 +173,7 @@ def write_into(folder: Path, note_end: Callable[[str], None]) -> None:
 
 @contextmanager
 def ending_by_itself() -> Iterator[None]:
-    """Let this process end in its own time once this block fails; its last records may take a while.
+    """Stop the watch when this block fails, because the last records may take longer than it waits.
 
     Raises:
         DpoRunnerError: the failure of another process, if that has broken this one's connection.
@@ -182,7 +184,7 @@ def ending_by_itself() -> Iterator[None]:
     except BaseException as error:
         if _watch is None:
             raise
-        cause = _find_cause(_watch.store, error)
+        cause = find_cause(error)
         if cause is None:
             post(_watch.store, _to_ours(error))
         _watch.stop()
@@ -193,11 +195,11 @@ def ending_by_itself() -> Iterator[None]:
         raise
 
 
-def _find_cause(store: Any, error: BaseException) -> DpoRunnerError | None:
+def find_cause(error: BaseException) -> DpoRunnerError | None:
     """Return the failure of another process that broke this one's connection, if that is what `error` says."""
-    if not isinstance(error, RuntimeError) or not re.search("gloo|NCCL|TCPStore|socket", str(error)):
+    if _watch is None or not isinstance(error, RuntimeError) or not re.search("gloo|NCCL|TCPStore|socket", str(error)):
         return None
     until = time.monotonic() + _CAUSE_SECONDS
-    while (failure := find_failure(store)) is None and time.monotonic() < until:
+    while (failure := find_failure(_watch.store)) is None and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
     return failure

@@ -192,7 +192,7 @@ def test_another_number_of_processes_continues_a_run_with_as_many_pairs_a_step(r
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     status = json.loads((tmp_path / "r" / "status.json").read_text())
     (tmp_path / "r" / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
-    with pytest.raises(ConfigError, match=r"6 pairs a step, and the run in .* has 12"):
+    with pytest.raises(ConfigError, match=r"make 6 pairs a step, and the run in .* has 12"):
         run(load_conf([*overrides, "training.gradient_accumulation_steps=3"]))
     run(load_conf([*overrides, "training.gradient_accumulation_steps=6"]))
     check_same(tmp_path / "r", runs / "one")
@@ -205,15 +205,19 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("importable")
-def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path) -> None:
-    """TRL's batches, all weights, and a bad row of one process, whose step all skip; but for each one's own dropout."""
+def test_other_trainings_are_those_of_one_process_too(
+    runs: Path, tmp_path: Path, sft_adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's batches, all weights, a bad row, whose step all skip, and a merged base; each process has its own dropout."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "samples.num_prompts=0", "training.save_strategy=no"]
     variants = {
         "trl": ["engine.shared_prefix=false", "training.loss_type=[sigmoid,sft]", "engine.reference_store=false"],
         "all": ["lora=none", "training.learning_rate=1e-5"],
         "bad": ["checks.on_nonfinite=skip_batch", "checks.max_skipped_batches=9"],
+        "merged": [f"model.adapter={sft_adapter}", "model.adapter_mode=merge", "lora=r16"],
         "dropout": ["lora.lora_dropout=0.5"],
     }
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))  # empty: the processes fill it
     row = build(overrides, tmp_path / "unused").train_dataset[7]
     bad_row = [*row["prompt_ids"], *row["chosen_ids"]]
     confs = {
@@ -230,10 +234,10 @@ def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path
     launch(partial(train, two, bad_row=bad_row, draws=tmp_path / "draws"), 2, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenBatches, "compute_loss", TokenBatches.compute_loss)  # undone at the end
-        train([confs[name, 1] for name in ("trl", "all", "bad")], bad_row=bad_row)
+        train([confs[name, 1] for name in ("trl", "all", "bad", "merged")], bad_row=bad_row)
     draws = [json.loads((tmp_path / f"draws/dropout-2/draws-{number}.json").read_text()) for number in (0, 1)]
     assert len(set(draws[0] + draws[1])) == 12
-    for name in ("trl", "all", "bad"):
+    for name in ("trl", "all", "bad", "merged"):
         one, other = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
         assert figures_of(one)
         for event, expected in zip(figures_of(other), figures_of(one), strict=True):
@@ -249,8 +253,8 @@ def test_other_trainings_are_those_of_one_process_too(runs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("an error", "^process 1: ValueError: a fault of one process$"),
-        ("an exit", r"^process 1: the run called sys.exit\(3\)$"),
+        ("an error", r"^process 1: ValueError: a fault of one process; its output is in ranks/1\.log$"),
+        ("an exit", r"^process 1: the run called sys.exit\(3\); its output is in ranks/1\.log$"),
         ("a hang", r"^no step for 0\.03 minutes \(launch\.timeout\)$"),
     ],
 )
