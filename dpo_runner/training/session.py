@@ -7,7 +7,6 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,7 @@ def open_session(
         records: list[Record] = share((read_status(path) or {}).get("out_of_memory", []))
         records = records if conf.checks.on_out_of_memory == "smaller_batch" else []
         details = {"out_of_memory": records} if records else {}
-        write_into(path / "ranks", partial(_note_end, directory))
+        write_into(path / "ranks", lambda state, reason: directory.write_last_status(state, error=reason))
         recorded = _recorded(directory, conf, overrides, console, stopping, details)
         with recorded if is_first() else _logged(path / "ranks", stopping, console) as tracker:
             session = Session(directory, conf, tracker, console, stopping, callbacks, records)
@@ -224,11 +223,6 @@ def open_session(
         if is_first():
             assert session.summary is not None
             directory.write_status("finished", adapter=session.summary["weights"])  # only after W&B is closed
-
-
-def _note_end(directory: RunDirectory, failure: DpoRunnerError) -> None:
-    state = "interrupted" if isinstance(failure, RunInterrupted) else "failed"
-    directory.write_last_status(state, error=describe_failure(failure))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class _Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.store = open_store()
         self.folder: Path | None = None
-        self.note_end: Callable[[DpoRunnerError], None] = lambda failure: None
+        self.note_end: Callable[[str, str], None] = lambda state, reason: None
         self.last_sign: float | None = None
         self._minutes, self._seconds = minutes, 60 * minutes
         self._ended = threading.Event()
@@ -73,7 +73,8 @@ class _Watch(threading.Thread):
             with (self.folder / f"{rank()}.stacks").open("w") as stream:
                 faulthandler.dump_traceback(stream)
         if is_first():
-            self.note_end(failure)
+            state = "interrupted" if isinstance(failure, RunInterrupted) else "failed"
+            self.note_end(state, describe_failure(failure))
             if not is_launched():
                 report(failure)
         exit_now(failure.exit_code)
@@ -152,12 +153,12 @@ def note_progress() -> None:
         _watch.last_sign = time.monotonic()
 
 
-def write_into(folder: Path, note_end: Callable[[DpoRunnerError], None]) -> None:
+def write_into(folder: Path, note_end: Callable[[str, str], None]) -> None:
     """Direct all that this process prints, unless it is the first, into `folder`/N.log.
 
     Args:
         folder: the run's folder `ranks`.
-        note_end: records the failure in status.json, if the watch ends the first process.
+        note_end: records state and reason in status.json, if the watch ends the first process.
     """
     if _watch is None:
         return

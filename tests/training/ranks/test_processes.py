@@ -208,7 +208,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_trainings_are_those_of_one_process_too(
     runs: Path, tmp_path: Path, sft_adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TRL's batches, all weights, a bad row, whose step all skip, and a merged base; each process has its own dropout."""
+    """TRL's batches, all weights, a bad row, whose step all skip, a merged base; each process has its own dropout."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "samples.num_prompts=0", "training.save_strategy=no"]
     variants = {
         "trl": ["engine.shared_prefix=false", "training.loss_type=[sigmoid,sft]", "engine.reference_store=false"],
