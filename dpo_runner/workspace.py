@@ -26,7 +26,7 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.records.wandb_files import find_folder, list_commands
     from dpo_runner.sweep.directory import read_record
 
-_EXTRA = "pip install 'wandb-workspaces>=0.4.5,<1' (or the extra: pip install 'dpo-runner[workspace]')"
+_EXTRA = "pip install 'wandb-workspaces>=0.4.8,<1' (or the extra: pip install 'dpo-runner[workspace]')"
 _CURVES = ("train/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 _STEP = "train/global_step"
 _MOST_RUNS = 200
