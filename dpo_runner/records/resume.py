@@ -134,7 +134,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         pairs = [step * conf.training.per_device_train_batch_size for step in steps]
         mistakes.append(
             f"`training.gradient_accumulation_steps={now[_SHARES[0]]}` and `launch.processes={now[_SHARES[1]]}`: make "
-            f"{pairs[1]} pairs a step, and the run in {run_dir} has {pairs[0]}; keep the product, or use another run_dir"
+            f"{pairs[1]} pairs a step, and the run in {run_dir} has {pairs[0]}; keep that, or use another run_dir"
         )
     if mistakes:
         raise ConfigError(mistakes)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import sqlite3
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_the_callback_asks_the_pruner_after_each_evaluation_of_the_training(tmp_
 
     for margin in (3.0, 2.0, 4.0, 2.5):
         ((name, _),) = search.take(1)
-        callback = Pruning(path / name, conf)
+        callback = pickle.loads(pickle.dumps(Pruning(path / name, conf)))  # as to the processes of a run
         log(callback, 0, -9.0)  # the untuned model
         callback.on_train_begin(None, None, None)
         try:
