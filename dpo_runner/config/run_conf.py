@@ -36,6 +36,11 @@ class RunConf(RunFields):
             raise ConfigError(mistakes)
 
 
+def count_processes(conf: RunFields) -> int:
+    """Return `launch.processes` as a number; 1 for `auto`, which the run itself replaces by a number."""
+    return conf.launch.processes if isinstance(conf.launch.processes, int) else 1
+
+
 def find_mistakes(conf: RunFields) -> list[str]:
     """Return one line per broken rule; an empty list means that the run may start."""
     values = dict(walk_fields(conf))

@@ -21,7 +21,7 @@ from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.sweep.directory import DONE
 from dpo_runner.sweep.jobs import Job, Outcome
-from dpo_runner.training.memory.retry import list_ways
+from dpo_runner.training.memory.smaller import list_ways
 
 _VMSTAT = Path("/proc/vmstat")
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from trl import DPOConfig
 from trl.trainer import utils as trl_utils
 
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, count_processes
 from dpo_runner.data.splits import DataShape, PairShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.upstream import check_names
@@ -36,7 +36,6 @@ from dpo_runner.training.memory.fake_step import (
 )
 from dpo_runner.training.memory.optimizer import KNOWN, count_optimizer
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
-from dpo_runner.training.ranks.group import count_processes
 
 check_names("trl", trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")
 

@@ -8,24 +8,22 @@ correspondingly more batches.
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import count_processes
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.training.memory.device import (
-    ANSWERING,
-    EVALUATION,
-    TRAINING,
     OutOfMemory,
     format_bytes,
     is_out_of_memory,
 )
-from dpo_runner.training.ranks.group import count, count_processes, is_launched
+from dpo_runner.training.memory.smaller import Settings, find_smaller, join_settings, list_ways
+from dpo_runner.training.ranks.group import count, is_launched
 from dpo_runner.training.ranks.launch import launch
 from dpo_runner.training.ranks.watch import find_cause
 
@@ -35,11 +33,6 @@ if TYPE_CHECKING:
     from dpo_runner.training.session import Session
 
 logger = logging.getLogger(__name__)
-
-Settings = Mapping[str, Any]
-
-_TOKENS, _BATCH = "engine.max_tokens_per_micro_batch", "training.per_device_train_batch_size"
-_ACCUMULATION, _EVAL_BATCH = "training.gradient_accumulation_steps", "training.per_device_eval_batch_size"
 
 
 class Attempt:
@@ -83,7 +76,7 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
     records = session.out_of_memory
     settings = {key: value for record in records for key, value in record["settings"].items()}
     if records:
-        session.warn(f"memory ran out before; this run goes on with {_join(settings)}")
+        session.warn(f"memory ran out before; this run goes on with {join_settings(settings)}")
         session.note_out_of_memory(records)
     largest = sum(settled.shape.cut(settled.asked.training.max_length).largest)
     while True:
@@ -107,7 +100,7 @@ def attempts(settled: "Settled", blueprint: "Blueprint", session: "Session") -> 
             raise failure.advised(f"{_describe_estimate(now, blueprint)}{advice}")
         settings |= smaller
         records = [*records, _record(failure, smaller)]
-        session.warn(f"{failure}; going on with {_join(smaller)}")
+        session.warn(f"{failure}; going on with {join_settings(smaller)}")
         session.note_out_of_memory(records)
 
 
@@ -134,68 +127,11 @@ def launch_attempts(job: Callable[[], Any], settled: "Settled", path: Path, warn
             if not smaller or now.conf.checks.on_out_of_memory == "stop":
                 raise
             update_status(path, out_of_memory=[*records, _record(failure, smaller)])
-            warn(f"out of memory in {failure.part}: {failure.sizes}; starting again with {_join(smaller)}")
+            warn(f"out of memory in {failure.part}: {failure.sizes}; starting again with {join_settings(smaller)}")
 
 
 def _record(failure: OutOfMemory, smaller: Settings) -> dict[str, Any]:
     return {"part": failure.part, "sizes": failure.sizes, "settings": smaller}
-
-
-def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> dict[str, int]:
-    """Return settings with which a phase needs less memory for the same result; empty if there are none.
-
-    Args:
-        conf: the configuration as executed; see `Settled`.
-        part: the phase, such as `TRAINING`.
-        tokens: token limit of a micro-batch; None if rows are counted.
-        largest: tokens of the largest pair, prompt counted once; the lower limit of a micro-batch.
-    """
-    training = conf.training
-    if part in (EVALUATION, ANSWERING):
-        batch = training.per_device_eval_batch_size
-        return {_EVAL_BATCH: batch // 2} if batch > 1 else {}
-    if part != TRAINING:
-        return {}
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if tokens is not None:
-        held = min(tokens, batch * accumulation * largest)
-        return {_TOKENS: max(held // 2, largest)} if held > largest else {}
-    if batch == 1 or training.dataloader_drop_last:  # smaller batches would drop other pairs
-        return {}
-    factor = next(n for n in range(2, batch + 1) if batch % n == 0)  # the effective batch stays the same
-    return {_BATCH: batch // factor, _ACCUMULATION: accumulation // count_processes(conf) * factor}
-
-
-def list_ways(conf: RunConf, part: str | None = None, smaller: Settings | None = None) -> list[str]:
-    """Return overrides that reduce memory, those that do not change the result first.
-
-    Args:
-        conf: the configuration.
-        part: the phase that ran out of memory; None if unknown.
-        smaller: the result of `find_smaller` for that phase; None if not computed.
-    """
-    ways: list[str] = []
-    if smaller is None:
-        smaller = find_smaller(conf, TRAINING, None, 0)
-        ways += [_join(each) for each in (smaller, find_smaller(conf, EVALUATION, None, 0)) if each]
-    elif smaller:
-        ways.append(_join(smaller))
-    return [*ways, *_list_other_ways(conf, part)]
-
-
-def _list_other_ways(conf: RunConf, part: str | None) -> Iterator[str]:
-    if part in (None, TRAINING) and not conf.training.gradient_checkpointing:
-        yield "training.gradient_checkpointing=true"
-    if conf.quant is None and (conf.lora is not None or conf.model.adapter is not None):
-        yield "quant=nf4"
-    if part == ANSWERING:
-        yield f"samples.max_new_tokens={max(conf.samples.max_new_tokens // 2, 1)}"
-    elif conf.training.max_length is not None:
-        yield f"training.max_length={max(conf.training.max_length // 2, 2)} (longer pairs are then left out)"
-
-
-def _join(settings: Settings) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _release(error: BaseException | None) -> None:

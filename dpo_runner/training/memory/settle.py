@@ -16,7 +16,7 @@ import torch
 from trl import DPOConfig
 
 from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, find_vain_evaluation
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, count_processes
 from dpo_runner.data.splits import DataShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
@@ -27,7 +27,6 @@ from dpo_runner.training.engine.packed.forward import is_certain
 from dpo_runner.training.engine.precision import has_bf16
 from dpo_runner.training.memory.device import Device
 from dpo_runner.training.memory.estimate import MemoryEstimate, count_tokens_at_once, estimate_memory, read_device
-from dpo_runner.training.ranks.group import count_processes
 
 _BYTES_PER_WEIGHT = 20
 """Weight, gradient, Adam's two moments and the reference's copy, in fp32."""

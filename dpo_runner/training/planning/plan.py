@@ -7,7 +7,7 @@ import torch
 from trl import DPOConfig
 
 from dpo_runner.config.keys import find_ignored
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, count_processes
 from dpo_runner.config.sections.data import resolve_sources
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import ConfigError
@@ -22,7 +22,6 @@ from dpo_runner.model.vocabulary import describe_padding
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled
-from dpo_runner.training.ranks.group import count_processes
 from dpo_runner.training.trainer import count_steps
 
 

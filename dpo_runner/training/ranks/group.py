@@ -122,11 +122,6 @@ def _choose_count(conf: RunConf) -> int:
     return processes
 
 
-def count_processes(conf: RunConf) -> int:
-    """Return the number of processes of a run, from a configuration that `join_group` has returned."""
-    return conf.launch.processes if isinstance(conf.launch.processes, int) else 1
-
-
 def _check_environment(conf: RunConf, count: int) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:

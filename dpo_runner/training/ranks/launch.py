@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, count_processes
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunInterrupted, RunPruned, reason_of
 from dpo_runner.io.interrupts import SIGNALS
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.records.resume import interrupted
-from dpo_runner.training.ranks.group import LAUNCHER, PrefixStore, TCPStore, count, count_processes
+from dpo_runner.training.ranks.group import LAUNCHER, PrefixStore, TCPStore, count
 from dpo_runner.training.ranks.watch import FAILED, find_failure, post
 
 _POLL_SECONDS = 0.1

@@ -31,8 +31,8 @@ from dpo_runner.training.memory.device import (
     read_memory,
     watch_memory,
 )
-from dpo_runner.training.memory.retry import find_smaller, list_ways
 from dpo_runner.training.memory.settle import with_settings
+from dpo_runner.training.memory.smaller import find_smaller, list_ways
 from dpo_runner.training.trainer import RunTrainer
 from tests.support.programs import run_python
 
