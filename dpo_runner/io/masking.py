@@ -28,7 +28,7 @@ _SECRET_VALUE = re.compile(
 # `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name followed by a value.
 _NAMED_VALUE = re.compile(
     r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,40}[_-]){0,8}"
-    r"(?:secret|password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
+    r"(?:secret|(?:ssl)?password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
     r"|(?<=[?&])token|(?<=[?&])(?:sig|signature)|amz-signature|amz-credential)"
     r"[\"']?\s*[:=]\s*[\"']?)(?!\*\*\*)([^\s\"'&,;{}\[\]]+)",
     re.IGNORECASE,

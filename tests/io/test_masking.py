@@ -16,6 +16,7 @@ from tests.support.wandb_server import WandbServer
     ("text", "masked"),
     [
         ("https://me:pass@example.com/x", "https://***@example.com/x"),
+        ("postgresql://me:pass@/a?host=/tmp&sslpassword=abc", "postgresql://***@/a?host=/tmp&sslpassword=***"),
         ("https://:pass@example.com", "https://***@example.com"),
         ("https://me:p@ss@example.com", "https://***@example.com"),
         ("https://abcdefghijklmnop0123@example.com/a.git", "https://***@example.com/a.git"),
