@@ -184,10 +184,7 @@ COMMANDS = [
     (["hydra/sweeper=optuna"], "these may be changed: hydra/launcher, hydra.launcher.*"),
     (["~hydra.launcher"], "nothing can be deleted"),
     (["sweep.search.sampler=tpe", "sweep=optuna_tpe", "sweep.search.trials=0"], "must be at least 1"),
-    (
-        ["sweep=optuna_tpe", "sweep.search.storage=sqlite:///a"],
-        "`sweep.search.storage`: must be a URL such as",
-    ),
+    (["sweep=optuna_tpe", "sweep.dir=a", "sweep.search.storage=sqlite:///a"], "`sweep.search.storage`: must be a URL"),
     (["sweep=optuna_tpe", "sweep.search.storage=postgresql://me@host/a"], "needs sweep.dir, whose last part names the"),
     (["-m", "seed=1,2", "sweep.search.storage=postgresql://me:a/b@host/a"], "`sweep.search.storage`: is of a search"),
     (["--resolve"], "--resolve: is read by --cfg job alone"),
