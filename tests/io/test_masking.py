@@ -40,6 +40,13 @@ def test_a_text_is_masked_where_it_holds_a_secret(text: str, masked: str) -> Non
     assert mask_text(masked) == masked
 
 
+def test_what_hydra_shows_is_masked() -> None:
+    note = "wandb.notes='login https://me:abcdefg@host/a'"
+    result = run_python("-m", "dpo_runner", "--cfg", "all", note, f"model.revision={'0' * 40}")
+    assert result.returncode == 0 and "abcdefg" not in result.stdout and "https://***@host/a" in result.stdout
+    assert f"  revision: '{'0' * 40}'\n" in result.stdout and "adapter_revision: null\n" in result.stdout
+
+
 def test_tokens_of_a_tokenizer_are_no_secrets() -> None:
     config = {"model": {"pad_token": "<pad>", "hub_token": "abc"}, "eos_token": "</s>"}
     assert mask_secrets(config) == {"model": {"pad_token": "<pad>", "hub_token": "***"}, "eos_token": "</s>"}

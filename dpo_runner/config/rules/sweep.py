@@ -16,7 +16,9 @@ _ANSWERS = ("response_tokens", "responses_at_cap")
 _OPTUNA = "optuna>=5,<6"
 DRIVER = "psycopg"
 """The package that connects to PostgreSQL."""
-_STORAGE = re.compile(rf"postgresql(\+{DRIVER})?://([^/\s@:]*(:[^/\s@:]*)?@)?[^\s@]*")
+_STORAGE = re.compile(
+    rf"postgresql(\+{DRIVER})?://([^/\s@:]*(:[^/\s@:]*)?@)?(\[[\w:.]+\]|[^/\s@:?]*)(:\d+)?(/[^\s@?]*)?(\?[^\s@]*)?"
+)
 
 
 def read_direction(search: SearchConf) -> str | None:
@@ -87,11 +89,11 @@ def _check_storage(sweep: SweepConf) -> Iterator[str]:
         return
     if not _STORAGE.fullmatch(storage):  # not shown: what is not a URL is not masked as one
         yield (
-            f"{where}: must be a URL such as postgresql://user:password@host/database; blanks and any of @:/ within "
-            "the password are written as %20, %40, %3A and %2F"
+            f"{where}: must be a URL such as postgresql://me@host:5432/database; blanks and any of @:/ within the "
+            "user's name or password are written as %20, %40, %3A and %2F"
         )
     if find_spec(DRIVER) is None:
-        yield f"{where}: needs {DRIVER}, which is not installed; pip install '{DRIVER}[binary]>=3.2'"
+        yield f"{where}: needs {DRIVER}, which is not installed; pip install '{DRIVER}[binary]>=3.3'"
     if sweep.dir is None and sweep.resume is None:
         yield f"{where}: needs sweep.dir, whose last part names the study; commands that share a study have it alike"
 
