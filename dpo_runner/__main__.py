@@ -18,8 +18,8 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
     from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
     from dpo_runner.io.exits import honest_exit, report
-    from dpo_runner.io.processes import take_gpu
     from dpo_runner.io.masking import mask_shown
+    from dpo_runner.io.processes import take_gpu
     from dpo_runner.io.streams import put
     from dpo_runner.io.version import __version__
     from dpo_runner.sweep.command_line import check_command_line, complete_sweep, shows_config
