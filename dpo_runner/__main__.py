@@ -1,8 +1,11 @@
 """`python -m dpo_runner`: check the command line, compose with Hydra, run, and set the exit code."""
 
+import contextlib
 import gc
+import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo_runner.io.interrupts import end_at_once, on_ctrl_c
@@ -15,10 +18,11 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
     from dpo_runner.errors import ConfigError, DpoRunnerError, RunInterrupted
     from dpo_runner.io.exits import honest_exit, report
+    from dpo_runner.io.masking import mask_shown
     from dpo_runner.io.processes import take_gpu
     from dpo_runner.io.streams import put
     from dpo_runner.io.version import __version__
-    from dpo_runner.sweep.command_line import check_command_line, complete_sweep
+    from dpo_runner.sweep.command_line import check_command_line, complete_sweep, shows_config
 
 
 def main() -> None:
@@ -77,9 +81,22 @@ def _run_with_hydra() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
     register_plugins()
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)
+    if shows_config(sys.argv[1:]):
+        _show(application)
+        return
     application()
     if failure_alone:
         raise failure_alone[0]
+
+
+def _show(application: Callable[[], None]) -> None:
+    """Print what Hydra shows of a configuration (`--cfg`, `--info`), with secrets masked."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            application()
+    finally:
+        put(mask_shown(shown.getvalue()), end="")
 
 
 def _check_early(conf: RunConf) -> None:

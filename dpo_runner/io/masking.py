@@ -28,11 +28,12 @@ _SECRET_VALUE = re.compile(
 # `password=…`, `{api_key: …}`, `?X-Amz-Signature=…`: a name followed by a value.
 _NAMED_VALUE = re.compile(
     r"((?<![A-Za-z0-9])(?:[A-Za-z0-9]{1,40}[_-]){0,8}"
-    r"(?:secret|password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
+    r"(?:secret|(?:ssl)?password|passwd|api[_-]?key|access[_-]?key|(?:hub|hf|auth|access|refresh|security|session)[_-]token"
     r"|(?<=[?&])token|(?<=[?&])(?:sig|signature)|amz-signature|amz-credential)"
     r"[\"']?\s*[:=]\s*[\"']?)(?!\*\*\*)([^\s\"'&,;{}\[\]]+)",
     re.IGNORECASE,
 )
+_SHOWN_VALUE = re.compile(r"([\w.]+)(: |=)(.+)")
 _SECRET_VARIABLE = re.compile(
     r"(token|passw(or)?d|passphrase|api_?key|access_key|private_key|credentials?)$|(^|_)(secret|key|pass|pwd|pat)(_|$)",
     re.IGNORECASE,
@@ -75,6 +76,19 @@ def mask_override(text: str) -> str:
     """Return one `KEY=VALUE` override with its value masked if it looks like a secret."""
     key, separator, value = text.partition("=")
     return f"{mask_text(key)}{separator}{mask_secrets(value, key.rpartition('.')[2])}"
+
+
+def mask_shown(text: str) -> str:
+    """Return YAML or overrides, as Hydra shows them, with the value of each line masked as `mask_secrets` does."""
+
+    def mask_value(line: re.Match[str]) -> str:
+        key, value = line[1], line[3]
+        return f"{key}{line[2]}{value if value == 'null' else mask_secrets(value, key.rpartition('.')[2])}"
+
+    return "\n".join(
+        _SHOWN_VALUE.sub(mask_value, line, count=1) if _SHOWN_VALUE.search(line) else mask_text(line)
+        for line in text.split("\n")
+    )
 
 
 def holds_secret(text: str) -> bool:

@@ -62,6 +62,12 @@ def check_command_line(argv: list[str]) -> list[str]:
     return mistakes
 
 
+def shows_config(argv: list[str]) -> bool:
+    """Return whether a checked command only shows its configuration (`--cfg`, `--info`)."""
+    args = _build_parser().parse_args(argv)
+    return bool(args.cfg or args.info)
+
+
 def _check_flags(args: argparse.Namespace) -> Iterator[str]:
     """Yield mistakes in flags that Hydra would answer with a traceback."""
     chosen = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(args, name)]

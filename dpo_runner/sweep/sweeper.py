@@ -185,13 +185,13 @@ class OptunaSweeper(GridSweeper):
         if corner.dry_run:
             return None
         handle = lock_sweep(path, screen.say)
-        from dpo_runner.sweep.search.trials import Search  # imports Optuna, which takes a second
+        from dpo_runner.sweep.search.shared import open_search  # imports Optuna, which takes a second
 
-        search = Search(path, space, sweep, config_dir)
-        with search.alive():
-            count = count_workers(sweep.workers, group_gpus([corner]))
-            self._run(search, path, count, config_dir, handle)
-        return _report_outcome(search, path, corner, screen)
+        with open_search(path, space, sweep, config_dir) as search:
+            with search.alive():
+                count = count_workers(sweep.workers, group_gpus([corner]))
+                self._run(search, path, count, config_dir, handle)
+            return _report_outcome(search, path, corner, screen)
 
     def _run(self, search: "Search", path: Path, count: int, config_dir: str | None, handle: int) -> None:
         def follow(name: str, goes_on: bool) -> list[list[str]]:
@@ -237,12 +237,13 @@ def _report_outcome(search: "Search", path: Path, conf: RunConf, screen: SweepSc
     labels = [all_labels[job.name] for job in jobs]
     screen.show_result(path, jobs, labels, conf.wandb)
     refused = search.refused()
-    for line in summarize(jobs, path, len(refused)):
+    for line in [*summarize(jobs, path, len(refused)), *search.summarize()]:
         screen.say(line)
     if (best := search.find_best()) is not None:
         name, value = best
-        screen.say(f"best: {conf.sweep.search.objective} {value:.4g} with {all_labels[name]}")
-        screen.say(f"best directory   {path / name}")
+        label = f" with {all_labels[name]}" if name in all_labels else ""  # another command's is not known here
+        screen.say(f"best: {conf.sweep.search.objective} {value:.4g}{label}")
+        screen.say(f"best directory   {path / name if label else name}")
     failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
     unfit = f"{len(refused)} trials chose what cannot be run:"
     table = [f"  {line}" for line in refused]

@@ -16,6 +16,7 @@ from tests.support.wandb_server import WandbServer
     ("text", "masked"),
     [
         ("https://me:pass@example.com/x", "https://***@example.com/x"),
+        ("postgresql://me:pass@/a?host=/tmp&sslpassword=abc", "postgresql://***@/a?host=/tmp&sslpassword=***"),
         ("https://:pass@example.com", "https://***@example.com"),
         ("https://me:p@ss@example.com", "https://***@example.com"),
         ("https://abcdefghijklmnop0123@example.com/a.git", "https://***@example.com/a.git"),
@@ -37,6 +38,13 @@ def test_a_text_is_masked_where_it_holds_a_secret(text: str, masked: str) -> Non
     assert mask_text(text) == masked
     assert holds_secret(text) == (text != masked)
     assert mask_text(masked) == masked
+
+
+def test_what_hydra_shows_is_masked() -> None:
+    note = "wandb.notes='login https://me:abcdefg@host/a'"
+    result = run_python("-m", "dpo_runner", "--cfg", "all", note, f"model.revision={'0' * 40}")
+    assert result.returncode == 0 and "abcdefg" not in result.stdout and "https://***@host/a" in result.stdout
+    assert f"  revision: '{'0' * 40}'\n" in result.stdout and "adapter_revision: null\n" in result.stdout
 
 
 def test_tokens_of_a_tokenizer_are_no_secrets() -> None:

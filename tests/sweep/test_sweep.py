@@ -215,11 +215,22 @@ def test_a_launcher_of_others_has_its_files_in_the_sweeps_directory_and_its_dead
     code, _, err = finish(start(folder, *arguments, FAULTS="1"))
     sweep = folder / "submitted"
     assert code == 1 and "1 of 2 runs of the sweep failed" in err and "was killed" in err
-    assert [job.state for job in read_jobs(sweep)] == ["finished", "interrupted"]
+    assert [job.state for job in read_jobs(sweep)] == ["finished", "died"]
     assert list((sweep / ".submitit").iterdir()) and not (folder / "multirun").exists()
     code, out, err = finish(start(folder, *arguments))
     assert code == 0 and "continues at step 2" in out, err
     assert read_results(sweep) == {beta: undisturbed[beta] for beta in (0.1, 0.4)}
+
+
+def test_a_job_of_another_launcher_has_processes_of_its_own(
+    folder: Path, undisturbed: dict[float, tuple[str, str]]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher==1.2.0")
+    own = ("training.beta=0.1", "hydra/launcher=submitit_local", "sweep.dir=several", "launch.processes=2")
+    code, _, err = finish(start(folder, *own))
+    [job] = read_jobs(folder / "several")
+    status = read_status(folder / "several" / job.name)
+    assert (code, job.state) == (0, "finished") and status is not None and len(status["processes"]) == 2, err
 
 
 def test_hydras_own_launcher_still_works(folder: Path, own_cache: None) -> None:

@@ -1,8 +1,10 @@
 """Rules of `sweep` and `sweep.search`. Imports neither torch nor Optuna."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from dpo_runner.config.metrics import METRICS, direction_of, evaluation_keys
 from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, may_have_evaluation
@@ -12,6 +14,11 @@ from dpo_runner.errors import suggest
 
 _ANSWERS = ("response_tokens", "responses_at_cap")
 _OPTUNA = "optuna>=5,<6"
+DRIVER = "psycopg"
+"""The package that connects to PostgreSQL."""
+_STORAGE = re.compile(
+    rf"postgresql(\+{DRIVER})?://([^/\s@:]*(:[^/\s@:]*)?@)?(\[[\w:.]+\]|[^/\s@:?]*)(:\d+)?(/[^\s@?]*)?(\?[^\s@]*)?"
+)
 
 
 def read_direction(search: SearchConf) -> str | None:
@@ -36,11 +43,13 @@ def check_search(conf: RunFields) -> Iterator[str]:
     ]
     if search.sampler is None:
         yield from (
-            f"`{where}{name}={getattr(search, name)}`: is of a search; add {where}sampler=tpe or random"
+            f"`{where}{name}{'' if name == 'storage' else f'={getattr(search, name)}'}`: is of a search; add "
+            f"{where}sampler=tpe or random"
             for name in changed
         )
         return
     yield from _check_installation(search)
+    yield from _check_storage(conf.sweep)
     for key in ("paired", "sample"):
         if value := getattr(conf.sweep, key):
             yield f"`sweep.{key}={value}`: is of a grid; leave it out, or {where}sampler"
@@ -72,6 +81,21 @@ def _check_installation(search: SearchConf) -> Iterator[str]:
             f"`sweep.search.sampler={search.sampler}`: needs Optuna 5, and {found} is installed; "
             f"pip install '{_OPTUNA}' (or the extra: pip install 'dpo-runner[search]')"
         )
+
+
+def _check_storage(sweep: SweepConf) -> Iterator[str]:
+    storage, where = sweep.search.storage, "`sweep.search.storage`"
+    if storage is None:
+        return
+    if not _STORAGE.fullmatch(storage):  # not shown: what is not a URL is not masked as one
+        yield (
+            f"{where}: must be a URL such as postgresql://me@host:5432/database; blanks and any of @:/ within the "
+            "user's name or password are written as %20, %40, %3A and %2F"
+        )
+    if find_spec(DRIVER) is None:
+        yield f"{where}: needs {DRIVER}, which is not installed; pip install '{DRIVER}[binary]>=3.3'"
+    if sweep.dir is None and sweep.resume is None:
+        yield f"{where}: needs sweep.dir, whose last part names the study; commands that share a study have it alike"
 
 
 def check_sweep(sweep: SweepConf) -> Iterator[str]:

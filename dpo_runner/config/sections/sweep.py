@@ -24,6 +24,8 @@ class SearchConf:
     """Number of initial trials: sampled at random with `tpe`, never pruned with `median`."""
     warmup_steps: int = 0
     """Optimizer steps before a run may be stopped."""
+    storage: str | None = None
+    """URL of a PostgreSQL database for the study, which several commands can share; null: study.db in `sweep.dir`."""
 
 
 @dataclass

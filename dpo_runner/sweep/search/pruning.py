@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import RunPruned
+from dpo_runner.sweep.search.database import reporting
 from dpo_runner.sweep.search.study import id_of, open_trial
 from dpo_runner.training.ranks.group import do_first
 
@@ -28,7 +29,7 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
         self._given = run_dir, search
         self._trial = open_trial(run_dir.parent, search, run_dir.name)
         self._reported = set(self._trial.storage.get_trial(id_of(self._trial)).intermediate_values)
-        self._objective = search.objective
+        self._objective, self._storage = search.objective, search.storage
         self._training = False
 
     def __reduce__(self) -> tuple[type["Pruning"], tuple[Path, SearchConf]]:
@@ -53,7 +54,8 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
             raise RunPruned(step, state.max_steps)
 
     def _is_given_up(self, value: float, step: int, steps: int) -> bool:
-        if step not in self._reported:  # a run resumed from a checkpoint repeats evaluations
-            self._trial.report(value, step)
-            self._reported.add(step)
-        return step < steps and bool(self._trial.should_prune())
+        with reporting(self._storage):
+            if step not in self._reported:  # a run resumed from a checkpoint repeats evaluations
+                self._trial.report(value, step)
+                self._reported.add(step)
+            return step < steps and bool(self._trial.should_prune())

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -16,10 +17,11 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.directory import DONE, name_points, prepare, read_job
 from dpo_runner.sweep.points import Point, digest_config
 from dpo_runner.sweep.search.space import Space
-from dpo_runner.sweep.search.study import CONFIGURATION, ask, build_sampler, heartbeat, id_of, open_study
+from dpo_runner.sweep.search.study import CONFIGURATION, JOB, ask, build_sampler, heartbeat, id_of, open_study
 
-# User attributes of a trial.
-_JOB, _EFFECT, _REFUSED, _RETRY_OF = "job", "effect", "refused", "retry_of"
+EFFECT, RETRY_OF = "effect", "retry_of"
+"""Further user attributes of a trial."""
+_REFUSED = "refused"
 
 
 class Search:
@@ -48,30 +50,37 @@ class Search:
             CONFIGURATION: digest_config(first),
         }
         prepare(path, [], [], sweep.threads_per_worker)  # before study.db: files without a sweep.json are rejected
-        self.study = open_study(path, sweep.search, definition)
+        self.study = self._open_study(definition, first.run_name)
         self._waiting: dict[str, list[optuna.Trial]] = {}
         self._failed: set[str] = set()
         self._resumed: deque[optuna.Trial] = deque()
         self._names: dict[str, str] = {}
         self._recover()
 
+    def _open_study(self, definition: dict[str, Any], run_name: str) -> optuna.Study:
+        return open_study(self._path, self._sweep.search, definition)
+
+    def _own(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        """Return the trials that this directory has jobs of, those of any state if none is named."""
+        trials: list[optuna.trial.FrozenTrial] = self.study.get_trials(deepcopy=False, states=states or None)
+        return trials
+
     def _recover(self) -> None:
-        trials = self.study.get_trials(deepcopy=False)
-        tried_again = {trial.user_attrs.get(_RETRY_OF) for trial in trials}
-        for trial in trials:
-            if _JOB in trial.user_attrs:
-                self._names[trial.user_attrs[_EFFECT]] = trial.user_attrs[_JOB]
+        tried_again = {trial.user_attrs.get(RETRY_OF) for trial in self.study.get_trials(deepcopy=False)}
+        for trial in self._own():
+            if JOB in trial.user_attrs:
+                self._names[trial.user_attrs[EFFECT]] = trial.user_attrs[JOB]
             if trial.state == TrialState.RUNNING:
                 self._resumed.append(optuna.Trial(self.study, id_of(trial)))
             elif (
                 trial.state == TrialState.FAIL and trial.number not in tried_again and _REFUSED not in trial.user_attrs
             ):
-                self.study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
+                self.study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
 
     def _count_new(self) -> int:
         """Return the number of trials still to ask for; retries do not count."""
         trials = self.study.get_trials(deepcopy=False)
-        return self._sweep.search.trials - sum(_RETRY_OF not in trial.user_attrs for trial in trials)
+        return self._sweep.search.trials - sum(RETRY_OF not in trial.user_attrs for trial in trials)
 
     def left(self) -> int:
         """Return the number of trials still to run, including running ones."""
@@ -103,7 +112,7 @@ class Search:
         objective = self._sweep.search.objective
         if job.state not in (*DONE, "failed"):
             return
-        for trial in self._waiting.pop(name):
+        for trial in self._pop_waiting(name):
             if job.state == "finished" and job.metrics and objective in job.metrics:
                 self.study.tell(trial, float(job.metrics[objective]))
             elif job.state == "pruned":
@@ -114,6 +123,9 @@ class Search:
                 self._failed.add(name)
                 self.study.tell(trial, state=TrialState.FAIL)
 
+    def _pop_waiting(self, name: str) -> list[optuna.Trial]:
+        return self._waiting.pop(name)
+
     @contextmanager
     def alive(self) -> Iterator[None]:
         """Send heartbeats of running trials to the study while the context is open."""
@@ -122,14 +134,12 @@ class Search:
 
     def refused(self) -> list[str]:
         """Return why trials could not be run, one line each, in the order of the trials."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [
-            f"trial {trial.number}: {trial.user_attrs[_REFUSED]}" for trial in trials if _REFUSED in trial.user_attrs
-        ]
+        refused = [trial for trial in self._own() if _REFUSED in trial.user_attrs]
+        return [f"trial {trial.number}: {trial.user_attrs[_REFUSED]}" for trial in refused]
 
     def list_jobs(self) -> list[str]:
-        """Return the directory names of all jobs of the study, sorted by index."""
-        names = {trial.user_attrs[_JOB] for trial in self.study.get_trials(deepcopy=False) if _JOB in trial.user_attrs}
+        """Return the directory names of all jobs of the study that are here, sorted by index."""
+        names = {trial.user_attrs[JOB] for trial in self._own() if JOB in trial.user_attrs}
         return sorted(names, key=lambda name: int(name.partition("-")[0]))
 
     def find_best(self) -> tuple[str, float] | None:
@@ -138,7 +148,11 @@ class Search:
             return None
         best = self.study.best_trial
         assert best.value is not None
-        return best.user_attrs[_JOB], best.value
+        return best.user_attrs[JOB], best.value
+
+    def summarize(self) -> list[str]:
+        """Return lines about the study, beyond those about the jobs."""
+        return []
 
     def _next_trial(self) -> optuna.Trial | None:
         if self._resumed:
@@ -163,12 +177,17 @@ class Search:
 
     def _name(self, point: Point, trial: optuna.Trial) -> str:
         """Return the name of a point's directory; points that compute the same share one."""
-        effect = digest_config(point.conf, ignored_keys(point.conf))
+        effect = digest_effect(point)
         name = self._names.get(effect)
         if name is None:
             name = self._names[effect] = name_points([point], self._path)[0]
             prepare(self._path, [name], [point], self._sweep.threads_per_worker)
-        if _JOB not in trial.user_attrs:
-            trial.set_user_attr(_EFFECT, effect)
-            trial.set_user_attr(_JOB, name)
+        if JOB not in trial.user_attrs:
+            trial.set_user_attr(EFFECT, effect)
+            trial.set_user_attr(JOB, name)
         return name
+
+
+def digest_effect(point: Point) -> str:
+    """Return a digest that points that compute the same share."""
+    return digest_config(point.conf, ignored_keys(point.conf))
