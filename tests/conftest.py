@@ -29,6 +29,14 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Remove what transformers puts into the environment for accelerate, for example with training.fsdp."""
+    yield
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip a model card's plots, a third of a tiny run's time, except in tests that check them."""
     if request.path.name not in ("test_card.py", "test_plots.py"):

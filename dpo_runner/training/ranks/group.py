@@ -80,12 +80,21 @@ def join_group(conf: RunConf) -> RunConf:
     global _group
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if _group is None and count > 1:
-        _check_environment(conf, count)
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(
+                    f"WORLD_SIZE={count}: the environment lacks {name}; a launcher sets all four, or none"
+                )
         _group = _meet(conf, int(os.environ["RANK"]), count)
         _group.store.set_timeout(_FOREVER)
         for name in _HIDDEN:
             os.environ.pop(name, None)
-    processes = _choose_count(conf) if _group is None else _group.count
+    if _group is not None and conf.launch.processes in (None, "auto"):
+        return _with_processes(conf, _group.count)
+    return conf if _group is not None else _with_processes(conf, _choose_count(conf))
+
+
+def _with_processes(conf: RunConf, processes: int) -> RunConf:
     if processes == (conf.launch.processes or 1):
         return conf
     return replace(conf, launch=replace(conf.launch, processes=processes))
@@ -122,16 +131,20 @@ def _choose_count(conf: RunConf) -> int:
     return processes
 
 
-def _check_environment(conf: RunConf, count: int) -> None:
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ConfigError(f"WORLD_SIZE={count}: the environment lacks {name}; a launcher sets all four, or none")
+def check_environment(conf: RunConf) -> None:
+    """Check that a launcher, if there is one, started what this run can use.
+
+    Raises:
+        ConfigError: it started something else.
+    """
+    if (count := 1 if _group is None else _group.count) == 1:
+        return
     if torch.cuda.device_count() > 1 and not conf.training.use_cpu:
         raise ConfigError(
             f"WORLD_SIZE={count}: this process sees {torch.cuda.device_count()} GPUs; set CUDA_VISIBLE_DEVICES to one "
             "of them before torch is imported, as `python -m dpo_runner` does from LOCAL_RANK"
         )
-    if conf.launch.processes not in (None, "auto", count):
+    if conf.launch.processes != count:
         raise ConfigError(
             f"`launch.processes={conf.launch.processes}`: a launcher has started {count} processes; leave it out"
         )
@@ -262,33 +275,3 @@ def _sum(tensors: list[torch.Tensor]) -> None:
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-def seed_process(seed: int, step: int) -> None:
-    """Give processes other than the first dropout of their own, the same after a resume as without an interruption.
-
-    The first process draws what a single process draws. The others are seeded anew at each step.
-
-    Args:
-        seed: the run's.
-        step: optimizer steps done.
-    """
-    if rank():
-        torch.manual_seed(hash((seed, rank(), step)) % 2**32)
-
-
-def deal(sizes: Sequence[int]) -> list[int]:
-    """Deal work out to the processes: the largest first, each to the process that has least.
-
-    Args:
-        sizes: the size of each piece of work.
-
-    Returns:
-        Each piece's process.
-    """
-    loads, owners = [0] * count(), [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        owner = min(range(count()), key=loads.__getitem__)
-        loads[owner] += sizes[index]
-        owners[index] = owner
-    return owners

@@ -23,7 +23,16 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import DpoRunnerError, RunError, RunInterrupted, describe_failure
 from dpo_runner.io.exits import report
 from dpo_runner.io.interrupts import exit_now
-from dpo_runner.training.ranks.group import count, is_first, is_launched, join_group, leave_together, open_store, rank
+from dpo_runner.training.ranks.group import (
+    check_environment,
+    count,
+    is_first,
+    is_launched,
+    join_group,
+    leave_together,
+    open_store,
+    rank,
+)
 
 FAILED = "failed"
 """The key of the first failure in the processes' store."""
@@ -64,7 +73,7 @@ class _Watch(threading.Thread):
     def _give_up(self) -> DpoRunnerError:
         where = "" if self.folder is None else f"; {self.folder} has each process's stack"
         error = RunError(f"no step for {self._minutes:g} minutes (launch.timeout){where}")
-        post(self.store, error)
+        post(self.store, error, number=0)
         return error
 
     def _end(self, failure: DpoRunnerError) -> None:
@@ -93,6 +102,7 @@ def over_processes(run: Run) -> Run:
     def joined(conf: RunConf, *args: Any, **kwargs: Any) -> Any:
         conf = join_group(conf)
         with _watching(conf.launch.timeout):
+            check_environment(conf)
             result = run(conf, *args, **kwargs)
             leave_together()
             return result
@@ -126,11 +136,17 @@ def _to_ours(error: BaseException) -> DpoRunnerError:
     return RunError(describe_failure(error))
 
 
-def post(store: Any, error: DpoRunnerError) -> None:
-    """Tell the other processes of a failure; the first one counts."""
+def post(store: Any, error: DpoRunnerError, number: int | None = None) -> None:
+    """Tell the other processes of a failure; the first one counts.
+
+    Args:
+        store: from `open_store`.
+        error: the failure.
+        number: the process that failed; this one by default. The message names it unless it is the first.
+    """
     with contextlib.suppress(RuntimeError):  # its server may be gone
         if not store.check([FAILED]):
-            store.set(FAILED, pickle.dumps((rank(), error)))
+            store.set(FAILED, pickle.dumps((rank() if number is None else number, error)))
 
 
 def find_failure(store: Any) -> DpoRunnerError | None:

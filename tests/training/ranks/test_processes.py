@@ -275,6 +275,13 @@ def test_a_fault_of_one_process_ends_all_with_one_line(tmp_path: Path, fault: st
 
 
 @pytest.mark.usefixtures("importable")
+def test_what_a_launcher_asks_for_in_vain_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"^ACCELERATE_USE_FSDP=true: several processes share the work of a step"):
+        launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
+
+
+@pytest.mark.usefixtures("importable")
 def test_processes_exchange_gradients_and_values(tmp_path: Path) -> None:
     launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
 
