@@ -7,6 +7,7 @@ pairs as they come instead of by tokens. Step times are the distances of the log
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -51,7 +52,8 @@ def measure(processes: int, by_tokens: bool, folder: Path) -> dict[str, Any]:
     """Train once; return seconds of each step after the first, and gigabytes of the largest process."""
     accumulation = f"training.gradient_accumulation_steps={4 // processes}"
     conf = load_conf([*JOB, accumulation, f"launch.processes={processes}", f"run_dir={folder}"])
-    launch(partial(train, conf, by_tokens), processes, folder)
+    job = importlib.import_module("scripts.bench.processes").train  # importable in the processes, unlike __main__'s
+    launch(partial(job, conf, by_tokens), processes, folder)
     times = [event["time"] for event in read_metrics(folder) if "loss" in event]
     steps = [later - earlier for earlier, later in pairwise(times)]
     return {"steps": steps, "memory": read_summary(folder)["peak_memory_gb"]}

@@ -53,6 +53,9 @@ def launch(job: Callable[[], Any], processes: int, path: Path) -> None:
     except Exception as error:
         told = f"the run cannot be passed to other processes; {reason_of(error)}"
         raise ConfigError(f"`launch.processes={processes}`: {told}") from None
+    if b"__main__" in pickled:
+        told = "a callback of the program's main file cannot be passed to other processes; put it into a module"
+        raise ConfigError(f"`launch.processes={processes}`: {told}")
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))  # torch would listen on all addresses
         listening.listen()

@@ -281,6 +281,14 @@ def test_what_a_launcher_asks_for_in_vain_is_one_line(tmp_path: Path, monkeypatc
         launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
 
 
+def test_what_cannot_be_passed_to_processes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^`launch\.processes=2`: the run cannot be passed to other processes; "):
+        launch(lambda: None, 2, tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "job", type("job", (), {"__module__": "__main__"}), raising=False)
+    with pytest.raises(ConfigError, match="a callback of the program's main file cannot be passed"):
+        launch(sys.modules["__main__"].job, 2, tmp_path)  # type: ignore[attr-defined]
+
+
 @pytest.mark.usefixtures("importable")
 def test_processes_exchange_gradients_and_values(tmp_path: Path) -> None:
     launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
