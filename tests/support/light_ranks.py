@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 from dpo_runner.config.run_conf import RunConf
+from dpo_runner.training.ranks.division import deal
 from dpo_runner.training.ranks.group import gather, rank, share, sum_gradients
-from dpo_runner.training.ranks.share import deal
 from dpo_runner.training.ranks.watch import note_progress, over_processes
 
 

@@ -37,8 +37,8 @@ from dpo_runner.errors import RunError
 from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.packed.packing import pack_pairs
 from dpo_runner.training.engine.scores import Batch, Place, StepScores, forward_of
+from dpo_runner.training.ranks.division import deal, seed_process
 from dpo_runner.training.ranks.group import count, gather, rank, sum_gradients
-from dpo_runner.training.ranks.share import deal, seed_process
 
 _ENOUGH = 1024
 """Tokens beyond which a larger micro-batch takes more memory and is not faster on a CPU."""

@@ -75,7 +75,7 @@ def join_group(conf: RunConf) -> RunConf:
         The configuration, with `launch.processes` set to the number of processes.
 
     Raises:
-        ConfigError: there are fewer GPUs, or the launcher asks for something else.
+        ConfigError: there are fewer GPUs, or the launcher's variables are incomplete.
     """
     global _group
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,9 +89,9 @@ def join_group(conf: RunConf) -> RunConf:
         _group.store.set_timeout(_FOREVER)
         for name in _HIDDEN:
             os.environ.pop(name, None)
-    if _group is not None and conf.launch.processes in (None, "auto"):
-        return _with_processes(conf, _group.count)
-    return conf if _group is not None else _with_processes(conf, _choose_count(conf))
+    if _group is None:
+        return _with_processes(conf, _choose_count(conf))
+    return _with_processes(conf, _group.count) if conf.launch.processes in (None, "auto") else conf
 
 
 def _with_processes(conf: RunConf, processes: int) -> RunConf:

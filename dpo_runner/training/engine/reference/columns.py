@@ -26,8 +26,8 @@ from dpo_runner.training.engine.packed.head import log_probs_alone
 from dpo_runner.training.engine.packed.packing import count_tokens
 from dpo_runner.training.engine.reference.rounding import compare_pairs, find_rounding
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
+from dpo_runner.training.ranks.division import deal
 from dpo_runner.training.ranks.group import count, gather, rank, share
-from dpo_runner.training.ranks.share import deal
 from dpo_runner.training.ranks.watch import note_progress
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
