@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpo_runner.config.sections.model import ModelConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.io.files import cache_dir, write_folder_once
+from dpo_runner.io.files import cache_dir
 from dpo_runner.io.upstream import find_private
 from dpo_runner.model.blueprint import Blueprint
+from dpo_runner.model.files.gguf import write_model
 from dpo_runner.model.files.locations import loading_errors
 from dpo_runner.model.quantization import keep_training_products
 from dpo_runner.model.vocabulary import count_rows, free_pad_row, resize_embeddings
@@ -187,10 +188,5 @@ def _merge_adapter(blueprint: Blueprint) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=_revision(conf, base), trust_remote_code=conf.trust_remote_code
         )
-
-        def fill(staging: Path) -> None:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-
-        write_folder_once(folder, fill)
+        write_model(folder, model, tokenizer)
     return folder

@@ -4,6 +4,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_runner.config.compose import load_conf
@@ -34,3 +36,14 @@ def test_a_cache_that_cannot_be_written_is_one_line_about_the_cache(tiny_model: 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     with pytest.raises(RunError, match=r"file/cache/model: the cache cannot be written; Not a directory"):
         write_model(tmp_path / "file" / "cache" / "model", model, tokenizer)
+
+
+def test_any_of_several_processes_can_fill_the_cache(tiny_model: str, tmp_path: Path) -> None:
+    """With a process group, transformers itself writes models in the first process alone."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        write_model(tmp_path / "model", model, tokenizer)
+    finally:
+        dist.destroy_process_group()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() == model.num_parameters()

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_runner.errors import ConfigError, RunError, reason_of
+from dpo_runner.errors import ConfigError, reason_of
 from dpo_runner.io.console import show_each
 from dpo_runner.io.files import cache_dir, write_folder_once
+from dpo_runner.io.upstream import find_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,17 +85,17 @@ def _own_bar(what: str) -> Iterator[None]:
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write a model and its tokenizer to a folder in the cache.
 
-    If several processes do so at once, the first to finish wins.
+    If several processes do so at once, the first to finish wins. Each writes the whole model: with torch's process
+    group open, transformers writes models in its first process alone, and another one's folder would lack them.
 
     Raises:
         RunError: the cache cannot be written to.
     """
+    find_private("transformers", model, "should_save_on_this_rank")
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process  # type: ignore[method-assign]
 
     def fill(staging: Path) -> None:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 
-    try:
-        write_folder_once(folder, fill)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written; {reason_of(error)}") from None
+    write_folder_once(folder, fill)
