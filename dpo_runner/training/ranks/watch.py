@@ -89,7 +89,9 @@ class _Watch(threading.Thread):
         exit_now(failure.exit_code)
 
     def stop(self) -> None:
+        """End the thread. A process that exits while one of its threads uses torch's store is aborted."""
         self._ended.set()
+        self.join(_GRACE_SECONDS)
 
 
 _watch: _Watch | None = None
