@@ -136,7 +136,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     after = measure_model(trainer, data, conf)
 
     # ---- Save the result
-    peak = max(gather(measure_peak_memory(settled.args.device)))
+    peak, model = max(gather(measure_peak_memory(settled.args.device))), trainer.make_whole()
     if not is_first():
         return
     samples = pair_answers(data.prompts, before.answers, after.answers)
@@ -146,5 +146,5 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     summary |= {"out_of_memory": session.out_of_memory} if session.out_of_memory else {}
     facts = read_facts(session.directory.path, conf, blueprint.reference.described, summary)
     texts = choose_texts(trainer.train_dataset)
-    weights = save_result(session.directory, trainer.model, policy, blueprint, facts, texts, session.warn)
+    weights = save_result(session.directory, model, policy, blueprint, facts, texts, session.warn)
     session.conclude(summary, weights, samples)

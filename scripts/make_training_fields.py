@@ -112,6 +112,8 @@ def write_field(field: "dataclasses.Field[object]", docs: dict[str, str]) -> str
         choices = tuple(str(choice) for choice in stated)
     if field.name == "loss_type":
         annotated, told = "Any", "str | list[str]"
+    if field.name == "fsdp":  # upstream's text only names options of FSDP1, which it no longer has
+        annotated = told = "bool | None"
     metadata: dict[str, object] = {}
     if choices:
         metadata["choices"] = choices

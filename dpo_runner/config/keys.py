@@ -43,6 +43,9 @@ EFFECTS = {
     "training.dataloader_prefetch_factor": Effect.RECORDS,
     "training.dataloader_pin_memory": Effect.RECORDS,
     "training.dataset_num_proc": Effect.RECORDS,
+    "training.fsdp": Effect.RECORDS,
+    "training.fsdp_config": Effect.RECORDS,
+    "training.parallelism_config": Effect.RECORDS,
 }
 """Keys and sections by effect; all others are `COMPUTES`.
 
@@ -80,10 +83,13 @@ REMOVED_KEYS = {
     "engine.keep_dequantized": RemovedKey("leave it out", (None, False)),
     "quant.config": RemovedKey(_QUANT, ({},), shapes_model=True),
 }
+_NO_DEEPSPEED = "DeepSpeed writes pickles and programs into checkpoints; use distributed=fsdp2, which divides as much"
 REMOVED_OPTIONS = {"quant=other": _QUANT}
 """Removed options of config groups, each with its replacement."""
 OTHER_OPTIONS = {
     **{f"wandb={name}": "use wandb=disabled" for name in ("off", "none", "False", "dryrun")},
+    **{f"distributed={name}": _NO_DEEPSPEED for name in ("zero2", "zero3", "deepspeed")},
+    **{f"distributed={name}": "use distributed=fsdp2" for name in ("fsdp", "fsdp1")},
     **{f"{name}={none}": f"leave {name} out" for name in ("experiment", "sweep") for none in ("none", "None")},
 }
 """Options that users of other tools may write, each with what it is here."""

@@ -13,9 +13,10 @@ from dpo_runner.config.rules.fields import (
     check_range,
     walk_fields,
 )
+from dpo_runner.config.rules.launch import check_launch, check_sharding
 from dpo_runner.config.rules.model import check_model_groups
 from dpo_runner.config.rules.sweep import check_search, check_sweep
-from dpo_runner.config.rules.training import check_evaluation, check_launch, check_torch_compile, check_training
+from dpo_runner.config.rules.training import check_evaluation, check_torch_compile, check_training
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import ConfigError
 
@@ -58,6 +59,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
             *check_data(conf),
             *check_training(conf),
             *check_launch(conf),
+            *check_sharding(conf),
             *check_torch_compile(conf),
             *check_evaluation(conf),
             *check_names(conf),

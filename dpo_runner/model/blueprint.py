@@ -293,6 +293,8 @@ def draw_blueprint(conf: RunFields) -> Blueprint:
         ConfigError: model, adapters, quantization or tokenizer are incompatible.
     """
     blueprint = Blueprint.of_run(conf)
+    if conf.training.fsdp:  # loaded on the CPU, and moved to the GPUs in parts
+        blueprint = replace(blueprint, conf=replace(blueprint.conf, device_map="cpu"))
     with renaming("model.reference", "model.model_name_or_path", conf.model.reference):
         blueprint.check()
     return blueprint

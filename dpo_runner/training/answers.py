@@ -14,6 +14,7 @@ from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
 from dpo_runner.training.ranks.group import count, gather, rank
+from dpo_runner.training.ranks.sharding import level
 from dpo_runner.training.ranks.watch import note_progress
 from dpo_runner.training.trainer import RunTrainer
 
@@ -42,7 +43,9 @@ def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> M
     length, tokenizer = conf.samples.max_new_tokens, trainer.processing_class
     with watch_memory(ANSWERING), trainer.accelerator.autocast() if _mixes_dtypes(trainer.model) else nullcontext():
         own = [prompt for index, prompt in enumerate(data.prompts) if index // batch_size % count() == rank()]
-        parts = gather(generate_answers(trainer.model, tokenizer, own, length, batch_size, data.stop_id))
+        with level(trainer.model):
+            answers = generate_answers(trainer.model, tokenizer, own, length, batch_size, data.stop_id)
+        parts = gather(answers)
     batches = [[part[start : start + batch_size] for start in range(0, len(part), batch_size)] for part in parts]
     turns = zip_longest(*batches, fillvalue=[])
     answers = [answer for turn in turns for batch in turn for answer in batch]
@@ -99,6 +102,7 @@ def generate_answers(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                     use_cache=True,
+                    synced_gpus=False,  # `level` keeps divided models in step
                     eos_token_id=stop_ids,
                     pad_token_id=pad,
                     # override the sampling settings of the model's generation_config

@@ -27,6 +27,8 @@ from dpo_runner.training.trainer import RunTrainer, check_memory
 
 logger = logging.getLogger(__name__)
 
+_OF_SHARDING = ("fsdp", "fsdp_config", "parallelism_config")
+
 
 @contextmanager
 def undo_global_settings() -> Iterator[None]:
@@ -54,6 +56,7 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
         ConfigError: TRL or transformers rejects the combination; carries the first line of its message.
     """
     fields = {field.name: getattr(conf.training, field.name) for field in dataclasses.fields(conf.training)}
+    fields |= dict.fromkeys(_OF_SHARDING)  # the runner itself divides the weights; see `ranks.sharding`
     fields["use_cpu"] = fields["use_cpu"] or not torch.accelerator.is_available()  # else bf16 is rejected on CPUs
     if fields["bf16"] is None:
         chosen = choose_autocast(conf.training)

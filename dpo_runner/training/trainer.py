@@ -34,7 +34,9 @@ from dpo_runner.training.memory.device import is_of_device
 from dpo_runner.training.mixins.evaluation import TimedEvaluation
 from dpo_runner.training.mixins.nonfinite import FiniteSteps
 from dpo_runner.training.mixins.saving import SealedCheckpoints
+from dpo_runner.training.mixins.sharding import ShardedWeights
 from dpo_runner.training.ranks.group import copy_from_first
+from dpo_runner.training.ranks.sharding import local, shard
 
 _EVA_ROWS = 64  # enough tokens for stable singular vectors at common ranks
 
@@ -47,7 +49,7 @@ check_names(
 check_names("transformers", DPOTrainer, _load_from_checkpoint="resume_from_checkpoint", _load_best_model="")
 
 
-class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, DPOTrainer):  # type: ignore[misc]
+class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, ShardedWeights, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer on pre-tokenized rows, with the engine installed.
 
     TRL tokenizes nothing: our `apply_chat_template` is stricter than TRL's templating.
@@ -77,7 +79,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
     ) -> None:
         self._reference, self._identity = blueprint.reference, _identify_reference(blueprint)
         self._loaded = _copy_trained(policy.model)
-        self._is_reference_set = False
+        self._is_reference_set, self._is_divided = False, bool(conf.training.fsdp)
         self.attention = find_attention(policy.model.config)
         with _trl_errors():
             super().__init__(
@@ -103,6 +105,8 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
             make_loadable(self.model.peft_config["default"])
         copy_from_first(weight for weight in self.model.parameters() if weight.requires_grad)
         silence_dropout(self.model)
+        if self._is_divided:
+            shard(self.model, conf.training, args.device)
         self._install_engine(conf, blueprint)
 
     def _set_reference(self) -> None:
@@ -234,9 +238,9 @@ def check_memory(trainer: RunTrainer) -> None:
     """
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     weights = [each for model in models for each in (*model.named_parameters(), *model.named_buffers())]
-    frozen = {weight.untyped_storage().data_ptr(): name for name, weight in weights if not weight.requires_grad}
+    frozen = {local(weight).untyped_storage().data_ptr(): name for name, weight in weights if not weight.requires_grad}
     for name, weight in weights:
-        address = weight.untyped_storage().data_ptr()
+        address = local(weight).untyped_storage().data_ptr()
         if weight.requires_grad and address and address in frozen:
             raise RunError(f"{name} is trained in the memory of {frozen[address]}, so the reference would move with it")
 

@@ -54,27 +54,6 @@ def check_training(conf: RunFields) -> Iterator[str]:
             )
 
 
-def check_launch(conf: RunFields) -> Iterator[str]:
-    processes, training = conf.launch.processes, conf.training
-    if isinstance(processes, str) and processes != "auto":
-        yield f"`launch.processes={processes}`: must be a number, or auto: one process for each visible GPU"
-    if processes in (None, 1):
-        return
-    for key in ("fsdp", "deepspeed"):
-        if value := getattr(training, key):
-            yield (
-                f"`training.{key}={value}`: launch.processes={processes} gives each process the whole model; leave one "
-                "of the two out"
-            )
-    if (training.accelerator_config or {}).get("use_seedable_sampler") is False:
-        yield (
-            "`training.accelerator_config`: with launch.processes all processes need the same rows; leave out "
-            "use_seedable_sampler"
-        )
-    if conf.model.device_map is not None:
-        yield f"`model.device_map={conf.model.device_map}`: each of launch.processes has one GPU; leave it out"
-
-
 def check_torch_compile(conf: RunFields) -> Iterator[str]:
     training = conf.training
     for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
@@ -161,7 +140,6 @@ OWNED_FIELDS: dict[str, str] = {
     "bf16_full_eval": "the evaluation before training would leave the weights in bf16 for training too",
     "fp16_full_eval": "the evaluation before training would leave the weights in fp16 for training too",
     "local_rank": "set by the launcher",
-    "parallelism_config": "use `launch.processes`; each process holds the whole model",
     "do_train": "without effect upstream; `dry_run=true` stops before training",
     "do_eval": "without effect upstream; use `training.eval_strategy`",
     "do_predict": "without effect upstream; a DPO run has nothing to predict",

@@ -312,6 +312,9 @@ class TrainingConf:
     accelerator_config: Any = field(default=None, metadata={"type": "dict[str, Any] | str | None"})
     """Configuration for the internal Accelerate integration. Can be a path to a JSON config file or a dict."""
 
+    parallelism_config: Any = field(default=None, metadata={"type": "dict[str, Any] | None"})
+    """Parallelism configuration for the training run. Requires Accelerate `1.10.1`."""
+
     dataloader_drop_last: bool = False
     """Drop the last incomplete batch if it is not divisible by the batch size."""
 
@@ -381,7 +384,7 @@ class TrainingConf:
     ddp_timeout: int = 1800
     """The timeout for `torch.distributed.init_process_group` calls (in seconds)."""
 
-    fsdp: str | None = None
+    fsdp: bool | None = None
     """Enable PyTorch Fully Sharded Data Parallel (FSDP) for distributed training. Pass `--fsdp` (or
     `fsdp=True`) to turn FSDP on."""
 

@@ -92,7 +92,7 @@ def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTo
         RunError: the cache cannot be written to.
     """
     find_private("transformers", model, "should_save_on_this_rank")
-    model.should_save_on_this_rank = lambda is_main_process: is_main_process  # type: ignore[method-assign]
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
 
     def fill(staging: Path) -> None:
         model.save_pretrained(staging)

@@ -6,6 +6,8 @@ import torch
 from transformers import TrainerCallback
 
 from dpo_runner.errors import RunError
+from dpo_runner.training.ranks.group import gather
+from dpo_runner.training.ranks.sharding import is_sharded, local
 
 Fingerprint = tuple[float, float]
 
@@ -104,8 +106,12 @@ class MovementCheck(TrainerCallback):  # type: ignore[misc]
 
 
 def take_fingerprints(model: torch.nn.Module) -> dict[str, Fingerprint]:
-    """Return the fingerprint of each trainable weight, by name."""
-    return {name: _fingerprint(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    """Return the fingerprint of each trainable weight, by name; of a divided one, that of the whole weight."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    found = [_fingerprint(local(weight)) for weight in weights.values()]
+    if is_sharded(model):
+        found = torch.tensor(gather(found), dtype=torch.float64).sum(dim=0).tolist()
+    return dict(zip(weights, found, strict=True))
 
 
 def _fingerprint(weight: torch.Tensor) -> Fingerprint:
@@ -119,4 +125,5 @@ def _fingerprint(weight: torch.Tensor) -> Fingerprint:
 
 def _can_move(weight: torch.Tensor, rate: float) -> bool:
     """Return whether an update of the size of the learning rate (as Adam's) changes any value."""
-    return bool((weight.detach() - rate != weight.detach()).any())
+    own = local(weight.detach())
+    return bool((own - rate != own).any())

@@ -21,6 +21,7 @@ some batches, so that all have the step's gradient, loss and metrics.
 """
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from dpo_runner.training.engine.packed.packing import pack_pairs
 from dpo_runner.training.engine.scores import Batch, Place, StepScores, forward_of
 from dpo_runner.training.ranks.division import deal, seed_process
 from dpo_runner.training.ranks.group import count, gather, rank, sum_gradients
+from dpo_runner.training.ranks.sharding import is_divided, is_sharded
 
 _ENOUGH = 1024
 """Tokens beyond which a larger micro-batch takes more memory and is not faster on a CPU."""
@@ -153,15 +155,19 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
                 for micro_batch in micro_batches:
                     self.current_gradient_accumulation_steps = micro_batch.divisor
                     inputs = select_pairs(self._batches, micro_batch.places)
-                    with forward_of(models, scores.record(micro_batch.places)):
+                    around = scores.record(micro_batch.places) if micro_batch.divisor < math.inf else _unchanged
+                    with forward_of(models, around):
                         super().training_step(model, inputs, num_items_in_batch)
             self.current_gradient_accumulation_steps = len(self._batches)
             if not micro_batches and self.args.fp16:  # the scaler begins with the first scaled loss
                 self.accelerator.scaler.scale(torch.zeros((), device=self.args.device))
             scores.exchange()
-            shared = range(rank(), len(self._batches), count())
-            own = [self._score_batch(model, models, scores, index) for index in shared]
-        sum_gradients([weight for weight in model.parameters() if weight.requires_grad])
+            numbers = range(rank(), len(self._batches), count())
+            # a forward of divided weights gathers some, even if it is replayed: all processes replay all batches
+            replayed = range(len(self._batches)) if is_sharded(self.model) else numbers
+            own = [self._score_batch(model, models, scores, index) for index in replayed]
+            own = [record for record in own if record.number in numbers]
+        sum_gradients([weight for weight in model.parameters() if weight.requires_grad and not is_divided(weight)])
         losses = self._log_records(own)
         return losses.sum() if micro_batches is None else losses.mean()
 
@@ -172,16 +178,32 @@ class TokenBatches(DPOTrainer):  # type: ignore[misc]
         if self._taken == 0:
             sizes = [[pair.chosen + pair.tail for pair in pack_pairs(*_rows(batch)).pairs] for batch in self._batches]
             plain = [[Place(index, row) for row in range(len(rows))] for index, rows in enumerate(sizes)]
-            groups = group_pairs(sizes, self.max_tokens, rank())
+            groups = self._fill(sizes, group_pairs(sizes, self.max_tokens, rank()))
             self._groups = None if count() == 1 and sorted(group.places for group in groups) == plain else groups
         return self._groups
+
+    def _fill(self, sizes: Sequence[Sequence[int]], groups: list[MicroBatch]) -> list[MicroBatch]:
+        """Add micro-batches of weight 0, so that all processes gather divided weights equally often."""
+        if not is_sharded(self.model):
+            return groups
+        assert self.max_tokens is not None
+        most = max(len(group_pairs(sizes, self.max_tokens, process)) for process in range(count()))
+        smallest = min((size, Place(index, row)) for index, rows in enumerate(sizes) for row, size in enumerate(rows))
+        return groups + [MicroBatch([smallest[1]], math.inf)] * (most - len(groups))
 
     def _train_own_batches(self, model: Any, num_items_in_batch: Any) -> "list[_Record]":
         """Do TRL's step for this process's share of TRL's batches."""
         sizes = [batch["attention_mask"].sum().item() for batch in self._batches]
-        own = [index for index, owner in enumerate(deal(sizes)) if owner == rank()]
-        step = super().training_step
-        return [self._record(index, partial(step, model, self._batches[index], num_items_in_batch)) for index in own]
+        owners, step = deal(sizes), super().training_step
+        own = [index for index, owner in enumerate(owners) if owner == rank()]
+        records = [self._record(index, partial(step, model, self._batches[index], num_items_in_batch)) for index in own]
+        most = max(map(owners.count, range(count()))) if is_sharded(self.model) else len(own)
+        self.current_gradient_accumulation_steps = math.inf  # of weight 0, as in `_fill`
+        for _ in range(most - len(own)):
+            index = min(range(len(sizes)), key=sizes.__getitem__)
+            self._record(index, partial(step, model, self._batches[index], num_items_in_batch))
+        self.current_gradient_accumulation_steps = len(self._batches)
+        return records
 
     @contextlib.contextmanager
     def _unlogged(self) -> Iterator[None]:
@@ -238,6 +260,10 @@ def _digest(batches: Sequence[Batch]) -> str | None:
     for batch in batches:
         digest.update(batch["input_ids"].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _unchanged(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
 
 
 def _rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

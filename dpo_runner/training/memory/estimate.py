@@ -35,6 +35,7 @@ from dpo_runner.training.memory.fake_step import (
     without_tile_copies,
 )
 from dpo_runner.training.memory.optimizer import KNOWN, count_optimizer
+from dpo_runner.training.memory.sharded import count_gathered, divide
 from dpo_runner.training.memory.tracker import ACTIVATIONS, GRADIENTS, LOGITS, MemoryTracker, count_heap_gaps
 
 check_names("trl", trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")
@@ -134,6 +135,7 @@ def estimate_memory(
         held, phases = _extrapolate(half, whole, (depth - _FULL_DEPTH) / (_FULL_DEPTH - _FULL_DEPTH // 2))
     else:
         held, phases = _simulate(blueprint, conf, args, shape, device)
+    held, phases = divide(held, conf), {phase: divide(rows, conf) for phase, rows in phases.items()}
     peak = max(phases.values(), key=lambda rows: sum(rows.values()))
     totals = {phase: sum(held.values()) + sum(rows.values()) for phase, rows in phases.items()}
     return MemoryEstimate(held | peak, totals, _advise(conf, held | peak), shape.longest, device)
@@ -166,8 +168,8 @@ def _check_estimable(conf: RunConf, args: DPOConfig) -> None:
     reason = None
     if args.optim not in KNOWN:
         reason = f"training.optim={args.optim.value}"
-    elif args.activation_offloading or conf.training.deepspeed or args.fsdp:
-        reason = "training.activation_offloading, deepspeed or fsdp"
+    elif args.activation_offloading or conf.training.deepspeed:
+        reason = "training.activation_offloading or deepspeed"
     if reason:
         raise ConfigError(f"`{reason}`: its memory cannot be estimated")
 
@@ -208,7 +210,7 @@ def _simulate(
         make_lean(policy, not device.is_gpu)
     with mode:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        held["optimizer"] = count_optimizer(args.optim, trained)
+        held |= {"optimizer": count_optimizer(args.optim, trained), **count_gathered(policy, conf)}
         kept = [tensor for model in models for tensor in tensors_of(model)]
         width = blueprint.config.get_text_config().vocab_size
         chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE

@@ -12,6 +12,7 @@ from trl import DPOTrainer
 from dpo_runner.training.memory.device import EVALUATION, TRAINING, watch_memory
 from dpo_runner.training.mixins.saving import EvaluationCut
 from dpo_runner.training.ranks.group import count, gather, rank
+from dpo_runner.training.ranks.sharding import level
 
 
 class _Part(NamedTuple):
@@ -55,11 +56,12 @@ class TimedEvaluation(DPOTrainer):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         began, cut = time.monotonic(), None
         output = EvalLoopOutput(None, None, {}, 0)
-        try:
-            with watch_memory(EVALUATION):
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        except EvaluationCut as error:
-            cut = error
+        with level(self.model):
+            try:
+                with watch_memory(EVALUATION):
+                    output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            except EvaluationCut as error:
+                cut = error
         if count() > 1:
             output, cut = self._merge_parts(output, cut, metric_key_prefix)
         if cut is not None:

@@ -18,7 +18,8 @@ from dpo_runner.io.files import write_json
 from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.scores import Batch, Place
 from dpo_runner.training.engine.token_batches import select_pairs
-from dpo_runner.training.ranks.group import do_first
+from dpo_runner.training.ranks.group import is_first, share
+from dpo_runner.training.ranks.sharding import level
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         # In fp16 an infinite gradient is normal: the loss scaler skips the step and lowers the scale.
         if math.isfinite(loss) and (self.args.fp16 or math.isfinite(float(norm))):
             return norm
-        told = do_first(lambda: self._report(model, loss, float(norm)))
+        with level(self.model):
+            told = self._report(model, loss, float(norm)) if is_first() else ""
+        told = share(told)
         if self._skipped == self.max_skipped:
             if self.max_skipped:
                 told += f"; {self._skipped} steps were skipped before, as many as checks.max_skipped_batches allows"

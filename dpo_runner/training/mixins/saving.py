@@ -102,7 +102,9 @@ class SealedCheckpoints(DPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint atomically, then delete old ones beyond `save_total_limit`."""
+        self.gather_state()
         do_first(partial(self._write_checkpoint, model, trial))
+        self.drop_state()
         self._note_best(self._place_of_checkpoint())  # the other processes have not written it
 
     def _place_of_checkpoint(self) -> Path:

@@ -22,6 +22,7 @@ from dpo_runner.model.vocabulary import describe_padding
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled
+from dpo_runner.training.memory.sharded import count_parts
 from dpo_runner.training.trainer import count_steps
 
 
@@ -50,7 +51,8 @@ def show_memory(settled: Settled, blueprint: Blueprint, console: RunConsole) -> 
     except ConfigError as error:
         console.warn(f"the memory that this run takes is not known: {error}")
         return
-    console.show_sizes(estimate.title, estimate.rows, estimate.totals)
+    of_each = ", of each process" if count_processes(settled.asked) > 1 else ""
+    console.show_sizes(f"{estimate.title}{of_each}", estimate.rows, estimate.totals)
     if not estimate.fits:
         console.warn(estimate.shortage)
 
@@ -89,11 +91,19 @@ def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run
         ),
         "device": describe_device(conf, settled.args),
         "steps": str(steps),
+        **({"weights": describe_parts(conf)} if conf.training.fsdp else {}),
         "engine": describe_engine(conf, blueprint, settled.shape.longest),
         **settled.notes,
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }
+
+
+def describe_parts(conf: RunConf) -> str:
+    """Return how weights are divided between processes, in words."""
+    parts = count_parts(conf)
+    groups = count_processes(conf) // parts
+    return f"each divided between {parts} processes {f'in {groups} groups (HSDP)' if groups > 1 else '(FSDP2)'}"
 
 
 def describe_device(conf: RunConf, args: DPOConfig) -> str:

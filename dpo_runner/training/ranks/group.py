@@ -137,7 +137,12 @@ def check_environment(conf: RunConf) -> None:
     Raises:
         ConfigError: it started something else.
     """
-    if (count := 1 if _group is None else _group.count) == 1:
+    count = 1 if _group is None else _group.count
+    if conf.training.fsdp and max(count, conf.launch.processes or 1) == 1:
+        raise ConfigError(
+            "`training.fsdp=True`: divides the model between processes, and there is one; use launch.processes=N"
+        )
+    if count == 1:
         return
     if torch.cuda.device_count() > 1 and not conf.training.use_cpu:
         raise ConfigError(
@@ -251,7 +256,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
 
     A weight without a gradient in all processes, such as an idle expert's, keeps none. Comes after a `gather`.
     """
-    if _group is None:
+    if _group is None or not weights:
         return
     device = weights[0].device
     held = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.float32, device=device)

@@ -28,6 +28,7 @@ from dpo_runner.training.engine.reference.rounding import compare_pairs, find_ro
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
 from dpo_runner.training.ranks.division import deal
 from dpo_runner.training.ranks.group import count, gather, rank, share
+from dpo_runner.training.ranks.sharding import level
 from dpo_runner.training.ranks.watch import note_progress
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -65,8 +66,9 @@ def add_reference_columns(
         known = {} if store is None else store.find(list(by_key))
         checked = random.Random().sample(sorted(known), min(unchecked, len(known)))  # not from the run's own seed
         unchecked -= len(checked)
-        if store is not None:
-            _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
+        with level(trainer.model):
+            if store is not None:
+                _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
         if missing := share([key for key in by_key if key not in known]):
             say(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
             known |= _score_missing(trainer, {key: by_key[key] for key in missing}, store)
@@ -115,7 +117,9 @@ def _score_missing(
         owners = deal([count_tokens(missing[key]) for key in rest])
         own = [key for key, owner in zip(rest, owners, strict=True) if owner == rank()]
         note_progress()
-        scores = gather(score_pairs(trainer, [missing[key] for key in own]))
+        with level(trainer.model):
+            scored_here = score_pairs(trainer, [missing[key] for key in own])
+        scores = gather(scored_here)
         if store is not None:
             turns = [iter(part) for part in scores]
             scored = {key: next(turns[owner]) for key, owner in zip(rest, owners, strict=True)}

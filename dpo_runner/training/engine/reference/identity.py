@@ -19,6 +19,7 @@ from torch import nn
 
 from dpo_runner.io.upstream import find_attention
 from dpo_runner.training.engine.packed.forward import base_of
+from dpo_runner.training.ranks.sharding import whole
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 _IDLE_KEYS = ("_name_or_path", "transformers_version", "architectures", "base_model_name_or_path", "revision")
@@ -53,7 +54,7 @@ def identify_reference(model: nn.Module, active: Sequence[str], forward: str) ->
             continue
         name = ".".join(part for part in parts if part not in _WRAPPERS).removeprefix(_PEFT_PREFIX)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        weights.update(bytes_of(tensor))
+        weights.update(bytes_of(whole(tensor.detach())))
     configs = [base.config.to_dict(), *(adapters[name].to_dict() for name in active)]
     configs = [{key: value for key, value in config.items() if key not in _IDLE_KEYS} for config in configs]
     device = next(base.parameters()).device
@@ -71,7 +72,9 @@ def identify_reference(model: nn.Module, active: Sequence[str], forward: str) ->
 def _adds_nothing(state: dict[str, torch.Tensor], adapter: str) -> bool:
     """Return whether an adapter is an untrained LoRA: one matrix of each product is random, the other 0."""
     own = [(name, tensor) for name, tensor in state.items() if adapter in name.split(".")]
-    return bool(own) and all("lora_A" in name or "lora_embedding_B" in name or not tensor.any() for name, tensor in own)
+    return bool(own) and all(
+        "lora_A" in name or "lora_embedding_B" in name or not whole(tensor).any() for name, tensor in own
+    )
 
 
 def _describe_cpu() -> str:
