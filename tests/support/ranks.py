@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from dpo_runner import RunConf, run
 from dpo_runner.records.reading import read_status
 from dpo_runner.training.engine.token_batches import TokenBatches
 from dpo_runner.training.ranks.group import rank
+from dpo_runner.training.ranks.sharding import local
 from dpo_runner.training.trainer import RunTrainer
 
 
@@ -27,6 +29,21 @@ class NoteDraws(TrainerCallback):
             self.draws.append(float(torch.rand(())))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"draws-{rank()}.json").write_text(json.dumps(self.draws))
+
+
+class NoteParts(TrainerCallback):
+    """Writes the bytes of weights that a process has, and of their optimizer states, to a file of each process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        states = [value for values in optimizer.state.values() for value in values.values() if value.dim()]
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the embeddings stay gathered after an evaluation
+        sizes = [sum(local(each).nbytes for each in some) for some in (model.parameters(), states)]
+        (self.folder / f"parts-{rank()}.json").write_text(json.dumps(sizes))
 
 
 def spoil(ids: list[int]) -> None:
@@ -71,4 +88,5 @@ def train(
     if bad_row is not None:
         spoil(bad_row)
     for conf in confs:
-        run(conf, callbacks=[] if draws is None else [NoteDraws(draws / Path(str(conf.run_dir)).name)])
+        callbacks: list[TrainerCallback] = [] if draws is None else [NoteDraws(draws / Path(str(conf.run_dir)).name)]
+        run(conf, callbacks=[*callbacks, NoteParts(Path(str(conf.run_dir)))])

@@ -19,7 +19,7 @@ from dpo_runner.io.upstream import check_names, prepare_inputs
 from dpo_runner.training.engine.scores import Batch, Place
 from dpo_runner.training.engine.token_batches import select_pairs
 from dpo_runner.training.ranks.group import is_first, share
-from dpo_runner.training.ranks.sharding import level
+from dpo_runner.training.ranks.sharding import level, whole
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class FiniteSteps(DPOTrainer):  # type: ignore[misc]
         return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss)) if self.max_skipped else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         loss = self._loss.item()
         # In fp16 an infinite gradient is normal: the loss scaler skips the step and lowers the scale.
         if math.isfinite(loss) and (self.args.fp16 or math.isfinite(float(norm))):

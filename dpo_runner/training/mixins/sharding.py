@@ -11,14 +11,11 @@ from dpo_runner.training.ranks.sharding import (
     gather_optimizer,
     gather_weights,
     make_whole,
-    whole,
 )
 
 check_names(
     "transformers",
     DPOTrainer,
-    _clip_grad_norm="model",
-    _get_grad_norm="model grad_norm",
     _save="output_dir state_dict",
     _move_model_to_device="model device",
 )
@@ -47,12 +44,6 @@ class ShardedWeights(DPOTrainer):  # type: ignore[misc]
             optimizer.register_load_state_dict_pre_hook(divide_optimizer)
             optimizer.register_state_dict_post_hook(lambda optimizer, state: self._whole_optimizer or state)
         return optimizer
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        return whole(super()._clip_grad_norm(model))
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return whole(super()._get_grad_norm(model, grad_norm))
 
     def gather_state(self) -> None:
         """Gather what a checkpoint holds, for the first process to write. All processes must call this."""

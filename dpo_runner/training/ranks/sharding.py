@@ -168,7 +168,7 @@ def make_whole(model: Any) -> None:
             if isinstance(weight, DTensor):
                 if id(weight) not in found:  # of tied weights there is one
                     found[id(weight)] = nn.Parameter(whole(weight.detach()).cpu(), weight.requires_grad)
-                module._parameters[name] = found[id(weight)]
+                setattr(module, name, found[id(weight)])
     for part in sharded:
         _forget_sharding(part)
     base.to("cpu")
