@@ -36,7 +36,7 @@ from scripts.gpu.report import build_report
 from scripts.gpu.requirements import find_lacking
 from scripts.gpu.work import MARK
 
-EXACTNESS = {"attention": 5, "layers": 5, "training": 45, "rounding": 25, "resume": 15, "memory": 25}
+EXACTNESS = {"attention": 5, "layers": 5, "training": 45, "rounding": 25, "resume": 15, "memory": 25, "processes": 90}
 """Parts, and about how many seconds each takes."""
 _OURS = {"7b-nf4": 55, "7b": 40, "135m": 20, "1b": 25, "135m-nf4": 15}
 _TRL = {"7b-nf4": 80, "7b": 60, "135m": 30, "1b": 35}

@@ -39,7 +39,7 @@ Part = Callable[["Task", Tell], None]
 
 def load_part(name: str) -> Part:
     """Return the function of a part: one of exactness, or `ours` or `trl` with a size, as in `ours:7b`."""
-    from scripts.gpu import attention, benchmark, card, layers, recovery, rounding, training
+    from scripts.gpu import attention, benchmark, card, layers, processes, recovery, rounding, training
 
     kind, _, size = name.partition(":")
     sides: dict[str, Any] = {"ours": benchmark.measure_ours, "trl": benchmark.measure_trl}
@@ -53,6 +53,7 @@ def load_part(name: str) -> Part:
         "rounding": rounding.check_rounding,
         "resume": recovery.check_resume,
         "memory": recovery.check_out_of_memory,
+        "processes": processes.check_processes,
     }
     return parts[name]
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scripts.bench.inputs.shapes import HH_TOKENS, write_rows
 from scripts.bench.measuring.process import CommandFailed
 from scripts.bench.peers.sides import Job
 from scripts.gpu import attention as attention_part
-from scripts.gpu import card, check, layers, rounding, training
+from scripts.gpu import card, check, layers, processes, rounding, training
 from scripts.gpu.benchmark import list_tries
 from scripts.gpu.inputs import SIZES, Task, describe_size, write_random_model
 from scripts.gpu.requirements import NOT_USED, find_lacking
@@ -255,6 +256,13 @@ def test_no_gpu_is_one_line(children: Children, capsys: pytest.CaptureFixture[st
     assert check.plan(["exactness", "benchmark"], ["7b"], "cuda")[1][0] == "ours:7b"
     assert check.parse_arguments([]).out == ROOT / "benchmarks" / "gpu.md"
     assert check.parse_arguments(["--device=cpu"]).out.parent != ROOT / "benchmarks"
+
+
+def test_one_card_has_no_second_process(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    told = Told()
+    processes.check_processes(replace(task, device="cuda"), told)
+    assert [each["text"] for each in told] == ["two processes were not tried: there is one GPU"]
 
 
 def test_an_error_of_a_part_is_its_result(task: Task) -> None:

@@ -15,9 +15,11 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.records.reading import read_metrics, read_summary
+from dpo_runner.training.engine.token_batches import TokenBatches
 from dpo_runner.training.ranks.launch import launch
 from tests.support.common import write_pairs
 from tests.support.ranks import train
+from tests.support.trainers import build
 from tests.training.ranks.test_processes import figures_of, overrides_of
 
 SHARDED = ("distributed=fsdp2", "launch.processes=2")
@@ -27,6 +29,7 @@ VARIANTS = {
     "full": ["lora=none", "training.learning_rate=1e-5", "training.load_best_model_at_end=true"],
     "batches": ["engine.shared_prefix=false", "training.loss_type=[sigmoid,sft]", "engine.reference_store=false"],
     "pissa": ["lora.init_lora_weights=pissa", "training.max_grad_norm=0"],
+    "bad": ["checks.on_nonfinite=skip_batch", "checks.max_skipped_batches=9"],  # the first process looks for the row
     "nf4": ["quant=nf4", "quant.bnb_4bit_quant_storage=bfloat16", "training.bf16=true", "engine.reference_store=false"],
 }
 
@@ -75,8 +78,11 @@ def folder(confs: dict[tuple[str, int], RunConf]) -> Path:
     folder = Path(str(confs["lora", 1].run_dir)).parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-        launch(partial(train, [confs[name, 2] for name in VARIANTS]), 2, folder)
-        train([confs[name, 1] for name in VARIANTS])
+        row = build([*overrides_of(str(folder / "pairs.jsonl"))], folder / "unused").train_dataset[7]
+        bad_row = [*row["prompt_ids"], *row["chosen_ids"]]
+        launch(partial(train, [confs[name, 2] for name in VARIANTS], bad_row=bad_row), 2, folder)
+        patch.setattr(TokenBatches, "compute_loss", TokenBatches.compute_loss)  # undone at the end
+        train([confs[name, 1] for name in VARIANTS], bad_row=bad_row)
         shutil.copytree(folder / "lora-2", folder / "kept-2")
         shutil.copytree(folder / "lora-2", folder / "kept-1")
         cut_short(folder / "lora-2")
@@ -93,6 +99,11 @@ def test_divided_weights_train_as_whole_ones(folder: Path, name: str) -> None:
     assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     for part in ("before", "after"):
         assert read_summary(two)[part] == pytest.approx(read_summary(one)[part], rel=1e-5, abs=1e-5)
+
+
+def test_a_bad_row_is_found_with_divided_weights(folder: Path) -> None:
+    dump = json.loads(next((folder / "bad-2/nonfinite").iterdir()).read_text())
+    assert [pair["row"] for pair in dump["pairs"] if not pair["finite"]] == [7]
 
 
 def test_4_bit_weights_are_divided_and_log_probabilities_keep_their_digits(folder: Path) -> None:
