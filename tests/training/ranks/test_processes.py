@@ -136,11 +136,12 @@ def check_gone(pids: list[int]) -> None:
 
 
 def test_a_launcher_gives_the_same_run(runs: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713")
-    process = start(runs, f"run_dir={tmp_path}/r", program=launcher)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert output.count("step-0 check") == 1 and "2 processes" in output
+    """torchrun twice, as on two nodes."""
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", "29713")
+    nodes = [start(runs, f"run_dir={tmp_path}/r", program=(*launcher, "--node-rank", node)) for node in ("0", "1")]
+    output, other = (process.communicate()[0] for process in nodes)
+    assert [process.returncode for process in nodes] == [0, 0], output + other
+    assert output.count("step-0 check") == 1 and "2 processes" in output and "step-0 check" not in other
     check_bits(tmp_path / "r", runs / "two")
 
 
