@@ -232,6 +232,7 @@ def main() -> None:
         ("kill -9, tiny model", TINY, args.kills, kill),
         ("SIGINT, SIGTERM, SIGUSR1 and SIGHUP, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
         ("kill -9 of a launcher or a process, tiny model", TWO, args.process_kills, kill_one),
+        ("the same with divided weights", [*TWO, "distributed=fsdp2"], args.process_kills // 2, kill_one),
         ("kill -9, default model", REAL, args.real_kills, kill),
     ]
     failed = False
