@@ -144,6 +144,11 @@ def _revision(conf: ModelConf, base: str) -> str | None:
     return conf.revision if base == conf.model_name_or_path else None
 
 
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a model without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def merge_adapter(model: PeftModel, safe_merge: bool = False) -> PreTrainedModel:
     """Merge the adapter into its base; tied embeddings and head are untied first if the adapter changes one of them.
 

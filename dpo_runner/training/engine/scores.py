@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_runner.training.engine.packed.forward import base_of
+from dpo_runner.model.base import base_of
 from dpo_runner.training.ranks.group import count, gather
 
 Batch = dict[str, torch.Tensor]

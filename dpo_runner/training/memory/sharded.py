@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpo_runner.config.run_conf import RunConf, count_processes
-from dpo_runner.training.engine.packed.forward import base_of
+from dpo_runner.model.base import base_of
 from dpo_runner.training.memory.fake_model import count_bytes, tensors_of
 from dpo_runner.training.ranks.sharding import find_layers
 

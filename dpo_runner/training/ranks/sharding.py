@@ -25,18 +25,13 @@ from torch.optim import Optimizer
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.upstream import check_names, find_private
+from dpo_runner.model.base import base_of
 from dpo_runner.training.ranks.group import count, gather
 
 _POLICY = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, output_dtype=None)
 """Autocast alone chooses the dtype of products; gradients are summed in fp32, outputs keep their dtype."""
 
 check_names("torch", FSDPModule, _get_fsdp_state="")
-
-
-def base_of(model: Any) -> nn.Module:
-    """Return a model without PEFT's wrapper."""
-    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
 
 
 def is_sharded(model: Any) -> bool:

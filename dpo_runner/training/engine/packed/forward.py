@@ -26,6 +26,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_runner.config.sections.training import TrainingConf
 from dpo_runner.io.upstream import find_attention, find_private
+from dpo_runner.model.base import base_of
 from dpo_runner.model.quantization import rounds_inputs
 from dpo_runner.model.reference import find_batch_dependence
 from dpo_runner.training.engine.packed.attention import IMPLEMENTATION, register_attention
@@ -42,11 +43,6 @@ _COMPARED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text", "ph
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "dropout", "activation_dropout", "hidden_dropout")
 """Config keys for dropout that models may apply without an `nn.Dropout` module."""
-
-
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return a model without PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def trains_head(policy: PreTrainedModel | PeftModel) -> bool:

@@ -21,8 +21,9 @@ from torch import nn
 from trl import DPOTrainer
 
 from dpo_runner.io.upstream import prepare_inputs
+from dpo_runner.model.base import base_of
 from dpo_runner.training.engine.logps import completion_logps, label_completions
-from dpo_runner.training.engine.packed.forward import base_of, is_certain, share_prefixes
+from dpo_runner.training.engine.packed.forward import is_certain, share_prefixes
 from dpo_runner.training.engine.packed.packing import count_tokens
 from dpo_runner.training.memory.device import is_of_device
 

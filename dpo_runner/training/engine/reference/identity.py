@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from dpo_runner.io.upstream import find_attention
-from dpo_runner.training.engine.packed.forward import base_of
+from dpo_runner.model.base import base_of
 from dpo_runner.training.ranks.sharding import whole
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
