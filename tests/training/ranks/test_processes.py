@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +33,7 @@ from dpo_runner.training.memory.settle import settle
 from dpo_runner.training.ranks.launch import launch
 from tests.support.common import make_tiny_run, write_pairs
 from tests.support.light_ranks import work
+from tests.support.programs import QuickRanks, start_python
 from tests.support.ranks import train
 from tests.support.trainers import build
 
@@ -75,6 +78,14 @@ def check_bits(one: Path, other: Path) -> None:
     assert figures_of(one) == figures_of(other)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_ranks() -> Iterator[None]:
+    """Save the imports of the processes; the runs of torchrun and of a parent that is killed start in full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", QuickRanks)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same run by one process and by two, and its data."""
@@ -101,11 +112,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(runs: Path, *further: str, program: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start the run of two processes as a command, or another program's, in its own process group."""
+    """Start the run of two processes as a command, or as another program's job."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3", *further]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, "-m", "dpo_runner", *overrides]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if program:
+        command = [sys.executable, *program, "-m", "dpo_runner", *overrides]
+        return subprocess.Popen(command, text=True, env=environment, **streams)
+    return start_python("-m", "dpo_runner", *overrides, env=environment, **streams)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
