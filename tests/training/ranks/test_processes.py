@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from dpo_runner.training.ranks.launch import launch
 from tests.support import sweeps
 from tests.support.common import make_tiny_run, write_pairs
 from tests.support.light_ranks import work, work_again
-from tests.support.programs import QuickRanks, start_python
+from tests.support.programs import start_python
 from tests.support.ranks import train
 from tests.support.sweeps import finish, furnish, wait_until
 from tests.support.trainers import build
@@ -79,14 +78,6 @@ def check_bits(one: Path, other: Path) -> None:
     for name in ("adapter/adapter_model.safetensors", "samples.jsonl"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     assert figures_of(one) == figures_of(other)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_ranks() -> Iterator[None]:
-    """Save the imports of the processes; the runs of torchrun and of a parent that is killed start in full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", QuickRanks)
-        yield
 
 
 @pytest.fixture(scope="module")
