@@ -12,7 +12,6 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -109,18 +108,8 @@ def start(runs: Path, *further: str, program: tuple[str, ...] = ()) -> subproces
     """Start the run of two processes as a command, or as another program's job."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3", *further]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    if program:
-        command = [sys.executable, *program, "-m", "dpo_runner", *overrides]
-        return subprocess.Popen(command, text=True, env=environment, **streams)
-    return start_python("-m", "dpo_runner", *overrides, env=environment, **streams)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.01)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return start_python(*program, "-m", "dpo_runner", *overrides, env=environment, **streams)
 
 
 def find_processes(run_dir: Path) -> list[int]:
@@ -359,10 +348,6 @@ def test_the_processes_of_a_sweeps_job_end_with_its_worker_and_the_sweep_goes_on
     [
         (["launch.processes=x"], "`launch.processes=x`: must be a number, or auto"),
         (["launch.processes=0"], "`launch.processes=0`: must be at least 1"),
-        (
-            ["launch.processes=2", "training.fsdp=full_shard"],
-            "`training.fsdp=full_shard`: launch.processes=2 gives each process the whole",
-        ),
         (["launch.processes=2", "model.device_map=auto"], "`model.device_map=auto`: each of launch.processes has one"),
     ],
 )
