@@ -7,6 +7,7 @@ test_cli.py, the undisturbed sweep of test_sweep.py and others check normal star
 
 import atexit
 import contextlib
+import copy
 import functools
 import gc
 import importlib
@@ -164,6 +165,27 @@ def quick_python() -> Iterator[dict[str, str]]:
         yield {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
+def speed_up_libraries() -> None:
+    """Keep what libraries make again and again: Jinja's templates, and the syntax trees of OmegaConf's interpolations.
+
+    Hydra copies its repository of files deeply for each composition, though it replaces the only part that changes.
+    """
+    import jinja2
+    import omegaconf
+    from hydra._internal.config_repository import CachingConfigRepository
+    from omegaconf import grammar_parser
+
+    jinja2.Template = functools.cache(jinja2.Template)  # PEFT renders a card beside each adapter
+    parse = functools.lru_cache(1000)(grammar_parser.parse)
+    for module in (omegaconf.base, omegaconf._utils, omegaconf.resolvers.oc):
+        module.parse = parse
+
+    def keep(repository: Any, delegate: Any) -> None:
+        repository.delegate, repository.cache = copy.copy(delegate), {}
+
+    CachingConfigRepository.__init__ = keep
+
+
 # The code below runs in the server and its forks.
 IMPORTED = (
     *("torch", "trl", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"),
@@ -178,13 +200,12 @@ def serve(address: str) -> None:
         importlib.import_module(module)
     global MEDIA_TMP, _own_address
     _own_address = address
-    import jinja2
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     from dpo_runner.model.card import card
 
     card.write_plots = lambda folder, events: []  # as in tests/conftest.py
-    jinja2.Template = functools.cache(jinja2.Template)
+    speed_up_libraries()
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
