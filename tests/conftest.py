@@ -1,21 +1,20 @@
 """Shared fixtures: tiny generated models, small data, no network."""
 
-import functools
 import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import jinja2
 import pytest
 from hypothesis import settings
 
 from tests.support.common import make_adapter, make_tiny_run, write_pairs
+from tests.support.programs import speed_up_libraries
 
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-jinja2.Template = functools.cache(jinja2.Template)  # PEFT renders a card beside each adapter: compile it once
+speed_up_libraries()
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:

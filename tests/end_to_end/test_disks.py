@@ -1,5 +1,7 @@
 """Full or read-only disks and deleted files cost a run at most its time."""
 
+import errno
+import fcntl
 import json
 import logging
 import shutil
@@ -156,6 +158,26 @@ def test_a_full_cache_is_one_line(
     with pytest.raises(RunError, match=r"the cache cannot be written; .*; DPO_RUNNER_CACHE names another folder$"):
         run(load_conf([*small, f"run_dir={tmp_path / 'r'}"]))
     assert [path.name for path in (disk / "data").iterdir()] == []
+
+
+def test_only_the_reference_store_needs_a_disk_with_locks(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would try for a minute, and then report a locked database."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, refuse)
+    monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path / "cache"))
+    told = (
+        "its disk has no file locks; DPO_RUNNER_CACHE names another folder, engine.reference_store=false runs without"
+    )
+    with pytest.raises(RunError, match=rf"^\S+\.sqlite: the cache cannot be written; {told} the store$"):
+        run(load_conf([*small, "run_dir=r"]))
+    assert not list((tmp_path / "cache/reference").glob("*.sqlite"))
+    assert run(load_conf([*small, "run_dir=r", "engine.reference_store=false"]))["steps"] == 3
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -190,7 +190,6 @@ def test_a_directory_in_use_is_refused(tiny_run: list[str], tmp_path: Path) -> N
 
 
 CONTINUED = [
-    [],
     ["quant=nf4"],
     ["lora.lora_dropout=0.2"],
     ["sft"],
@@ -201,12 +200,12 @@ CONTINUED = [
 ]
 
 
-@pytest.mark.parametrize("extra", CONTINUED, ids=lambda extra: "+".join(extra) or "plain")
+@pytest.mark.parametrize("extra", CONTINUED, ids="+".join)
 def test_a_continued_run_is_bitwise_the_undisturbed_one(
     extra: list[str], tiny_run, sft_adapter, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = [f"model.adapter={sft_adapter}" if override == "sft" else override for override in extra]
-    overrides = [*tiny_run, *extra, "training.max_steps=8", "training.save_steps=2", "training.eval_steps=4"]
+    overrides = [*tiny_run, *extra, "training.max_steps=6", "training.save_steps=2", "training.eval_steps=3"]
     run(load_conf([*overrides, "run_dir=whole"]))
 
     step = RunTrainer.training_step
@@ -332,10 +331,11 @@ SIGNALLED = """
 import os, runpy, sys
 from dpo_runner.training.trainer import RunTrainer
 
-number, times, step = int(sys.argv.pop(1)), int(sys.argv.pop(1)), RunTrainer.training_step
+number, times, done = (int(sys.argv.pop(1)) for _ in range(3))
+step = RunTrainer.training_step
 
 def signalled(self, *args, **kwargs):
-    if self.state.global_step == 7:
+    if self.state.global_step == done:
         for _ in range(times):
             os.kill(os.getpid(), number)
     return step(self, *args, **kwargs)
@@ -345,25 +345,27 @@ runpy.run_module("dpo_runner", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "times", "code", "checkpoint"),
-    [(signal.SIGINT, 2, 130, 5), (signal.SIGUSR1, 1, 138, 8), (signal.SIGTERM, 2, 143, 8)],
-)
-def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_continues(
-    number, times, code, checkpoint, tiny_run, tmp_path
-) -> None:
-    """The process signals itself in the eighth step, so the test does not depend on machine speed."""
-    overrides = [*tiny_run, "training.max_steps=10", "training.save_steps=5", "training.eval_strategy=no", "run_dir=r"]
-    stopped = run_python("-c", SIGNALLED, str(int(number)), str(times), *overrides)
-    assert stopped.returncode == code, stopped.stderr
-    assert "continue with the same command and run_dir=r" in stopped.stderr and "Traceback" not in stopped.stderr
-    assert read_json(tmp_path / "r" / "status.json")["state"] == "interrupted"
-
+def test_signals_end_the_run_as_interrupted_and_the_same_command_continues(tiny_run: list[str], tmp_path: Path) -> None:
+    """The process signals itself in a step, so the test does not depend on machine speed."""
+    overrides = [*tiny_run, "training.max_steps=8", "training.save_steps=3", "training.eval_strategy=no", "run_dir=r"]
+    signals = [  # number, times, in the step after so many, exit code, the checkpoint then
+        (signal.SIGINT, 2, 4, 130, 3),
+        (signal.SIGUSR1, 1, 4, 138, 5),
+        (signal.SIGTERM, 2, 6, 143, 7),
+    ]
+    told = ""
+    for number, times, done, code, checkpoint in signals:
+        stopped = run_python("-c", SIGNALLED, str(int(number)), str(times), str(done), *overrides)
+        assert stopped.returncode == code, stopped.stderr
+        assert "continue with the same command and run_dir=r" in stopped.stderr and "Traceback" not in stopped.stderr
+        assert read_json(tmp_path / "r" / "status.json")["state"] == "interrupted"
+        assert told in stopped.stdout
+        told = f"continuing from r/checkpoints/checkpoint-{checkpoint}\n"
     again = run_python("-m", "dpo_runner", *overrides)
     assert again.returncode == 0, again.stderr
-    assert "continuing from" in again.stdout and f"checkpoint-{checkpoint}\n" in again.stdout
+    assert told in again.stdout
     steps = [event["step"] for event in read_events(tmp_path / "r") if "loss" in event]
-    assert steps == list(range(1, 11))
+    assert steps == list(range(1, 9))
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
 from dpo_runner.config.run_conf import RunConf
+from dpo_runner.errors import RunError
+from dpo_runner.training.ranks import watch
 from dpo_runner.training.ranks.division import deal
 from dpo_runner.training.ranks.group import gather, rank, share, sum_gradients
 from dpo_runner.training.ranks.watch import note_progress, over_processes
@@ -17,6 +21,7 @@ def _fail() -> None:
 
 
 def _hang() -> None:
+    watch._GRACE_SECONDS = 1  # nothing ends by itself
     if rank() == 1:
         time.sleep(300)
 
@@ -26,7 +31,16 @@ def _exit() -> None:
         raise SystemExit(3)
 
 
-FAULTS: dict[str, Callable[[], None]] = {"an error": _fail, "a hang": _hang, "an exit": _exit}
+def _fail_everywhere() -> None:
+    raise ValueError("a fault of all processes")
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "an error": _fail,
+    "errors": _fail_everywhere,
+    "a hang": _hang,
+    "an exit": _exit,
+}
 
 
 @over_processes
@@ -45,3 +59,12 @@ def work(conf: RunConf, fault: str | None) -> None:
         if turn == 1 and fault is not None:
             FAULTS[fault]()
             gather(turn)
+
+
+def work_again(conf: RunConf, folder: Path) -> None:
+    """Work, catch the failure of all processes, and be refused in the same ones; write a file of each to `folder`."""
+    with pytest.raises(ValueError):
+        work(conf, "errors")
+    with pytest.raises(RunError, match=r"^an earlier run has failed in these processes, .*; start them again$"):
+        work(conf, None)
+    (folder / f"refused-{rank()}").touch()

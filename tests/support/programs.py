@@ -1,16 +1,18 @@
 """Fast Python programs: forks of a process that has already imported torch and TRL.
 
 The program, its arguments, environment, folder, streams, process id, signals and exit code are those of a normal
-start; only the seconds of the imports are saved, also for a sweep's worker processes. test_cli.py, the undisturbed
-sweep of test_sweep.py and others check normal starts and the modules that commands import.
+start; only the seconds of the imports are saved, also for a sweep's worker processes and the processes of a run.
+test_cli.py, the undisturbed sweep of test_sweep.py and others check normal starts and the modules that commands import.
 """
 
 import atexit
 import contextlib
+import copy
 import functools
 import gc
 import importlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -28,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+RANK = "dpo_runner.training.ranks.child"
+
 # The script that a shell runs as `python`: passes on the command and its three streams, and exits with its status.
 CLIENT = """\
 #!{python} -IS
@@ -42,9 +46,14 @@ sys.exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(s
 """
 
 
+_own_address: str | None = None  # in the server and its forks
+
+
 @functools.cache
 def _start_server() -> str:
     """Start the server, which ends with this process, and return its address."""
+    if _own_address is not None:
+        return _own_address
     address = str(Path(tempfile.mkdtemp(), "socket"))  # the path of a socket must be short
     command = [sys.executable, __file__, address]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -54,7 +63,8 @@ def _start_server() -> str:
 
 
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")
-_ASKED = inspect.signature(subprocess.Popen._execute_child)
+_PLAIN = subprocess.Popen._execute_child
+_ASKED = inspect.signature(_PLAIN)
 
 
 def _name(given: Sequence[Any]) -> dict[str, Any]:
@@ -71,8 +81,10 @@ def _close_theirs(process: "subprocess.Popen[Any]", asked: dict[str, Any]) -> No
     process._close_pipe_fds(*(asked[name] for name in names))
 
 
-class Program(subprocess.Popen[str]):
+class Program(subprocess.Popen[Any]):
     """A Popen whose process the server forks and waits for."""
+
+    _answers: io.RawIOBase | None = None
 
     def _execute_child(self, *given: Any) -> None:
         asked = _name(given)
@@ -81,6 +93,7 @@ class Program(subprocess.Popen[str]):
             "folder": str(Path(asked["cwd"] or ".").resolve()),
             "environment": dict(os.environ if asked["env"] is None else asked["env"]),
             "own_session": asked["start_new_session"],
+            "own_group": asked["process_group"] == 0,
         }
         text = json.dumps(told).encode()
         streams = [_or_own(asked[name], number) for number, name in enumerate(_STREAMS)]
@@ -94,16 +107,30 @@ class Program(subprocess.Popen[str]):
         _close_theirs(self, asked)
 
     def _try_wait(self, flags: int) -> tuple[int, int]:
+        if self._answers is None:
+            return super()._try_wait(flags)
         if flags & os.WNOHANG and not select.select([self._answers], [], [], 0)[0]:
             return 0, 0
         return self.pid, int(self._answers.readline())
 
-    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+    def _internal_poll(self, *given: Any, **named: Any) -> int | None:
+        if self._answers is None:
+            return super()._internal_poll(*given, **named)
         if self.returncode is None:
             pid, status = self._try_wait(os.WNOHANG)
             if pid:
                 self._handle_exitstatus(status)
         return self.returncode
+
+
+class QuickRanks(Program):
+    """A Popen that lets the server fork the processes of a run, and starts everything else as usual."""
+
+    def _execute_child(self, *given: Any) -> None:
+        if given[0][:3] == [sys.executable, "-m", RANK]:
+            super()._execute_child(given[0][1:], *given[1:])
+        else:
+            _PLAIN(self, *given)
 
 
 def start_python(*arguments: str, **settings: Any) -> "subprocess.Popen[str]":
@@ -138,6 +165,27 @@ def quick_python() -> Iterator[dict[str, str]]:
         yield {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
+def speed_up_libraries() -> None:
+    """Keep what libraries make again and again: Jinja's templates, and the syntax trees of OmegaConf's interpolations.
+
+    Hydra copies its repository of files deeply for each composition, though it replaces the only part that changes.
+    """
+    import jinja2
+    import omegaconf
+    from hydra._internal.config_repository import CachingConfigRepository
+    from omegaconf import grammar_parser
+
+    jinja2.Template = functools.cache(jinja2.Template)  # PEFT renders a card beside each adapter
+    parse = functools.lru_cache(1000)(grammar_parser.parse)
+    for module in (omegaconf.base, omegaconf._utils, omegaconf.resolvers.oc):
+        module.parse = parse
+
+    def keep(repository: Any, delegate: Any) -> None:
+        repository.delegate, repository.cache = copy.copy(delegate), {}
+
+    CachingConfigRepository.__init__ = keep
+
+
 # The code below runs in the server and its forks.
 IMPORTED = (
     *("torch", "trl", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"),
@@ -150,14 +198,14 @@ def serve(address: str) -> None:
     """Fork programs until standard input ends, each with another process that waits for it."""
     for module in IMPORTED:
         importlib.import_module(module)
-    global MEDIA_TMP
-    import jinja2
+    global MEDIA_TMP, _own_address
+    _own_address = address
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     from dpo_runner.model.card import card
 
     card.write_plots = lambda folder, events: []  # as in tests/conftest.py
-    jinja2.Template = functools.cache(jinja2.Template)
+    speed_up_libraries()
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -177,7 +225,7 @@ def serve(address: str) -> None:
 
 
 def _attend(connection: socket.socket) -> NoReturn:
-    """Fork one program, and send its process id and exit status."""
+    """Fork one program, and send its process id and exit status; end early if the process that asked for it ends."""
     length, streams, _, _ = socket.recv_fds(connection, 8, 3)
     told = b""
     while len(told) < int.from_bytes(length, "big"):
@@ -191,13 +239,16 @@ def _attend(connection: socket.socket) -> NoReturn:
         os.close(stream)
     with contextlib.suppress(BrokenPipeError):
         connection.sendall(f"{child}\n".encode())
+    ended = os.pidfd_open(child)
+    if ended not in select.select([connection, ended], [], [])[0]:
+        os._exit(0)  # who asked is gone: a process of a run sees that its parent is
     status = os.waitpid(child, 0)[1]
     with contextlib.suppress(BrokenPipeError):
         connection.sendall(f"{status}\n".encode())
     os._exit(0)
 
 
-class _Popen(subprocess.Popen[Any]):
+class _Popen(QuickRanks):
     """A Popen that forks a sweep's worker too."""
 
     def _execute_child(self, *given: Any) -> None:
@@ -220,12 +271,21 @@ class _Popen(subprocess.Popen[Any]):
 
 
 def _become(
-    streams: Sequence[int], arguments: list[str], folder: str, environment: dict[str, str], own_session: bool = False
+    streams: Sequence[int],
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    own_session: bool = False,
+    own_group: bool = False,
 ) -> NoReturn:
     """Run the program in this forked process."""
     gc.freeze()  # do not collect the parent's objects, which would close its files
     if own_session:
         os.setsid()
+    if own_group:
+        os.setpgid(0, 0)
+    if arguments[1] == RANK:
+        arguments[2] = str(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number, stream in enumerate(streams):

@@ -4,8 +4,6 @@ import hashlib
 import json
 import pickle
 import sqlite3
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from dpo_runner.sweep.search.pruning import Pruning
 from dpo_runner.sweep.search.study import ask, open_trial
 from dpo_runner.sweep.search.trials import Search
 from dpo_runner.sweep.sweeper import summarize
+from tests.support.programs import run_python
 from tests.support.spaces import space_of
 from tests.support.sweeps import finish, furnish, kill_while_held, start, wait_until
 
@@ -243,6 +242,8 @@ def test_the_callback_asks_the_pruner_after_each_evaluation_of_the_training(tmp_
 def test_a_grid_needs_no_optuna(tmp_path: Path) -> None:
     code = """
 import sys
+for name in [name for name in sys.modules if name.startswith(("optuna", "dpo_runner.sweep"))]:
+    del sys.modules[name]  # the program has them from its start
 sys.modules["optuna"] = None
 from dpo_runner import load_conf
 from dpo_runner.sweep.sweeper import register_plugins
@@ -251,7 +252,8 @@ register_plugins()
 outcome = perform(load_conf(["data=local_file", "data.path=absent.jsonl", "model=tiny_random", "run_dir=r"]), [])
 assert "no such file" in outcome["error"], outcome
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=200)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 # Real runs from here on: five trials; the median pruner stops all but the first and the last.

@@ -95,10 +95,15 @@ class _Watch(threading.Thread):
 
 
 _watch: _Watch | None = None
+_has_failed = False
+"""Whether a run of this process, among several, has failed. The others may have ended since, or be in another step."""
 
 
 def over_processes(run: Run) -> Run:
-    """Let a function, which takes a configuration, join the processes of a launcher, and tell them of its failure."""
+    """Let a function, which takes a configuration, join the processes of a launcher, and tell them of its failure.
+
+    It raises a RunError if an earlier one has failed in these processes.
+    """
 
     @functools.wraps(run)
     def joined(conf: RunConf, *args: Any, **kwargs: Any) -> Any:
@@ -114,15 +119,18 @@ def over_processes(run: Run) -> Run:
 
 @contextmanager
 def _watching(minutes: float) -> Iterator[None]:
-    global _watch
+    global _watch, _has_failed
     if count() == 1:
         yield
         return
+    if _has_failed:
+        raise RunError("an earlier run has failed in these processes, which may be out of step; start them again")
     _watch = _Watch(minutes)
     _watch.start()
     try:
         yield
     except BaseException as error:
+        _has_failed = True
         post(_watch.store, _to_ours(error))
         raise
     finally:

@@ -23,15 +23,19 @@ from dpo_runner.data.preferences import load_preferences
 from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.model.blueprint import draw_blueprint
 from dpo_runner.records.reading import read_metrics, read_status, read_summary
+from dpo_runner.sweep.directory import read_jobs
 from dpo_runner.training.callbacks import agreement
 from dpo_runner.training.callbacks.movement import take_fingerprints
 from dpo_runner.training.engine.token_batches import TokenBatches
 from dpo_runner.training.memory.retry import launch_attempts
 from dpo_runner.training.memory.settle import settle
 from dpo_runner.training.ranks.launch import launch
+from tests.support import sweeps
 from tests.support.common import make_tiny_run, write_pairs
-from tests.support.light_ranks import work
+from tests.support.light_ranks import work, work_again
+from tests.support.programs import start_python
 from tests.support.ranks import train
+from tests.support.sweeps import finish, furnish, wait_until
 from tests.support.trainers import build
 
 ROOT = Path(__file__).parents[3]
@@ -101,18 +105,11 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(runs: Path, *further: str, program: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start the run of two processes as a command, or another program's, in its own process group."""
+    """Start the run of two processes as a command, or as another program's job."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3", *further]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, "-m", "dpo_runner", *overrides]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.01)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return start_python(*program, "-m", "dpo_runner", *overrides, env=environment, **streams)
 
 
 def find_processes(run_dir: Path) -> list[int]:
@@ -167,16 +164,18 @@ def test_kills_and_signals_end_all_processes_and_change_nothing(runs: Path, tmp_
     status = read_status(path)
     assert status is not None and status["state"] == "failed" and told in status["error"]
 
-    process = start(runs, *again)
-    assert process.stdout is not None
-    while "continuing from" not in process.stdout.readline():
-        assert process.poll() is None
-    pids = find_processes(path)
-    os.kill(pids[1], signal.SIGTERM)  # to one of them alone
-    output = process.communicate()[0]
-    assert process.returncode == 143, output
-    assert output.count("error: ") == 1 and "error: interrupted; continue with the same command" in output
-    check_gone(pids)
+    signals = ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGTERM, 143))
+    for turn, (number, code) in enumerate(signals):
+        process = start(runs, *again)
+        assert process.stdout is not None
+        while "continuing from" not in process.stdout.readline():
+            assert process.poll() is None
+        pids = find_processes(path)
+        os.kill(process.pid if turn else pids[1], number)  # to the command, or to one of its processes alone
+        output = process.communicate()[0]
+        assert process.returncode == code, output
+        assert output.count("error: ") == 1 and "error: interrupted; continue with the same command" in output
+        check_gone(pids)
 
     run(conf)
     check_bits(path, runs / "two")
@@ -291,8 +290,11 @@ def test_what_cannot_be_passed_to_processes_is_one_line(tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("importable")
-def test_processes_exchange_gradients_and_values(tmp_path: Path) -> None:
-    launch(partial(work, load_conf(["training.use_cpu=true"]), None), 2, tmp_path / "r")
+def test_processes_exchange_gradients_and_values_until_a_run_has_failed(tmp_path: Path) -> None:
+    conf = load_conf(["training.use_cpu=true"])
+    launch(partial(work, conf, None), 2, tmp_path / "r")
+    launch(partial(work_again, conf, tmp_path), 2, tmp_path / "r")
+    assert len(list(tmp_path.glob("refused-*"))) == 2
 
 
 def test_weights_that_differ_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,12 +320,28 @@ def test_too_little_memory_in_one_process_starts_all_again_with_smaller_batches(
     check_same(tmp_path / "r", runs / "one")
 
 
-def test_a_job_of_a_sweep_may_own_two_processes(runs: Path, tmp_path: Path) -> None:
-    process = start(runs, "launch.processes=2", f"sweep.dir={tmp_path}/s", "training.beta=0.2", "-m")
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    (status,) = [read_status(path) for path in (tmp_path / "s").glob("[0-9]*")]
-    assert status is not None and status["state"] == "finished" and len(status["processes"]) == 2
+def test_the_processes_of_a_sweeps_job_end_with_its_worker_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    furnish(tmp_path)
+    sweep, held = tmp_path / "s", tmp_path / "held"
+    points = ("training.beta=0.1,0.2", "launch.processes=2", "sweep.dir=s")
+    process = sweeps.start(tmp_path, *points, HOLD="0.1")
+    wait_until(lambda: held.exists() and read_jobs(sweep)[0].checkpoint == 2)
+    pids = find_processes(sweep / read_jobs(sweep)[0].name)
+    assert len(pids) == 2
+    [worker] = psutil.Process(process.pid).children()
+    worker.kill()
+    check_gone(pids)
+    held.unlink()
+    code, _, err = finish(process)
+    assert code == 1 and "its process was killed by SIGKILL" in err
+    assert [job.state for job in read_jobs(sweep)] == ["failed", "finished"]
+    code, out, err = finish(sweeps.start(tmp_path, *points))
+    assert code == 0 and out.count("started ") == 1 and "continues at step 2" in out, err
+    assert [job.state for job in read_jobs(sweep)] == ["finished"] * 2
+    for job in read_jobs(sweep):
+        pids = find_processes(sweep / job.name)
+        assert len(pids) == 2
+        check_gone(pids)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +349,6 @@ def test_a_job_of_a_sweep_may_own_two_processes(runs: Path, tmp_path: Path) -> N
     [
         (["launch.processes=x"], "`launch.processes=x`: must be a number, or auto"),
         (["launch.processes=0"], "`launch.processes=0`: must be at least 1"),
-        (
-            ["launch.processes=2", "training.fsdp=full_shard"],
-            "`training.fsdp=full_shard`: launch.processes=2 gives each process the whole",
-        ),
         (["launch.processes=2", "model.device_map=auto"], "`model.device_map=auto`: each of launch.processes has one"),
     ],
 )

@@ -52,6 +52,9 @@ class ReferenceStore:
 
     Attributes:
         left_out: number of pairs not kept because the store was full.
+
+    Raises:
+        RunError: the file is damaged, or cannot be written or locked.
     """
 
     def __init__(self, digest: str, description: Mapping[str, Any], limit: int) -> None:
@@ -60,7 +63,8 @@ class ReferenceStore:
         with self._store_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._in_use = _lock_path(self.path).open("a")
-            lock(self._in_use.fileno(), shared=True, wait=True, inherited=True)
+            if lock(self._in_use.fileno(), shared=True, wait=True, inherited=True) is None:  # SQLite would wait for one
+                raise OSError("its disk has no file locks")
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS)
             with self._database:
                 self._database.executescript(_SCHEMA)
