@@ -183,7 +183,7 @@ class Split:
         tables = tables or [source.rows for source in self.sources]
         starts = np.cumsum([0, *(len(table) for table in tables)])
         taken = self._taken()
-        return _select(concatenate_datasets(list(tables)), starts[self.source[taken]] + self.row[taken])
+        return select_rows(concatenate_datasets(list(tables)), starts[self.source[taken]] + self.row[taken])
 
     def _taken(self) -> npt.NDArray[np.int64]:
         """Return the indices of the pairs in `build()`, in order."""
@@ -239,7 +239,7 @@ class Split:
         )
 
 
-def _select(rows: "Dataset", indices: npt.NDArray[np.int64]) -> "Dataset":
+def select_rows(rows: "Dataset", indices: npt.NDArray[np.int64]) -> "Dataset":
     """Return the rows with these indices, at least one; `Dataset.select` makes a list of a Python object a row."""
     import pyarrow as pa
     from datasets import Dataset

@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class _Slice:
+class Slice:
     """Rows of a dataset with their keys in the store and their tokens."""
 
     rows: Dataset
@@ -81,7 +81,7 @@ def add_reference_columns(
     sums = np.empty((len(REF_COLUMNS), len(dataset)))
     unchecked = _CHECKED
     for start in range(0, len(dataset), _SLICE):
-        some = _Slice.read(dataset.select(range(start, min(start + _SLICE, len(dataset)))), trainer.data_collator)
+        some = Slice.read(dataset.select(range(start, min(start + _SLICE, len(dataset)))), trainer.data_collator)
         places = {key: place for place, key in enumerate(some.keys)}
         known = {} if store is None else store.find(list(places))
         checked = random.Random().sample(sorted(known), min(unchecked, len(known)))  # not from the run's own seed
@@ -130,7 +130,7 @@ def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
 
 
 def _score_missing(
-    trainer: DPOTrainer, some: _Slice, missing: Sequence[int], store: ReferenceStore | None
+    trainer: DPOTrainer, some: Slice, missing: Sequence[int], store: ReferenceStore | None
 ) -> dict[bytes, PairLogps]:
     """Score pairs and store them; runs that score the same pairs at once share the work.
 

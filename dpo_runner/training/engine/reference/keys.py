@@ -27,9 +27,9 @@ def read_keys(rows: Dataset, collator: Any) -> tuple[list[bytes], list[int]]:
 
 
 def _split(column: pa.ChunkedArray) -> list[npt.NDArray[np.int64]]:
-    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks], dtype=np.int64)
-    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks], dtype=np.int64)
-    return [ids[start:end] for start, end in pairwise([0, *np.cumsum(lengths).tolist()])]
+    lists = column.combine_chunks()  # a selection has a chunk for each row
+    ids, ends = lists.flatten().to_numpy().astype(np.int64), np.cumsum(lists.value_lengths().to_numpy())
+    return [ids[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 def _digest(prompt: npt.NDArray[Any], chosen: npt.NDArray[Any], rejected: npt.NDArray[Any], collator: Any) -> bytes:
