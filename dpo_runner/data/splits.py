@@ -12,6 +12,7 @@ from dpo_runner.config.sections.data import SourceConf
 from dpo_runner.data.prepare.cache import Prepared
 from dpo_runner.data.report import PARTS, LengthBias, Lengths, SplitReport
 from dpo_runner.errors import DataError
+from dpo_runner.io.upstream import find_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -182,7 +183,7 @@ class Split:
         tables = tables or [source.rows for source in self.sources]
         starts = np.cumsum([0, *(len(table) for table in tables)])
         taken = self._taken()
-        return concatenate_datasets(list(tables)).select(starts[self.source[taken]] + self.row[taken])
+        return select_rows(concatenate_datasets(list(tables)), starts[self.source[taken]] + self.row[taken])
 
     def _taken(self) -> npt.NDArray[np.int64]:
         """Return the indices of the pairs in `build()`, in order."""
@@ -236,6 +237,20 @@ class Split:
             lengths={part: Lengths.of(values) for part, values in lengths.items()} if kept.any() else {},
             length_bias=LengthBias.of(lengths["chosen"], lengths["rejected"]) if kept.any() else None,
         )
+
+
+def select_rows(rows: "Dataset", indices: npt.NDArray[np.int64]) -> "Dataset":
+    """Return the rows with these indices, at least one; `Dataset.select` makes a list of a Python object a row."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 == len(indices) and (np.diff(indices) == 1).all():
+        return rows.select(range(first, last + 1))
+    table = pa.table({"indices": indices.astype(np.uint64)})
+    fingerprint = Hasher.hash((find_fingerprint(rows), hashlib.sha256(indices.tobytes()).digest()))
+    return Dataset(rows.data, rows.info, rows.split, table, fingerprint)
 
 
 def find_repeats(hashes: npt.NDArray[np.uint64]) -> Mask:

@@ -6,13 +6,15 @@ some or none of the pairs in the store are bitwise the same.
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import xxhash
 from datasets import Dataset
 from peft import PeftModel
 from trl import DPOTrainer
@@ -20,10 +22,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_runner.errors import RunError
-from dpo_runner.io.upstream import prepare_inputs
+from dpo_runner.io.upstream import find_fingerprint, find_private, prepare_inputs
 from dpo_runner.training.engine.logps import completion_logps, label_completions
 from dpo_runner.training.engine.packed.head import log_probs_alone
 from dpo_runner.training.engine.packed.packing import count_tokens
+from dpo_runner.training.engine.reference.keys import read_keys
 from dpo_runner.training.engine.reference.rounding import compare_pairs, find_rounding
 from dpo_runner.training.engine.reference.store import PairLogps, ReferenceStore
 from dpo_runner.training.ranks.division import deal
@@ -34,11 +37,29 @@ from dpo_runner.training.ranks.watch import note_progress
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 _SLICE = 10_000  # rows whose token log-probabilities are in memory at a time
-_CHUNK = 64  # pairs that are looked up again just before they are scored, and written together
+_CHUNK = 64  # pairs of each process that are looked up again just before they are scored
+_UNWRITTEN_SECONDS = 1.0  # of scoring that may be lost; a disk may take 20 ms for each write
 _TOKENS = 16_384  # in one forward on an accelerator
 _CHECKED = 3  # stored pairs that each run scores again
+_SPARSE = 100  # a selection of fewer than one row in so many is written anew: a row takes kilobytes, a value 8 bytes
 
 Row = dict[str, Any]
+
+
+@dataclass
+class Slice:
+    """Rows of a dataset with their keys in the store and their tokens."""
+
+    rows: Dataset
+    keys: list[bytes]
+    tokens: list[int]
+
+    @classmethod
+    def read(cls, rows: Dataset, collator: Any) -> Self:
+        """Read keys and tokens; each process reads its share of the rows."""
+        first, end = (len(rows) * turn // count() for turn in (rank(), rank() + 1))
+        parts = gather(read_keys(rows.select(range(first, end)), collator) if end > first else ([], []))
+        return cls(rows, [key for keys, _ in parts for key in keys], [size for _, sizes in parts for size in sizes])
 
 
 def add_reference_columns(
@@ -46,7 +67,7 @@ def add_reference_columns(
 ) -> Dataset:
     """Return `dataset` with the reference's summed log-probabilities of each pair in `REF_COLUMNS`.
 
-    The first process reads and writes the store; all processes score what it lacks.
+    The first process reads and writes the store; all processes compute keys, and score what the store lacks.
 
     Args:
         trainer: has the reference, the collator, and `ld_alpha`.
@@ -57,25 +78,45 @@ def add_reference_columns(
     Raises:
         RunError: stored values differ from the reference's.
     """
-    sums: list[tuple[float, float]] = []
+    sums = np.empty((len(REF_COLUMNS), len(dataset)))
     unchecked = _CHECKED
     for start in range(0, len(dataset), _SLICE):
-        rows = [dataset[index] for index in range(start, min(start + _SLICE, len(dataset)))]
-        keys = [_digest(row, trainer.data_collator) for row in rows]
-        by_key = dict(zip(keys, rows, strict=True))
-        known = {} if store is None else store.find(list(by_key))
+        some = Slice.read(dataset.select(range(start, min(start + _SLICE, len(dataset)))), trainer.data_collator)
+        places = {key: place for place, key in enumerate(some.keys)}
+        known = {} if store is None else store.find(list(places))
         checked = random.Random().sample(sorted(known), min(unchecked, len(known)))  # not from the run's own seed
         unchecked -= len(checked)
         with level(trainer.model):
             if store is not None:
-                _verify(trainer, {key: (by_key[key], known[key]) for key in checked}, store)
-        if missing := share([key for key in by_key if key not in known]):
+                _verify(trainer, {key: (some.rows[places[key]], known[key]) for key in checked}, store)
+        if missing := share([place for key, place in places.items() if key not in known]):
             say(f"scoring {len(missing):,} pairs with the reference; the store has {len(known):,} already")
-            known |= _score_missing(trainer, {key: by_key[key] for key in missing}, store)
-        sums += share([sum_logps(known[key], trainer.ld_alpha) for key in keys] if store is not None else [])
-    for name, values in zip(REF_COLUMNS, zip(*sums, strict=True), strict=True):
-        dataset = dataset.add_column(name, list(values))
-    return dataset
+            known |= _score_missing(trainer, some, missing, store)
+        found = [sum_logps(known[key], trainer.ld_alpha) for key in some.keys] if store is not None else []
+        sums[:, start : start + _SLICE] = share(np.array(found).T)
+    return attach_columns(dataset, dict(zip(REF_COLUMNS, sums, strict=True)))
+
+
+def attach_columns(dataset: Dataset, columns: Mapping[str, npt.NDArray[np.float64]]) -> Dataset:
+    """Return `dataset` with more columns.
+
+    `Dataset.add_column` first writes all rows anew, in each process, if `dataset` is a selection of a table's rows.
+    Here the table gets the columns, with NaN in other rows, unless the selection is small.
+
+    Args:
+        dataset: memory-mapped rows, or a selection of them.
+        columns: values by name, one of each row.
+    """
+    indices = find_private("datasets", dataset, "_indices")
+    if indices is not None and len(dataset.data) > _SPARSE * len(dataset):
+        dataset, indices = dataset.flatten_indices(), None
+    whole = Dataset(dataset.data, info=dataset.info, fingerprint=find_fingerprint(dataset))
+    for name, values in columns.items():
+        if indices is not None:
+            selected, values = values, np.full(len(whole), np.nan)
+            values[indices.column(0).to_numpy()] = selected
+        whole = whole.add_column(name, values)
+    return Dataset(whole.data, whole.info, dataset.split, indices, find_fingerprint(whole))
 
 
 def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
@@ -88,43 +129,41 @@ def sum_logps(logps: PairLogps, ld_alpha: float | None) -> tuple[float, float]:
     return chosen, rejected
 
 
-def _digest(row: Row, collator: Any) -> bytes:
-    """Return a digest of a pair's model inputs: both rows as `DataCollatorForPreference` cuts them."""
-    digest = xxhash.xxh3_128()
-    for answer in ("chosen_ids", "rejected_ids"):
-        prompt, completion = row["prompt_ids"], row[answer]
-        ids, scored = np.array([*prompt, *completion], np.int64), len(completion)
-        if collator.max_length is not None and len(ids) > collator.max_length:
-            if collator.truncation_mode == "keep_start":
-                ids, scored = ids[: collator.max_length], max(collator.max_length - len(prompt), 0)
-            else:
-                ids, scored = ids[-collator.max_length :], min(scored, collator.max_length)
-        digest.update(np.array([len(ids), scored], np.int64).tobytes())
-        digest.update(ids.tobytes())
-    return digest.digest()
-
-
 def _score_missing(
-    trainer: DPOTrainer, missing: Mapping[bytes, Row], store: ReferenceStore | None
+    trainer: DPOTrainer, some: Slice, missing: Sequence[int], store: ReferenceStore | None
 ) -> dict[bytes, PairLogps]:
-    """Score pairs and store them; runs that score the same pairs at once share the work."""
+    """Score pairs and store them; runs that score the same pairs at once share the work.
+
+    Args:
+        trainer: has the reference.
+        some: rows with their keys.
+        missing: places in `some` of the pairs to score.
+        store: None in processes other than the first, which return nothing.
+    """
     found: dict[bytes, PairLogps] = {}
-    keys = share(random.Random().sample(list(missing), len(missing)))
-    for start in range(0, len(keys), _CHUNK * count()):
-        chunk = keys[start : start + _CHUNK * count()]
-        known = {} if store is None else store.find(chunk)
-        rest = share([key for key in chunk if key not in known])
-        owners = deal([count_tokens(missing[key]) for key in rest])
-        own = [key for key, owner in zip(rest, owners, strict=True) if owner == rank()]
+    unwritten: dict[bytes, PairLogps] = {}
+    written = time.monotonic()
+    order = share(random.Random().sample(missing, len(missing)))
+    for start in range(0, len(order), _CHUNK * count()):
+        chunk = order[start : start + _CHUNK * count()]
+        known = {} if store is None else store.find([some.keys[place] for place in chunk])
+        rest = share([place for place in chunk if some.keys[place] not in known])
+        owners = deal([some.tokens[place] for place in rest])
+        own = [place for place, owner in zip(rest, owners, strict=True) if owner == rank()]
         note_progress()
         with level(trainer.model):
-            scored_here = score_pairs(trainer, [missing[key] for key in own])
+            scored_here = score_pairs(trainer, [some.rows[place] for place in own])
         scores = gather(scored_here)
         if store is not None:
             turns = [iter(part) for part in scores]
-            scored = {key: next(turns[owner]) for key, owner in zip(rest, owners, strict=True)}
-            store.add(scored)
+            scored = {some.keys[place]: next(turns[owner]) for place, owner in zip(rest, owners, strict=True)}
+            unwritten |= scored
             found |= known | scored
+            if time.monotonic() - written > _UNWRITTEN_SECONDS:
+                store.add(unwritten)
+                unwritten, written = {}, time.monotonic()
+    if store is not None and unwritten:
+        store.add(unwritten)
     return found
 
 
