@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +48,7 @@ class _Group:
     Attributes:
         store: torch's key-value store, served by the launcher or by the first process.
         prefix: of the names in the store; torchrun keeps its store when it starts the processes again.
-        connect: opens torch's process group.
+        connect: opens torch's process group, with names in the store that begin as given; None if it is not ours.
         turn: number of values shared so far.
     """
 
@@ -57,7 +56,7 @@ class _Group:
     count: int
     store: Any
     prefix: str
-    connect: Callable[[], None]
+    connect: Callable[[str], None] | None
     turn: int = 0
 
 
@@ -103,17 +102,15 @@ def _with_processes(conf: RunConf, processes: int) -> RunConf:
 def _meet(conf: RunConf, rank: int, count: int) -> _Group:
     prefix = f"dpo_runner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if dist.is_initialized():  # by Ray Train
-        return _Group(rank, count, _open_store(rank), prefix, lambda: None)
+        return _Group(rank, count, _open_store(rank), prefix, None)
     met = next(_torch.rendezvous("env://"))[0]
     on_gpus = torch.cuda.is_available() and not conf.training.use_cpu
-    connect = partial(
-        dist.init_process_group,
-        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-        store=PrefixStore("group", met),
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=conf.training.ddp_timeout),
-    )
+
+    def connect(prefix: str) -> None:
+        backend, timeout = "cpu:gloo,cuda:nccl" if on_gpus else "gloo", timedelta(seconds=conf.training.ddp_timeout)
+        store = PrefixStore(prefix, met)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return _Group(rank, count, store, prefix, connect)
 
@@ -226,12 +223,14 @@ def first_before_others() -> Iterator[None]:
 
 
 def leave_together() -> None:
-    """Wait, at the end of a run, until all have come here: the first process may serve the store."""
+    """Close torch's process group at the end of a run; the first process, which may serve the store, waits for all."""
     if _group is None:
         return
     _group.store.set(f"{_group.prefix}/left/{_group.rank}/{_group.turn}", b"")
     if _group.rank == 0:
         _group.store.wait([f"{_group.prefix}/left/{number}/{_group.turn}" for number in range(_group.count)])
+    if _group.connect is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather(value: Value) -> list[Value]:
@@ -239,7 +238,8 @@ def gather(value: Value) -> list[Value]:
     if _group is None:
         return [value]
     if not dist.is_initialized():
-        _group.connect()
+        assert _group.connect is not None
+        _group.connect(f"group/{_group.turn}")
     values: list[Any] = [None] * _group.count
     dist.all_gather_object(values, value)
     return values

@@ -39,6 +39,7 @@ from tests.support.sweeps import finish, furnish, wait_until
 from tests.support.trainers import build
 
 ROOT = Path(__file__).parents[3]
+CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 TIMES = ("time", "runtime", "per_second")
 
 
@@ -108,8 +109,7 @@ def start(runs: Path, *further: str, program: tuple[str, ...] = ()) -> subproces
     """Start the run of two processes as a command, or as another program's job."""
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3", *further]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return start_python(*program, "-m", "dpo_runner", *overrides, env=environment, **streams)
+    return start_python(*program, "-m", "dpo_runner", *overrides, env=environment, **CAPTURED)
 
 
 def find_processes(run_dir: Path) -> list[int]:
@@ -140,6 +140,28 @@ def test_a_launcher_gives_the_same_run(runs: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in nodes] == [0, 0], output + other
     assert output.count("step-0 check") == 1 and "2 processes" in output and "step-0 check" not in other
     check_bits(tmp_path / "r", runs / "two")
+
+
+def test_the_slurm_script_starts_the_processes(runs: Path, tmp_path: Path) -> None:
+    """The documented command, run as srun would on a node with two tasks; a dry run joins the processes and no more."""
+    script = re.search(r"srun bash -c '(.*?)'", (ROOT / "docs/processes.md").read_text(), flags=re.DOTALL)
+    assert script is not None
+    shrunk = " ".join([*overrides_of(str(runs / "pairs.jsonl")), "dry_run=true"])
+    command = (
+        script[1].replace("python", sys.executable).replace("model=mistral", shrunk).replace("runs/", f"{tmp_path}/")
+    )
+    fixed = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29714",
+        "SLURM_NTASKS": "2",
+    }
+    tasks = [{**fixed, "SLURM_PROCID": task, "SLURM_LOCALID": task} for task in ("0", "1")]
+    nodes = [subprocess.Popen(["bash", "-c", command], env=task, text=True, **CAPTURED) for task in tasks]
+    output, other = (process.communicate()[0] for process in nodes)
+    assert [process.returncode for process in nodes] == [0, 0], output + other
+    assert "x 2 processes" in " ".join(output.split()) and not other
 
 
 def kill_second(run_dir: Path) -> None:
