@@ -87,13 +87,14 @@ def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 _LONGEST_FIRST = (
-    *("test_search.py", "test_sweep.py", "test_run.py"),
-    *("test_tracking_online.py", "test_sweep_wandb.py", "test_docs.py"),
+    *("test_processes.py", "test_run.py", "test_search.py", "test_sweep.py", "test_base_pool.py", "test_docs.py"),
+    *("test_tracking_online.py", "test_adapters.py", "test_sweep_wandb.py", "test_sharding.py", "test_estimate.py"),
+    *("test_engine.py", "test_quantized.py"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that take minutes first, so that none occupies a single core at the end."""
+    """Run the longest files first, so that none occupies a single core at the end."""
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     for item in items:

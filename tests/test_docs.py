@@ -183,7 +183,7 @@ def test_each_command_for_a_gpu_is_planned(
 
 
 def test_the_table_of_gpus_is_what_the_estimate_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_runner.training.memory.estimate._FULL_DEPTH", 4)  # quicker than 8
+    monkeypatch.setattr("dpo_runner.training.memory.estimate._FULL_DEPTH", 2)  # quicker than 8
     page = read("docs/gpu.md")
     found = re.findall(rf"^\| (?:{'|'.join(map(re.escape, SHAPES))}) \|.*$", page, flags=re.MULTILINE)
     assert len(found) == len(SHAPES) * len(METHODS)

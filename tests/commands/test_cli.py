@@ -71,12 +71,12 @@ def test_asking_for_the_configuration_is_fast_and_imports_no_torch(arguments: li
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    while len(times) < 3 and not (times and times[-1] < 2):  # allow retries on a busy machine
         before = children_seconds()
         assert run_program(*arguments).returncode == 0
         times.append(children_seconds() - before)
-    assert min(times) < 2, times
+    assert times[-1] < 2, times
 
 
 def test_cfg_job_prints_the_composed_configuration() -> None:

@@ -365,6 +365,15 @@ def test_what_takes_a_tokenizer_to_find_is_one_line_too(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+IMPORTING = """
+import pathlib, runpy, time
+began = time.process_time()
+import {}
+pathlib.Path("imported").write_text(str(time.process_time() - began))
+runpy.run_module("dpo_runner", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "imports", "seconds"),
     [
@@ -377,16 +386,13 @@ def test_a_refusal_is_quick(arguments: list[str], imports: str | None, seconds: 
     """`imports`: a module whose import time is added to the limit, so that slow machines pass."""
     Path("mine", "training").mkdir(parents=True)
     Path("mine", "training", "z.yaml").write_text("beta: -1\n")
-    if imports is not None:
-        before = children_seconds()
-        subprocess.run([sys.executable, "-c", f"import {imports}"], check=True)
-        seconds += children_seconds() - before
+    command = ["-m", "dpo_runner"] if imports is None else ["-c", IMPORTING.format(imports)]
     times: list[float] = []
     while len(times) < 3 and not (times and times[-1] < seconds):  # allow retries on a busy machine
         before = children_seconds()
-        result = subprocess.run([sys.executable, "-m", "dpo_runner", *arguments], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True)
         assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
-        times.append(children_seconds() - before)
+        times.append(children_seconds() - before - (0 if imports is None else float(Path("imported").read_text())))
     assert times[-1] < seconds, times
 
 

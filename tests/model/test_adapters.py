@@ -28,8 +28,13 @@ def other_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return make_adapter(tiny_model, tmp_path_factory.mktemp("other"), seed=7, std=0.2, **settings)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("quant", "checkpointing"),
+    [
+        *(("none", False), ("nf4", True)),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("none", True), ("nf4", False))),
+    ],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_reference_is_the_sft_model_whatever_the_mode(
     mode, quant, checkpointing, tiny_run, tiny_model, sft_adapter, tmp_path

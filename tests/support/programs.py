@@ -284,7 +284,7 @@ def _become(
         os.setsid()
     if own_group:
         os.setpgid(0, 0)
-    if arguments[1] == RANK:
+    if arguments[1:2] == [RANK]:
         arguments[2] = str(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,10 +47,10 @@ def list_parts(sweep: Path) -> dict[str, list[str]]:
     return parts
 
 
-def release_recorded(folder: Path) -> None:
-    """Release a held job once W&B has written what it logged, which takes two seconds."""
+def release_recorded(folder: Path, sweep: Path) -> None:
+    """Release a held job once W&B has written what was logged, which takes two seconds."""
     wait_until((folder / "held").exists)
-    time.sleep(5)
+    wait_until(lambda: all(b"train/loss" in path.read_bytes() for path in sweep.rglob("*.wandb")))
     (folder / "held").unlink()
 
 
@@ -64,7 +63,7 @@ def read_wandb_state(run_dir: Path) -> str:
 def test_a_sweep_is_in_one_folder_which_one_command_uploads(folder: Path, own_cache: None, server: WandbServer) -> None:
     points = ("training.beta=0.1,0.2,0.4", "sweep.dir=one", "wandb=offline")
     process = start(folder, *points, "wandb.tags=[mine]", "sweep.workers=2", FAULTS="1", HOLD="0.4")
-    release_recorded(folder)
+    release_recorded(folder, folder / "one")
     code, out, _ = finish(process)
     assert code == 1 and out.count("wandb sync ") == 1
     jobs = read_jobs(folder / "one")
@@ -113,7 +112,7 @@ def test_of_an_online_sweep_the_server_lacks_what_was_killed_alone(
     points = ("training.beta=0.1,0.4", "sweep.dir=live", "wandb=online")
     environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
     process = start(folder, *points, FAULTS="1", HOLD="0.4", **environment)
-    release_recorded(folder)
+    release_recorded(folder, folder / "live")
     code, out, _ = finish(process)
     jobs = read_jobs(folder / "live")
     assert (code, [job.state for job in jobs]) == (1, ["finished", "failed"])
