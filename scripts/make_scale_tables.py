@@ -43,7 +43,7 @@ _SUMMED_AT_ONCE = 2**25  # gradient values
 
 @dataclass(frozen=True)
 class Size:
-    """A model's numbers of weights: in linear layers, of embeddings and head, of LoRA; and what attention depends on."""
+    """A model's numbers of weights in linear layers, in embeddings and head, and in LoRA; and its shape."""
 
     linear: int
     embedded: int
@@ -173,9 +173,8 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, rows in TABLES.items():
         made = "".join(f"{row}\n" for row in rows())
-        pattern = rf"(<!-- table: {name} -->\n(?:\|.*\n){{2}})(?:\|.*\n)*"
-        text, count = re.subn(pattern, lambda found, made=made: found[1] + made, text)
-        assert count == 1, f"the page has one table {name}"
+        before, head, rest = re.split(rf"(<!-- table: {name} -->\n(?:\|.*\n){{2}})", text)  # the page has one
+        text = before + head + made + re.sub(r"\A(?:\|.*\n)*", "", rest)
     PAGE.write_text(text, encoding="utf-8")
 
 
