@@ -18,6 +18,7 @@ from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.io.console import RunConsole
 from dpo_runner.sweep.command_line import check_command_line
 from scripts.make_gpu_table import METHODS, SHAPES, build_rows
+from scripts.make_scale_tables import TABLES
 from tests.support.programs import quick_python
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +194,14 @@ def test_the_table_of_gpus_is_what_the_estimate_gives(monkeypatch: pytest.Monkey
         for one, other in zip(told[2:-1], made[2:-1], strict=True):
             assert float(one) == pytest.approx(float(other), abs=0.1, rel=0.02)
     assert re.search(r"No figure on this page was measured on a GPU", page)
+
+
+def test_the_tables_of_large_runs_are_what_the_formulas_give() -> None:
+    page = read("docs/scale.md")
+    for name, rows in TABLES.items():
+        found = re.search(rf"<!-- table: {name} -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", page)
+        assert found is not None and found[1].splitlines() == list(rows())
+    assert page.count("<!-- table: ") == len(TABLES) and "computed, not measured" in page
 
 
 def test_packages_that_the_docs_install_are_those_of_the_project() -> None:
