@@ -89,7 +89,7 @@ def sft_adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
 _LONGEST_FIRST = (
     *("test_processes.py", "test_run.py", "test_search.py", "test_sweep.py", "test_base_pool.py", "test_docs.py"),
     *("test_tracking_online.py", "test_adapters.py", "test_sweep_wandb.py", "test_sharding.py", "test_estimate.py"),
-    *("test_engine.py", "test_quantized.py"),
+    *("test_gpu.py", "test_engine.py", "test_quantized.py"),
 )
 
 

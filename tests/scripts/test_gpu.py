@@ -19,7 +19,7 @@ from scripts.bench.inputs.shapes import HH_TOKENS, write_rows
 from scripts.bench.measuring.process import CommandFailed
 from scripts.bench.peers.sides import Job
 from scripts.gpu import attention as attention_part
-from scripts.gpu import card, check, layers, processes, rounding, training
+from scripts.gpu import benchmark, card, check, layers, processes, rounding, training
 from scripts.gpu.benchmark import list_tries
 from scripts.gpu.inputs import SIZES, Task, describe_size, write_random_model
 from scripts.gpu.requirements import NOT_USED, find_lacking
@@ -287,15 +287,27 @@ def test_a_right_reference_passes_and_a_wrong_one_does_not(default_model: str, t
     assert [judged.is_right for judged in found] == [True, True, False, True, False, True]
 
 
-def test_it_runs_where_packages_are_on_pythonpath_alone(tmp_path: Path) -> None:
+def test_both_sides_of_the_benchmark_are_measured(task: Task) -> None:
+    told = Told()
+    benchmark.measure_ours("tiny", task, told)
+    benchmark.measure_trl("tiny", replace(task, seconds=0), told)
+    measured = {each["text"]: each for each in told if "pairs_per_second" in each}
+    assert list(measured)[:2] == ["dpo_runner, cold store", "dpo_runner, warm store"] and len(measured) == 3
+    assert all(each["pairs_per_second"] > 0 and len(each["history"]) > 1 for each in measured.values())
+    assert told[-1]["text"] == "the search for TRL's best settings ended after 1 tries, for lack of time"
+
+
+@pytest.mark.parametrize("only", ["layers", pytest.param("layers,benchmark", marks=pytest.mark.slow)])
+def test_it_runs_where_packages_are_on_pythonpath_alone(only: str, tmp_path: Path) -> None:
     """Another interpreter, without .venv: `make` finds it, and every process finds the packages."""
     python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
     packages = tmp_path / "packages"
     packages.symlink_to(next(path for path in map(Path, sys.path) if path.name == "site-packages"))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("VIRTUAL_ENV", "PYTHON"))}
-    options = f"--device cpu --only layers,benchmark --sizes tiny --work {tmp_path / 'work'}"
+    options = f"--device cpu --only {only} --sizes tiny --work {tmp_path / 'work'}"
     command = ["make", "-C", str(ROOT), "check-gpu", f"PYTHON={python}", f"VENV={tmp_path}/none", f"ARGS={options}"]
     result = subprocess.run(command, env={**kept, "PYTHONPATH": str(packages)}, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    assert "a tiny Llama, bf16 | dpo_runner, warm store |" in result.stdout
+    assert ("a tiny Llama, bf16 | dpo_runner, warm store |" in result.stdout) == ("benchmark" in only)
+    assert "FAILED" not in result.stdout
     assert not list((tmp_path / "work" / "cache").glob("smollm2-*"))
