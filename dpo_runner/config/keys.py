@@ -25,6 +25,8 @@ EFFECTS = {
     "resume": Effect.PLACES,
     "dry_run": Effect.PLACES,
     "judge": Effect.PLACES,
+    "generate": Effect.PLACES,
+    "reward": Effect.PLACES,
     "launch.timeout": Effect.PLACES,
     "hydra": Effect.PLACES,
     "training.output_dir": Effect.PLACES,

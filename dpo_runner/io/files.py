@@ -1,5 +1,7 @@
-"""Atomic writes of files and folders, JSON Lines files, and the cache folder."""
+"""Atomic writes of files and folders, JSON Lines files, file locks, and the cache folder."""
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -12,6 +14,9 @@ from typing import Any
 
 from dpo_runner.errors import ConfigError, RunError, reason_of
 from dpo_runner.io.masking import mask_secrets
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+"""Errors from network file systems without locks."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,6 +119,32 @@ def find_fresh_folder(parent: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = (f"{stamp}{suffix}" for suffix in ["", *(f"_{n}" for n in range(1, 1000))])
     return next(parent / name for name in names if not (parent / name).exists())
+
+
+def lock(handle: int, *, shared: bool = False, wait: bool = False, inherited: bool = False) -> bool | None:
+    """Lock an open file.
+
+    Args:
+        handle: the file descriptor; open for writing, unless the lock is shared.
+        shared: take a shared lock.
+        wait: wait until the lock is free.
+        inherited: let child processes that inherit the descriptor hold the lock too (flock). Otherwise the lock
+            belongs to this process alone (lockf), and closing any descriptor of the file releases it.
+
+    Returns:
+        True if the lock is taken, False if another process holds it, None if the file system has no locks.
+    """
+    take = fcntl.flock if inherited else fcntl.lockf
+    flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        take(handle, flags)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 class JsonLines:

@@ -1,11 +1,12 @@
-"""Self-contained HTML pages, and the output files named by command-line flags."""
+"""Self-contained HTML pages and their plots, and the output files named by command-line flags."""
 
 import html
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -14,7 +15,20 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.io.console import visible
 from dpo_runner.io.files import write_text
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 _LONGEST_LABEL = 60
+
+
+@dataclass
+class Plot:
+    """A figure, `height` pixels high and as wide as the page, with its heading and note."""
+
+    heading: str
+    note: str
+    figure: "go.Figure"
+    height: int
 
 
 def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
@@ -46,6 +60,19 @@ def render_page(template: Path, filters: Mapping[str, Callable[..., Any]], **val
     environment.filters.update(filters)
     page = environment.get_template(template.name)
     return page.render(**values, plotlyjs=Markup(get_plotlyjs()), nonce=secrets.token_urlsafe(16))
+
+
+def plot_layout(left: int, right: int, top: int, bottom: int) -> dict[str, Any]:
+    """Return the layout shared by all figures; the page sets colours of text and lines, in light and dark mode."""
+    return {
+        "template": "none",
+        "margin": {"l": left, "r": right, "t": top, "b": bottom},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        "autosize": True,
+        "showlegend": False,
+    }
 
 
 def escape_label(text: str) -> str:

@@ -4,13 +4,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
 
 from dpo_runner.data.report import PARTS, UNSCORED, DataReport, LengthBias, Lengths
-from dpo_runner.io.pages import escape_label, render_page
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from dpo_runner.io.pages import Plot, escape_label, plot_layout, render_page
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _COLOURS = {
@@ -55,16 +51,6 @@ class Row:
 
     def tokens(self, part: str) -> int:
         return sum(len(piece.token_ids) for piece in self.parts[part])
-
-
-@dataclass
-class Plot:
-    """A figure, `height` pixels high and as wide as the page, with its heading and note."""
-
-    heading: str
-    note: str
-    figure: "go.Figure"
-    height: int
 
 
 def name_data(report: DataReport) -> str:
@@ -175,7 +161,7 @@ def _plot_counts(heading: str, bars: list[tuple[str, int, str]]) -> Plot:
         # Above its bar, not next to it: a reason is too long for a phone's screen.
         text = f"<b>{count:,}</b>  {escape_label(label)}"
         figure.add_annotation(x=0, y=place, text=text, showarrow=False, xanchor="left", yanchor="bottom", yshift=-3)
-    figure.update_layout(**_layout(left=2, right=8, top=4, bottom=4))
+    figure.updateplot_layout(**plot_layout(left=2, right=8, top=4, bottom=4))
     figure.update_xaxes(visible=False, range=[0, max(*counts, 1)], fixedrange=True)
     figure.update_yaxes(visible=False, range=[-0.5, len(bars) - 0.4], fixedrange=True)
     return Plot(heading, "", figure, _BAR_HEIGHT * len(bars) + 12)
@@ -196,7 +182,7 @@ def _plot_lengths(part: str, lengths: Lengths, longest: int) -> Plot:
             hovertemplate="%{customdata} tokens: %{y:,} pairs<extra></extra>",
         )
     )
-    figure.update_layout(**_layout(left=52, right=10, top=8, bottom=40), bargap=0)
+    figure.updateplot_layout(**plot_layout(left=52, right=10, top=8, bottom=40), bargap=0)
     figure.update_xaxes(title="tokens", range=[0, longest + max(1, longest * 0.02)], zeroline=False, fixedrange=True)
     figure.update_yaxes(title="pairs", rangemode="tozero", zeroline=False, fixedrange=True, tickformat=",~d")
     note = f"median {lengths.median:,.0f}, mean {lengths.mean:,.1f}, p95 {lengths.p95:,.0f}, max {lengths.max:,}"
@@ -238,8 +224,8 @@ def _plot_bias(biases: dict[str, LengthBias]) -> Plot:
         ]
     )
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal", "itemclick": False}
-    figure.update_layout(
-        **{**_layout(left=10, right=10, top=34, bottom=10), "showlegend": True},
+    figure.updateplot_layout(
+        **{**plot_layout(left=10, right=10, top=34, bottom=10), "showlegend": True},
         barmode="stack",
         bargap=0.3,
         legend=legend,
@@ -248,16 +234,3 @@ def _plot_bias(biases: dict[str, LengthBias]) -> Plot:
     figure.update_yaxes(autorange="reversed", automargin=True, fixedrange=True, ticks="", type="category")
     note = "; ".join(f"{name}: {bias}" for name, bias in biases.items())
     return Plot("", note, figure, 70 + 56 * len(biases))
-
-
-def _layout(left: int, right: int, top: int, bottom: int) -> dict[str, Any]:
-    """Return the layout shared by all figures; the page sets colours of text and lines, in light and dark mode."""
-    return {
-        "template": "none",
-        "margin": {"l": left, "r": right, "t": top, "b": bottom},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 13},
-        "autosize": True,
-        "showlegend": False,
-    }

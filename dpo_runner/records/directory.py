@@ -17,8 +17,7 @@ import yaml
 
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.errors import ConfigError, RunBusy, RunError, reason_of
-from dpo_runner.io.files import find_fresh_folder, write_json, write_lines, write_text
-from dpo_runner.io.locks import lock
+from dpo_runner.io.files import find_fresh_folder, lock, write_json, write_lines, write_text
 from dpo_runner.io.masking import mask_override, mask_secrets
 from dpo_runner.records.reading import read_metrics, read_status
 from dpo_runner.records.status import HEARTBEAT_SECONDS, LOCK_FILE

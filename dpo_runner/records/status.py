@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from dpo_runner.io.locks import lock
+from dpo_runner.io.files import lock
 
 HEARTBEAT_SECONDS = 10
 

@@ -11,8 +11,7 @@ from typing import Any
 from dpo_runner.config.metrics import KEY_METRICS, column_of
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
-from dpo_runner.io.files import find_fresh_folder, write_json
-from dpo_runner.io.locks import lock
+from dpo_runner.io.files import find_fresh_folder, lock, write_json
 from dpo_runner.io.masking import mask_override
 from dpo_runner.records.checkpoints import find_last_checkpoint, read_step
 from dpo_runner.records.directory import update_status

@@ -15,7 +15,10 @@ from dpo_runner.errors import ConfigError
 from dpo_runner.io.masking import mask_override
 from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
 
-_ADDED = ("drop_columns", "roles", "launch", "processes", "parallelism_config")
+_ADDED = (
+    *("drop_columns", "roles", "max_length_difference", "max_similarity"),
+    *("launch", "processes", "parallelism_config"),
+)
 """Keys that earlier versions lack."""
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
 

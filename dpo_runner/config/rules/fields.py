@@ -53,6 +53,8 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("data.near_duplicate_threshold", 0.5, True, 1, True),
     ("data.decontaminate_ngram", 1, True, None, False),
     ("data.min_score_gap", 0, True, None, False),
+    ("data.max_length_difference", 0, True, None, False),
+    ("data.max_similarity", 0, True, 1, True),
     ("data.max_train_samples", 1, True, None, False),
     ("data.max_eval_samples", 1, True, None, False),
     ("checks.max_skipped_batches", 1, True, None, False),
@@ -64,6 +66,20 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),
     ("judge.timeout", 0, False, None, False),
+    ("generate.num_answers", 1, True, None, False),
+    ("generate.temperature", 0, True, None, False),
+    ("generate.top_p", 0, False, 1, True),
+    ("generate.max_new_tokens", 1, True, None, False),
+    ("generate.seed", 0, True, 2**32 - 1, True),
+    ("generate.max_prompt_tokens", 1, True, None, False),
+    ("generate.batch_size", 1, True, None, False),
+    ("generate.max_bad_fraction", 0, True, 1, True),
+    ("reward.length.target", 0, True, None, False),
+    ("reward.reward_model.max_length", 2, True, None, False),
+    ("reward.reward_model.batch_size", 1, True, None, False),
+    *((f"{key}.timeout", 0, False, None, False) for key in ("generate.endpoint", "reward.judge")),
+    *((f"{key}.concurrency", 1, True, None, False) for key in ("generate.endpoint", "reward.judge")),
+    *((f"{key}.requests_per_minute", 0, False, None, False) for key in ("generate.endpoint", "reward.judge")),
     ("sweep.workers", 1, True, None, False),
     ("sweep.threads_per_worker", 1, True, None, False),
     ("sweep.max_failures", 1, True, None, False),
@@ -75,7 +91,7 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("sweep.search.warmup_steps", 0, True, None, False),
     ("seed", 0, True, 2**32 - 1, True),
 ]
-_RANGED = ("seed",)
+_RANGED = ("seed", "generate.seed")
 _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # float32 maximum; losses are computed in float32
 SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
@@ -84,6 +100,8 @@ SOURCE_RANGES: dict[str, tuple[float | None, bool, float | None, bool]] = {
     "max_eval_samples": (1, True, None, False),
     "seed": (0, True, 2**32 - 1, True),
     "min_score_gap": (0, True, None, False),
+    "max_length_difference": (0, True, None, False),
+    "max_similarity": (0, True, 1, True),
 }
 
 
@@ -155,7 +173,7 @@ def check_range(
 
 
 def check_names(conf: RunFields) -> Iterator[str]:
-    for key, value in (("run_name", conf.run_name), ("run_dir", conf.run_dir), ("sweep.dir", conf.sweep.dir)):
+    for key, value in (("run_name", conf.run_name), ("run_dir", conf.run_dir), ("sweep.dir", conf.sweep.dir), ("generate.dir", conf.generate.dir)):
         if value is not None and holds_secret(value):
             yield f"`{key}={value}`: holds what looks like a secret, which would become the name of a folder"
     if any(character in conf.wandb.project for character in "/\\#?%:") or len(conf.wandb.project) > 128:
@@ -182,7 +200,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 def check_text(key: str, value: str) -> Iterator[str]:
     """Yield one line per mistake in a string value of the dotted `key`."""
     name = key.rpartition(".")[2]
-    is_path = name in _PATHS or key in ("sweep.dir", "wandb.dir")
+    is_path = name in _PATHS or key in ("sweep.dir", "wandb.dir", "generate.dir", "reward.judge.prompt")
     if not value and not key.startswith("training.") and name not in ("system_prompt", "notes"):
         yield f"`{key}=`: must not be empty; leave it out, or set it to null"
     elif not _is_unicode(value) or "\0" in value:

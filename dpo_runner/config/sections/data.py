@@ -11,6 +11,8 @@ COLUMNS = (
     *("rejected_response", "rejected_messages", "completion", "label", "system_prompt"),
 )
 """Canonical column names, the targets of `data.columns`."""
+PAIRINGS = ("best_vs_worst", "best_vs_random", "best_vs_rest", "all_pairs")
+"""Pairs of a row with several answers."""
 ROLES = ("system", "user", "assistant", "tool")
 """Roles of messages, the targets of `data.roles`."""
 
@@ -38,11 +40,15 @@ class SourceFields:
     """Column renames, source to canonical, such as `{question: prompt, good: chosen, bad: rejected}`."""
     formatter: str | None = None
     """Your `package.module:function`: maps a row to one in a known layout, a list of such rows, or None to drop it."""
-    pairing: str = field(default="best_vs_worst", metadata={"choices": ("best_vs_worst", "best_vs_rest", "all_pairs")})
-    """Pairs made from a row with more than two answers; equal scores make no pair, and answers without scores need
-    `all_pairs`, each chosen one with each rejected one."""
+    pairing: str = field(default="best_vs_worst", metadata={"choices": PAIRINGS})
+    """Pairs made from a row with more than two answers; equal scores make no pair, `best_vs_random` draws one of the
+    lower scores, and answers without scores need `all_pairs`, each chosen one with each rejected one."""
     min_score_gap: float = 0.0
     """Drop pairs whose scores differ by less than this (pairs without scores stay)."""
+    max_length_difference: int | None = None
+    """Drop pairs whose answers differ in length by more than this many characters."""
+    max_similarity: float | None = None
+    """Drop pairs whose answers are more alike than this: the share of common sequences of three words, from 0 to 1."""
     drop_columns: list[str] = field(default_factory=list)
     """Columns to ignore, by the names they have before `columns` renames them, such as `[rating]`."""
     roles: dict[str, str] = field(default_factory=dict)

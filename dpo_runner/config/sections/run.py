@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dpo_runner.config.sections.data import DataConf
+from dpo_runner.config.sections.generate import GenerateConf, RewardConf
 from dpo_runner.config.sections.model import LoraConf, ModelConf, QuantConf
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.config.sections.training import TrainingConf
@@ -127,6 +128,8 @@ class RunFields:
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
     judge: JudgeConf = field(default_factory=JudgeConf)
+    generate: GenerateConf = field(default_factory=GenerateConf)
+    reward: RewardConf = field(default_factory=RewardConf)
     sweep: SweepConf = field(default_factory=SweepConf)
     run_name: str = "dpo"
     """Name of the directory under outputs/ and of the W&B run."""

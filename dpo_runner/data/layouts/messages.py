@@ -154,9 +154,7 @@ def check_pair(pair: Pair) -> None:
         RowError: a turn is out of order or on the wrong side, a prompt or completion is empty, text is broken, or
             chosen and rejected are equal.
     """
-    _check_order(pair.prompt, "prompt")
-    if pair.prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError("ends on the wrong turn", f"`prompt` ends with {pair.prompt[-1]['role']}; expected user or tool")
+    _check_turns(pair.prompt)
     for column, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if any(message["role"] in ("user", "system") for message in completion):
             raise RowError(
@@ -168,13 +166,33 @@ def check_pair(pair: Pair) -> None:
         _check_order(pair.prompt + completion, column)
         if not completion[-1]["content"].strip() and not completion[-1].get("tool_calls"):
             raise RowError(f"empty {column}")
-    if not pair.prompt[-1]["content"].strip():
-        raise RowError("empty prompt")
     for column, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        for message in messages:
-            check_text(message["content"] if len(message) == 2 else message, column)
+        _check_texts(messages, column)
     if pair.chosen == pair.rejected:
         raise RowError("chosen equals rejected")
+
+
+def check_prompt(prompt: list[Message]) -> None:
+    """Check the rules for the prompt of a pair, alone.
+
+    Raises:
+        RowError: a turn is out of order, the last turn is not user or tool or is empty, or text is broken.
+    """
+    _check_turns(prompt)
+    _check_texts(prompt, "prompt")
+
+
+def _check_turns(prompt: list[Message]) -> None:
+    _check_order(prompt, "prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError("ends on the wrong turn", f"`prompt` ends with {prompt[-1]['role']}; expected user or tool")
+
+
+def _check_texts(messages: list[Message], column: str) -> None:
+    if column == "prompt" and not messages[-1]["content"].strip():
+        raise RowError("empty prompt")
+    for message in messages:
+        check_text(message["content"] if len(message) == 2 else message, column)
 
 
 def check_text(value: Any, column: str) -> None:

@@ -1,8 +1,11 @@
 """Layouts with scored, ranked or labelled answers, and the pairs made from them."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from dpo_runner.config.sections.data import SourceFields
 from dpo_runner.data.layouts.columns import (
     PROMPTS,
     Row,
@@ -15,7 +18,7 @@ from dpo_runner.data.layouts.columns import (
 )
 from dpo_runner.data.layouts.messages import Message, Pair, to_messages
 from dpo_runner.data.layouts.transcripts import read_prompt
-from dpo_runner.errors import RowError
+from dpo_runner.errors import LeftOut, RowError
 
 _RESPONSES = ("responses", "completions", "generations", "answers", "candidates")
 _SCORES = ("scores", "ratings", "rating", "rewards", "ranks")
@@ -24,6 +27,8 @@ _SCORE = ("score", "overall_score", "rating", "reward", "rank")
 _RANKS = ("ranks", "rank")
 """Places among the answers: the lowest is the best."""
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+_WORDS = 3
+"""Length of the sequences of words by which answers are compared."""
 _CONTEXT = ("prompt", "system", "system_prompt", "tools", "chat_template_kwargs", "history")
 
 
@@ -52,6 +57,9 @@ def read_scored(row: Row, pairing: str) -> list[Pair]:
         chosen_and_rejected = [(best, worst)]
     elif pairing == "best_vs_rest":
         chosen_and_rejected = [(best, other) for other in ranked[1:]]
+    elif pairing == "best_vs_random":
+        lower = [other for other in ranked if scores[other] < scores[best]]
+        chosen_and_rejected = [(best, lower[_draw([prompt, responses], len(lower))])] if lower else []
     else:
         chosen_and_rejected = [(one, other) for at, one in enumerate(ranked) for other in ranked[at + 1 :]]
     return [
@@ -64,6 +72,52 @@ def read_scored(row: Row, pairing: str) -> list[Pair]:
         for one, other in chosen_and_rejected
         if scores[one] > scores[other]
     ]
+
+
+def _draw(content: Any, count: int) -> int:
+    """Return a number below `count` that depends on the content alone, so that a row always makes the same pair."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") % count
+
+
+def select_pairs(pairs: Sequence[Pair], conf: SourceFields) -> list[Pair]:
+    """Return the pairs of a row that `data` wants: by their scores, lengths and similarity; at least one.
+
+    Raises:
+        LeftOut: none is left.
+    """
+    if not pairs:
+        raise LeftOut("all answers score the same")
+    gap = conf.min_score_gap
+    kept = [pair for pair in pairs if pair.score_gap is None or pair.is_unscored() or pair.score_gap >= gap]
+    if not kept and all(pair.score_gap is not None and pair.score_gap < 0 for pair in pairs):
+        raise LeftOut("rejected scores higher than chosen")
+    if not kept:
+        raise LeftOut(f"the scores differ by less than {gap:g}")
+    if (most := conf.max_length_difference) is not None:
+        kept = [pair for pair in kept if abs(len(_text(pair.chosen)) - len(_text(pair.rejected))) <= most]
+        if not kept:
+            raise LeftOut(f"the answers differ by more than {most:,} characters")
+    if (alike := conf.max_similarity) is not None:
+        kept = [pair for pair in kept if compare_words(_text(pair.chosen), _text(pair.rejected)) <= alike]
+        if not kept:
+            raise LeftOut(f"the answers are more alike than {alike:g}")
+    return kept
+
+
+def _text(answer: list[Message]) -> str:
+    return "\n".join(message["content"] for message in answer)
+
+
+def compare_words(one: str, other: str) -> float:
+    """Return how alike two texts are, from 0 to 1: the Jaccard similarity of their sequences of three words."""
+
+    def sequences(text: str) -> set[tuple[str, ...]]:
+        words = text.lower().split()
+        return {tuple(words[at : at + _WORDS]) for at in range(max(1, len(words) - _WORDS + 1))}
+
+    ours, theirs = sequences(one), sequences(other)
+    return len(ours & theirs) / len(ours | theirs)
 
 
 def _read_prompt(row: Row, column: str) -> list[Message]:

@@ -23,6 +23,7 @@ from dpo_runner.data.layouts.formats import (
 )
 from dpo_runner.data.layouts.known import Layout
 from dpo_runner.data.layouts.messages import Pair
+from dpo_runner.data.layouts.scored import select_pairs
 from dpo_runner.data.rows.decoding import Batch, decode_rows
 from dpo_runner.data.rows.sources import RowSource
 from dpo_runner.data.templates.chat_template import ChatTemplate
@@ -33,29 +34,63 @@ _MOST_WATCHED = 50
 
 
 @dataclass
-class Recipe:
-    """The settings and template that convert a source's rows to token ids.
+class RowReader:
+    """The settings that change a source's rows before their layout is applied.
 
     Attributes:
         conf: settings for reading rows.
+        formatter: the user's function, or None.
+    """
+
+    conf: SourceFields
+    formatter: Callable[[Row], Any] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.formatter = load_formatter(self.conf.formatter) if self.conf.formatter else None
+
+    def rows(self, row: Row | RowError) -> list[Row]:
+        """Apply the user's formatter, then drop, rename and decode columns and map roles; return one row or several.
+
+        Raises:
+            LeftOut: the formatter leaves the row out.
+            RowError: the row cannot be used.
+        """
+        return self.change(self.format(row))
+
+    def change(self, rows: list[Row]) -> list[Row]:
+        if self.conf.drop_columns:
+            rows = [{key: row[key] for key in row if key not in self.conf.drop_columns} for row in rows]
+        if self.conf.columns:
+            rows = [rename_columns(row, self.conf.columns) for row in rows]
+        rows = [decode_cells(row, self.conf.roles) for row in rows]
+        return [map_roles(row, self.conf.roles) for row in rows] if self.conf.roles else rows
+
+    def format(self, row: Row | RowError) -> list[Row]:
+        if isinstance(row, RowError):
+            raise row
+        rows = format_row(row, self.formatter) if self.formatter else [row]
+        if not rows:
+            raise LeftOut("data.formatter returned nothing")
+        return rows
+
+
+@dataclass
+class Recipe(RowReader):
+    """The settings and template that convert a source's rows to token ids.
+
+    Attributes:
         template: tokenizer and chat template.
         template_options: the settings used to build `template`.
         key: configuration key of the source, for messages.
         layout: detected from the first rows; None before.
         unread: columns of the first rows that the layout does not read; empty before.
-        formatter: the user's function, or None.
     """
 
-    conf: SourceFields
     template: ChatTemplate
     template_options: list[Any]
     key: str
     layout: Layout | None = None
     unread: list[str] = field(default_factory=list)
-    formatter: Callable[[Row], Any] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.formatter = load_formatter(self.conf.formatter) if self.conf.formatter else None
 
     def digest(self, source: RowSource) -> str:
         """Return the cache key for the result of this recipe on `source`."""
@@ -63,6 +98,7 @@ class Recipe:
         parts = [
             source.digest(),
             [conf.format, sorted(conf.columns.items()), conf.pairing, conf.min_score_gap, sorted(conf.drop_columns)],
+            [conf.max_length_difference, conf.max_similarity],
             sorted(conf.roles.items()),
             _digest_module(self.formatter) if self.formatter else None,
             self.template_options,
@@ -76,31 +112,6 @@ class Recipe:
         """Return a recipe for rows already processed by `rows`."""
         return replace(self, conf=replace(self.conf, columns={}, drop_columns=[], formatter=None, roles={}))
 
-    def rows(self, row: Row | RowError) -> list[Row]:
-        """Apply the user's formatter, then drop, rename and decode columns and map roles; return one row or several.
-
-        Raises:
-            LeftOut: the formatter leaves the row out.
-            RowError: the row cannot be used.
-        """
-        return self._change(self._format(row))
-
-    def _change(self, rows: list[Row]) -> list[Row]:
-        if self.conf.drop_columns:
-            rows = [{key: row[key] for key in row if key not in self.conf.drop_columns} for row in rows]
-        if self.conf.columns:
-            rows = [rename_columns(row, self.conf.columns) for row in rows]
-        rows = [decode_cells(row, self.conf.roles) for row in rows]
-        return [map_roles(row, self.conf.roles) for row in rows] if self.conf.roles else rows
-
-    def _format(self, row: Row | RowError) -> list[Row]:
-        if isinstance(row, RowError):
-            raise row
-        rows = format_row(row, self.formatter) if self.formatter else [row]
-        if not rows:
-            raise LeftOut("data.formatter returned nothing")
-        return rows
-
     def find_layout(self, batch: Batch, source: RowSource) -> str:
         """Detect the layout from a source's first rows, and return its description.
 
@@ -110,9 +121,9 @@ class Recipe:
         rows, first, names = [], None, set[str]()
         for number, row in decode_rows(batch):
             try:
-                made = self._format(row)
+                made = self.format(row)
                 names |= {str(name) for item in made for name in item}
-                rows += self._change(made)
+                rows += self.change(made)
             except LeftOut:
                 continue
             except RowError as error:
@@ -144,15 +155,7 @@ class Recipe:
             pairs += read_pairs(item, self.layout, self.conf.pairing)
             if self.conf.min_score_gap > 0 and any(pair.is_unscored() for pair in pairs):
                 read_scores(self.layout.respell(item))  # names what is wrong with them
-        if not pairs:
-            raise LeftOut("all answers score the same")
-        gap = self.conf.min_score_gap
-        kept = [pair for pair in pairs if pair.score_gap is None or pair.is_unscored() or pair.score_gap >= gap]
-        if not kept and all(pair.score_gap is not None and pair.score_gap < 0 for pair in pairs):
-            raise LeftOut("rejected scores higher than chosen")
-        if not kept:
-            raise LeftOut(f"the scores differ by less than {gap:g}")
-        return kept
+        return select_pairs(pairs, self.conf)
 
 
 def _digest_tokenizer(tokenizer: Any) -> str:

@@ -23,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_runner.errors import RunError, reason_of
-from dpo_runner.io.files import cache_dir
-from dpo_runner.io.locks import lock
+from dpo_runner.io.files import cache_dir, lock
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (key BLOB PRIMARY KEY, chosen BLOB NOT NULL, rejected BLOB NOT NULL) WITHOUT ROWID;

@@ -1,0 +1,56 @@
+"""Rules of the sections `generate` and `reward`. Imports no torch."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+
+from dpo_runner.config.sections.generate import RewardConf, RewardTermConf
+from dpo_runner.config.sections.run import RunFields
+from dpo_runner.io.masking import mask_secrets
+
+_NEEDED = {"function": "name", "reward_model": "model_name_or_path", "judge": "model"}
+"""For each term of the reward, the key without which it cannot score."""
+
+
+def used_terms(reward: RewardConf) -> dict[str, RewardTermConf]:
+    """Return the terms of a reward that have a weight, by name."""
+    terms = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward)}
+    return {name: term for name, term in terms.items() if term.weight != 0}
+
+
+def check_generate(conf: RunFields) -> Iterator[str]:
+    """Yield one line per broken rule of `conf.generate` and `conf.reward`."""
+    generate, reward = conf.generate, conf.reward
+    yield from check_endpoint(generate.endpoint.base_url, generate.endpoint.api_key_env, "generate.endpoint")
+    if generate.endpoint.base_url is not None and not generate.models:
+        yield "`generate.models`: must be set with generate.endpoint.base_url (`generate.models=[NAME]`), names there"
+    if len(set(generate.models)) < len(generate.models):
+        yield f"`generate.models={generate.models}`: names a model twice; generate.num_answers is the number of answers"
+    if generate.temperature == 0 and generate.num_answers > 1:
+        yield (
+            f"`generate.num_answers={generate.num_answers}`: greedy answers (generate.temperature=0) are all the same; "
+            "sample them, or use generate.num_answers=1 with several generate.models"
+        )
+    if generate.temperature == 0 and generate.top_p != 1:
+        yield f"`generate.top_p={generate.top_p:g}`: has no effect with generate.temperature=0; leave it out"
+    for name, term in used_terms(reward).items():
+        if name in _NEEDED and getattr(term, _NEEDED[name]) is None:
+            key = f"reward.{name}.{_NEEDED[name]}"
+            yield f"`{key}`: must be set (`{key}=VALUE`), since reward.{name}.weight is not 0"
+    if reward.function.name is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reward.function.name):
+        yield f"`reward.function.name={reward.function.name}`: must be package.module:function"
+    if reward.judge.weight != 0 and reward.judge.base_url is None:
+        yield "`reward.judge.base_url`: must be set (`reward.judge.base_url=URL`), since reward.judge.weight is not 0"
+    yield from check_endpoint(reward.judge.base_url, reward.judge.api_key_env, "reward.judge")
+
+
+def check_endpoint(base_url: str | None, api_key_env: str, key: str) -> Iterator[str]:
+    """Yield what is wrong with an endpoint's URL and the variable of its API key, keys of the section `key`."""
+    if base_url is None:
+        return
+    if not re.match(r"https?://[^/]", base_url):
+        yield f"`{key}.base_url={mask_secrets(base_url)}`: must begin with http:// or https://, and end with /v1"
+    value = os.environ.get(api_key_env, "")
+    if not value.isascii() or not value.isprintable():
+        yield f"`{key}.api_key_env={api_key_env}`: that variable holds no key, but control characters"
