@@ -24,7 +24,7 @@ with quiet_imports():
     from dpo_runner.model.card.facts import read_facts
     from dpo_runner.model.policy import LoadBase, load_fresh, load_policy
     from dpo_runner.model.result import save_result
-    from dpo_runner.training.answers import measure_model, pair_answers
+    from dpo_runner.training.answers.measuring import measure_model, pair_answers
     from dpo_runner.training.build import build_trainer, undo_global_settings
     from dpo_runner.training.environment import collect_environment, measure_peak_memory, reset_peak_memory
     from dpo_runner.training.memory.device import LOADING, PREPARING, watch_memory

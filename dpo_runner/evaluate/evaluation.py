@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpo_runner.config.metrics import METRICS
 from dpo_runner.config.run_conf import RunConf
@@ -18,7 +16,7 @@ from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
 from dpo_runner.evaluate.judge import judge_answers, name_judge, summarize_verdicts
 from dpo_runner.evaluate.settings import compose, is_foreign
 from dpo_runner.evaluate.work import Task, answer_prompts, load_compared, name_autocast, score_pairs
-from dpo_runner.io.console import FoldingTable, RunConsole, open_terminal, visible
+from dpo_runner.io.console import FoldingTable, RunConsole, count_progress, open_terminal, visible
 from dpo_runner.io.files import JsonLines, write_json
 from dpo_runner.training.memory.device import EVALUATION, watch_memory
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_VERSION = 2  # part of a result's name: increase it if the same settings give other figures
+_VERSION = 3  # part of a result's name: increase it if the same settings give other figures
 
 
 def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
@@ -107,9 +105,9 @@ def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", co
     if len(pairs.records) < len(task.rows) or len(answers.records) < len(prompts):
         with watch_memory(EVALUATION, advice=_advise_on_memory(conf)):
             compared = load_compared(run_dir, conf)
-            with _bar(console, "scoring pairs", len(task.rows)) as progress:
+            with count_progress(console, "scoring pairs", len(task.rows)) as progress:
                 score_pairs(compared, task, pairs, tokenizer.pad_token_id, progress)
-            with _bar(console, "answering prompts", len(prompts)) as progress:
+            with count_progress(console, "answering prompts", len(prompts)) as progress:
                 answer_prompts(compared, task, answers, tokenizer, progress)
     result = {
         "evaluated": task.describe(),
@@ -117,7 +115,7 @@ def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", co
         **summarize_samples(answers.records, conf.seed),
     }
     if conf.judge.base_url is not None:
-        with _bar(console, "judging answers", len(prompts)) as progress:
+        with count_progress(console, "judging answers", len(prompts)) as progress:
             done = JsonLines(task.folder / "verdicts.jsonl")
             verdicts = judge_answers(conf.judge, answers.records, done, progress)
         summary = summarize_verdicts(verdicts, answers.records, conf.seed)
@@ -129,14 +127,6 @@ def _advise_on_memory(conf: RunConf) -> str:
     size, length = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens
     ways = [f"training.per_device_eval_batch_size={size // 2}"] if size > 1 else []
     return f"try {', or '.join([*ways, f'samples.max_new_tokens={max(length // 2, 1)}'])}; what is done stays done"
-
-
-@contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def show_result(result: dict[str, Any], console: Console) -> None:

@@ -1,37 +1,23 @@
 """The win rate of a tuned model against its reference, judged by an OpenAI-compatible endpoint, length-controlled."""
 
-import http.client
-import json
-import os
-import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from dpo_runner.config.rules.generate import check_endpoint
 from dpo_runner.config.sections.run import JudgeConf
-from dpo_runner.errors import ConfigError, RunError
+from dpo_runner.errors import ConfigError
 from dpo_runner.evaluate.intervals import Floats, draw_weights, estimate_ratios, to_estimate
+from dpo_runner.io.endpoint import Endpoint
 from dpo_runner.io.files import JsonLines
-from dpo_runner.io.masking import MASK, mask_secrets
+from dpo_runner.io.masking import mask_secrets
+from dpo_runner.training.answers.rewards.judge import Judge, parse_verdict, read_instruction
 
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds to wait before each retry if an endpoint is busy, failing, slow or unreachable."""
-_LONGEST_WAIT = 60.0
-_LARGEST_REPLY = 2**22
 _NEWTON_STEPS = 50
 _LARGEST_LOGIT = 40.0
 LENGTH_PENALTY = 0.1
 """λ of the ridge penalty on the length coefficient."""
-
-INSTRUCTION = (
-    "You compare two answers to the last message of a conversation. Judge which one is better: more helpful, correct "
-    "and to the point. Neither the order nor the length of the answers counts. Reply with one letter and nothing "
-    "else: A or B."
-)
 
 
 def check_judge(conf: JudgeConf) -> None:
@@ -40,128 +26,16 @@ def check_judge(conf: JudgeConf) -> None:
     Raises:
         ConfigError: one line per mistake.
     """
-    mistakes = []
-    if not re.match(r"https?://[^/]", str(conf.base_url)):
-        mistakes.append(f"`judge.base_url={_show_url(conf)}`: must begin with http:// or https://, and end with /v1")
+    mistakes = list(check_endpoint(conf.base_url, conf.api_key_env, "judge"))
     if not conf.model:
         mistakes.append("`judge.model`: must be set with judge.base_url (`judge.model=NAME`), the judge's name there")
-    key = os.environ.get(conf.api_key_env, "")
-    if not key.isascii() or not key.isprintable():
-        mistakes.append(f"`judge.api_key_env={conf.api_key_env}`: that variable holds no key, but control characters")
     if mistakes:
         raise ConfigError(mistakes)
 
 
 def name_judge(conf: JudgeConf) -> dict[str, str]:
     """Return the judge's address and model without secrets, for records and results."""
-    return {"base_url": _show_url(conf), "model": str(conf.model)}
-
-
-def _show_url(conf: JudgeConf) -> str:
-    return str(mask_secrets(str(conf.base_url)))
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Blocks redirects: urllib would forward the API key to their targets."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-class Judge:
-    """Client that asks a judge which of two answers is better.
-
-    Args:
-        conf: a section that `check_judge` accepts. The API key is read from the environment at each request and is
-            redacted from everything that is returned, raised or written.
-    """
-
-    def __init__(self, conf: JudgeConf) -> None:
-        self._conf = conf
-        self._opener = urllib.request.build_opener(_NoRedirect)
-
-    def compare(self, messages: Sequence[dict[str, Any]], first: str, second: str) -> str:
-        """Return the judge's reply about `first` as A and `second` as B.
-
-        Raises:
-            RunError: the endpoint refuses, or cannot be reached after several tries.
-        """
-        conversation = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-        question = f"{conversation}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\nWhich answer is better, A or B?"
-        body = {
-            "model": self._conf.model,
-            "temperature": 0,
-            "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}],
-        }
-        reply = self._post(json.dumps(body).encode())
-        try:
-            content = json.loads(reply)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise self._error("its reply has no choices[0].message.content; is it an OpenAI-compatible API?") from None
-        return self._redact(content) if isinstance(content, str) else ""
-
-    def _post(self, body: bytes) -> bytes:
-        for wait in (*WAITS, None):
-            try:
-                return self._post_once(body)
-            except urllib.error.HTTPError as error:
-                if error.code != 429 and error.code < 500:
-                    raise self._refusal(error) from None
-                asked = error.headers.get("Retry-After", "")
-                reason, least = f"HTTP {error.code} {error.reason}", float(asked) if asked.isdigit() else 0.0
-                error.close()
-            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason, least = self._redact(str(getattr(error, "reason", error)) or type(error).__name__), 0.0
-            if wait is not None:
-                time.sleep(min(max(wait, least), _LONGEST_WAIT))
-        raise self._error(
-            f"{reason}, {len(WAITS) + 1} times; the verdicts so far are kept, and the same command goes on from there"
-        )
-
-    def _post_once(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        key = self._key()
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        url = str(self._conf.base_url).rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, body, headers, method="POST")
-        with self._opener.open(request, timeout=self._conf.timeout) as response:
-            return bytes(response.read(_LARGEST_REPLY))
-
-    def _refusal(self, error: urllib.error.HTTPError) -> RunError:
-        with error:
-            said = " ".join(error.read(300).decode("utf-8", "replace").split())
-        what = f"HTTP {error.code} {error.reason}"
-        if error.code in (401, 403):
-            state = "holds a key that is not accepted" if self._key() else "is not set"
-            return self._error(f"{what}; the environment variable {self._conf.api_key_env} (judge.api_key_env) {state}")
-        if error.code == 404:
-            return self._error(f"{what}; is the address right (it mostly ends with /v1), and judge.model?")
-        return self._error(f"{what}: {self._redact(said)}")
-
-    def _error(self, text: str) -> RunError:
-        return RunError(f"`judge.base_url={_show_url(self._conf)}`: {text}")
-
-    def _key(self) -> str:
-        return os.environ.get(self._conf.api_key_env, "")
-
-    def _redact(self, text: str) -> str:
-        key = self._key()
-        return str(mask_secrets(text.replace(key, MASK) if key else text))
-
-
-def parse_verdict(reply: str) -> str | None:
-    """Return `A` or `B`; None if the reply is not clearly one of them.
-
-    Accepts `[[A]]` anywhere, or a lone letter, also after a reasoning model's `</think>`. Guessing from prose would
-    be wrong too often: "A" is a word.
-    """
-    text = reply.rpartition("</think>")[2].strip()
-    marked = set(re.findall(r"\[\[([AB])\]\]", text))
-    if marked:
-        return marked.pop() if len(marked) == 1 else None
-    match = re.fullmatch(r"\W*(?:(?:the )?(?:better )?(?:answer|verdict)(?: is)?\W+)?([AB])\W*", text, re.IGNORECASE)
-    return match[1].upper() if match else None
+    return {"base_url": str(mask_secrets(conf.base_url)), "model": str(conf.model)}
 
 
 def judge_answers(
@@ -182,7 +56,9 @@ def judge_answers(
     Raises:
         RunError: the endpoint refuses or cannot be reached.
     """
-    judge, name = Judge(conf), name_judge(conf)
+    access = (str(conf.base_url), conf.api_key_env, conf.timeout)
+    endpoint = Endpoint("judge", *access, kept="the verdicts so far are kept")
+    judge, name = Judge(endpoint, str(conf.model), read_instruction("pairwise")), name_judge(conf)
     known = {record["answer"]: record for record in done.records if record["judge"] == name}
     progress(len(known))
     for number, answer in enumerate(answers):

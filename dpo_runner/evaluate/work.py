@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import resolve_sources
-from dpo_runner.evaluate.scoring import Compared, derive_seed, sample_completions, score_completions
+from dpo_runner.evaluate.scoring import Compared, score_completions
 from dpo_runner.io.files import JsonLines
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def answer_prompts(
 ) -> None:
     """Answer each prompt greedily with policy and reference, and score a sample of the policy with both."""
     from dpo_runner.model.tokenizer import find_stop_ids
-    from dpo_runner.training.answers import generate_answers
+    from dpo_runner.training.answers.measuring import generate_answers
+    from dpo_runner.training.answers.sampling import Sampling, derive_seed, sample_answers
 
     conf, stop_id = task.conf, task.data.stop_id
     size, length, pad_id = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens, tokenizer.pad_token_id
@@ -163,10 +164,11 @@ def answer_prompts(
     for start in _batches(done, len(task.data.prompts), size, progress):
         prompts = task.data.prompts[start : start + size]
         ids = [prompt.ids for prompt in prompts]
-        seeds = [derive_seed(conf.seed, start + index) for index in range(len(prompts))]
+        seeds = [[derive_seed(conf.seed, start + index)] for index in range(len(prompts))]
         policy = generate_answers(compared.policy, tokenizer, prompts, length, size, stop_id)
         with compared.as_in_the_run():  # sample from the same distribution that scores the samples
-            samples = sample_completions(compared.policy, ids, seeds, length, stop_ids, pad_id)
+            sampled = sample_answers(compared.policy, ids, seeds, Sampling(length), stop_ids, pad_id)
+            samples = [one for [one] in sampled]
             rows = list(zip(ids, samples, strict=True))
             policy_logps = score_completions(compared.policy, rows, pad_id)
         with compared.reference() as model:

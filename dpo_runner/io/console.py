@@ -6,7 +6,8 @@ import shlex
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +71,36 @@ def show_each(items: Sequence[Item], what: str) -> Iterator[Item]:
     else:
         console.print(shown, soft_wrap=True)
         yield from items
+
+
+@contextmanager
+def count_progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` things are done and the time left: a bar, or a line now and then without a terminal.
+
+    Yields:
+        A function that counts so many more; the first count of 0 or more before any work is what was done already.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(escape(visible(what)), total=total)
+            yield lambda count: progress.advance(task, count)
+        return
+    started = told = time.monotonic()
+    done = before = 0
+
+    def count(more: int) -> None:
+        nonlocal done, before, told
+        done += more
+        if done == more:
+            before = more
+        now = time.monotonic()
+        if now - told > _SECONDS_BETWEEN_REPORTS and done > before:
+            told = now
+            left = (total - done) * (now - started) / (done - before)
+            console.print(f"{escape(visible(what))}: {done:,} of {total:,}, {format_clock(left)} left", soft_wrap=True)
+
+    yield count
 
 
 def _build_bar(console: Console, *figures: ProgressColumn) -> Progress:

@@ -16,11 +16,18 @@ from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.sections.run import JudgeConf
 from dpo_runner.errors import ConfigError, RunError
-from dpo_runner.evaluate import judge as module
 from dpo_runner.evaluate.__main__ import main
 from dpo_runner.evaluate.evaluation import evaluate
-from dpo_runner.evaluate.judge import check_judge, fit_length_control, judge_answers, parse_verdict, summarize_verdicts
+from dpo_runner.evaluate.judge import (
+    LENGTH_PENALTY,
+    check_judge,
+    fit_length_control,
+    judge_answers,
+    summarize_verdicts,
+)
+from dpo_runner.io import endpoint as module
 from dpo_runner.io.files import JsonLines
+from dpo_runner.training.answers.rewards.judge import parse_verdict
 
 KEY = "sk-loopback-0123456789abcdefghij"
 
@@ -172,7 +179,7 @@ def test_the_regression_finds_what_made_the_verdicts() -> None:
         losses = []
         for phi in np.linspace(-1, 4, 2001):
             p = 1 / (1 + np.exp(-(theta + phi * z)))
-            losses.append(-np.sum(y * np.log(p) + (1 - y) * np.log(1 - p)) + module.LENGTH_PENALTY / 2 * phi**2)
+            losses.append(-np.sum(y * np.log(p) + (1 - y) * np.log(1 - p)) + LENGTH_PENALTY / 2 * phi**2)
         return min(losses)
 
     best = float(fit_length_control(y, lengths[:50], np.ones((1, 50)))[0])

@@ -19,7 +19,7 @@ from dpo_runner.model.policy import load_fresh, load_policy
 from dpo_runner.sweep import base_pool as module
 from dpo_runner.sweep.base_pool import BasePool, Snapshot, why_not_kept
 from dpo_runner.sweep.executor import choose_loader, perform
-from dpo_runner.training.answers import generate_answers
+from dpo_runner.training.answers.measuring import generate_answers
 from dpo_runner.training.build import build_dpo_config, build_trainer
 from dpo_runner.training.callbacks.movement import MovementCheck
 from dpo_runner.training.memory import settle as settling

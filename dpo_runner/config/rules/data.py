@@ -66,5 +66,8 @@ def _check_source(source: SourceFields, key: str) -> Iterator[str]:
         if role not in ROLES:
             yield f"`{key}.roles.{theirs}={role}`: no such role{suggest(role, ROLES)}"
     one_pair = source.format not in ("auto", "scored", "helpsteer", "kto")
-    if one_pair and (source.pairing in ("best_vs_rest", "best_vs_random") or (source.pairing == "all_pairs" and source.format == "hh")):
+    if one_pair and (
+        source.pairing in ("best_vs_rest", "best_vs_random")
+        or (source.pairing == "all_pairs" and source.format == "hh")
+    ):
         yield f"`{key}.pairing={source.pairing}`: has no effect with format={source.format}, which holds one pair a row"

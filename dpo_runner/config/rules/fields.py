@@ -173,7 +173,12 @@ def check_range(
 
 
 def check_names(conf: RunFields) -> Iterator[str]:
-    for key, value in (("run_name", conf.run_name), ("run_dir", conf.run_dir), ("sweep.dir", conf.sweep.dir), ("generate.dir", conf.generate.dir)):
+    for key, value in (
+        ("run_name", conf.run_name),
+        ("run_dir", conf.run_dir),
+        ("sweep.dir", conf.sweep.dir),
+        ("generate.dir", conf.generate.dir),
+    ):
         if value is not None and holds_secret(value):
             yield f"`{key}={value}`: holds what looks like a secret, which would become the name of a folder"
     if any(character in conf.wandb.project for character in "/\\#?%:") or len(conf.wandb.project) > 128:

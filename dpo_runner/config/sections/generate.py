@@ -45,7 +45,7 @@ class GenerateConf:
     batch_size: int = 32
     """Answers sampled at a time in this process. A prompt's answers stay together."""
     on_cut_off: str = field(default="keep", metadata={"choices": ("keep", "drop")})
-    """Answers that reach `max_new_tokens`: keep them, or leave them out. Training closes an answer as if it was whole."""
+    """Answers that reach `max_new_tokens`: keep them, or leave them out. Training closes them as if they were whole."""
     max_bad_fraction: float = 0.05
     """Stop if more than this share of the prompts is left out or has lost an answer."""
     dir: str | None = None

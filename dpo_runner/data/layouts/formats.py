@@ -86,23 +86,23 @@ def rename_columns(row: Row, columns: dict[str, str]) -> Row:
     return kept | {ours: row[theirs] for theirs, ours in columns.items()}
 
 
-def load_formatter(name: str) -> Callable[[Row], Any]:
-    """Import the function named by `data.formatter=package.module:function`.
+def load_formatter(name: str, key: str = "data.formatter") -> Callable[..., Any]:
+    """Import the function that a key names as `package.module:function`.
 
     Raises:
-        DataError: it cannot be imported or called, or is in the standard library, which is not meant for rows.
+        DataError: it cannot be imported or called, or is in the standard library, which is not meant for this.
     """
     module_name, _, function_name = name.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise DataError(f"`data.formatter={name}`: is in Python's standard library; name your own function")
+        raise DataError(f"`{key}={name}`: is in Python's standard library; name your own function")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing the user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"`data.formatter={name}`: {reason}; name it as package.module:function") from None
+        raise DataError(f"`{key}={name}`: {reason}; name it as package.module:function") from None
     if not callable(function):
-        raise DataError(f"`data.formatter={name}`: is not a function")
-    return cast(Callable[[Row], Any], function)
+        raise DataError(f"`{key}={name}`: is not a function")
+    return cast(Callable[..., Any], function)
 
 
 def format_row(row: Row, formatter: Callable[[Row], Any]) -> list[Row]:

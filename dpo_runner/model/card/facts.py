@@ -1,5 +1,6 @@
 """Facts about a run for its model card: figures, metadata and citations."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from dpo_runner.config.metrics import evaluation_keys, label_of
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf, resolve_sources
 from dpo_runner.data.rows.sources import is_hub_id
+from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.reading import read_metrics, read_object
 
@@ -18,6 +20,10 @@ LABELS = {key: label_of(f"eval_{key}") for key in evaluation_keys()}
 """Labels of the metrics in a card, in its order; the keys lack the prefix `eval_`."""
 _METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "reward_margin", "loss": "loss"}
 """Metrics in the metadata, with their metric types."""
+
+
+PROVENANCE = "provenance.json"
+"""A file beside generated answers that tells where they come from."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,21 @@ def _list_results(facts: RunFacts, sources: dict[str, SourceConf]) -> Iterator[E
                     metric_name=LABELS[key],
                     metric_value=round(facts.summary["after"][prefix + key], 4),
                 )
+
+
+def find_provenance(source: SourceConf) -> dict[str, Any] | None:
+    """Return where the answers of a source come from, if `python -m dpo_runner.generate` made its file, unchanged."""
+    path = Path(str(source.path)).expanduser()
+    told = path.with_name(PROVENANCE)
+    if not (path.is_file() and told.is_file()):
+        return None
+    try:
+        provenance = read_object(told)
+        matches = provenance["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        known = {"made_by", "sampling", "reward"} <= provenance.keys()
+    except (ConfigError, RunError, KeyError):  # of another program
+        return None
+    return provenance if matches and known else None
 
 
 _PAPERS = {  # by what a run uses, losses by `training.loss_type`

@@ -1,0 +1,191 @@
+"""The prompts of the `data` section: of files of prompts alone, and of preference pairs in any layout."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_runner.config.sections.data import DataConf, SourceConf, resolve_sources
+from dpo_runner.data.layouts.columns import PROMPTS, Row, first, name_columns, with_history, with_system
+from dpo_runner.data.layouts.formats import find_layout, read_pairs
+from dpo_runner.data.layouts.known import LAYOUTS, Layout
+from dpo_runner.data.layouts.messages import Message, check_prompt, parse_json, to_messages
+from dpo_runner.data.layouts.transcripts import read_prompt
+from dpo_runner.data.prepare.recipe import RowReader
+from dpo_runner.data.rows.decoding import decode_rows
+from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
+from dpo_runner.errors import ConfigError, DataError, LeftOut, RowError
+
+_ROWS_AT_ONCE = 1000
+_OF_PAIRS = ("preference", "hh", "sharegpt", "swift", "alpaca", "orca")
+"""Layouts whose prompt is that of their pairs; the rows of the others have it in a column."""
+_CONVERSATIONS = ("messages", "conversations")
+"""Columns of whole conversations, whose last answer is not part of the prompt."""
+_COLUMNS = (*PROMPTS, "context", *_CONVERSATIONS)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        where: its location, such as `prompts.jsonl:12`.
+        messages: ends with a user or tool turn.
+        variables: `tools` and variables of the chat template, where the row has any.
+    """
+
+    where: str
+    messages: list[Message]
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A digest of the content, 16 hexadecimal digits."""
+        text = json.dumps([self.messages, self.variables], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Prompts:
+    """The distinct prompts of the data.
+
+    Attributes:
+        prompts: in the order of the data.
+        rows: number of rows read.
+        repeated: number of rows whose prompt another row has too.
+        bad: location and reason of each row that cannot be used.
+        files: display names of the files, by source.
+    """
+
+    prompts: list[Prompt] = field(default_factory=list)
+    rows: int = 0
+    repeated: int = 0
+    bad: list[tuple[str, RowError]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def read_prompts(data: DataConf) -> Prompts:
+    """Read the distinct prompts of all training rows, up to `data.max_train_samples`.
+
+    Raises:
+        ConfigError: a source sets what applies to pairs alone.
+        DataError: a source cannot be read, has too many unusable rows, or there is no prompt.
+    """
+    _check_mixture(data)
+    found, seen = Prompts(), set[str]()
+    for name, conf in resolve_sources(data).items():
+        key = source_key(name, data)
+        source, _ = open_sources(conf, key)
+        found.files += source.files
+        before, bad = found.rows, len(found.bad)
+        _read_source(source, conf, data, found, seen)
+        _check_bad(found.bad[bad:], found.rows - before, data, key)
+    if not found.prompts:
+        raise DataError(f"data: no prompt in {found.rows:,} rows")
+    return found
+
+
+def _check_mixture(data: DataConf) -> None:
+    mistakes = [
+        f"`data.sources.{name}.{key}={getattr(source, key)}`: is about pairs, and has no effect on prompts; leave it "
+        "out, or limit the prompts with data.max_train_samples"
+        for name, source in data.sources.items()
+        for key in ("weight", "max_train_samples")
+        if getattr(source, key) is not None
+    ]
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _read_source(source: RowSource, conf: SourceConf, data: DataConf, found: Prompts, seen: set[str]) -> None:
+    reader, layout, is_first = RowReader(conf), None, True
+    limit = data.max_train_samples
+    for batch in source.batches(_ROWS_AT_ONCE):
+        rows: list[tuple[int, list[Row] | RowError]] = []
+        for number, row in decode_rows(batch):
+            try:
+                rows.append((number, reader.rows(row)))
+            except LeftOut:
+                found.rows += 1
+            except RowError as error:
+                rows.append((number, error))
+        if is_first:
+            layout, is_first = _find_layout(rows, conf, source), False
+        for number, made in rows:
+            if limit is not None and len(found.prompts) >= limit:
+                return
+            found.rows += 1
+            where = source.locate(batch.file, number)
+            try:
+                if isinstance(made, RowError):
+                    raise made
+                for row in made:
+                    prompt = _read_row(row, layout, where)
+                    found.repeated += prompt.key in seen
+                    if prompt.key not in seen:
+                        seen.add(prompt.key)
+                        found.prompts.append(prompt)
+            except RowError as error:
+                found.bad.append((where, error))
+
+
+def _find_layout(rows: list[tuple[int, list[Row] | RowError]], conf: SourceConf, source: RowSource) -> Layout | None:
+    """Return the layout of the first rows; None for rows that have a prompt and no answers.
+
+    Raises:
+        DataError: the rows have no column that could be a prompt.
+    """
+    readable = [row for _, made in rows if not isinstance(made, RowError) for row in made]
+    if conf.format != "auto" or any(layout.matches(row) for row in readable for layout in LAYOUTS):
+        return find_layout(readable, conf.format, source=source.setting)
+    if readable and not any(first(row, _COLUMNS) for row in readable):
+        columns = name_columns(dict.fromkeys(column for row in readable for column in row))
+        raise DataError(
+            f"`{source.setting}`: has no prompts; columns: {columns}; needed is prompt (or a layout of docs/data.md); "
+            "name yours with data.columns or data.formatter"
+        )
+    return None
+
+
+def _read_row(row: Row, layout: Layout | None, where: str) -> Prompt:
+    """Return the prompt of a row.
+
+    Raises:
+        RowError: it has none that can be used.
+    """
+    if layout is not None and layout.name in _OF_PAIRS:
+        pair = read_pairs(row, layout, "all_pairs")[0]
+        messages, tools, kwargs = pair.prompt, pair.tools, pair.chat_template_kwargs
+    else:
+        row = layout.respell(row) if layout is not None and layout.spelling else row
+        column = first(row, _COLUMNS)
+        if column is None:
+            raise RowError("missing column", f"`prompt`; the row has: {name_columns(row)}")
+        if column in _CONVERSATIONS:
+            messages = to_messages(row[column], "user", column)
+            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        else:
+            messages = with_history(row, read_prompt(row[column], column))
+        messages = with_system(row, messages) if messages else messages
+        tools = parse_json(row.get("tools"), list, "tools")
+        kwargs = parse_json(row.get("chat_template_kwargs"), dict, "chat_template_kwargs")
+        if not messages:
+            raise RowError("empty prompt")
+    check_prompt(messages)
+    return Prompt(where, messages, {**({"tools": tools} if tools else {}), **(kwargs or {})})
+
+
+def _check_bad(bad: list[tuple[str, RowError]], rows: int, data: DataConf, key: str) -> None:
+    if not bad:
+        return
+    where, error = bad[0]
+    if data.on_bad_row == "error":
+        raise DataError(f"{where}: {error}")
+    if len(bad) / rows > data.max_bad_fraction:
+        counts = Counter(error.reason for _, error in bad)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        raise DataError(
+            f"`{key}`: {len(bad):,} of {rows:,} rows cannot be used, more than data.max_bad_fraction="
+            f"{data.max_bad_fraction:g} ({reasons}); the first is {where}: {error}"
+        )
