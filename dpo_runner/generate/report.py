@@ -100,8 +100,8 @@ def summarize(
     summary.examples = [_show(one) for one in scored[:: max(1, len(scored) // _SHOWN)][:_SHOWN]]
     if cut_off > _MANY_CUT_OFF * len(answers):
         summary.warnings.append(
-            f"{cut_off / len(answers):.0%} of the answers reach generate.max_new_tokens, and training closes them as if "
-            "they were whole; raise it, or leave such answers out with generate.on_cut_off=drop"
+            f"{cut_off / len(answers):.0%} of the answers reach generate.max_new_tokens, and training closes them as "
+            "if they were whole; raise it, or leave such answers out with generate.on_cut_off=drop"
         )
     if not counts["pairs"]:
         summary.warnings.append("no pair: every prompt's answers score the same, or data leaves their pairs out")

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,57 +26,16 @@ from dpo_runner.evaluate.judge import (
 from dpo_runner.io import endpoint as module
 from dpo_runner.io.files import JsonLines
 from dpo_runner.training.answers.rewards.judge import parse_verdict
+from tests.support.endpoints import KEY, Endpoint, serve
 
-KEY = "sk-loopback-0123456789abcdefghij"
 
-
-class Endpoint:
-    """An OpenAI-compatible endpoint that replies with `decide(first, second)`, after the faults in `faults`."""
+class JudgeEndpoint(Endpoint):
+    """An endpoint that replies with `decide(first, second)`."""
 
     def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.faults: list[int | str] = []
+        super().__init__()
         self.decide: Callable[[str, str], str] = lambda first, second: "A"
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.requests.append({"path": self.path, **body})
-                endpoint.headers.append(dict(self.headers))
-                fault = endpoint.faults.pop(0) if endpoint.faults else None
-                if fault == "drop":
-                    self.connection.close()
-                elif fault == "hang":
-                    hung.wait(5)
-                elif isinstance(fault, int):
-                    key = self.headers.get("Authorization", "")
-                    self.reply(fault, f"no: {key}".encode())
-                elif fault is not None:
-                    self.reply(200, fault.encode())
-                else:
-                    first, second = split(body["messages"][-1]["content"])
-                    content = endpoint.decide(first, second)
-                    self.reply(200, json.dumps({"choices": [{"message": {"content": content}}]}).encode())
-
-            def reply(self, status: int, content: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                if status == 307:
-                    self.send_header("Location", "/elsewhere")
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        hung = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.release = hung.set
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.reply = lambda body: [self.decide(*split(body["messages"][-1]["content"]))]
 
 
 def split(question: str) -> tuple[str, str]:
@@ -88,18 +45,12 @@ def split(question: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr(module, "WAITS", (0.01, 0.02))
-    endpoint = Endpoint()
-    yield endpoint
-    endpoint.release()
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeEndpoint]:
+    with serve(monkeypatch, JudgeEndpoint) as endpoint:
+        yield endpoint
 
 
-def conf_of(endpoint: Endpoint, **more: Any) -> JudgeConf:
+def conf_of(endpoint: JudgeEndpoint, **more: Any) -> JudgeConf:
     return JudgeConf(base_url=endpoint.url, model="stand-in", api_key_env="JUDGE_KEY", **more)
 
 
@@ -119,12 +70,12 @@ def make_answers(count: int) -> list[dict[str, Any]]:
     return answers
 
 
-def judge_all(endpoint: Endpoint, answers: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, Any]], Any]:
+def judge_all(endpoint: JudgeEndpoint, answers: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, Any]], Any]:
     records = judge_answers(conf_of(endpoint), answers, JsonLines(path), lambda count: None)
     return records, summarize_verdicts(records, answers, 0)
 
 
-def test_both_orders_are_asked_with_the_whole_conversation(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_both_orders_are_asked_with_the_whole_conversation(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     answers = make_answers(3)
     judge_all(endpoint, answers, tmp_path / "v.jsonl")
     asked = [split(request["messages"][-1]["content"]) for request in endpoint.requests]
@@ -136,7 +87,7 @@ def test_both_orders_are_asked_with_the_whole_conversation(endpoint: Endpoint, t
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in endpoint.headers)
 
 
-def test_a_judge_that_always_says_a_finds_no_winner(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_judge_that_always_says_a_finds_no_winner(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     records, summary = judge_all(endpoint, make_answers(12), tmp_path / "v.jsonl")
     assert {record["verdict"] for record in records} == {0.5}
     assert summary["win_rate"]["mean"] == 0.5 and summary["ties"] == 12
@@ -144,7 +95,7 @@ def test_a_judge_that_always_says_a_finds_no_winner(endpoint: Endpoint, tmp_path
 
 
 @pytest.mark.parametrize(("favourite", "rate"), [("P", 1.0), ("R", 0.0)])
-def test_a_judge_that_prefers_one_model(endpoint: Endpoint, tmp_path: Path, favourite: str, rate: float) -> None:
+def test_a_judge_that_prefers_one_model(endpoint: JudgeEndpoint, tmp_path: Path, favourite: str, rate: float) -> None:
     endpoint.decide = lambda first, second: "A" if first.startswith(favourite) else "B"
     _, summary = judge_all(endpoint, make_answers(12), tmp_path / "v.jsonl")
     assert summary["win_rate"] == {"mean": rate, "low": rate, "high": rate}
@@ -152,7 +103,9 @@ def test_a_judge_that_prefers_one_model(endpoint: Endpoint, tmp_path: Path, favo
         assert value == pytest.approx(rate, abs=1e-6)
 
 
-def test_a_judge_that_prefers_length_wins_nothing_once_length_is_controlled(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_judge_that_prefers_length_wins_nothing_once_length_is_controlled(
+    endpoint: JudgeEndpoint, tmp_path: Path
+) -> None:
     endpoint.decide = lambda first, second: "A" if len(first) > len(second) else "B"
     _, summary = judge_all(endpoint, make_answers(150), tmp_path / "v.jsonl")
     controlled = summary["length_controlled_win_rate"]
@@ -216,7 +169,7 @@ def test_only_clear_verdicts_count(reply: str, letter: str | None) -> None:
     assert parse_verdict(reply) == letter
 
 
-def test_unparsable_verdicts_are_counted_and_left_out(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_unparsable_verdicts_are_counted_and_left_out(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     endpoint.decide = lambda first, second: (
         "I cannot say" if first.startswith("R1") else "A" if first.startswith("P") else "B"
     )
@@ -226,7 +179,7 @@ def test_unparsable_verdicts_are_counted_and_left_out(endpoint: Endpoint, tmp_pa
 
 
 @pytest.mark.parametrize("faults", [[500, 429], ["drop", 503], ["hang"]])
-def test_passing_faults_are_waited_out(endpoint: Endpoint, tmp_path: Path, faults: list[int | str]) -> None:
+def test_passing_faults_are_waited_out(endpoint: JudgeEndpoint, tmp_path: Path, faults: list[int | str]) -> None:
     endpoint.faults = list(faults)
     conf = conf_of(endpoint, timeout=0.5)
     records = judge_answers(conf, make_answers(1), JsonLines(tmp_path / "v.jsonl"), lambda count: None)
@@ -247,7 +200,7 @@ def test_passing_faults_are_waited_out(endpoint: Endpoint, tmp_path: Path, fault
     ],
 )
 def test_lasting_faults_end_in_one_line_and_keep_what_is_done(
-    endpoint: Endpoint, tmp_path: Path, faults: list[int | str], words: str, requests: int
+    endpoint: JudgeEndpoint, tmp_path: Path, faults: list[int | str], words: str, requests: int
 ) -> None:
     answers, path = make_answers(3), tmp_path / "v.jsonl"
     judge_all(endpoint, answers[:1], path)
@@ -290,7 +243,7 @@ def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_evaluation_is_judged_without_its_key_being_written(
-    endpoint: Endpoint, judged_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    endpoint: JudgeEndpoint, judged_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = Path(shutil.copytree(judged_run, tmp_path / "run"))
     judge = [f"judge.base_url={endpoint.url}", "judge.model=stand-in", "judge.api_key_env=JUDGE_KEY"]

@@ -1203,6 +1203,27 @@ def test_pairs_whose_scores_are_near_are_left_out() -> None:
     assert made(row | {"scores": [1, 1, 1]}) == ([], "all answers score the same")
 
 
+def test_pairs_whose_answers_differ_too_much_in_length_or_too_little_in_words_are_left_out() -> None:
+    long, near = "one two three four five", "one two three four six"
+    row = {"prompt": "q", "responses": [long, near, "seven"], "scores": [3, 2, 1]}
+    assert [pair[:2] for pair in made(row, max_length_difference=18)[0]] == [(long, "seven")]
+    assert made(row, max_length_difference=17) == ([], "the answers differ by more than 17 characters")
+    rest = {"pairing": "best_vs_rest"}
+    assert [pair[:2] for pair in made(row, **rest, max_length_difference=17)[0]] == [(long, near)]
+    assert [pair[:2] for pair in made(row, **rest, max_similarity=0.49)[0]] == [(long, "seven")]  # 2 of 4 in common
+    assert len(made(row, **rest, max_similarity=0.5)[0]) == 2
+    same = {"prompt": "q", "chosen": "Yes, it is.", "rejected": "yes, it  is."}
+    assert made(same, max_similarity=0.99) == ([], "the answers are more alike than 0.99")
+
+
+def test_the_random_answer_scores_lower_and_is_the_same_each_time() -> None:
+    rows = [{"prompt": f"q{n}", "responses": ["a", "b", "c", "d"], "scores": [4, 4, 2, 1]} for n in range(40)]
+    drawn = [texts(read(row, "best_vs_random")) for row in rows]
+    assert drawn == [texts(read(row, "best_vs_random")) for row in rows]
+    assert {pair for [pair] in drawn} == {("a", "c", 2.0), ("a", "d", 3.0)}
+    assert texts(read({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "best_vs_random")) == []
+
+
 def test_the_gap_of_scores_of_a_pair_counts_too() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert made(row, min_score_gap=9)[0] == [("a", "b", None)]  # kept: the row has no scores
