@@ -46,7 +46,7 @@ def generate(conf: RunConf, console: Console | None = None) -> dict[str, Any] | 
 
     Raises:
         ConfigError: the configuration, the prompts, a model or the reward cannot be used. Nothing was sampled.
-        RunError: too many prompts had to be left out, an endpoint cannot be used, or memory ran out. What is done is
+        RunError: too many answers are lost, an endpoint cannot be used, or memory ran out. What is done is
             kept, and the same command goes on.
     """
     screen = RunConsole(console or open_terminal(soft_wrap=True))
@@ -59,7 +59,8 @@ def generate(conf: RunConf, console: Console | None = None) -> dict[str, Any] | 
     folder = find_fresh_folder(Path("outputs/generated"))
     folder = folder if conf.generate.dir is None else Path(conf.generate.dir).expanduser()
     check_settings(folder, settings)
-    left_out = LeftOut(len(prompts.prompts), conf.generate.max_bad_fraction)
+    asked_for = len(prompts.prompts) * len(sampler.models) * conf.generate.num_answers
+    left_out = LeftOut(asked_for, conf.generate.max_bad_fraction)
     work = sampler.plan(prompts.prompts, Ledger(folder), left_out)
     screen.show_plan(_describe_plan(conf, sampler, prompts, left_out, work, reward, folder))
     if conf.dry_run:

@@ -139,28 +139,30 @@ class LeftOut:
     """What a generation had to leave out, up to a limit.
 
     Attributes:
-        prompts: the number of prompts.
-        limit: the share of them that may be left out or lose answers, `generate.max_bad_fraction`.
-        found: location, reason and detail of each.
+        answers: the number of answers that were asked for.
+        limit: the share of them that may be lost, `generate.max_bad_fraction`.
+        lost: the number of answers that were lost.
+        found: location of the prompt, reason and detail of each.
     """
 
-    prompts: int
+    answers: int
     limit: float
+    lost: int = 0
     found: list[tuple[str, RowError]] = field(default_factory=list)
 
-    def add(self, prompt: Prompt, error: RowError) -> None:
-        """Count a prompt, or one of its answers, that cannot be used.
+    def add(self, prompt: Prompt, error: RowError, answers: int = 1) -> None:
+        """Count answers that cannot be had or used.
 
         Raises:
-            RunError: there are more such prompts than the limit allows.
+            RunError: they are more than the limit allows.
         """
         self.found.append((prompt.where, error))
-        bad = len({where for where, _ in self.found})
-        if bad > self.limit * self.prompts:
+        self.lost += answers
+        if self.lost > self.limit * self.answers:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.count().items())
             where, first = self.found[0]
             raise RunError(
-                f"{bad:,} of {self.prompts:,} prompts lack an answer, more than generate.max_bad_fraction="
+                f"{self.lost:,} of {self.answers:,} answers are lost, more than generate.max_bad_fraction="
                 f"{self.limit:g} ({reasons}); the first is {where}: {first}"
             )
 

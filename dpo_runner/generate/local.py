@@ -134,7 +134,7 @@ class LocalSampler:
                 if longest is not None and len(ids) > longest:
                     raise RowError("prompt too long", f"{len(ids):,} tokens; {rule}")
             except RowError as error:
-                left_out.add(prompt, error)
+                left_out.add(prompt, error, generate.num_answers)
                 continue
             yield prompt, ids
 

@@ -54,7 +54,9 @@ class ServedSampler:
         calls = [ask(*each) for each in missing]
         for at, result in call_all(self._endpoint, calls, self._conf.generate.endpoint.concurrency):
             if isinstance(result, RequestFailed):
-                left_out.add(missing[at][0], RowError("the endpoint failed", str(result)))
+                prompt, model = missing[at]
+                lost = self._conf.generate.num_answers - len(ledger.find(prompt, model))
+                left_out.add(prompt, RowError("the endpoint failed", str(result)), lost)
             else:
                 progress(result)
 

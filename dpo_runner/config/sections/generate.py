@@ -47,7 +47,8 @@ class GenerateConf:
     on_cut_off: str = field(default="keep", metadata={"choices": ("keep", "drop")})
     """Answers that reach `max_new_tokens`: keep them, or leave them out. Training closes them as if they were whole."""
     max_bad_fraction: float = 0.05
-    """Stop if more than this share of the prompts is left out or has lost an answer."""
+    """Stop if more than this share of the answers is lost: empty, without a score, or to a prompt that cannot be
+    answered."""
     dir: str | None = None
     """Folder of the results, in which the same command continues; null: outputs/generated/<timestamp>."""
 
