@@ -104,9 +104,7 @@ def test_too_many_failures_end_the_command_in_one_line(endpoint: Endpoint, capsy
     endpoint.refuse = lambda body: 400 if "?" in asked(body)[:5] else None  # Who? and When?
     assert run_main(main, *ask(endpoint, "generate.max_bad_fraction=0.2")) == 1
     error = capsys.readouterr().err
-    assert error.startswith(
-        "error: 2 of 6 prompts lack an answer, more than generate.max_bad_fraction=0.2 (2 the endpoint"
-    )
+    assert error.startswith("error: 8 of 24 answers are lost, more than generate.max_bad_fraction=0.2 (2 the endpoint")
     assert "the first is prompts.jsonl:" in error and "HTTP 400" in error and len(error.splitlines()) == 1
 
 
