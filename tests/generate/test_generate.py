@@ -34,7 +34,7 @@ def read_rows(folder: str = "out", name: str = "scored.jsonl") -> list[dict[str,
 
 @pytest.fixture
 def use_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Return the overrides of a reward with this body: of `messages`, `answer`, `asked` (the last message) and a list SEEN."""
+    """Return the overrides of a reward with this body: of `answer`, `asked` (the last message) and a list SEEN."""
 
     def write(body: str) -> list[str]:
         name = f"reward_{abs(hash(body))}"
