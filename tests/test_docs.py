@@ -132,6 +132,8 @@ def shrink(command: str, tiny_model: str) -> str:
         return " ".join([command, *kept, *points])
     if "scripts/train_sft_adapter.py" in command:
         return f"{command} --model random:tiny-llama --max-steps 1 --per-device-train-batch-size 1"
+    if "dpo_runner.generate" in command:
+        return f"{command} model=tiny_random generate.max_new_tokens=8 generate.max_bad_fraction=1"
     if "dpo_runner.preview" in command:
         return f"{command} model=tiny_random"
     return f"{command} --max-new-tokens 4" if "dpo_runner.chat" in command else command
@@ -208,7 +210,7 @@ def test_packages_that_the_docs_install_are_those_of_the_project() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     commands = [shlex.split(command) for page in DOCS for command in read_commands(page, INSTALLS, WANDB)]
     installed = {package for words in commands if words[:2] == ["pip", "install"] for package in words[2:]}
-    assert installed == {*extras["search"], *extras["workspace"]}
+    assert installed == {*extras["search"], *extras["workspace"], *extras["sentiment"]}
     for words in (words for words in commands if words[0] != "pip"):
         assert all((ROOT / word).exists() for word in words if word.startswith("scripts/"))
     [inline] = re.findall(r"`pip install --no-deps (\S+)`", read("docs/troubleshooting.md"))

@@ -110,7 +110,9 @@ def test_the_public_names_stay(name: str) -> None:
     assert getattr(importlib.import_module("dpo_runner"), name) is not None
 
 
-@pytest.mark.parametrize("command", ["chat", "cache", "compare", "evaluate", "export", "preview", "workspace"])
+@pytest.mark.parametrize(
+    "command", ["chat", "cache", "compare", "evaluate", "export", "generate", "preview", "workspace"]
+)
 def test_each_command_answers(command: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", f"dpo_runner.{command}", "--help"], capture_output=True, text=True, check=False, cwd=ROOT

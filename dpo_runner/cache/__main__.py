@@ -20,6 +20,7 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.io.console import FoldingTable, open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.files import cache_dir
+    from dpo_runner.training.answers.rewards.store import scores_dir
     from dpo_runner.training.engine.reference.store import list_references, make_room, store_dir
 
 Entry = tuple[Path, str]
@@ -57,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _find_models() -> Iterator[Entry]:
     for path in sorted(cache_dir().iterdir()):
-        if path.is_dir() and path not in (cache_dir() / "data", store_dir()) and not path.name.startswith("."):
+        if (
+            path.is_dir()
+            and path not in (cache_dir() / "data", store_dir(), scores_dir())
+            and not path.name.startswith(".")
+        ):
             yield path, "converted or merged weights"
 
 
@@ -66,6 +71,12 @@ def _find_data() -> Iterator[Entry]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.name.startswith("."):
             yield path, "tokenized rows"
+
+
+def _find_scores() -> Iterator[Entry]:
+    if scores_dir().is_dir():
+        scorers = len(list(scores_dir().glob("*.jsonl")))
+        yield scores_dir(), f"scores of answers, by {scorers:,} judges and reward models"
 
 
 def _find_references() -> Iterator[Entry]:
@@ -78,6 +89,7 @@ def _find_references() -> Iterator[Entry]:
 _KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "models": _find_models,
     "data": _find_data,
+    "scores": _find_scores,
     "reference": _find_references,
 }
 

@@ -46,6 +46,7 @@ Examples:
   python -m dpo_runner.chat outputs/mine             # talk with the result
   python -m dpo_runner.compare outputs/sweeps        # runs side by side, the best one marked
   python -m dpo_runner.workspace outputs/sweeps/mine # a view of a sweep in Weights & Biases
+  python -m dpo_runner.generate reward=length        # pairs from the model's own answers
   python -m dpo_runner.evaluate outputs/mine         # its evaluation against the model it started from
   python -m dpo_runner.export outputs/mine --out outputs/merged        # one folder to serve or publish
   python -m dpo_runner.cache                         # what is kept between runs, and how to clear it

@@ -14,7 +14,7 @@ from tests.support.common import run_main
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("DPO_RUNNER_CACHE", str(tmp_path))
-    for folder in ("smollm2", "data/0123"):
+    for folder in ("smollm2", "data/0123", "scores"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "file").write_bytes(bytes(3_000_000))
     with ReferenceStore("abcd", {"reference": "the base"}, 10**9) as store:
@@ -25,15 +25,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_lists_everything_with_its_size(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     printed = capsys.readouterr().out
-    for line in ("models │ smollm2", "data │ 0123", "reference │ abcd.sqlite"):
+    for line in ("models │ smollm2", "data │ 0123", "scores │ scores", "reference │ abcd.sqlite"):
         assert line in " ".join(printed.split()), printed
     assert "1 pairs; the base" in printed
-    assert "6.0 MB in all" in printed
+    assert "9.0 MB in all" in printed
 
 
 def test_it_clears_what_it_is_told_and_nothing_in_use(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["clear", "data"])
-    assert "3.0 MB freed" in capsys.readouterr().out
+    main(["clear", "data", "scores"])
+    assert "6.0 MB freed" in capsys.readouterr().out
     assert sorted(path.name for path in cache.iterdir()) == ["data", "reference", "smollm2"]
     assert not list((cache / "data").iterdir())
     with ReferenceStore("abcd", {}, 10**9), pytest.raises(SystemExit) as ended:

@@ -11,6 +11,10 @@ FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {
     "data=local_file": ["data.path=x.jsonl"],
     "model=zephyr_sft": ["lora=none"],
+    "generate=endpoint": ["generate.models=[served]"],
+    "reward=function": ["reward.function.name=mine:score"],
+    "reward=reward_model": ["reward.reward_model.model_name_or_path=x"],
+    "reward=judge": ["reward.judge.base_url=http://127.0.0.1:8000/v1", "reward.judge.model=x"],
 }
 SHIPPED = {
     "model": {"smollm2", "mistral", "zephyr_sft", "llama3", "qwen3", "tiny_random"},
@@ -20,6 +24,8 @@ SHIPPED = {
     "training": {"dpo", "ipo", "smoke"},
     "wandb": {"offline", "online", "disabled"},
     "experiment": {"zephyr_7b_dpo_qlora"},
+    "generate": {"in_process", "endpoint"},
+    "reward": {"length", "sentiment", "function", "reward_model", "judge"},
 }
 
 

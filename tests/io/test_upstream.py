@@ -34,8 +34,10 @@ def read_oldest() -> dict[str, Version]:
     """Return the oldest version of each dependency of the package and its extras that pyproject.toml allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needs = [Requirement(text) for text in (*project["dependencies"], *extras["search"], *extras["workspace"])]
-    floors = {need.name: [each.version for each in need.specifier if each.operator == ">="] for need in needs}
+    used = ("search", "workspace", "sentiment")
+    texts = [*project["dependencies"], *(text for extra in used for text in extras[extra])]
+    needs = [Requirement(text) for text in texts]
+    floors = {need.name.lower(): [each.version for each in need.specifier if each.operator == ">="] for need in needs}
     return {name: Version(floor) for name, (floor,) in floors.items()}
 
 
