@@ -26,7 +26,7 @@ Encoded = tuple[Prompt, list[int]]
 
 
 @dataclass
-class _Model:
+class LocalModel:
     """A model that answers: its name, its blueprint, and its run's directory if it is a run's result."""
 
     name: str
@@ -58,7 +58,7 @@ class LocalSampler:
 
     def __init__(self, conf: RunConf) -> None:
         self._conf = conf
-        self._models = list(_find_models(conf))
+        self._models = find_models(conf)
         self._batches: dict[str, list[list[Encoded]]] = {}
 
     @property
@@ -121,7 +121,7 @@ class LocalSampler:
             del loaded
             gc.collect()
 
-    def _encode(self, model: _Model, prompts: Sequence[Prompt], left_out: LeftOut) -> Iterator[Encoded]:
+    def _encode(self, model: LocalModel, prompts: Sequence[Prompt], left_out: LeftOut) -> Iterator[Encoded]:
         generate, template = self._conf.generate, self._templates[model.name]
         context = getattr(model.blueprint.config.get_text_config(), "max_position_embeddings", None)
         longest = None if context is None else context - generate.max_new_tokens
@@ -138,11 +138,11 @@ class LocalSampler:
                 continue
             yield prompt, ids
 
-    def _missing(self, model: _Model, batch: Sequence[Encoded], ledger: Ledger) -> list[Prompt]:
+    def _missing(self, model: LocalModel, batch: Sequence[Encoded], ledger: Ledger) -> list[Prompt]:
         wanted = self._conf.generate.num_answers
         return [prompt for prompt, _ in batch if len(ledger.find(prompt, model.name)) < wanted]
 
-    def _answer(self, model: _Model, loaded: Any, batch: Sequence[Encoded]) -> dict[str, list[Answer]]:
+    def _answer(self, model: LocalModel, loaded: Any, batch: Sequence[Encoded]) -> dict[str, list[Answer]]:
         """Sample a batch's answers, and return them by the key of their prompt."""
         generate, tokenizer = self._conf.generate, model.blueprint.tokenizer
         stop_ids = find_stop_ids(loaded, tokenizer, self._templates[model.name].end_of_turn)
@@ -171,19 +171,26 @@ def _finish(ids: list[int], decode: Callable[[list[int]], str], stop: Sequence[s
     return Answer(text[: min(ends)] if ends else text, bool(ends) or ids[-1] in stop_ids).stripped()
 
 
-def _find_models(conf: RunConf) -> Iterator[_Model]:
+def find_models(conf: RunConf) -> list[LocalModel]:
+    """Return the models that answer in this process; no weights are loaded.
+
+    Raises:
+        ConfigError: a model does not exist, or a run is not finished.
+    """
+    found = []
     if not conf.generate.models:
         adapter = f" with {conf.model.adapter}" if conf.model.adapter else ""
-        yield _Model(f"{conf.model.model_name_or_path}{adapter}", _draw(conf, conf.model))
+        found.append(LocalModel(f"{conf.model.model_name_or_path}{adapter}", _draw(conf, conf.model)))
     for name in conf.generate.models:
         path = Path(name).expanduser()
         if (path / "status.json").exists():
             check_finished(path)
             run = read_run_conf(path)
-            yield _Model(name, _draw(run, run.model), path)
+            found.append(LocalModel(name, _draw(run, run.model), path))
         else:
             model = replace(conf.model, model_name_or_path=name, revision=None, gguf_file=None, adapter=None)
-            yield _Model(name, _draw(conf, model))
+            found.append(LocalModel(name, _draw(conf, model)))
+    return found
 
 
 def _draw(conf: RunConf, model: ModelConf) -> Blueprint:

@@ -221,12 +221,12 @@ def test_mistakes_end_the_command_in_lines(capsys: pytest.CaptureFixture[str]) -
 def test_the_default_model_answers_as_generate_does() -> None:
     import torch
 
-    from dpo_runner.generate.local import LocalSampler
+    from dpo_runner.generate.local import find_models
     from dpo_runner.model.tokenizer import find_stop_ids
     from dpo_runner.training.answers.sampling import Sampling, sample_answers
 
     conf = load_conf(["model.dtype=float32"])
-    [model] = LocalSampler(conf)._models
+    [model] = find_models(conf)
     loaded, tokenizer = model.load(), model.blueprint.tokenizer
     stop_ids = find_stop_ids(loaded, tokenizer)
     turns = [[{"role": "user", "content": text}] for text in ("Say yes.", PROMPTS[0])]
