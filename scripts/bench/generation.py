@@ -22,7 +22,8 @@ with quiet_imports():
     import torch
 
     from dpo_runner.data.prompts import read_prompts
-    from dpo_runner.generate.local import LocalSampler
+    from dpo_runner.data.templates.chat_template import ChatTemplate
+    from dpo_runner.generate.local import find_models
     from dpo_runner.training.answers.sampling import Sampling, derive_seed, sample_answers
 
 OURS, EACH, SEVERAL = "ours", "loop, one answer a call", "loop, all answers of a prompt a call"
@@ -52,9 +53,8 @@ def main() -> None:
             speeds[side].append(tokens / (time.perf_counter() - begun))
             print(f"round {number + 1}: {side}: {speeds[side][-1]:.1f} tokens/s", flush=True)
     print(f"\n{describe_machine()}\n")
-    print(
-        "| side | tokens/s, median | least | most | ours is faster, median | least | most |\n|---|---|---|---|---|---|---|"
-    )
+    print("| side | tokens/s, median | least | most | ours is faster, median | least | most |")
+    print("|---|---|---|---|---|---|---|")
     for side, values in speeds.items():
         ratios = [ours / other for ours, other in zip(speeds[OURS], values, strict=True)]
         figures = [statistics.median(values), min(values), max(values)]
@@ -66,10 +66,9 @@ def main() -> None:
 def _build_sides(overrides: list[str], args: argparse.Namespace) -> dict[str, Callable[[int, int], int]]:
     """Return the sides by name; each answers so many prompts with so many tokens, and returns the number of tokens."""
     conf = load_conf(overrides)
-    sampler = LocalSampler(conf)
-    [model] = sampler._models
+    [model] = find_models(conf)
     loaded: Any = model.load()
-    template = sampler._templates[model.name]
+    template = ChatTemplate(model.blueprint.tokenizer)
     prompts = [template.render_prompt(prompt.messages) for prompt in read_prompts(conf.data).prompts]
     pad = model.blueprint.tokenizer.pad_token_id
 
