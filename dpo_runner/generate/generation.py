@@ -1,6 +1,6 @@
 """One generation: from prompts and a reward to scored answers that `data=local_file` reads.
 
-reward -> prompts -> models -> plan | folder -> sample -> collect -> score -> pair -> write
+reward -> prompts -> models | folder -> plan -> sample -> collect -> score -> pair -> write
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from dpo_runner.config.rules.generate import used_terms
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.data.prompts import Prompts, read_prompts
 from dpo_runner.errors import ConfigError
-from dpo_runner.generate.ledger import Ledger, LeftOut, Work, check_settings, open_ledger
+from dpo_runner.generate.ledger import LeftOut, Work, open_ledger
 from dpo_runner.generate.local import LocalSampler
 from dpo_runner.generate.report import Summary, build_page, summarize
-from dpo_runner.generate.scoring import build_row, collect, count_scores, make_pairs, score
+from dpo_runner.generate.scoring import build_row, collect, count_steps, make_pairs, score
 from dpo_runner.generate.served import ServedSampler
 from dpo_runner.io.console import RunConsole, count_progress, open_terminal
 from dpo_runner.io.files import find_fresh_folder, write_json, write_lines, write_text
@@ -58,22 +58,21 @@ def generate(conf: RunConf, console: Console | None = None) -> dict[str, Any] | 
     settings = _describe_settings(conf, sampler)
     folder = find_fresh_folder(Path("outputs/generated"))
     folder = folder if conf.generate.dir is None else Path(conf.generate.dir).expanduser()
-    check_settings(folder, settings)
     asked_for = len(prompts.prompts) * len(sampler.models) * conf.generate.num_answers
     left_out = LeftOut(asked_for, conf.generate.max_bad_fraction)
-    work = sampler.plan(prompts.prompts, Ledger(folder), left_out)
-    screen.show_plan(_describe_plan(conf, sampler, prompts, left_out, work, reward, folder))
-    if conf.dry_run:
-        return None
+    with open_ledger(folder, settings, only_read=conf.dry_run) as ledger:
+        work = sampler.plan(prompts.prompts, ledger, left_out)
+        screen.show_plan(_describe_plan(conf, sampler, prompts, left_out, work, reward, folder))
+        if conf.dry_run:
+            return None
 
-    # ---- Sample what is missing; each answer is on disk as soon as it is there
-    with open_ledger(folder, settings) as ledger:
+        # ---- Sample what is missing; each answer is on disk as soon as it is there
         with count_progress(screen.console, "sampling answers", work.answers) as progress:
             sampler.sample(ledger, left_out, progress)
 
         # ---- Score; kept scores are not computed or paid for again
         candidates = collect(prompts.prompts, sampler.models, ledger, conf, left_out)
-        with count_progress(screen.console, "scoring answers", count_scores(candidates, reward)) as progress:
+        with count_progress(screen.console, "scoring answers", count_steps(candidates, reward)) as progress:
             scored = score(candidates, reward, left_out, progress)
         if not scored:
             raise ConfigError(f"no prompt of {len(prompts.prompts):,} has two scored answers; see generate.on_cut_off")

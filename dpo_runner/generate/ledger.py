@@ -55,13 +55,14 @@ class Ledger:
 
     Args:
         folder: the generation's folder; need not exist.
+        repair: whether to repair a file that a kill has damaged; only with the folder's lock.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file is damaged otherwise.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file, self._lock = JsonLines(folder / _ANSWERS), threading.Lock()
+    def __init__(self, folder: Path, repair: bool = False) -> None:
+        self._file, self._lock = JsonLines(folder / _ANSWERS, repair), threading.Lock()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
         for record in self._file.records:
             self._add(record)
@@ -87,18 +88,22 @@ class Ledger:
 
 
 @contextmanager
-def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
+def open_ledger(folder: Path, settings: dict[str, Any], only_read: bool = False) -> Iterator[Ledger]:
     """Open a generation's folder for one process, and check that its answers were sampled with the same settings.
 
     Args:
         folder: created if it does not exist.
         settings: everything that answers depend on beside their prompts, as JSON values by their keys.
+        only_read: write nothing, and do not wait for a process that is at work there.
 
     Raises:
         ConfigError: the folder cannot be written to, holds something else, is in use, or was begun with other settings.
     """
     key = f"`generate.dir={folder}`"
     check_settings(folder, settings)
+    if only_read:
+        yield Ledger(folder)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / _LOCK).open("a")
@@ -109,7 +114,7 @@ def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
             raise ConfigError(f"{key}: another process is at work there; wait for it, or use another folder")
         if not (folder / _SETTINGS).exists():
             write_json(folder / _SETTINGS, settings)
-        yield Ledger(folder)
+        yield Ledger(folder, repair=True)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

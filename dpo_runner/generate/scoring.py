@@ -1,7 +1,8 @@
 """Scored rows from answers: what can be used of them, their rewards, and the pairs that they make."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_runner.config.run_conf import RunConf
@@ -32,9 +33,9 @@ class Candidates:
     models: list[str]
     scores: list[Score] = field(default_factory=list)
 
-    def different(self) -> list[str]:
-        """Return the different texts, in order."""
-        return list(dict.fromkeys(answer.text for answer in self.answers))
+    def ask(self) -> Answered:
+        """Return what is to be scored: each different text once."""
+        return Answered(self.prompt.messages, list(dict.fromkeys(answer.text for answer in self.answers)))
 
 
 def collect(
@@ -67,9 +68,9 @@ def collect(
     return found
 
 
-def count_scores(candidates: Sequence[Candidates], reward: Reward) -> int:
+def count_steps(candidates: Sequence[Candidates], reward: Reward) -> int:
     """Return how often `score` counts progress."""
-    return sum(len(one.different()) for one in candidates) * len(reward.terms)
+    return reward.count_steps([one.ask() for one in candidates])
 
 
 def score(
@@ -80,15 +81,16 @@ def score(
     Raises:
         RunError: too many answers cannot be scored, or a judge's endpoint cannot be used.
     """
-    told = set[tuple[str, str]]()
+    soon, lost = replace(left_out, found=list(left_out.found)), Counter[int]()
 
     def watch(number: int, error: RowError | None) -> None:
+        """Stop as soon as too many answers are lost; comparisons that fail may be more than the answers they cost."""
         progress(1)
-        if error is not None:
-            told.add((candidates[number].prompt.where, str(error)))
-            left_out.add(candidates[number].prompt, error)
+        if error is not None and lost[number] < len(candidates[number].answers):
+            lost[number] += 1
+            soon.add(candidates[number].prompt, error)
 
-    answered = [Answered(one.prompt.messages, one.different()) for one in candidates]
+    answered = [one.ask() for one in candidates]
     for one, asked, scores in zip(candidates, answered, reward.score(answered, watch), strict=True):
         by_text = dict(zip(asked.answers, scores, strict=True))
         kept = []
@@ -96,8 +98,7 @@ def score(
             found = by_text[answer.text]
             if isinstance(found, Score):
                 kept.append((answer, model, found))
-            elif (one.prompt.where, str(found)) not in told:  # found only from all answers together
-                told.add((one.prompt.where, str(found)))
+            else:
                 left_out.add(one.prompt, found)
         one.answers, one.models = [answer for answer, *_ in kept], [model for _, model, _ in kept]
         one.scores = [found for *_, found in kept]

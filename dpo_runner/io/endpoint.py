@@ -56,11 +56,8 @@ class Endpoint:
         kept: str = "what is done is kept",
     ) -> None:
         self._section, self._url, self._key_env, self._timeout = section, base_url, api_key_env, timeout
-        self._interval, self._next, self._turn = (
-            60 / requests_per_minute if requests_per_minute else 0.0,
-            0.0,
-            threading.Lock(),
-        )
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._next, self._turn = 0.0, threading.Lock()
         self._kept, self._stopped = kept, threading.Event()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -77,8 +74,10 @@ class Endpoint:
         try:
             choices = list(json.loads(reply)["choices"])
             for choice in choices:
-                content = choice["message"].get("content") or ""
-                choice["message"]["content"] = self._hide_key(content)
+                content = choice["message"].get("content")
+                if not isinstance(content, str | None):
+                    raise TypeError
+                choice["message"]["content"] = self._hide_key(content or "")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             choices = []
         if choices:
@@ -96,7 +95,7 @@ class Endpoint:
             try:
                 return self._post_once(body)
             except urllib.error.HTTPError as error:
-                if error.code != 429 and error.code < 500:
+                if error.code not in (408, 429) and error.code < 500:
                     raise self._refusal(error) from None
                 asked = error.headers.get("Retry-After", "")
                 reason, least = f"HTTP {error.code} {error.reason}", float(asked) if asked.isdigit() else 0.0

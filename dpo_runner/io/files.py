@@ -152,12 +152,13 @@ class JsonLines:
 
     Args:
         path: the file. A last line cut off by a kill is dropped.
+        repair: whether to drop such a line in the file too; not while another process may write to it.
 
     Raises:
         RunError: any other line is not JSON.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, repair: bool = True) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
         if not path.exists():
@@ -169,7 +170,7 @@ class JsonLines:
                 self.records.append(json.loads(line))
             except ValueError:
                 raise RunError(f"{path}:{number}: is no JSON; delete the file to have its work done again") from None
-        if cut:
+        if cut and repair:
             self.keep(len(self.records))
 
     def keep(self, count: int) -> None:

@@ -214,7 +214,7 @@ def test_a_judge_that_fails_or_cannot_be_read_costs_that_answer_its_score(endpoi
     watched: list[Any] = []
     reasons = ["the judge failed", "the judge's reply cannot be read"]
     assert totals(judge(endpoint), BOTH, watched) == [[5, reasons[0]], [reasons[1]]]
-    assert sorted(watched, key=str) == [(0, "the judge failed"), (0, None), (1, None)]
+    assert sorted(watched, key=str) == [(0, reasons[0]), (0, None), (1, reasons[1])]
     endpoint.refuse = lambda body: None
     endpoint.requests.clear()
     assert totals(judge(endpoint)) == [[5, 5], [reasons[1]]]  # only the failed request is made again

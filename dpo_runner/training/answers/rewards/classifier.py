@@ -45,6 +45,9 @@ class ClassifierTerm:
         scorer = [self._source, conf.revision, conf.dtype, self._label, self._longest, stats]
         self._kept = ScoreStore("reward_model", *scorer)
 
+    def count_steps(self, answered: Sequence[Answered]) -> int:
+        return sum(len(one.answers) for one in answered)
+
     def count_calls(self, answered: Sequence[Answered]) -> int:
         return 0
 

@@ -103,6 +103,9 @@ class JudgeTerm:
         self._replies = ScoreStore("judge", conf.mode, conf.model, instruction)
         self._pairwise, self._concurrency = conf.mode == "pairwise", conf.concurrency
 
+    def count_steps(self, answered: Sequence[Answered]) -> int:
+        return len(self._find_missing(answered))
+
     def count_calls(self, answered: Sequence[Answered]) -> int:
         return len(self._find_missing(answered))
 
@@ -136,37 +139,40 @@ class JudgeTerm:
 
         calls = [ask(number, texts) for number, texts in missing]
         for at, result in call_all(self._judge.endpoint, calls, self._concurrency):
+            number, texts = missing[at]
             if isinstance(result, RequestFailed):
-                failed[missing[at]] = RowError("the judge failed", str(result))
-            watch(missing[at][0], failed.get(missing[at]))
+                failed[number, texts] = RowError("the judge failed", str(result))
+                watch(number, failed[number, texts])
+            else:
+                found = self._read_reply(answered[number].messages, texts)
+                watch(number, found if isinstance(found, RowError) else None)
         return [
             [self._read(number, one, answer, failed) for answer in one.answers] for number, one in enumerate(answered)
         ]
 
     def _read(self, number: int, one: Answered, answer: str, failed: dict[Any, RowError]) -> float | RowError:
         """Return the score of an answer from the kept replies."""
-        others = [other for other in one.answers if other != answer]
-        asked = (
-            [texts for other in others for texts in ((answer, other), (other, answer))]
-            if self._pairwise
-            else [(answer,)]
-        )
+        size = 2 if self._pairwise else 1
+        asked = [texts for texts in permutations(one.answers, size) if answer in texts]
         points: list[float] = []
         for texts in asked:
             if (number, texts) in failed:
                 return failed[number, texts]
-            reply = self._replies.find(one.messages, *texts)
-            point = _read_comparison(reply, texts, answer) if self._pairwise else parse_rating(reply)
-            if point is None:
-                return RowError("the judge's reply cannot be read", repr(reply)[:80])
-            points.append(point)
+            point = self._read_reply(one.messages, texts)
+            if isinstance(point, RowError):
+                return point
+            points.append(point if texts[0] == answer else 1 - point)
         return sum(points) / len(points) if points else RowError("no other answer to compare with")
 
-
-def _read_comparison(reply: str, texts: tuple[str, ...], answer: str) -> float | None:
-    """Return 1 if the reply prefers `answer` of the two texts, else 0; None if it cannot be read."""
-    letter = parse_verdict(reply)
-    return None if letter is None else float(texts["AB".index(letter)] == answer)
+    def _read_reply(self, messages: list[Message], texts: tuple[str, ...]) -> float | RowError:
+        """Return the rating in a kept reply, or 1 if it prefers the first of two texts, else 0."""
+        reply = self._replies.find(messages, *texts)
+        if self._pairwise:
+            letter = parse_verdict(reply)
+            point = None if letter is None else float(letter == "A")
+        else:
+            point = parse_rating(reply)
+        return RowError("the judge's reply cannot be read", repr(reply)[:80]) if point is None else point
 
 
 def _read_prompt(path: str) -> str:

@@ -37,6 +37,10 @@ class Reward:
     terms: Mapping[str, Term]
     weights: Mapping[str, float]
 
+    def count_steps(self, answered: Sequence[Answered]) -> int:
+        """Return how often `score` calls `watch`."""
+        return sum(term.count_steps(answered) for term in self.terms.values())
+
     def count_calls(self, answered: Sequence[Answered]) -> int:
         """Return the number of requests to endpoints that scoring would take; kept scores take none."""
         return sum(term.count_calls(answered) for term in self.terms.values())
@@ -46,7 +50,8 @@ class Reward:
 
         Args:
             answered: prompts with their answers.
-            watch: called for each answer and term; an error that it raises ends the scoring.
+            watch: called for each answer and term, or for each reply of a judge; an error that it raises ends the
+                scoring.
         """
         by_term = {name: term.score(answered, watch) for name, term in self.terms.items()}
         return [

@@ -30,6 +30,9 @@ class Answered:
 class Term(Protocol):
     """A way to score answers."""
 
+    def count_steps(self, answered: Sequence[Answered]) -> int:
+        """Return how often `score` calls `watch`."""
+
     def count_calls(self, answered: Sequence[Answered]) -> int:
         """Return the number of requests to an endpoint that scoring would take."""
 

@@ -18,6 +18,9 @@ _VADER = "vaderSentiment"
 class _TextTerm(ABC):
     """A term that scores one answer at a time, without requests."""
 
+    def count_steps(self, answered: Sequence[Answered]) -> int:
+        return sum(len(one.answers) for one in answered)
+
     def count_calls(self, answered: Sequence[Answered]) -> int:
         return 0
 
