@@ -18,7 +18,7 @@ import pytest
 from dpo_runner.chat import main as chat
 from dpo_runner.compare.__main__ import main as compare
 from dpo_runner.errors import ConfigError
-from dpo_runner.io import locks
+from dpo_runner.io import files
 from dpo_runner.records.directory import RunDirectory, update_status
 from dpo_runner.records.reading import read_status
 from dpo_runner.records.resume import check_free
@@ -129,7 +129,7 @@ def test_who_holds_the_lock_keeps_it_though_it_asks(tmp_path: Path) -> None:
 def test_who_asks_does_not_keep_a_run_from_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check takes the lock for a moment; a claim in that moment is retried."""
     tried = []
-    lockf = locks.fcntl.lockf
+    lockf = files.fcntl.lockf
 
     def taken_once(file: object, operation: int) -> None:
         tried.append(operation)
@@ -137,7 +137,7 @@ def test_who_asks_does_not_keep_a_run_from_beginning(tmp_path: Path, monkeypatch
             raise BlockingIOError
         lockf(file, operation)
 
-    monkeypatch.setattr(locks.fcntl, "lockf", taken_once)
+    monkeypatch.setattr(files.fcntl, "lockf", taken_once)
     with RunDirectory(tmp_path / "r").claim():
         assert len(tried) == 2
 
@@ -148,7 +148,7 @@ def test_where_no_file_can_be_locked_a_run_goes_on(tmp_path: Path, monkeypatch: 
     def refuse(*args: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     directory = RunDirectory(tmp_path / "r")
     with directory.claim():
         directory.write_status("running")
