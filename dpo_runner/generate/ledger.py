@@ -11,6 +11,7 @@ from typing import Any
 from dpo_runner.data.prompts import Prompt
 from dpo_runner.errors import ConfigError, RowError, RunError, reason_of
 from dpo_runner.io.files import JsonLines, lock, write_json
+from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.reading import read_object
 
 _SETTINGS, _ANSWERS, _LOCK = "sampling.json", "answers.jsonl", ".lock"
@@ -132,7 +133,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     before = read_object(folder / _SETTINGS)
     mistakes = [
         f"`{key}={value}`: the answers in {folder} were sampled with {before.get(key)}; use another generate.dir"
-        for key, value in settings.items()
+        for key, value in mask_secrets(settings).items()  # as they were written
         if before.get(key) != value
     ]
     if mistakes:

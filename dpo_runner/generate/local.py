@@ -1,13 +1,14 @@
 """Answers of models in this process, in batches of prompts of similar length."""
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.config.sections.model import LoraConf, ModelConf
 from dpo_runner.data.prompts import Prompt
 from dpo_runner.data.templates.chat_template import ChatTemplate
@@ -76,10 +77,21 @@ class LocalSampler:
     def describe(self) -> dict[str, Any]:
         """Return what the answers depend on beside the settings of `generate`."""
         conf = self._conf
+        model = {f"model.{name}": getattr(conf.model, name) for name in ("revision", "adapter_mode", "chat_template")}
+        runs = {
+            f"the result of {model.name}": hashlib.sha256((model.run_dir / "summary.json").read_bytes()).hexdigest()[
+                :12
+            ]
+            for model in self._models
+            if model.run_dir is not None
+        }
         return {
             "generate.batch_size": conf.generate.batch_size,
             "data.system_prompt": conf.data.system_prompt,
+            "quant": None if conf.quant is None else config_keys(conf.quant),
+            **model,
             "model.dtype": [str(model.blueprint.dtype).removeprefix("torch.") for model in self._models],
+            **runs,
         }
 
     def plan(self, prompts: Sequence[Prompt], ledger: Ledger, left_out: LeftOut) -> Work:

