@@ -78,7 +78,8 @@ def count_progress(console: Console, what: str, total: int) -> Iterator[Callable
     """Show how many of `total` things are done and the time left: a bar, or a line now and then without a terminal.
 
     Yields:
-        A function that counts so many more; the first count of 0 or more before any work is what was done already.
+        A function that counts so many more. The time left is estimated from what comes after its first call, which may
+        count what an earlier program has done.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -86,18 +87,16 @@ def count_progress(console: Console, what: str, total: int) -> Iterator[Callable
             task = progress.add_task(escape(visible(what)), total=total)
             yield lambda count: progress.advance(task, count)
         return
-    started = told = time.monotonic()
-    done = before = 0
+    done, first, told = 0, (0.0, 0), time.monotonic()
 
     def count(more: int) -> None:
-        nonlocal done, before, told
-        done += more
-        if done == more:
-            before = more
-        now = time.monotonic()
-        if now - told > _SECONDS_BETWEEN_REPORTS and done > before:
+        nonlocal done, first, told
+        done, now = done + more, time.monotonic()
+        if first == (0.0, 0):
+            first = now, done
+        elif now - told > _SECONDS_BETWEEN_REPORTS and done > first[1]:
             told = now
-            left = (total - done) * (now - started) / (done - before)
+            left = (total - done) * (now - first[0]) / (done - first[1])
             console.print(f"{escape(visible(what))}: {done:,} of {total:,}, {format_clock(left)} left", soft_wrap=True)
 
     yield count

@@ -85,7 +85,7 @@ class Endpoint:
         raise self._error("its reply has no choices[0].message.content; is it an OpenAI-compatible API?", RequestFailed)
 
     def stop(self) -> None:
-        """End the waits between retries; requests under way are not aborted."""
+        """Make no more requests, and end the waits between retries; requests under way are not aborted."""
         self._stopped.set()
 
     def _post(self, body: bytes) -> bytes:
@@ -112,14 +112,17 @@ class Endpoint:
         )
 
     def _await_turn(self) -> None:
-        """Wait until the rate limit allows a request."""
-        if not self._interval:
-            return
+        """Wait until the rate limit allows a request.
+
+        Raises:
+            RequestFailed: no more requests are wanted.
+        """
         with self._turn:
             now = time.monotonic()
             start = max(now, self._next)
             self._next = start + self._interval
-        self._stopped.wait(start - now)
+        if self._stopped.wait(start - now):
+            raise self._error("no more requests are made", RequestFailed)
 
     def _post_once(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}

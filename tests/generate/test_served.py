@@ -115,6 +115,14 @@ def test_an_endpoint_that_refuses_everything_ends_the_command(endpoint: Endpoint
     assert len(endpoint.requests) <= 5  # those under way
 
 
+def test_a_prompt_under_way_is_not_asked_for_the_rest_of_its_answers_then(endpoint: Endpoint) -> None:
+    endpoint.reply, endpoint.delay = lambda body: ["one"], 0.02
+    endpoint.refuse = lambda body: 401 if asked(body) == "Who?" else None
+    with pytest.raises(RunError, match="HTTP 401"):
+        generate(load_conf(ask(endpoint, "generate.num_answers=50", "generate.endpoint.concurrency=2")))
+    assert len(endpoint.requests) < 10
+
+
 def test_requests_at_a_time_and_their_rate(endpoint: Endpoint) -> None:
     endpoint.delay = 0.1
     generate(load_conf(ask(endpoint, "generate.endpoint.concurrency=3")))

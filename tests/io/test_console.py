@@ -13,7 +13,8 @@ from rich.console import Console
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.errors import RunError
-from dpo_runner.io.console import RunConsole
+from dpo_runner.io import console as module
+from dpo_runner.io.console import RunConsole, count_progress
 from dpo_runner.io.exits import report
 from dpo_runner.io.streams import Guarded, put
 from dpo_runner.records.reading import read_status
@@ -143,3 +144,15 @@ def test_the_last_lines_can_be_typed_as_they_are(capsys: pytest.CaptureFixture[s
     assert evaluate == "evaluate    python -m dpo_runner.evaluate 'run two'"
     assert export == "export      python -m dpo_runner.export 'run two' --out DIR"
     assert upload == "upload      wandb sync 'run two/wandb'"
+
+
+def test_progress_without_a_terminal_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    told = io.StringIO()
+    with count_progress(Console(file=told), "answers", 100) as count:
+        count(40)  # by an earlier program
+        for _ in range(4):
+            now[0] += 8
+            count(5)
+    assert told.getvalue().splitlines() == ["answers: 50 of 100, 1:20 left", "answers: 60 of 100, 1:04 left"]
