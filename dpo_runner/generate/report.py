@@ -157,7 +157,8 @@ def build_page(summary: Summary, facts: dict[str, str]) -> str:
 def _plot_histogram(heading: str, values: Floats, colour: str, unit: str, of: str) -> Plot:
     import plotly.graph_objects as go
 
-    counts, edges = np.histogram(values, bins=min(_BINS, max(1, len(np.unique(values)))))
+    bins = max(1, min(_BINS, len(np.unique(values)), 5 + len(values) // 10))
+    counts, edges = np.histogram(values, bins=bins)
     figure = go.Figure(
         go.Bar(
             x=((edges[:-1] + edges[1:]) / 2).tolist(),

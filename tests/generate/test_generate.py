@@ -1,6 +1,7 @@
 """A generation in this process: rows, resuming, what is left out, the report, and a run that trains on the rows."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dpo_runner.errors import ConfigError, RunError
 from dpo_runner.generate import local
 from dpo_runner.generate.__main__ import main
 from dpo_runner.generate.generation import generate
+from tests.support.browser import open_page
 from tests.support.common import real_model_dtype, run_main
 
 TINY = ["model=tiny_random", "generate.max_new_tokens=8", "generate.dir=out", "generate.max_bad_fraction=0.5"]
@@ -189,7 +191,7 @@ def test_answers_that_are_cut_off_may_be_left_out() -> None:
         generate(load_conf(ask("generate.on_cut_off=drop", "generate.max_new_tokens=1")))
 
 
-def test_the_report_holds_answers_as_inert_text(use_function: Callable[[str], list[str]]) -> None:
+def test_the_report_holds_answers_as_inert_text(use_function: Callable[[str], list[str]], tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     generate(load_conf([*ask(prompts=[f"Say {evil}", *PROMPTS]), *use_function("return len(answer)")]))
     page = Path("out/report.html").read_text()
@@ -197,6 +199,9 @@ def test_the_report_holds_answers_as_inert_text(use_function: Callable[[str], li
     for words in ("scored answers", "Best minus worst score of a prompt", "Length and score", "prompts.jsonl:1"):
         assert words in page
     assert page.count("data-figure=") == 3
+    dom, complaints = open_page(page, tmp_path)
+    assert complaints == [] and evil not in dom
+    assert len(re.findall(r'<div class="plot js-plotly-plot".*?<svg class="main-svg"', dom, flags=re.DOTALL)) == 3
 
 
 def test_a_texts_that_would_be_read_as_messages_stays_a_text() -> None:
