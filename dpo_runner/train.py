@@ -133,7 +133,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
         session.say(f"continuing from {checkpoint}")
     trained = trainer.train_to_end(checkpoint)
     session.say("measuring the tuned model")
-    after = measure_model(trainer, data, conf)
+    after = measure_model(trainer, data, conf, before)
 
     # ---- Save the result
     peak, model = max(gather(measure_peak_memory(settled.args.device))), trainer.make_whole()

@@ -40,6 +40,9 @@ METRICS = (
     Metric("eval_logits/rejected", "logits of rejected answers"),
     Metric("eval_entropy", "entropy"),
     Metric("eval_mean_token_accuracy", "token accuracy", None, MAXIMIZE),
+    Metric("eval_reward", "reward of sampled answers", "reward", MAXIMIZE),
+    Metric("eval_reward_win_rate", "share of sampled answers better than before", None, MAXIMIZE),
+    Metric("eval_reward_kl", "KL of sampled answers to the reference (nats)", None, MINIMIZE),
     Metric("response_tokens", "tokens per answer", "tokens"),
     Metric("responses_at_cap", "answers cut off at their limit"),
     Metric("evaluation/reward_accuracy", "reward accuracy", None, MAXIMIZE),
@@ -68,7 +71,10 @@ METRICS = (
 KEY_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
 """The metrics that a sweep shows for each job."""
 
-BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "response_tokens")
+OF_SAMPLES = ("eval_reward", "eval_reward_win_rate", "eval_reward_kl")
+"""Metrics of sampled answers, which are measured before and after training alone."""
+
+BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", *OF_SAMPLES, "response_tokens")
 """The metrics that a run shows before and after training."""
 
 _BY_KEY = {metric.key: metric for metric in METRICS}
@@ -119,7 +125,8 @@ def mark_ties(figures: dict[str, Any], step: int, model: ModelConf, first_update
 
 def evaluation_keys() -> list[str]:
     """Return the names of a run's evaluation metrics, without the prefix `eval_`."""
-    return [metric.key.removeprefix("eval_") for metric in METRICS if metric.key.startswith("eval_")]
+    names = (metric.key for metric in METRICS if metric.key not in OF_SAMPLES)
+    return [name.removeprefix("eval_") for name in names if name.startswith("eval_")]
 
 
 def check_metric(name: str, sources: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
 
 _ADDED = (
     *("drop_columns", "roles", "max_length_difference", "max_similarity"),
-    *("launch", "processes", "parallelism_config"),
+    *("launch", "processes", "parallelism_config", "reward"),
 )
 """Keys that earlier versions lack."""
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")

@@ -77,7 +77,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         callbacks: Sequence[TrainerCallback],
         say: Say,
     ) -> None:
-        self._reference, self._identity = blueprint.reference, _identify_reference(blueprint)
+        self.reference, self._identity = blueprint.reference, _identify_reference(blueprint)
         self._loaded = _copy_trained(policy.model)
         self._is_reference_set, self._is_divided = False, bool(conf.training.fsdp)
         self.attention = find_attention(policy.model.config)
@@ -115,8 +115,8 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
         open_head(self.model)
         if self.ref_model is None:
             complete_reference(self.model, self._loaded)
-            if self._reference.is_within and not self._is_reference_set:
-                put_reference(self.model, self._reference.folder)
+            if self.reference.is_within and not self._is_reference_set:
+                put_reference(self.model, self.reference.folder)
             self._is_reference_set = True
 
     def _initialize_eva(self) -> None:
@@ -160,7 +160,7 @@ class RunTrainer(TimedEvaluation, FiniteSteps, SealedCheckpoints, TokenBatches, 
             self.precompute_ref_logps, self.ref_model = True, None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if self._reference.is_stored:
+        if self.reference.is_stored:
             return dataset  # the engine adds the stored log-probabilities
         self._set_reference()  # TRL calls this from its constructor
         return super()._precompute_ref_logps(dataset, name, batch_size)

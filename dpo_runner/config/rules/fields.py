@@ -65,6 +65,7 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.num_prompts", 0, True, None, False),
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),
+    ("samples.reward", 0, True, None, False),
     ("judge.timeout", 0, False, None, False),
     ("generate.num_answers", 1, True, None, False),
     ("generate.temperature", 0, True, None, False),

@@ -34,6 +34,10 @@ def check_generate(conf: RunFields) -> Iterator[str]:
         )
     if generate.temperature == 0 and generate.top_p != 1:
         yield f"`generate.top_p={generate.top_p:g}`: has no effect with generate.temperature=0; leave it out"
+    if conf.samples.reward and not used_terms(reward):
+        yield f"`samples.reward={conf.samples.reward}`: needs what scores the answers, such as reward=length"
+    if conf.samples.reward and not conf.samples.num_prompts:
+        yield f"`samples.reward={conf.samples.reward}`: needs prompts; use samples.num_prompts=24"
     for name, term in used_terms(reward).items():
         if name in _NEEDED and getattr(term, _NEEDED[name]) is None:
             key = f"reward.{name}.{_NEEDED[name]}"

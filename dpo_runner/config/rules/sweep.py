@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from dpo_runner.config.metrics import METRICS, direction_of, evaluation_keys
+from dpo_runner.config.metrics import METRICS, OF_SAMPLES, direction_of, evaluation_keys
 from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, may_have_evaluation
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.sweep import SearchConf, SweepConf
@@ -29,7 +29,7 @@ def read_direction(search: SearchConf) -> str | None:
 def list_objectives(conf: RunFields) -> list[str]:
     """Return the metrics that a run's summary has of the tuned model."""
     sources = [f"{name}_" for name in conf.data.sources] if len(conf.data.sources) > 1 else []
-    answers = _ANSWERS if conf.samples.num_prompts else ()
+    answers = (*_ANSWERS, *(OF_SAMPLES if conf.samples.reward else ())) if conf.samples.num_prompts else ()
     return [*(f"eval_{source}{name}" for source in ["", *sources] for name in evaluation_keys()), *answers]
 
 
@@ -65,7 +65,7 @@ def check_search(conf: RunFields) -> Iterator[str]:
         yield f"`{where}startup_trials={search.startup_trials}`: is read by sampler=tpe and pruner=median alone"
     if search.pruner is None and "warmup_steps" in changed:
         yield f"`{where}warmup_steps={search.warmup_steps}`: is read by a pruner; add {where}pruner=median"
-    if search.pruner is not None and not search.objective.startswith("eval_"):
+    if search.pruner is not None and (search.objective in OF_SAMPLES or not search.objective.startswith("eval_")):
         yield f"`{where}pruner={search.pruner}`: {search.objective} is measured once, at the end; leave the pruner out"
     elif search.pruner is not None and conf.training.eval_strategy == "no":
         yield f"`{where}pruner={search.pruner}`: needs evaluations within the run (training.eval_strategy=steps)"

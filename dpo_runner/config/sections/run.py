@@ -97,6 +97,9 @@ class SamplesConf:
     """Length limit of an answer in tokens."""
     show: int = 3
     """Number of answers printed side by side at the end."""
+    reward: int = 0
+    """Number of answers sampled to each of these prompts, before and after training, and scored by the group `reward`
+    (`eval_reward` in summary.json); 0: none."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData, SamplePrompt
 from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
+from dpo_runner.training.answers.rewarded import Rewards, measure_reward
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
 from dpo_runner.training.ranks.group import count, gather, rank
@@ -28,14 +29,24 @@ _NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|n
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model's evaluation metrics and its answers to the sample prompts."""
+    """A model's metrics, its greedy answers to the sample prompts, and the rewards of its sampled ones."""
 
     metrics: dict[str, Any]
     answers: list[dict[str, Any]]
+    rewards: Rewards
 
 
-def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> Measurement:
-    """Evaluate the current policy and generate its answers to the sample prompts."""
+def measure_model(
+    trainer: RunTrainer, data: PreferenceData, conf: RunConf, before: Measurement | None = None
+) -> Measurement:
+    """Evaluate the current policy, and generate and score its answers to the sample prompts.
+
+    Args:
+        trainer: has the policy.
+        data: has evaluation rows and prompts.
+        conf: the run's configuration.
+        before: what was measured before training.
+    """
     metrics: dict[str, Any] = {}
     if data.eval is not None:
         metrics = {key: value for key, value in _evaluate(trainer).items() if not _NO_RESULT.search(key)}
@@ -49,7 +60,11 @@ def measure_model(trainer: RunTrainer, data: PreferenceData, conf: RunConf) -> M
     batches = [[part[start : start + batch_size] for start in range(0, len(part), batch_size)] for part in parts]
     turns = zip_longest(*batches, fillvalue=[])
     answers = [answer for turn in turns for batch in turn for answer in batch]
-    return Measurement({**metrics, **summarize_answers(answers)}, answers)
+    metrics |= summarize_answers(answers)
+    if not (conf.samples.reward and data.prompts):
+        return Measurement(metrics, answers, [])
+    figures, rewards = measure_reward(trainer, data, conf, None if before is None else before.rewards)
+    return Measurement(metrics | figures, answers, rewards)
 
 
 def _mixes_dtypes(model: torch.nn.Module) -> bool:
