@@ -1,12 +1,15 @@
 """The reward of sampled answers in a run, and as what a search improves."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_runner import load_conf, run
+from dpo_runner.config.rules.sweep import list_objectives, read_direction
+from dpo_runner.config.sections.sweep import SearchConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.result import load_tuned_model, score_texts, untuned
 from dpo_runner.records.reading import read_summary
@@ -67,19 +70,18 @@ def test_a_reward_that_cannot_be_measured_is_refused_before_training(tmp_path: P
         ("samples.reward=2",): "`samples.reward=2`: needs what scores the answers, such as reward=length",
         ("samples.reward=2", "reward=length", "samples.num_prompts=0"): "`samples.reward=2`: needs prompts",
         ("samples.reward=-1", "reward=length"): "`samples.reward=-1`: must be",
-        ("sweep.search.sampler=tpe", "sweep.search.objective=eval_reward"): "objective=eval_reward`: no such metric",
-        (
-            *("samples.reward=2", "reward=length", "sweep.search.sampler=tpe", "sweep.search.pruner=median"),
-            "sweep.search.objective=eval_reward",
-        ): "pruner=median`: eval_reward is measured once",
         ("training.load_best_model_at_end=true", "training.metric_for_best_model=eval_reward"): "no evaluation has it",
+        ("samples.reward=2", "reward=function", "reward.function.name=absent_module:score"): "absent_module",
     }.items():
         with pytest.raises(ConfigError, match=told):
             run(load_conf([*tiny, *further]))
-    load_conf(
-        [*tiny, "samples.reward=2", "reward=length", "sweep.search.sampler=tpe", "sweep.search.objective=eval_reward"]
-    )
-    missing = ["samples.reward=2", "reward=function", "reward.function.name=absent_module:score"]
-    with pytest.raises(ConfigError, match="absent_module"):
-        run(load_conf([*tiny, *missing]))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_search_can_improve_the_reward_if_it_is_measured() -> None:
+    measured = load_conf(["samples.reward=2", "reward=length"])
+    assert "eval_reward" in list_objectives(measured) and "eval_reward" not in list_objectives(load_conf([]))
+    assert read_direction(SearchConf(objective="eval_reward")) == "maximize"
+    pruned = SearchConf(sampler="tpe", pruner="median", objective="eval_reward")
+    with pytest.raises(ConfigError, match="pruner=median`: eval_reward is measured once, at the end"):
+        replace(measured, sweep=replace(measured.sweep, search=pruned))
