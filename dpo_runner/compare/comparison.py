@@ -14,8 +14,9 @@ from dpo_runner.records.runs import RunRecord
 
 DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
 MARGIN = "eval_rewards/margins"
-DISTANCES = ("evaluation/kl_per_answer", "drift")
+DISTANCES = ("evaluation/kl_per_answer", "eval_reward_kl", "drift")
 """Metrics of the distance from the reference: measured KL, or else the shift of chosen answers (nats per answer)."""
+_TELLS_APART = "samples.reward=4 reward=NAME in the runs, and --objective eval_reward, may tell them apart"
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,17 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
 
 
 def _choose_distance(rows: list[Row], notes: list[str]) -> str:
-    """Return the measured distance if all finished rows have it, on the same data; else the drift."""
-    measured, drift = DISTANCES
+    """Return the first measured distance that all finished rows have, on the same data; else the drift."""
+    *measured, drift = DISTANCES
     evaluated = {
         run.fingerprints["evaluation"] for row in rows for run in row.counted if "evaluation" in run.fingerprints
     }
     if len(evaluated) > 1:
         notes.append("the evaluations are not of the same data and prompts; their figures cannot be compared")
-        return drift
+        measured.remove("evaluation/kl_per_answer")
     finished = [row for row in rows if row.finished and MARGIN in row.metrics]
-    return measured if finished and all(measured in row.metrics for row in finished) else drift
+    common = [name for name in measured if finished and all(name in row.metrics for row in finished)]
+    return common[0] if common else drift
 
 
 def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) -> Row:
@@ -232,7 +234,9 @@ def _rank(comparison: Comparison) -> None:
             why = (
                 "is the first by name" if best.value(comparison.distance) is None else "moved least from its reference"
             )
-            comparison.notes.append(f"{equal} are equally good by {objective.metric}; the one marked as best {why}")
+            advice = f"; {_TELLS_APART}" if objective.metric == DEFAULT_OBJECTIVE else ""
+            note = f"{equal} are equally good by {objective.metric}; the one marked as best {why}{advice}"
+            comparison.notes.append(note)
 
 
 def _mark_front(comparison: Comparison) -> None:

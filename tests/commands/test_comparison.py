@@ -103,7 +103,8 @@ def test_of_equally_good_runs_the_one_that_moved_least_is_best(tmp_path: Path) -
     comparison = compare(tmp_path)
     assert comparison.find_best_run().path.name == "b"
     assert comparison.notes == [
-        f"3 are equally good by {DEFAULT_OBJECTIVE}; the one marked as best moved least from its reference"
+        f"3 are equally good by {DEFAULT_OBJECTIVE}; the one marked as best moved least from its reference; "
+        "samples.reward=4 reward=NAME in the runs, and --objective eval_reward, may tell them apart"
     ]
 
 
@@ -129,6 +130,16 @@ def test_the_front_is_over_the_measured_kl_where_all_have_it(tmp_path: Path) -> 
     comparison = compare(tmp_path)
     assert comparison.distance == "evaluation/kl_per_answer"
     assert [row.name for row in comparison.rows if row.on_front] == ["b"]
+
+
+def test_the_front_is_over_the_kl_of_sampled_answers_where_all_have_it(tmp_path: Path) -> None:
+    for name, kl in (("a", 5.0), ("b", 3.0)):
+        path = write_run(tmp_path / name, margin=kl, training__loss_type=name) / "summary.json"
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps({**summary, "after": {**summary["after"], "eval_reward_kl": kl}}))
+    comparison = compare(tmp_path)
+    assert comparison.distance == "eval_reward_kl"
+    assert [row.name for row in comparison.rows if row.on_front] == ["a", "b"]
 
 
 def test_evaluations_on_other_data_are_not_compared(tmp_path: Path) -> None:
