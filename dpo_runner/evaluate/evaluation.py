@@ -14,10 +14,12 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluate.intervals import summarize_pairs, summarize_samples
 from dpo_runner.evaluate.judge import judge_answers, name_judge, summarize_verdicts
+from dpo_runner.evaluate.rewards import score_answers
 from dpo_runner.evaluate.settings import compose, is_foreign
 from dpo_runner.evaluate.work import Task, answer_prompts, load_compared, name_autocast, score_pairs
 from dpo_runner.io.console import FoldingTable, RunConsole, count_progress, open_terminal, visible
 from dpo_runner.io.files import JsonLines, write_json
+from dpo_runner.training.answers.rewards.reward import describe_reward
 from dpo_runner.training.memory.device import EVALUATION, watch_memory
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
     Args:
         run_dir: the run's directory. Results are written to its evaluations/<name>/, with a digest of what is
             evaluated as <name>: evaluation.json, pairs.jsonl, answers.jsonl and, with a judge, verdicts.jsonl.
-        overrides: overrides of the sections data, samples and judge, and of a few keys of training.
+        overrides: overrides of the sections data, samples, judge and reward, and of a few keys of training.
         console: the output for progress and results; None for the terminal.
 
     Returns:
@@ -55,7 +57,9 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = (), console: Console | No
         target = task.folder / "evaluation.json"
         result: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
         judge = name_judge(conf.judge) if conf.judge.base_url is not None else None
+        reward = describe_reward(conf.reward) if task.data.prompts else {}
         finished = bool(result) and (judge is None or result.get("judge", {}).get("name") == judge)
+        finished &= not reward or result.get("reward", {}).get("name") == reward
         if finished:
             console.print(escape(visible(f"{task.folder} is finished")))
         else:
@@ -120,6 +124,9 @@ def _measure(run_dir: Path, task: Task, tokenizer: "PreTrainedTokenizerBase", co
             verdicts = judge_answers(conf.judge, answers.records, done, progress)
         summary = summarize_verdicts(verdicts, answers.records, conf.seed)
         result["judge"] = {"name": name_judge(conf.judge), **summary}
+    if describe_reward(conf.reward) and prompts:
+        with count_progress(console, "scoring answers", 2 * len(prompts)) as progress:
+            result["reward"] = score_answers(conf, answers.records, progress)
     return result
 
 
@@ -131,7 +138,7 @@ def _advise_on_memory(conf: RunConf) -> str:
 
 def show_result(result: dict[str, Any], console: Console) -> None:
     """Print the content of evaluation.json as a table."""
-    evaluated, judge = result["evaluated"], result.get("judge", {})
+    evaluated, judge, reward = result["evaluated"], result.get("judge", {}), result.get("reward", {})
     which = "all pairs" if evaluated["split"] == "all" else "evaluation pairs"
     title = f"{evaluated['pairs']:,} {which} of {', '.join(evaluated['data'])}"
     table = FoldingTable("", title=escape(visible(title)), title_justify="left")
@@ -139,7 +146,7 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     table.add_column("95 % interval", justify="right")
     for metric in METRICS:
         key, label = metric.key.removeprefix("evaluation/"), metric.label
-        estimate = result.get(key) or judge.get(key)
+        estimate = result.get(key) or judge.get(key) or reward.get(key)
         if estimate is not None:
             known = estimate["low"] is not None
             bounds = f"{estimate['low']:.4g} to {estimate['high']:.4g}" if known else "one prompt: none"

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from dpo_runner.config.overrides import write_override
-from dpo_runner.config.rules.generate import used_terms
-from dpo_runner.config.run_conf import RunConf, config_keys
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.prompts import Prompts, read_prompts
 from dpo_runner.errors import ConfigError
 from dpo_runner.generate.ledger import LeftOut, Work, open_ledger
@@ -26,7 +25,7 @@ from dpo_runner.io.files import find_fresh_folder, write_json, write_lines, writ
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.io.version import __version__
 from dpo_runner.model.card.facts import PROVENANCE
-from dpo_runner.training.answers.rewards.reward import Reward, build_reward
+from dpo_runner.training.answers.rewards.reward import Reward, build_reward, describe_reward
 from dpo_runner.training.answers.rewards.term import Answered
 
 OUTPUT, REPORT, LEFT_OUT = "scored.jsonl", "report.html", "left_out.jsonl"
@@ -91,13 +90,6 @@ def _describe_settings(conf: RunConf, sampler: LocalSampler | ServedSampler) -> 
     return {"generate.models": sampler.models, **sampling, **sampler.describe()}
 
 
-def _describe_reward(conf: RunConf) -> dict[str, Any]:
-    """Return the terms of the reward and their settings, without addresses and keys."""
-    private = ("base_url", "api_key_env", "timeout", "concurrency", "requests_per_minute", "batch_size")
-    terms = {name: config_keys(term) for name, term in used_terms(conf.reward).items()}
-    return {name: {key: value for key, value in term.items() if key not in private} for name, term in terms.items()}
-
-
 def _describe_plan(
     conf: RunConf,
     sampler: LocalSampler | ServedSampler,
@@ -140,7 +132,7 @@ def _report(
     facts = {
         "prompts": ", ".join(prompts.files),
         "models": ", ".join(settings["generate.models"]),
-        "reward": ", ".join(f"{name} ({term['weight']:g})" for name, term in _describe_reward(conf).items()),
+        "reward": ", ".join(f"{name} ({term['weight']:g})" for name, term in describe_reward(conf.reward).items()),
         "pairs": conf.data.pairing,
     }
     write_text(folder / REPORT, build_page(summary, facts))
@@ -151,7 +143,7 @@ def _report(
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompts": prompts.files,
         "sampling": settings,
-        "reward": _describe_reward(conf),
+        "reward": describe_reward(conf.reward),
         "counts": summary.counts,
     }
     write_json(folder / PROVENANCE, provenance)

@@ -258,11 +258,13 @@ def _read_evaluation(run: RunRecord) -> dict[str, float]:
     if not files:
         return {}
     written = run.read_json(str(files[-1].relative_to(run.path)))
-    judge, evaluated = written.get("judge"), written.get("evaluated")
+    further, evaluated = [written.get(name) for name in ("judge", "reward")], written.get("evaluated")
     if isinstance(evaluated, dict):
         on = {key: evaluated.get(key) for key in ("data", "split", "pairs", "prompts_answered", "max_new_tokens")}
         run.fingerprints["evaluation"] = json.dumps(on)
-    estimates = {**written, **(judge if isinstance(judge, dict) else {})}
+    estimates = dict(written)
+    for part in further:
+        estimates |= part if isinstance(part, dict) else {}
     means = {key: to_number(value.get("mean")) for key, value in estimates.items() if isinstance(value, dict)}
     return {f"evaluation/{key}": mean for key, mean in means.items() if mean is not None}
 

@@ -16,6 +16,7 @@ from dpo_runner.evaluate import work as evaluation_work
 from dpo_runner.evaluate.__main__ import main
 from dpo_runner.evaluate.evaluation import evaluate
 from dpo_runner.records.reading import read_summary
+from dpo_runner.records.runs import read_runs
 from tests.support.common import ROWS, run_main
 
 FILES = ("pairs.jsonl", "answers.jsonl")
@@ -93,6 +94,21 @@ def test_kl_is_above_zero_for_one_that_has(runs: dict[str, Path]) -> None:
     assert result["kl_per_token"]["mean"] == pytest.approx(
         result["kl_per_answer"]["mean"] * len(tokens) / sum(tokens), rel=1e-6
     )
+
+
+def test_answers_are_scored_by_a_reward(runs: dict[str, Path]) -> None:
+    """By their lengths; another reward scores the answers that are there."""
+    more = ["samples.max_new_tokens=24", "training.per_device_eval_batch_size=8"]
+    for weight in (1, -2):
+        result = evaluate(runs["trained"], [*more, "reward=length", f"reward.length.weight={weight}"])["reward"]
+        records = [json.loads(line) for line in _answers(runs["trained"], 24)]
+        policy, reference = ([len(record[side]["text"]) for record in records] for side in ("policy", "reference"))
+        assert result["policy_reward"]["mean"] == pytest.approx(weight * sum(policy) / len(policy))
+        assert result["reference_reward"]["mean"] == pytest.approx(weight * sum(reference) / len(reference))
+        wins = [(a * weight > b * weight) + (a == b) / 2 for a, b in zip(policy, reference, strict=True)]
+        assert result["reward_win_rate"]["mean"] == pytest.approx(sum(wins) / len(wins))
+        assert result["name"]["length"]["weight"] == weight and result["left_out"] == 0
+    assert read_runs([runs["trained"]])[0][0].metrics["evaluation/policy_reward"] == result["policy_reward"]["mean"]
 
 
 def _answers(run_dir: Path, length: int) -> list[str]:

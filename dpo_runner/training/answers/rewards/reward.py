@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dpo_runner.config.rules.generate import used_terms
+from dpo_runner.config.run_conf import config_keys
 from dpo_runner.config.sections.generate import RewardConf
 from dpo_runner.errors import ConfigError, RowError
 from dpo_runner.training.answers.rewards.classifier import ClassifierTerm
@@ -66,6 +68,13 @@ class Reward:
                 return score
             terms[name] = score
         return Score(sum(self.weights[name] * score for name, score in terms.items()), terms)
+
+
+def describe_reward(conf: RewardConf) -> dict[str, Any]:
+    """Return the terms of a reward that have a weight, and their settings, without addresses and keys."""
+    private = ("base_url", "api_key_env", "timeout", "concurrency", "requests_per_minute", "batch_size")
+    terms = {name: config_keys(term) for name, term in used_terms(conf).items()}
+    return {name: {key: value for key, value in term.items() if key not in private} for name, term in terms.items()}
 
 
 def build_reward(conf: RewardConf) -> Reward:
