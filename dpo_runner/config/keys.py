@@ -224,9 +224,12 @@ def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
 def find_ignored(conf: RunFields, overrides: Sequence[str]) -> list[str]:
     """Return one line for each override of a run that has no effect in its configuration."""
     written = {text.lstrip("+").partition("=")[0] for text in overrides}
-    elsewhere = sorted(key for key in written if key.split(".")[0] in ("generate", "reward"))
+    readers = {"generate": "python -m dpo_runner.generate alone"}
+    if not conf.samples.reward:
+        readers["reward"] = "python -m dpo_runner.generate, and by a run with samples.reward=4"
+    elsewhere = {key: readers[key.split(".")[0]] for key in sorted(written) if key.split(".")[0] in readers}
     ignored = [f"{rule.key}: {rule.reason}" for rule in NO_OPS if rule.key in written and rule.applies(conf)]
-    return [*ignored, *(f"{key}: is read by python -m dpo_runner.generate alone" for key in elsewhere)]
+    return [*ignored, *(f"{key}: is read by {reader}" for key, reader in elsewhere.items())]
 
 
 def ignored_keys(conf: RunFields) -> frozenset[str]:

@@ -55,8 +55,10 @@ def test_runs_and_sweeps_do_not_change_with_these_sections() -> None:
     plain, other = load_conf([]), load_conf(["reward=length", "generate.num_answers=8"])
     assert digest_config(plain) == digest_config(other)
     assert digest_config(plain) != digest_config(load_conf(["data.max_similarity=0.9"]))
-    told = find_ignored(other, ["reward=length", "generate.num_answers=8", "training.beta=0.1"])
-    assert told == [
-        f"{key}: is read by python -m dpo_runner.generate alone" for key in ("generate.num_answers", "reward")
+    written = ["reward=length", "generate.num_answers=8", "training.beta=0.1"]
+    assert find_ignored(other, written) == [
+        "generate.num_answers: is read by python -m dpo_runner.generate alone",
+        "reward: is read by python -m dpo_runner.generate, and by a run with samples.reward=4",
     ]
+    assert len(find_ignored(load_conf(["reward=length", "samples.reward=1"]), written)) == 1
     assert "does not change what is computed" in str(find_no_op("reward.length.weight", [plain]))

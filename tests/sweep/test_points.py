@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.config.keys import NO_OPS
+from dpo_runner.config.keys import NO_OPS, find_no_op
 from dpo_runner.config.overrides import values_of
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.config.yaml_files import ConfigFiles
@@ -125,13 +125,13 @@ def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
             "training.sync_ref_model=true",
             "training.f_divergence_type=alpha_divergence",
             "training.use_liger_kernel=true",
-            "training.fsdp=full_shard",
             "training.optim=galore_adamw",
             "training.load_best_model_at_end=true",
             "training.save_steps=0.5",
         ]
     )
-    assert [rule.key for rule in NO_OPS if rule.applies(read)] == []
+    assert [rule.key for rule in NO_OPS if rule.applies(read)] == ["training.fsdp_config"]
+    assert find_no_op("training.fsdp_config", [load_conf(["distributed=fsdp2", "launch.processes=2"])]) is None
 
 
 def test_names_say_nothing_of_values() -> None:

@@ -78,7 +78,6 @@ MIN_LR = "training.lr_scheduler_type=cosine_with_min_lr"
         (["training.use_liger_kernel=true"], "`training.use_liger_kernel=True`: "),
         (["training.optim=galore_adamw"], "`training.optim=galore_adamw`: You need to install"),
         (["training.optim_args='betas=(0.9,0.99)'"], "`training.optim_args=betas=(0.9,0.99)`: "),
-        (["training.fsdp=full_shard"], "`training`: Using fsdp only works in distributed training"),
         (["lora.target_modules=[lm_head]"], "`lora.target_modules=['lm_head']`: TRL reads the weights"),
         (
             ["lora.modules_to_save=[norm]", "training.bf16=false", "model.dtype=bfloat16"],
