@@ -168,8 +168,8 @@ def _check_estimable(conf: RunConf, args: DPOConfig) -> None:
     reason = None
     if args.optim not in KNOWN:
         reason = f"training.optim={args.optim.value}"
-    elif args.activation_offloading or conf.training.deepspeed:
-        reason = "training.activation_offloading or deepspeed"
+    elif args.activation_offloading:
+        reason = "training.activation_offloading=True"
     if reason:
         raise ConfigError(f"`{reason}`: its memory cannot be estimated")
 

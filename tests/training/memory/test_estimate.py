@@ -262,11 +262,24 @@ def test_a_dry_run_warns_of_what_does_not_fit(tiny_run: list[str], monkeypatch: 
     assert re.search(r"warning: about 0\.\d GB are needed, 0\.0 GB are free on a card .* try ", show(1000))
 
 
+def test_of_divided_weights_a_process_has_its_part_and_two_whole_layers() -> None:
+    whole = run("lora=none")
+    layer = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
+    for way, parts in (("fsdp2", 4), ("hsdp", 2)):  # by default two nodes
+        part = run("lora=none", f"distributed={way}", "launch.processes=4")
+        for name in ("weights", "optimizer"):
+            assert part.rows[name] == pytest.approx(whole.rows[name] / parts, abs=1)
+        assert part.rows["gathered weights"] == pytest.approx(2 * layer + 4 * (2 * 259 * 64 + 64), abs=256)
+        step = "optimizer step"
+        gathered = part.rows["gathered weights"]
+        assert part.phases[step] - gathered == pytest.approx(whole.phases[step] / parts, abs=4)
+
+
 def test_a_dry_run_says_what_it_cannot_estimate(tiny_run: list[str]) -> None:
     text = io.StringIO()
     conf = load_conf([*tiny_run, "dry_run=true", "training.activation_offloading=true"])
     run_conf(conf, console=RunConsole(Console(file=text, width=200)))
-    assert "is not known: `training.activation_offloading, deepspeed or fsdp`" in text.getvalue()
+    assert "is not known: `training.activation_offloading=True`: its memory cannot be estimated" in text.getvalue()
 
 
 @pytest.mark.real_model
