@@ -1,6 +1,6 @@
 """Write the tables of docs/scale.md: memory, time and disk of large runs on several GPUs, computed from formulas.
 
-    python -m scripts.make_scale_tables
+    python scripts/make_scale_tables.py
 
 docs/scale.md has the formulas and says which of the constants below were measured.
 """

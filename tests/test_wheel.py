@@ -63,7 +63,7 @@ def test_every_command_is_installed_and_named_in_the_help(installed: Path) -> No
     files = {file.stem: file for file in package.glob("*.py")}
     files |= {file.parent.name: file for file in package.glob("*/__main__.py")}
     modules = [name for name, file in files.items() if "\ndef main(argv" in file.read_text()]
-    assert sorted(modules) == ["cache", "chat", "compare", "evaluate", "export", "preview", "workspace"]
+    assert sorted(modules) == ["cache", "chat", "compare", "evaluate", "export", "generate", "preview", "workspace"]
     for module in modules:
         assert f"python -m dpo_runner.{module} " in text
         answer = run_installed(installed, "--help", program=f"dpo-runner-{module}")

@@ -87,6 +87,16 @@ class At(TrainerCallback):
             self.act()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Iterator[None]:
+    """Stored values of other tests, such as of more threads, may differ in their last bits."""
+    folder = tmp_path_factory.mktemp("own_cache")
+    (folder / "random-tiny-llama-bytes").symlink_to(tiny_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_RUNNER_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run."""
