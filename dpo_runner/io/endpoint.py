@@ -60,6 +60,7 @@ class Endpoint:
         self._next, self._turn = 0.0, threading.Lock()
         self._kept, self._stopped = kept, threading.Event()
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self.failure: RunError | None = None  # because of which no request would be answered
 
     def chat(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """Ask for chat completions, and return the reply's `choices`, at least one.
@@ -147,7 +148,11 @@ class Endpoint:
         return self._error(f"{what}: {self._redact(said)}", kind)
 
     def _error(self, text: str, kind: type[RunError] = RunError) -> RunError:
-        return kind(f"`{self._section}.base_url={mask_secrets(self._url)}`: {text}")
+        error = kind(f"`{self._section}.base_url={mask_secrets(self._url)}`: {text}")
+        if not isinstance(error, RequestFailed):  # other threads make no more requests either
+            self.failure = self.failure or error
+            self.stop()
+        return error
 
     def _key(self) -> str:
         return os.environ.get(self._key_env, "")
@@ -176,6 +181,8 @@ def call_all(
         try:
             for future in as_completed(pending):
                 error = future.exception()
+                if endpoint.failure is not None:
+                    raise endpoint.failure
                 if isinstance(error, RequestFailed):
                     yield pending[future], error
                 else:
