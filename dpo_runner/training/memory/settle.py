@@ -93,7 +93,7 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
         ConfigError: TRL or transformers rejects the settings, or they need evaluation rows, and there are none.
     """
     if conf.samples.reward:
-        build_reward(conf.reward)  # what it lacks is told before training
+        build_reward(conf.reward)  # a missing package, function or model ends the run here, before training
     # Each process sees all batches of a step; see `ranks.group`.
     batches = conf.training.gradient_accumulation_steps * count_processes(conf)
     executed, notes = with_settings(conf, {_ACCUMULATION: batches}), {}

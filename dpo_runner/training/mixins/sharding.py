@@ -33,7 +33,7 @@ class ShardedWeights(DPOTrainer):  # type: ignore[misc]
             super()._move_model_to_device(model, device)
 
     def make_whole(self) -> Any:
-        """Return the trained model, whole in the first process. All processes must call this, after training."""
+        """Return the trained model with whole weights. All processes must call this, after training."""
         if self._is_divided:
             make_whole(self.model)
         return self.model

@@ -149,9 +149,9 @@ def divide_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, A
 
 
 def make_whole(model: Any) -> None:
-    """Give the first process the whole model, on the CPU, without FSDP; the others keep nothing to compute with.
+    """Give each process the whole model, on the CPU, without FSDP. All processes must call this.
 
-    All processes must call this. Saving and comparing the result then need no other process.
+    The first process can then save and compare the result alone.
     """
     base = base_of(model)
     sharded = [module for module in base.modules() if isinstance(module, FSDPModule)]
