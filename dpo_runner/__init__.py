@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_runner.io.version import __version__
 
-__all__ = ["RunConf", "__version__", "apply_chat_template", "load_conf", "run"]
+__all__ = ["RunConf", "__version__", "apply_chat_template", "load_conf", "run", "run_rounds"]
 
 if TYPE_CHECKING:
     from dpo_runner.config.compose import load_conf
     from dpo_runner.config.run_conf import RunConf
     from dpo_runner.data.templates.chat_template import apply_chat_template
+    from dpo_runner.generate.rounds import run_rounds
     from dpo_runner.train import run
 
 
@@ -49,6 +50,7 @@ _HOME = {
     "load_conf": "dpo_runner.config.compose",
     "apply_chat_template": "dpo_runner.data.templates.chat_template",
     "run": "dpo_runner.train",
+    "run_rounds": "dpo_runner.generate.rounds",
 }
 
 

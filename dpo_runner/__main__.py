@@ -69,7 +69,12 @@ def _run_with_hydra() -> None:
             from dpo_runner.train import run
 
             gc.freeze()  # imported objects stay alive; exclude them from garbage collection
-            run(conf, typed)
+            if conf.rounds:
+                from dpo_runner.generate.rounds import run_rounds
+
+                run_rounds(conf, typed)
+            else:
+                run(conf, typed)
         except DpoRunnerError as error:
             failure_alone.append(error)
 

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo_runner.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="run or sweep directories, at any depth")
     parser.add_argument(
-        "--objective", default=DEFAULT_OBJECTIVE, metavar="METRIC", help="what to rank by (default %(default)s)"
+        "--objective",
+        metavar="METRIC",
+        help=f"what to rank by (default {DEFAULT_OBJECTIVE}, or eval_reward if runs have that alone)",
     )
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--minimize", action="store_const", const=True, help="less of it is better")

@@ -130,13 +130,17 @@ class Comparison:
         return min(measured, key=lambda run: self.objective.sign(run.metrics[metric]), default=None)
 
 
-def choose_objective(metric: str, minimize: bool | None, runs: Sequence[RunRecord]) -> Objective:
+def choose_objective(metric: str | None, minimize: bool | None, runs: Sequence[RunRecord]) -> Objective:
     """Return the objective, with the metric's known direction if `minimize` is None.
+
+    Without a `metric` it is reward accuracy, or the reward of sampled answers if the runs have that alone.
 
     Raises:
         ConfigError: no run has the metric (the default one may be missing), or its direction is unknown.
     """
     known = {name for run in runs for name in run.metrics}
+    if metric is None:
+        metric = "eval_reward" if "eval_reward" in known and DEFAULT_OBJECTIVE not in known else DEFAULT_OBJECTIVE
     if known and metric not in known and metric != DEFAULT_OBJECTIVE:
         near = get_close_matches(metric, sorted(known), 1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(known))}"

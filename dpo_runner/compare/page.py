@@ -41,7 +41,7 @@ def rebuild_page(sweep_dir: Path) -> Path:
         OSError: the page cannot be written.
     """
     runs, _ = read_runs([sweep_dir])
-    comparison = compare_runs(runs, choose_objective(DEFAULT_OBJECTIVE, None, runs))
+    comparison = compare_runs(runs, choose_objective(None, None, runs))
     path = sweep_dir / "compare.html"
     write_text(path, build_page(comparison))
     return path

@@ -29,7 +29,7 @@ ConfigStore.instance().store(name="base_config", node=RunConf)
 
 
 def _if_evaluation_rows(strategy: str, *, _root_: DictConfig) -> str:
-    return strategy if may_have_evaluation(_root_.data) else "no"
+    return strategy if may_have_evaluation(_root_.data) and not _root_.rounds else "no"
 
 
 OmegaConf.register_new_resolver("if_evaluation_rows", _if_evaluation_rows, replace=True)

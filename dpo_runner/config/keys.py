@@ -27,6 +27,8 @@ EFFECTS = {
     "judge": Effect.PLACES,
     "generate": Effect.PLACES,
     "reward": Effect.PLACES,
+    "rounds_patience": Effect.PLACES,
+    "rounds_reference": Effect.PLACES,
     "launch.timeout": Effect.PLACES,
     "hydra": Effect.PLACES,
     "training.output_dir": Effect.PLACES,
@@ -55,10 +57,19 @@ training.dataloader_persistent_workers is `COMPUTES`: without it each epoch draw
 """
 
 
-def effect_of(key: str) -> Effect:
-    """Return the effect of a dotted key."""
+_OF_ROUNDS = (
+    *("generate", "reward", "rounds_patience", "rounds_reference"),
+    *("samples.num_prompts", "samples.prompts", "samples.max_new_tokens", "samples.reward"),
+)
+"""Keys and sections that decide what rounds compute, beside those of a run."""
+
+
+def effect_of(key: str, in_rounds: bool = False) -> Effect:
+    """Return the effect of a dotted key, in a run or in a run of `rounds`."""
     parts = key.split(".")
-    sections = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    sections = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    if in_rounds and any(section in _OF_ROUNDS for section in sections):
+        return Effect.COMPUTES
     return next((EFFECTS[section] for section in sections if section in EFFECTS), Effect.COMPUTES)
 
 
@@ -200,6 +211,8 @@ NO_OPS = (
     NoOp(
         "training.liger_kernel_config", lambda conf: not conf.training.use_liger_kernel, "needs use_liger_kernel=true"
     ),
+    NoOp("rounds_patience", lambda conf: not conf.rounds, "needs rounds=N"),
+    NoOp("rounds_reference", lambda conf: not conf.rounds, "needs rounds=N"),
     NoOp("training.fsdp_config", lambda conf: not conf.training.fsdp, "needs training.fsdp"),
     NoOp(
         "training.optim_target_modules",
@@ -215,7 +228,7 @@ NO_OPS = (
 
 def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
     """Return why an axis over `key` changes nothing in any of `confs`, or None if it may."""
-    if effect_of(key) is Effect.PLACES:
+    if effect_of(key, any(conf.rounds for conf in confs)) is Effect.PLACES:
         return "does not change what is computed, so its values would run the same thing again"
     rules = [rule for rule in NO_OPS if rule.key == key]
     return next((rule.reason for rule in rules if all(map(rule.applies, confs))), None)
@@ -224,9 +237,9 @@ def find_no_op(key: str, confs: Sequence[RunFields]) -> str | None:
 def find_ignored(conf: RunFields, overrides: Sequence[str]) -> list[str]:
     """Return one line for each override of a run that has no effect in its configuration."""
     written = {text.lstrip("+").partition("=")[0] for text in overrides}
-    readers = {"generate": "python -m dpo_runner.generate alone"}
-    if not conf.samples.reward:
-        readers["reward"] = "python -m dpo_runner.generate, and by a run with samples.reward=4"
+    readers = {} if conf.rounds else {"generate": "python -m dpo_runner.generate, and by a run with rounds=N"}
+    if not (conf.samples.reward or conf.rounds):
+        readers["reward"] = "python -m dpo_runner.generate, and by a run with samples.reward=4 or rounds=N"
     elsewhere = {key: readers[key.split(".")[0]] for key in sorted(written) if key.split(".")[0] in readers}
     ignored = [f"{rule.key}: {rule.reason}" for rule in NO_OPS if rule.key in written and rule.applies(conf)]
     return [*ignored, *(f"{key}: is read by {reader}" for key, reader in elsewhere.items())]

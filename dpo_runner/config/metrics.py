@@ -42,7 +42,7 @@ METRICS = (
     Metric("eval_mean_token_accuracy", "token accuracy", None, MAXIMIZE),
     Metric("eval_reward", "reward of sampled answers", "reward", MAXIMIZE),
     Metric("eval_reward_win_rate", "share of sampled answers better than before", None, MAXIMIZE),
-    Metric("eval_reward_kl", "KL of sampled answers to the reference (nats)", None, MINIMIZE),
+    Metric("eval_reward_kl", "KL of sampled answers to the reference (nats)", "reward KL", MINIMIZE),
     Metric("response_tokens", "tokens per answer", "tokens"),
     Metric("responses_at_cap", "answers cut off at their limit"),
     Metric("evaluation/reward_accuracy", "reward accuracy", None, MAXIMIZE),
@@ -74,11 +74,21 @@ METRICS = (
 KEY_METRICS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
 """The metrics that a sweep shows for each job."""
 
+OF_ROUNDS = ("eval_reward", "eval_reward_kl")
+"""The metrics that a sweep shows for each job that has no `KEY_METRICS`, since it holds out prompts, not pairs."""
+
 OF_SAMPLES = ("eval_reward", "eval_reward_win_rate", "eval_reward_kl")
 """Metrics of sampled answers, which are measured before and after training alone."""
 
 BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", *OF_SAMPLES, "response_tokens")
 """The metrics that a run shows before and after training."""
+
+
+def choose_shown(results: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the metrics that a table of jobs shows: `KEY_METRICS`, or `OF_ROUNDS` if the results have those alone."""
+    known = {key for metrics in results for key in metrics}
+    return OF_ROUNDS if known.intersection(OF_ROUNDS) and not known.intersection(KEY_METRICS) else KEY_METRICS
+
 
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _PREFIX = re.compile(r"^(eval_|evaluation/)")

@@ -13,7 +13,7 @@ from dpo_runner.config.rules.fields import (
     check_range,
     walk_fields,
 )
-from dpo_runner.config.rules.generate import check_generate
+from dpo_runner.config.rules.generate import check_generate, check_rounds
 from dpo_runner.config.rules.launch import check_launch, check_sharding
 from dpo_runner.config.rules.model import check_model_groups
 from dpo_runner.config.rules.sweep import check_search, check_sweep
@@ -65,6 +65,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
             *check_evaluation(conf),
             *check_names(conf),
             *check_generate(conf),
+            *check_rounds(conf),
             *check_sweep(conf.sweep),
             *check_search(conf),
         ]

@@ -11,12 +11,12 @@ import numpy as np
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import DataConf, SourceConf, resolve_sources
 from dpo_runner.data.bad_rows import check_bad_rows, check_outcome
-from dpo_runner.data.layouts.messages import Message
 from dpo_runner.data.overlap import find_contaminated, find_near_duplicates, load_reference_texts
 from dpo_runner.data.overlong import Limit, cut_rows
 from dpo_runner.data.prepare.batches import Outcome
 from dpo_runner.data.prepare.cache import Prepared, prepare
 from dpo_runner.data.prepare.recipe import Recipe
+from dpo_runner.data.prompts import SamplePrompt, choose_prompts
 from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
 from dpo_runner.data.splits import DataShape, Mask, Split, hold_out
@@ -33,14 +33,6 @@ NEAR_DUPLICATE, CONTAMINATED = "near-duplicate", "shares text with data.decontam
 
 Progress = Callable[[str, int], None]
 """Called with a source's name and the number of further rows prepared."""
-
-
-@dataclass
-class SamplePrompt:
-    """A prompt to answer before and after training: its messages, and its token ids as in training."""
-
-    messages: list[Message]
-    ids: list[int]
 
 
 @dataclass
@@ -129,7 +121,7 @@ def load_preferences(
         train=built["train"],
         eval=evaluation,
         eval_by_source=_by_source(evaluation, splits),
-        prompts=_first_prompts(evaluation or built["train"], conf.samples.num_prompts),
+        prompts=choose_prompts(evaluation or built["train"], conf, template),
         report=DataReport(
             template=[origin, *template.describe()],
             sources=[_report_source(name, split, part) for name, split, part in prepared],
@@ -236,16 +228,6 @@ def _by_source(evaluation: "Dataset | None", splits: dict[str, Split]) -> "dict[
         for index, name in enumerate(names)
         if (sources == index).any()
     }
-
-
-def _first_prompts(rows: "Dataset", count: int) -> list[SamplePrompt]:
-    prompts: dict[str, SamplePrompt] = {}
-    for row in rows:
-        if len(prompts) == count:
-            break
-        if row["prompt"] not in prompts:
-            prompts[row["prompt"]] = SamplePrompt(json.loads(row["prompt"]), row["prompt_ids"])
-    return list(prompts.values())
 
 
 def _report_source(name: str, split: str, part: Prepared) -> SourceReport:

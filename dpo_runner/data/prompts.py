@@ -3,10 +3,15 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dpo_runner.config.sections.data import DataConf, SourceConf, resolve_sources
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.data.layouts.columns import PROMPTS, Row, first, name_columns, with_history, with_system
 from dpo_runner.data.layouts.formats import find_layout, read_pairs
 from dpo_runner.data.layouts.known import LAYOUTS, Layout
@@ -15,7 +20,13 @@ from dpo_runner.data.layouts.transcripts import read_prompt
 from dpo_runner.data.prepare.recipe import RowReader
 from dpo_runner.data.rows.decoding import decode_rows
 from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
+from dpo_runner.data.splits import hold_out
+from dpo_runner.data.templates.chat_template import ChatTemplate
 from dpo_runner.errors import ConfigError, DataError, LeftOut, RowError
+from dpo_runner.io.files import write_lines
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _ROWS_AT_ONCE = 1000
 _OF_PAIRS = ("preference", "hh", "sharegpt", "swift", "alpaca", "orca")
@@ -40,10 +51,25 @@ class Prompt:
     variables: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """`variables` as the columns of a row."""
+        tools = self.variables.get("tools")
+        further = {name: value for name, value in self.variables.items() if name != "tools"}
+        return {**({"tools": tools} if tools else {}), **({"chat_template_kwargs": further} if further else {})}
+
+    @property
     def key(self) -> str:
         """A digest of the content, 16 hexadecimal digits."""
         text = json.dumps([self.messages, self.variables], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class SamplePrompt:
+    """A prompt to answer before and after training: its messages, and its token ids as in training."""
+
+    messages: list[Message]
+    ids: list[int]
 
 
 @dataclass
@@ -75,15 +101,50 @@ def read_prompts(data: DataConf) -> Prompts:
     _check_mixture(data)
     found, seen = Prompts(), set[str]()
     for name, conf in resolve_sources(data).items():
-        key = source_key(name, data)
-        source, _ = open_sources(conf, key)
-        found.files += source.files
-        before, bad = found.rows, len(found.bad)
-        _read_source(source, conf, data, found, seen)
-        _check_bad(found.bad[bad:], found.rows - before, data, key)
+        _read_source(open_sources(conf, source_key(name, data))[0], conf, data, source_key(name, data), found, seen)
     if not found.prompts:
         raise DataError(f"data: no prompt in {found.rows:,} rows")
     return found
+
+
+def read_split_prompts(data: DataConf) -> tuple[Prompts, Prompts]:
+    """Read the distinct prompts to train on, up to `data.max_train_samples`, and those held out.
+
+    Held out are the prompts of a source's evaluation rows, or else a share of `data.eval_fraction`, chosen by the
+    prompt alone.
+
+    Raises:
+        ConfigError: a source sets what applies to pairs alone.
+        DataError: a source cannot be read, has too many unusable rows, or one of the sides has no prompt.
+    """
+    _check_mixture(data)
+    every, seen = replace(data, max_train_samples=None), set[str]()
+    held_out, trained = Prompts(), Prompts()
+    opened = {name: (conf, *open_sources(conf, source_key(name, data))) for name, conf in resolve_sources(data).items()}
+    for name, (conf, _, evaluation) in opened.items():  # first: training leaves out what is held out
+        if evaluation is not None:
+            _read_source(evaluation, conf, every, source_key(name, data), held_out, seen)
+    divided = []
+    for name, (conf, source, evaluation) in opened.items():
+        first = len(trained.prompts)
+        _read_source(source, conf, every, source_key(name, data), trained, seen)
+        divided += [] if evaluation is not None else trained.prompts[first:]
+    if divided and data.eval_fraction > 0:
+        hashes = np.array([int(prompt.key, 16) for prompt in divided], np.uint64)
+        (mask,) = hold_out([hashes], data.eval_fraction)
+        moved = {prompt.key for prompt, is_held in zip(divided, mask, strict=True) if is_held}
+        held_out.prompts += [prompt for prompt in trained.prompts if prompt.key in moved]
+        trained.prompts = [prompt for prompt in trained.prompts if prompt.key not in moved]
+    trained.prompts = trained.prompts[: data.max_train_samples]
+    for side, prompts in (("to train on", trained), ("held out", held_out)):
+        if not prompts.prompts:
+            raise DataError(f"data: no prompt is {side}; see data.eval_fraction and data.eval_path")
+    return trained, held_out
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as rows that `read_prompts` reads as the same prompts."""
+    write_lines(path, (json.dumps({"prompt": one.messages, **one.columns}, ensure_ascii=False) for one in prompts))
 
 
 def _check_mixture(data: DataConf) -> None:
@@ -98,9 +159,16 @@ def _check_mixture(data: DataConf) -> None:
         raise ConfigError(mistakes)
 
 
-def _read_source(source: RowSource, conf: SourceConf, data: DataConf, found: Prompts, seen: set[str]) -> None:
+def _read_source(source: RowSource, conf: SourceConf, data: DataConf, key: str, found: Prompts, seen: set[str]) -> None:
+    """Add a source's prompts to `found`, without those in `seen`."""
+    found.files += source.files
+    rows, bad = found.rows, len(found.bad)
+    _read_rows(source, conf, data.max_train_samples, found, seen)
+    _check_bad(found.bad[bad:], found.rows - rows, data, key)
+
+
+def _read_rows(source: RowSource, conf: SourceConf, limit: int | None, found: Prompts, seen: set[str]) -> None:
     reader, layout, is_first = RowReader(conf), None, True
-    limit = data.max_train_samples
     for batch in source.batches(_ROWS_AT_ONCE):
         rows: list[tuple[int, list[Row] | RowError]] = []
         for number, row in decode_rows(batch):
@@ -189,3 +257,20 @@ def _check_bad(bad: list[tuple[str, RowError]], rows: int, data: DataConf, key: 
             f"`{key}`: {len(bad):,} of {rows:,} rows cannot be used, more than data.max_bad_fraction="
             f"{data.max_bad_fraction:g} ({reasons}); the first is {where}: {error}"
         )
+
+
+def choose_prompts(rows: "Dataset", conf: RunFields, template: ChatTemplate) -> list[SamplePrompt]:
+    """Return the prompts of `samples.prompts`, or else the first distinct ones of `rows`."""
+    count = conf.samples.num_prompts
+    if conf.samples.prompts is not None and count:
+        given = read_prompts(DataConf(path=conf.samples.prompts, max_train_samples=count, on_bad_row="error"))
+        return [
+            SamplePrompt(one.messages, template.render_prompt(one.messages, **one.variables)) for one in given.prompts
+        ]
+    prompts: dict[str, SamplePrompt] = {}
+    for row in rows:
+        if len(prompts) == count:
+            break
+        if row["prompt"] not in prompts:
+            prompts[row["prompt"]] = SamplePrompt(json.loads(row["prompt"]), row["prompt_ids"])
+    return list(prompts.values())

@@ -46,7 +46,9 @@ def compose(run: RunConf, overrides: Sequence[str]) -> RunConf:
     ]
     if refused:
         raise ConfigError(refused)
-    base = config_keys(run)
+    base = config_keys(run) | {"rounds": None, "rounds_patience": None, "rounds_reference": "previous"}
+    if run.rounds and not any(key == "data" or key.startswith("data.") for key in keys):
+        raise ConfigError("`data`: rounds hold out prompts, not pairs; name pairs (data=local_file data.path=FILE)")
     # An evaluation does not train, so the rules about evaluating and saving during training do not apply.
     base["training"] |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     if "data" in keys:

@@ -33,12 +33,13 @@ _SAMPLING = ("num_answers", "temperature", "top_p", "max_new_tokens", "stop", "s
 """Fields of `generate` that answers depend on."""
 
 
-def generate(conf: RunConf, console: Console | None = None) -> dict[str, Any] | None:
+def generate(conf: RunConf, console: Console | None = None, prompts: Prompts | None = None) -> dict[str, Any] | None:
     """Sample answers to the prompts of `data`, score them, and write them as rows of the layout `scored`.
 
     Args:
         conf: the configuration; `generate.dir` names the folder, in which an interrupted generation continues.
         console: the output for plan, progress and results; None for the terminal.
+        prompts: the prompts, in place of those of `data`.
 
     Returns:
         The content of provenance.json, or None after `dry_run=true`.
@@ -52,7 +53,7 @@ def generate(conf: RunConf, console: Console | None = None) -> dict[str, Any] | 
 
     # ---- Reward, prompts, models and plan, before any weight is loaded
     reward = build_reward(conf.reward)
-    prompts = read_prompts(conf.data)
+    prompts = prompts or read_prompts(conf.data)
     sampler = LocalSampler(conf) if conf.generate.endpoint.base_url is None else ServedSampler(conf)
     settings = _describe_settings(conf, sampler)
     folder = find_fresh_folder(Path("outputs/generated"))

@@ -109,12 +109,9 @@ def build_row(one: Candidates, conf: RunConf) -> dict[str, Any]:
     """Return a prompt's row in the layout `scored`, with where its answers come from."""
     generate = conf.generate
     sampling = {"temperature": generate.temperature, "top_p": generate.top_p, "max_new_tokens": generate.max_new_tokens}
-    tools = one.prompt.variables.get("tools")
-    variables = {name: value for name, value in one.prompt.variables.items() if name != "tools"}
     return {
         "prompt": one.prompt.messages,
-        **({"tools": tools} if tools else {}),
-        **({"chat_template_kwargs": variables} if variables else {}),
+        **one.prompt.columns,
         "responses": [_to_column(answer.text) for answer in one.answers],
         "scores": [found.total for found in one.scores],
         "terms": {name: [found.terms[name] for found in one.scores] for name in one.scores[0].terms},

@@ -237,6 +237,17 @@ class RunConsole:
             f"{summary['pairs_per_second']:.2f} pairs/s, at most {summary['peak_memory_gb']:.1f} GB of memory"
         )
 
+    def show_rounds(self, before: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], best: int) -> None:
+        """Show the reward of held-out prompts and the KL divergence after each round."""
+        table = FoldingTable("round", "reward", "±", "KL", "better than before", "pairs")
+        for number, figures in enumerate([before, *rounds]):
+            keys = ("eval_reward", "eval_reward_ci95", "eval_reward_kl", "eval_reward_win_rate")
+            cells = [_figure(figures[key], 3) if key in figures and number else "" for key in keys]
+            cells[:2] = [_figure(figures[key], 3) for key in keys[:2]]
+            pairs = f"{figures['pairs']:,}" if number else ""
+            table.add_row(f"{number or 'before'}{' (best)' if number == best else ''}", *cells, pairs)
+        self.console.print(table)
+
     def show_next_steps(self, run_dir: Path, weights: Path, commands: Mapping[str, str]) -> None:
         """Show where the results are, and the commands that use them; `commands` has further ones by their use."""
         quoted = shlex.quote(str(run_dir))

@@ -15,7 +15,8 @@ def find_ignored(runs: Sequence[RunRecord]) -> set[str]:
     Runs used the same files if the fingerprints in their environment.json are equal.
     """
     keys = {key for run in runs for key in run.config}
-    ignored = {key for key in keys if effect_of(key) is Effect.PLACES}
+    in_rounds = any(run.config.get("rounds") for run in runs)
+    ignored = {key for key in keys if effect_of(key, in_rounds) is Effect.PLACES}
     configured = [run for run in runs if run.config]
     for section in ("model", "data"):
         prints = {run.fingerprints.get(section) for run in configured}

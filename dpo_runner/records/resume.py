@@ -108,7 +108,9 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         raise ConfigError(
             f"`resume=never`: {run_dir} holds a run already; use resume=auto to continue it, or another run_dir"
         )
-    if status["state"] != "finished" and find_last_checkpoint(run_dir / "checkpoints") is None:
+    in_rounds = bool(conf.rounds)
+    begun = (run_dir / "config.yaml").exists() if in_rounds else find_last_checkpoint(run_dir / "checkpoints")
+    if status["state"] != "finished" and not begun:
         return  # nothing was trained: the run starts from scratch
     written, active = split_removed(read_mapping(run_dir / "config.yaml", _CANNOT_TELL))
     removed = [
@@ -125,7 +127,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
     mistakes = [
         f"`{key}={now.get(key)}`: the run in {run_dir} has {before.get(key)}; use that value, or another run_dir"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and (effect_of(key) is Effect.COMPUTES or key in fixed)
+        if before.get(key) != now.get(key) and (effect_of(key, in_rounds) is Effect.COMPUTES or key in fixed)
         if key not in _SHARES
         if key in before or now[key] not in (None, [], {})  # a key that older versions lack
     ]
@@ -138,7 +140,7 @@ def check_continuable(run_dir: Path, status: dict[str, Any], conf: RunConf) -> N
         )
     if mistakes:
         raise ConfigError(mistakes)
-    if status["state"] != "finished":  # fail on a damaged file before the slow model load
+    if status["state"] != "finished" and not in_rounds:  # fail on a damaged file before the slow model load
         read_object(run_dir / "environment.json", _CANNOT_TELL)
         read_metrics(run_dir)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.metrics import KEY_METRICS, column_of
+from dpo_runner.config.metrics import choose_shown, column_of
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.io.files import find_fresh_folder, lock, write_json
@@ -179,4 +179,5 @@ def read_progress(path: Path) -> int:
 
 def show_metrics(metrics: dict[str, Any] | None) -> str:
     """Return the key metrics as one line; empty if there are none."""
-    return "  ".join(f"{column_of(key)} {metrics[key]:.3f}" for key in KEY_METRICS if metrics and key in metrics)
+    metrics = metrics or {}
+    return "  ".join(f"{column_of(key)} {metrics[key]:.3f}" for key in choose_shown([metrics]) if key in metrics)

@@ -54,6 +54,11 @@ def perform(
     before = read_status(path)
     try:
         load_base = choose_loader(conf, bases)  # may free the base
+        if conf.rounds:
+            from dpo_runner.generate.rounds import run_rounds
+
+            run_rounds(conf, overrides, shared=path.parent / "answers")
+            return {"state": "finished"}
         held = bases.count_bytes(conf.training.use_cpu) if bases is not None else 0
         run(conf, overrides, callbacks=_build_callbacks(conf, path), load_base=load_base, held=held)
     except RunPruned as error:
@@ -80,10 +85,10 @@ def perform(
 
 
 def choose_loader(conf: RunConf, bases: "BasePool | None") -> "LoadBase":
-    """Return what loads the base model of a job: the pool, if `engine.keep_base_model` and `launch` allow it."""
+    """Return what loads the base model of a job: the pool, if `engine.keep_base_model`, `launch` and `rounds` allow."""
     from dpo_runner.model.policy import load_fresh
 
-    if bases is not None and conf.engine.keep_base_model and conf.launch.processes in (None, 1):
+    if bases is not None and conf.engine.keep_base_model and conf.launch.processes in (None, 1) and not conf.rounds:
         return bases.load
     if bases is not None:
         bases.clear()

@@ -17,7 +17,7 @@ from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
 
 _ADDED = (
     *("drop_columns", "roles", "max_length_difference", "max_similarity"),
-    *("launch", "processes", "parallelism_config", "reward"),
+    *("launch", "processes", "parallelism_config", "reward", "rounds", "prompts"),
 )
 """Keys that earlier versions lack."""
 _JOB_NAME = re.compile(r"(\d+)-([0-9a-f]{8})")
@@ -44,7 +44,8 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
         }
         return {key: item for key, item in kept.items() if item or key not in _ADDED}
 
-    told = {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
+    in_rounds = bool(conf.rounds)
+    told = {key: value for key, value in config_keys(conf).items() if effect_of(key, in_rounds) is not Effect.PLACES}
     return hashlib.sha256(json.dumps(keep(add_defaults(told)), sort_keys=True).encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from dpo_runner.config.metrics import KEY_METRICS, column_of
+from dpo_runner.config.metrics import choose_shown, column_of
 from dpo_runner.config.overrides import write_override
 from dpo_runner.config.sections.run import WandbConf
 from dpo_runner.errors import SweepFailed, describe_failure
@@ -109,10 +109,11 @@ class SweepScreen:
     def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
         """Show every job with its state and key metrics, and where to find the comparison and the curves."""
         table = FoldingTable("job", "varies", "state")
-        for metric in KEY_METRICS:
+        shown = choose_shown(job.metrics or {} for job in jobs)
+        for metric in shown:
             table.add_column(column_of(metric), no_wrap=True)
         for job, label in zip(jobs, labels, strict=True):
-            figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in KEY_METRICS]
+            figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in shown]
             table.add_row(job.name, escape(visible(label)), job.state, *figures)
         self.console.print(table)
         self.say(f"sweep directory  {path}")

@@ -6,7 +6,7 @@ import platform
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class Session:
         self.directory.write_summary(summary)
         self.tracker.log_summary(summary, self._conf.sweep.search.objective)
         self.console.show_samples(samples[: self._conf.samples.show])
-        shown = {**summary, "before": mark_ties(summary["before"], 0, self._conf.model)}
+        shown = summary | {"before": mark_ties(summary["before"], 0, self._conf.model)}
         self.console.show_summary(shown, {key: label_of(key) for key in BEFORE_AND_AFTER})
 
 
@@ -214,11 +214,11 @@ def open_session(
             return
         records: list[Record] = share((read_status(path) or {}).get("out_of_memory", []))
         records = records if conf.checks.on_out_of_memory == "smaller_batch" else []
-        details = {"out_of_memory": records} if records else {}
         write_into(path / "ranks", lambda state, reason: directory.write_last_status(state, error=reason))
-        recorded = _recorded(directory, conf, overrides, console, stopping, details)
-        with recorded if is_first() else _logged(path / "ranks", stopping, console) as tracker:
-            session = Session(directory, conf, tracker, console, stopping, callbacks, records)
+        tracker = track(conf, directory, console.warn)
+        first = recorded(directory, conf, overrides, console, stopping, tracker, records)
+        with first if is_first() else _logged(path / "ranks", stopping, console) as opened:
+            session = Session(directory, conf, opened, console, stopping, callbacks, records)
             yield session
         if is_first():
             assert session.summary is not None
@@ -233,26 +233,27 @@ def _logged(folder: Path, stopping: Stopping, console: RunConsole) -> Iterator[T
 
 
 @contextmanager
-def _recorded(
+def recorded(
     directory: RunDirectory,
     conf: RunConf,
     overrides: Sequence[str],
     console: RunConsole,
     stopping: Stopping,
-    details: dict[str, Any],
+    tracker: AbstractContextManager[Tracker],
+    out_of_memory: Sequence[Record] = (),
 ) -> Iterator[Tracker]:
-    """Keep status.json, run.log and W&B correct however the block ends; status.json has `details`."""
+    """Keep status.json, run.log and `tracker` correct however the block ends."""
     with ExitStack() as stack:
         stack.enter_context(route_library_logs(directory.log))
         console.note_trouble()
         stack.enter_context(stopping.on_signals())
         stack.callback(directory.stop_heartbeat)
         directory.write_config(conf, overrides)
-        directory.write_status("running", **details)
+        directory.write_status("running", **({"out_of_memory": out_of_memory} if out_of_memory else {}))
         directory.start_heartbeat()
         try:
-            with track(conf, directory, console.warn) as tracker, stopping.ending_right():
-                yield tracker
+            with tracker as opened, stopping.ending_right():
+                yield opened
         except KeyboardInterrupt as error:
             console.stop_training()
             number = error.args[0] if error.args else signal.SIGINT

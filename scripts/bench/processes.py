@@ -3,7 +3,7 @@
     python -m scripts.bench.processes
 
 The default model trains on the bundled pairs, once in each way in turn, `--repeats` times. The third way deals out the
-pairs as they come instead of by tokens. Step times are the distances of the log events; the first step is left out.
+pairs as they come instead of by tokens, and the fourth divides the weights. Step times are the distances of the log events; the first step is left out.
 """
 
 import argparse
@@ -30,10 +30,11 @@ JOB = [
     *("training.max_steps=7", "training.logging_steps=1", "training.eval_strategy=no", "training.save_strategy=no"),
     *("data.max_eval_samples=4", "samples.num_prompts=0", "wandb=disabled", "training.per_device_train_batch_size=4"),
 ]
-WAYS = {
-    "1 process, 2 threads": (1, True),
-    "2 processes, 1 thread each": (2, True),
-    "the same, pairs as they come": (2, False),
+WAYS: dict[str, tuple[int, bool, list[str]]] = {
+    "1 process, 2 threads": (1, True, []),
+    "2 processes, 1 thread each": (2, True, []),
+    "the same, pairs as they come": (2, False, []),
+    "the same, weights divided (fsdp2)": (2, True, ["distributed=fsdp2"]),
 }
 
 
@@ -48,10 +49,10 @@ def train(conf: RunConf, by_tokens: bool) -> None:
     run(conf)
 
 
-def measure(processes: int, by_tokens: bool, folder: Path) -> dict[str, Any]:
+def measure(processes: int, by_tokens: bool, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Train once; return seconds of each step after the first, and gigabytes of the largest process."""
     accumulation = f"training.gradient_accumulation_steps={4 // processes}"
-    conf = load_conf([*JOB, accumulation, f"launch.processes={processes}", f"run_dir={folder}"])
+    conf = load_conf([*JOB, *overrides, accumulation, f"launch.processes={processes}", f"run_dir={folder}"])
     job = importlib.import_module("scripts.bench.processes").train  # importable in the processes, unlike __main__'s
     launch(partial(job, conf, by_tokens), processes, folder)
     times = [event["time"] for event in read_metrics(folder) if "loss" in event]
@@ -69,8 +70,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="processes-"))
     print(json.dumps(describe_machine()))
     for turn in range(args.repeats):
-        for way, (processes, by_tokens) in WAYS.items():
-            found[way].append(measure(processes, by_tokens, folder / f"{turn}-{processes}-{by_tokens}"))
+        for number, (way, settings) in enumerate(WAYS.items()):
+            found[way].append(measure(*settings, folder / f"{turn}-{number}"))
             print(f"{way}: {statistics.mean(found[way][-1]['steps']):.2f} s a step, load {describe_load()}", flush=True)
     first = [statistics.mean(each["steps"]) for each in found["1 process, 2 threads"]]
     print("\n| way | s a step, median | throughput | slowest step / mean | GB a process |\n|---|---|---|---|---|")

@@ -62,6 +62,8 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("engine.reference_store_gb", 0, True, None, False),
     ("launch.processes", 1, True, None, False),
     ("launch.timeout", 0, False, None, False),
+    ("rounds", 1, True, None, False),
+    ("rounds_patience", 1, True, None, False),
     ("samples.num_prompts", 0, True, None, False),
     ("samples.max_new_tokens", 1, True, None, False),
     ("samples.show", 0, True, None, False),

@@ -29,7 +29,10 @@ def read_direction(search: SearchConf) -> str | None:
 def list_objectives(conf: RunFields) -> list[str]:
     """Return the metrics that a run's summary has of the tuned model."""
     sources = [f"{name}_" for name in conf.data.sources] if len(conf.data.sources) > 1 else []
-    answers = (*_ANSWERS, *(OF_SAMPLES if conf.samples.reward else ())) if conf.samples.num_prompts else ()
+    is_scored = conf.samples.reward or conf.rounds
+    answers = (*_ANSWERS, *(OF_SAMPLES if is_scored else ())) if conf.samples.num_prompts else ()
+    if conf.rounds:  # they hold out prompts, not pairs
+        return list(answers)
     return [*(f"eval_{source}{name}" for source in ["", *sources] for name in evaluation_keys()), *answers]
 
 
@@ -56,7 +59,11 @@ def check_search(conf: RunFields) -> Iterator[str]:
     if search.objective not in (objectives := list_objectives(conf)):
         of_table = {metric.column: metric.key for metric in METRICS}.get(search.objective, search.objective)
         yield f"`{where}objective={search.objective}`: no such metric{suggest(of_table, objectives)}"
-    elif search.objective.startswith("eval_") and not may_have_evaluation(conf.data):
+    elif (
+        search.objective.startswith("eval_")
+        and search.objective not in OF_SAMPLES
+        and not may_have_evaluation(conf.data)
+    ):
         yield f"`{where}objective={search.objective}`: {NO_EVALUATION_ROWS}"
         return
     elif read_direction(search) is None:

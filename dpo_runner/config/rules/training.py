@@ -72,13 +72,14 @@ def may_have_evaluation(data: DataConf) -> bool:
     )
 
 
-def find_vain_evaluation(training: TrainingConf) -> list[str]:
-    """Return one line for each setting that needs evaluation rows, for a run without any."""
+def find_vain_evaluation(training: TrainingConf, why: str | None = None) -> list[str]:
+    """Return one line for each setting that needs evaluation rows, for a run without any; `why` it has none."""
     off = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False}
     wanted = {key: value for key, value in off.items() if getattr(training, key) != value}
     wanted |= {"save_strategy": "steps"} if training.save_strategy == "best" else {}
+    why = why or NO_EVALUATION_ROWS
     return [
-        f"`training.{key}={getattr(training, key)}`: {NO_EVALUATION_ROWS}, or training.{key}={str(value).lower()}"
+        f"`training.{key}={getattr(training, key)}`: {why}, or training.{key}={str(value).lower()}"
         for key, value in wanted.items()
     ]
 

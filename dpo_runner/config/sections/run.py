@@ -93,6 +93,8 @@ class SamplesConf:
 
     num_prompts: int = 24
     """Number of evaluation prompts answered (the first ones); `response_tokens` is their mean answer length."""
+    prompts: str | None = None
+    """File of prompts to answer instead of those of evaluation; `num_prompts` of them."""
     max_new_tokens: int = 256
     """Length limit of an answer in tokens."""
     show: int = 3
@@ -134,6 +136,14 @@ class RunFields:
     generate: GenerateConf = field(default_factory=GenerateConf)
     reward: RewardConf = field(default_factory=RewardConf)
     sweep: SweepConf = field(default_factory=SweepConf)
+    rounds: int | None = None
+    """Repeat this often: sample answers to the prompts of `data` (`generate`), score them (`reward`), train on the
+    pairs, measure the reward on held-out prompts. Each round starts from the last one's policy. null: one run on the
+    pairs of `data`."""
+    rounds_patience: int | None = None
+    """End the rounds when so many in a row have not raised the held-out reward; null: run all."""
+    rounds_reference: str = field(default="previous", metadata={"choices": ("previous", "initial")})
+    """The reference of each round: the policy that it starts from, or the model that the first round started from."""
     run_name: str = "dpo"
     """Name of the directory under outputs/ and of the W&B run."""
     run_dir: str | None = None

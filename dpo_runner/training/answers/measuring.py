@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.data.preferences import PreferenceData, SamplePrompt
+from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.data.prompts import SamplePrompt
 from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
 from dpo_runner.training.answers.rewarded import Rewards, measure_reward
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE

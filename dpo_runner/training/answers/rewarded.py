@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.data.preferences import PreferenceData, SamplePrompt
+from dpo_runner.data.preferences import PreferenceData
+from dpo_runner.data.prompts import SamplePrompt
 from dpo_runner.errors import RowError, RunError
 from dpo_runner.model.tokenizer import find_stop_ids
 from dpo_runner.training.answers.rewards.reward import build_reward

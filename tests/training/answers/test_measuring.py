@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_runner import run
 from dpo_runner.config.compose import load_conf
-from dpo_runner.data.preferences import SamplePrompt
+from dpo_runner.data.prompts import SamplePrompt
 from dpo_runner.data.templates.chat_template import ChatTemplate
 from dpo_runner.training.answers.measuring import generate_answers, pair_answers, summarize_answers
 from tests.support.programs import run_python
