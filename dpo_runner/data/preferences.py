@@ -21,7 +21,7 @@ from dpo_runner.data.report import DataReport, SourceReport
 from dpo_runner.data.rows.sources import RowSource, open_sources, source_key
 from dpo_runner.data.splits import DataShape, Mask, Split, hold_out
 from dpo_runner.data.templates.chat_template import ChatTemplate
-from dpo_runner.errors import DataError
+from dpo_runner.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,10 +97,13 @@ def load_preferences(
         progress: called as rows are prepared.
 
     Raises:
+        ConfigError: `conf` is of rounds, which have no pairs yet.
         DataError: a source cannot be read, has too many unusable rows, or a split has no pairs left.
         RunError: a worker process died.
     """
     data = conf.data
+    if conf.rounds:
+        raise ConfigError(f"`rounds={conf.rounds}`: makes pairs in each round; dpo_runner.run_rounds runs them")
     template = ChatTemplate(tokenizer, data.system_prompt, data.on_no_system_role)
     sources = resolve_sources(data)
     prepared = [

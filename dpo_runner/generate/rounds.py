@@ -15,7 +15,7 @@ from dpo_runner.config.metrics import OF_SAMPLES
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import DataConf
 from dpo_runner.data.prompts import Prompts, read_prompts, read_split_prompts, write_prompts
-from dpo_runner.errors import ConfigError, RunInterrupted
+from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.generate.generation import generate
 from dpo_runner.generate.schedule import ANSWERS_SCORED, HELD_OUT, PROMPTS, Round, choose_shared, plan_rounds
 from dpo_runner.io.console import RunConsole
@@ -109,13 +109,18 @@ def _play(one: Round, number: int, prompts: Prompts, overrides: Sequence[str], c
         with _in_turn(one.answers):
             if not (one.answers / PROVENANCE).exists():
                 generate(one.conf, console.console, prompts)
+        counts = read_object(one.answers / PROVENANCE)["counts"]
+        if not counts["pairs"]:
+            raise RunError(
+                f"round {number}: all answers to each prompt have the same reward, which makes no pair; try a larger "
+                "generate.num_answers or generate.temperature, or a smaller data.min_score_gap"
+            )
         summary = run(one.conf, read_by_run, RunConsole(console.console))
     except RunInterrupted as error:
         raise KeyboardInterrupt(error.exit_code - 128) from None
     assert summary is not None
-    made = read_object(one.answers / PROVENANCE)["counts"]
     figures = {key: summary["after"][key] for key in _MEASURED if key in summary["after"]}
-    return {"round": number, **figures, "pairs": made["pairs"], "steps": summary["steps"], "summary": summary}
+    return {"round": number, **figures, "pairs": counts["pairs"], "steps": summary["steps"], "summary": summary}
 
 
 @contextmanager

@@ -3,7 +3,8 @@
     python -m scripts.bench.processes
 
 The default model trains on the bundled pairs, once in each way in turn, `--repeats` times. The third way deals out the
-pairs as they come instead of by tokens, and the fourth divides the weights. Step times are the distances of the log events; the first step is left out.
+pairs as they come instead of by tokens, and the fourth divides the weights. Step times are the distances of the log
+events; the first step is left out.
 """
 
 import argparse

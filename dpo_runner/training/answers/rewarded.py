@@ -55,11 +55,12 @@ def measure_reward(
     Raises:
         RunError: no answer has a reward.
     """
-    prompts, own = data.prompts, range(rank(), len(data.prompts), count())
+    prompts, size = data.prompts, max(1, 4 * conf.training.per_device_eval_batch_size // conf.samples.reward)
+    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     with watch_memory(ANSWERING), trainer.accelerator.autocast(), evaluating(trainer), level(trainer.model):
-        sampled = [_sample(trainer, data, prompts[index], index, conf) for index in own]
-    turns = [iter(part) for part in gather(sampled)]
-    answered = [next(turns[index % count()]) for index in range(len(prompts))]
+        sampled = [_sample(trainer, data, batch, conf) for batch in batches[rank() :: count()]]
+    parts = gather(sampled)
+    answered = [one for at in range(len(batches)) for one in parts[at % count()][at // count()]]
     rewards = do_first(lambda: _score(prompts, answered, conf))
     means = [sum(known) / len(known) for row in rewards if (known := [value for value in row if value is not None])]
     if not means:
@@ -84,16 +85,21 @@ def _find_share(rewards: Rewards, before: Rewards) -> float:
     return sum((value > earlier) + (value == earlier) / 2 for value, earlier in both) / max(len(both), 1)
 
 
-def _sample(trainer: RunTrainer, data: PreferenceData, prompt: SamplePrompt, index: int, conf: RunConf) -> _Sampled:
-    """Sample the answers to a prompt, and score their tokens with policy and reference."""
+def _sample(trainer: RunTrainer, data: PreferenceData, batch: Sequence[int], conf: RunConf) -> list[_Sampled]:
+    """Sample the answers to the prompts with these indices, and score their tokens with policy and reference."""
     note_progress()
-    tokenizer, model = trainer.processing_class, trainer.model
+    tokenizer, model, prompts = trainer.processing_class, trainer.model, [data.prompts[index].ids for index in batch]
     stop_ids = find_stop_ids(model, tokenizer, data.stop_id)
-    seeds = [[derive_seed(conf.seed, index, number) for number in range(conf.samples.reward)]]
+    seeds = [[derive_seed(conf.seed, index, number) for number in range(conf.samples.reward)] for index in batch]
     sampling = Sampling(conf.samples.max_new_tokens)
-    (answers,) = sample_answers(model, [prompt.ids], seeds, sampling, stop_ids, tokenizer.pad_token_id)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-    return _Sampled(texts, _find_ratios(trainer, prompt.ids, answers))
+    sampled = sample_answers(model, prompts, seeds, sampling, stop_ids, tokenizer.pad_token_id)
+    return [
+        _Sampled(
+            [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers],
+            _find_ratios(trainer, prompt, answers),
+        )
+        for prompt, answers in zip(prompts, sampled, strict=True)
+    ]
 
 
 def _find_ratios(trainer: RunTrainer, prompt: Sequence[int], answers: Sequence[list[int]]) -> list[float]:

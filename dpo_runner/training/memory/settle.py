@@ -92,8 +92,6 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
     Raises:
         ConfigError: TRL or transformers rejects the settings, or they need evaluation rows, and there are none.
     """
-    if conf.rounds:
-        raise ConfigError(f"`rounds={conf.rounds}`: are several runs; call dpo_runner.run_rounds")
     if conf.samples.reward:
         build_reward(conf.reward)  # a missing package, function or model ends the run here, before training
     # Each process sees all batches of a step; see `ranks.group`.

@@ -32,7 +32,7 @@ def test_a_run_measures_the_reward_of_its_answers(tmp_path: Path, monkeypatch: p
 
     def keep(model: Any, prompts: list[list[int]], *others: Any) -> list[list[list[int]]]:
         answers = sample(model, prompts, *others)
-        sampled.append([[*prompts[0], *ids] for ids in answers[0]])
+        sampled.append([[*prompt, *ids] for prompt, row in zip(prompts, answers, strict=True) for ids in row])
         return answers
 
     monkeypatch.setattr(LengthTerm, "score", note)
@@ -47,7 +47,7 @@ def test_a_run_measures_the_reward_of_its_answers(tmp_path: Path, monkeypatch: p
         assert figures["eval_reward_ci95"] == pytest.approx(1.96 * abs(means[0] - means[1]) / 2, abs=1e-5)
     assert before["eval_reward_kl"] == pytest.approx(0, abs=1e-4) and "eval_reward_win_rate" not in before
     model, _ = load_tuned_model(tmp_path / "r")
-    texts = [text for row in sampled[2:] for text in row]  # after training
+    (_, texts) = sampled  # before and after training, both prompts at once
     tuned = sum(float(each[-4:].sum()) for each in score_texts(model, texts))
     with untuned(model):
         first = sum(float(each[-4:].sum()) for each in score_texts(model, texts))
