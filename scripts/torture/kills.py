@@ -53,13 +53,18 @@ REAL = [
     "samples.max_new_tokens=8",
     "wandb=disabled",
 ]
+ROUNDS = [
+    *TINY,
+    *("rounds=3", "data=reviews", "data.max_train_samples=12", "reward=length", "samples.reward=2"),
+    *("training.max_steps=8", "generate.max_new_tokens=8", "generate.batch_size=8", "generate.max_bad_fraction=0.5"),
+]
 TWO = [*TINY, "launch.processes=2"]
 _OF_THE_MACHINE = re.compile(r"^time$|(runtime|per_second|preparation_time)$")
 _ATTEMPTS = 5
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["dpo_runner.train", "dpo_runner.training.memory.estimate"]
+    ["dpo_runner.generate.rounds", "dpo_runner.training.memory.estimate"]
 )  # importing them takes longer than a tiny run
 
 
@@ -224,6 +229,7 @@ def main() -> None:
     parser.add_argument("--real-kills", type=int, default=10, help="kill -9 on the default model")
     parser.add_argument("--signals", type=int, default=20, help=f"instants for each of {len(SIGNALS)} signals")
     parser.add_argument("--process-kills", type=int, default=30, help="kill -9 on two processes and their launcher")
+    parser.add_argument("--round-kills", type=int, default=20, help="kill -9 on rounds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where runs go; a temporary folder unless told otherwise")
     args = parser.parse_args()
@@ -233,6 +239,7 @@ def main() -> None:
         ("SIGINT, SIGTERM, SIGUSR1 and SIGHUP, tiny model", TINY, len(SIGNALS) * args.signals, send_in_turn),
         ("kill -9 of a launcher or a process, tiny model", TWO, args.process_kills, kill_one),
         ("the same with divided weights", [*TWO, "distributed=fsdp2"], args.process_kills // 2, kill_one),
+        ("kill -9 of three rounds, tiny model", ROUNDS, args.round_kills, kill),
         ("kill -9, default model", REAL, args.real_kills, kill),
     ]
     failed = False
