@@ -16,6 +16,8 @@ DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
 MARGIN = "eval_rewards/margins"
 DISTANCES = ("evaluation/kl_per_answer", "eval_reward_kl", "drift")
 """Metrics of the distance from the reference: measured KL, or else the shift of chosen answers (nats per answer)."""
+GAINS = ("eval_reward", MARGIN)
+"""Metrics of what is gained by moving from the reference: the reward of sampled answers, or else the margin."""
 _TELLS_APART = "samples.reward=4 reward=NAME in the runs, and --objective eval_reward, may tell them apart"
 
 
@@ -61,7 +63,7 @@ class Row:
         settings: values of the settings that differ between rows; None if the row does not have one.
         metrics: estimates by name.
         best: whether it is the best finished row.
-        on_front: whether no other finished row has both a larger reward margin and a smaller distance.
+        on_front: whether no other finished row has both more of the comparison's `gain` and a smaller distance.
     """
 
     runs: list[RunRecord]
@@ -102,7 +104,7 @@ class Comparison:
         rows: the rows, best first; those without a value of the objective last.
         settings: the configuration keys that differ between rows.
         objective: the metric that rows are ranked by.
-        distance: the metric of `DISTANCES` that the front uses.
+        gain, distance: the metrics of `GAINS` and `DISTANCES` that the front uses.
         notes: caveats for the reader, one line each.
     """
 
@@ -110,6 +112,7 @@ class Comparison:
     rows: list[Row]
     settings: list[str]
     objective: Objective
+    gain: str
     distance: str
     notes: list[str] = field(default_factory=list)
 
@@ -120,7 +123,15 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """Metrics for the columns of a table; only those that some run has."""
-        wanted = (self.objective.metric, DEFAULT_OBJECTIVE, MARGIN, "eval_loss", self.distance, "response_tokens")
+        wanted = (
+            self.objective.metric,
+            DEFAULT_OBJECTIVE,
+            self.gain,
+            MARGIN,
+            "eval_loss",
+            self.distance,
+            "response_tokens",
+        )
         return [name for name in dict.fromkeys(wanted) if any(name in row.metrics for row in self.rows)]
 
     def find_best_run(self) -> RunRecord | None:
@@ -175,25 +186,27 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
     rows = [_build_row(group, settings, notes) for group in groups.values()]
     if not any(objective.metric in run.metrics for run in runs):
         notes.append(f"no run has {objective.metric} yet; nothing is ranked")
-    distance = _choose_distance(rows, notes)
-    comparison = Comparison(list(runs), rows, settings, objective, distance, notes)
+    comparison = Comparison(list(runs), rows, settings, objective, *_choose_axes(rows, notes), notes)
     _rank(comparison)
     _mark_front(comparison)
     return comparison
 
 
-def _choose_distance(rows: list[Row], notes: list[str]) -> str:
-    """Return the first measured distance that all finished rows have, on the same data; else the drift."""
-    *measured, drift = DISTANCES
+def _choose_axes(rows: list[Row], notes: list[str]) -> tuple[str, str]:
+    """Return the first gain, and the first distance measured on the same data, that all finished rows have."""
+    distances = list(DISTANCES)
     evaluated = {
         run.fingerprints["evaluation"] for row in rows for run in row.counted if "evaluation" in run.fingerprints
     }
     if len(evaluated) > 1:
         notes.append("the evaluations are not of the same data and prompts; their figures cannot be compared")
-        measured.remove("evaluation/kl_per_answer")
-    finished = [row for row in rows if row.finished and MARGIN in row.metrics]
-    common = [name for name in measured if finished and all(name in row.metrics for row in finished)]
-    return common[0] if common else drift
+        distances.remove("evaluation/kl_per_answer")
+    finished = [row for row in rows if row.finished and not row.metrics.keys().isdisjoint(GAINS)]
+
+    def first(names: Sequence[str]) -> str:
+        return next((name for name in names if finished and all(name in row.metrics for row in finished)), names[-1])
+
+    return first(GAINS), first(distances)
 
 
 def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) -> Row:
@@ -244,17 +257,17 @@ def _rank(comparison: Comparison) -> None:
 
 
 def _mark_front(comparison: Comparison) -> None:
-    """Mark the finished rows on the Pareto front of reward margin and distance from the reference."""
+    """Mark the finished rows on the Pareto front of gain and distance from the reference."""
     points = list(_list_points(comparison))
-    for row, margin, moved in points:
+    for row, gain, moved in points:
         row.on_front = not any(
-            other_margin >= margin and other_moved <= moved and (other_margin > margin or other_moved < moved)
-            for _, other_margin, other_moved in points
+            other_gain >= gain and other_moved <= moved and (other_gain > gain or other_moved < moved)
+            for _, other_gain, other_moved in points
         )
 
 
 def _list_points(comparison: Comparison) -> Iterator[tuple[Row, float, float]]:
     for row in comparison.rows:
-        margin, moved = row.value(MARGIN), row.value(comparison.distance)
-        if row.finished and margin is not None and moved is not None:
-            yield row, margin, moved
+        gain, moved = row.value(comparison.gain), row.value(comparison.distance)
+        if row.finished and gain is not None and moved is not None:
+            yield row, gain, moved

@@ -231,9 +231,9 @@ function drawScatter() {
       symbol: shown.map((index) => (runs[index].best ? "star" : runs[index].front ? "diamond" : runs[index].state === "finished" ? "circle" : "circle-open")),
     },
   }];
-  const isFront = x.key === data.distance && y.key === data.margin;
+  const isFront = x.key === data.distance && y.key === data.gain;
   if (isFront) traces.unshift(buildFront(x, y));
-  byId("front").textContent = isFront ? `dashed: the largest margins for their ${x.label}${data.rows.length ? ", means over seeds" : ""}` : "";
+  byId("front").textContent = isFront ? `dashed: the largest ${y.label} for each ${x.label}${data.rows.length ? ", means over seeds" : ""}` : "";
   Plotly.react("scatter", traces, layoutOf({margin: {l: y.numeric ? 64 : 140, r: 16, t: 12, b: 46}, xaxis: axisOf(x), yaxis: axisOf(y)}), CONFIG);
 }
 
@@ -409,7 +409,7 @@ const numbered = columns.map((column, at) => [at, column.label]);
 const indexOf = (key, otherwise) => { const at = columns.findIndex((column) => column.key === key); return at < 0 ? otherwise : at; };
 fill("curve", Object.keys(data.curves).map((name) => [name, name]), null, drawCurves);
 fill("x", numbered, indexOf(data.distance, 0), drawScatter);
-fill("y", numbered, indexOf(data.margin, Math.min(1, columns.length - 1)), drawScatter);
+fill("y", numbered, indexOf(data.gain, Math.min(1, columns.length - 1)), drawScatter);
 byId("seeds").hidden = data.rows.length === 0;
 byId("per-seed").addEventListener("change", (event) => { state.joined = !event.target.checked; state.sort = null; drawTable(); });
 byId("filter").addEventListener("input", (event) => { state.filter = event.target.value.trim().toLowerCase(); update(); });

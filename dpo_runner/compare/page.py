@@ -66,6 +66,7 @@ def build_page(comparison: Comparison) -> str:
         title=_name(runs),
         objective=comparison.objective.metric,
         direction="less" if comparison.objective.minimize else "more",
+        gain=column_of(comparison.gain),
         distance=column_of(comparison.distance),
         counts=counts if runs else [],
         notes=[*comparison.notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)],
@@ -111,7 +112,7 @@ def _build_payload(comparison: Comparison) -> dict[str, Any]:
     short = shorten_keys(settings)
     return {
         "objective": {"metric": comparison.objective.metric, "minimize": comparison.objective.minimize},
-        "margin": MARGIN,
+        "gain": comparison.gain,
         "distance": comparison.distance,
         "settings": [{"key": key, "label": short[key]} for key in settings],
         "metrics": [{"key": name, "label": column_of(name)} for name in metrics],

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from dpo_runner.compare.comparison import MARGIN, Comparison, Estimate, Row
+from dpo_runner.compare.comparison import Comparison, Estimate, Row
 from dpo_runner.config.metrics import column_of
 from dpo_runner.config.schema import shorten_keys
 from dpo_runner.io.console import FoldingTable, visible
@@ -50,7 +50,7 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def show_table(comparison: Comparison, console: Console) -> None:
-    """Print the table, its legend, and the front of reward margin against distance from the reference."""
+    """Print the table, its legend, and the front of gain against distance from the reference."""
     table, left_out = _fit_table(comparison, console)
     console.print(table)
     direction = "less" if comparison.objective.minimize else "more"
@@ -59,7 +59,9 @@ def show_table(comparison: Comparison, console: Console) -> None:
         (row for row in comparison.rows if row.on_front), key=lambda row: row.value(comparison.distance) or 0.0
     )
     if front:
-        legend += f"   {ON_FRONT} none has both a larger margin and less {_label(comparison.distance)}"
+        legend += (
+            f"   {ON_FRONT} none has both a larger {_label(comparison.gain)} and less {_label(comparison.distance)}"
+        )
     on_one_line = not console.is_terminal  # a terminal folds in the middle of a word, rich between words
     if left_out:
         told = f"too narrow for {', '.join(map(_label, left_out))}; see --html or --csv"
@@ -67,11 +69,13 @@ def show_table(comparison: Comparison, console: Console) -> None:
     console.print(_text(legend), style="dim", soft_wrap=on_one_line)
     if len(front) > 1:
         path = " → ".join(
-            f"{row.name} ({format_estimate(row.metrics[MARGIN])} at "
+            f"{row.name} ({format_estimate(row.metrics[comparison.gain])} at "
             f"{format_estimate(row.metrics[comparison.distance])})"
             for row in front
         )
-        console.print(_text(f"margin against {_label(comparison.distance)}: {path}"), soft_wrap=on_one_line)
+        console.print(
+            _text(f"{_label(comparison.gain)} against {_label(comparison.distance)}: {path}"), soft_wrap=on_one_line
+        )
     failures = [f"{run.name} {run.state}: {run.error.splitlines()[0]}" for run in comparison.runs if run.error.strip()]
     for note in [*failures, *comparison.notes]:
         console.print(_text(note), style="dim", soft_wrap=on_one_line)

@@ -10,6 +10,7 @@ from dpo_runner.config.yaml_files import CONF_DIR
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {
     "data=local_file": ["data.path=x.jsonl"],
+    "data=prompts": ["data.path=x.jsonl"],
     "model=zephyr_sft": ["lora=none"],
     "generate=endpoint": ["generate.models=[served]"],
     "reward=function": ["reward.function.name=mine:score"],

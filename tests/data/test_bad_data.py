@@ -1190,7 +1190,7 @@ def test_a_file_that_breaks_off_late_leaves_nothing_behind(load: Load) -> None:
         ("only_test", "holds evaluation files only; rename one of them to train.jsonl"),
         ("*.parquet", "no file matches"),
         ("bundled:concice", "no such bundled data; did you mean `concise`?"),
-        ("bundled:", "no such bundled data; choose from concise"),
+        ("bundled:", "no such bundled data; choose from concise, reviews"),
         ("~nobody-of-that-name/rows.jsonl", "no such file"),
     ],
 )

@@ -214,13 +214,18 @@ def test_rounds_end_when_the_reward_does_not_rise(tmp_path: Path, capsys: pytest
 
 
 def test_a_sweep_over_rounds_shares_the_first_answers() -> None:
-    command = [*ask("training.beta=0.05,0.5", "rounds=1", "sweep.dir=sweep", "sweep.workers=2"), "-m"]
+    reward = ["reward=function", "reward.function.name=letters:score"]  # of gibberish, sentiment tells nothing apart
+    small = [*TINY, *reward, "data.max_train_samples=8", "training.beta=0.05,0.5", "sweep.dir=sweep", "sweep.workers=2"]
+    command = ["experiment=sentiment_frontier", *small, "-m"]
     assert run_python("-m", "dpo_runner", *command).returncode == 0
     jobs = sorted(path for path in Path("sweep").iterdir() if (path / "summary.json").exists())
     (answers,) = Path("sweep/answers").glob("*/scored.jsonl")
     for job in jobs:
         conf = read_conf(str(job / "round-1/run"))
         assert conf["data"]["path"] == str(answers.absolute()) and conf["wandb"]["group"] == "sweep"
+        assert conf["generate"]["max_new_tokens"] == 8 and conf["training"]["num_train_epochs"] == 2
+    page = Path("sweep/compare.html").read_text()
+    assert '"metric":"eval_reward"' in page and '"distance":"eval_reward_kl"' in page
     assert len(jobs) == 2 and len({read_summary(job)["after"]["eval_reward_kl"] for job in jobs}) == 2
     digests = {digest_config(load_conf(ask(*more))) for more in ([], ["generate.num_answers=2"], ["rounds_patience=1"])}
     assert len(digests) == 3
