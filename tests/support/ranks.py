@@ -1,6 +1,7 @@
 """What the processes of a test's run do: runs one after another, with faults put into them."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from dpo_runner import RunConf, run
+from dpo_runner import train as story
 from dpo_runner.records.reading import read_status
+from dpo_runner.training.answers import measuring
 from dpo_runner.training.engine.token_batches import TokenBatches
 from dpo_runner.training.ranks.group import rank
 from dpo_runner.training.ranks.sharding import local
@@ -90,3 +93,29 @@ def train(
     for conf in confs:
         callbacks: list[TrainerCallback] = [] if draws is None else [NoteDraws(draws / Path(str(conf.run_dir)).name)]
         run(conf, callbacks=[*callbacks, NoteParts(Path(str(conf.run_dir)))])
+
+
+STAGES: dict[str, tuple[Any, str]] = {
+    "loading": (story, "load_policy"),
+    "preparing": (story, "build_trainer"),
+    "training": (RunTrainer, "training_step"),
+    "evaluating": (RunTrainer, "evaluation_loop"),
+    "saving": (RunTrainer, "_save_checkpoint"),
+    "answering": (measuring, "generate_answers"),
+}
+"""Parts of a run, each with the function that does it."""
+
+
+def fail_in(stage: str, conf: RunConf, folder: Path) -> None:
+    """Run a configuration; in the second process a part of it fails, and its time is written to `folder`."""
+    owner, name = STAGES[stage]
+    whole = getattr(owner, name)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if rank() == 1:
+            (folder / "failed").write_text(str(time.time()))
+            raise ValueError(f"a fault in {stage}")
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, fail)
+    run(conf)

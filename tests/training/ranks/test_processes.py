@@ -34,7 +34,7 @@ from tests.support import sweeps
 from tests.support.common import make_tiny_run, write_pairs
 from tests.support.light_ranks import work, work_again
 from tests.support.programs import start_python
-from tests.support.ranks import train
+from tests.support.ranks import STAGES, fail_in, train
 from tests.support.sweeps import finish, furnish, wait_until
 from tests.support.trainers import build
 
@@ -328,8 +328,26 @@ def test_weights_that_differ_end_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("importable")
-def test_too_little_memory_in_one_process_starts_all_again_with_smaller_batches(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "distributed"), list(zip(STAGES, ["ddp", "fsdp2"] * 3, strict=True)))
+def test_an_error_of_one_process_at_any_stage_ends_all(
+    runs: Path, tmp_path: Path, stage: str, distributed: str
+) -> None:
+    overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.save_steps=1", "training.eval_steps=1"]
+    conf = load_conf([*overrides, f"distributed={distributed}", "launch.processes=2", f"run_dir={tmp_path}/r"])
+    with pytest.raises(RunError, match=rf"^process 1: ValueError: a fault in {stage}; its output is in ranks/1\.log$"):
+        launch(partial(fail_in, stage, conf, tmp_path), 2, tmp_path / "r")
+    assert time.time() - float((tmp_path / "failed").read_text()) < 10
+    status = read_status(tmp_path / "r")
+    assert status is not None and status["state"] == "failed" and f"a fault in {stage}" in status["error"]
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
+def test_too_little_memory_in_one_process_starts_all_again_with_smaller_batches(
+    runs: Path, tmp_path: Path, distributed: str
+) -> None:
     overrides = [*overrides_of(str(runs / "pairs.jsonl")), "training.gradient_accumulation_steps=3"]
+    overrides += [f"distributed={distributed}"]
     retry = ["checks.on_out_of_memory=smaller_batch", "launch.processes=2", f"run_dir={tmp_path}/r"]
     conf = load_conf([*overrides, *retry])
     blueprint = draw_blueprint(conf)
