@@ -142,6 +142,18 @@ def read_split_prompts(data: DataConf) -> tuple[Prompts, Prompts]:
     return trained, held_out
 
 
+def read_file_of_prompts(path: str, limit: int | None = None) -> Prompts:
+    """Read the first distinct prompts of `samples.prompts`.
+
+    Raises:
+        DataError: the file cannot be read, or a row cannot be used.
+    """
+    try:
+        return read_prompts(DataConf(path=path, max_train_samples=limit, on_bad_row="error"))
+    except DataError as error:
+        raise DataError(str(error).replace("`data.path=", "`samples.prompts=")) from None
+
+
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Write prompts as rows that `read_prompts` reads as the same prompts."""
     write_lines(path, (json.dumps({"prompt": one.messages, **one.columns}, ensure_ascii=False) for one in prompts))
@@ -263,10 +275,8 @@ def choose_prompts(rows: "Dataset", conf: RunFields, template: ChatTemplate) -> 
     """Return the prompts of `samples.prompts`, or else the first distinct ones of `rows`."""
     count = conf.samples.num_prompts
     if conf.samples.prompts is not None and count:
-        given = read_prompts(DataConf(path=conf.samples.prompts, max_train_samples=count, on_bad_row="error"))
-        return [
-            SamplePrompt(one.messages, template.render_prompt(one.messages, **one.variables)) for one in given.prompts
-        ]
+        given = read_file_of_prompts(conf.samples.prompts, count).prompts
+        return [SamplePrompt(one.messages, template.render_prompt(one.messages, **one.variables)) for one in given]
     prompts: dict[str, SamplePrompt] = {}
     for row in rows:
         if len(prompts) == count:

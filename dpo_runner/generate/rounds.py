@@ -13,8 +13,7 @@ from typing import Any
 
 from dpo_runner.config.metrics import OF_SAMPLES
 from dpo_runner.config.run_conf import RunConf
-from dpo_runner.config.sections.data import DataConf
-from dpo_runner.data.prompts import Prompts, read_prompts, read_split_prompts, write_prompts
+from dpo_runner.data.prompts import Prompts, read_file_of_prompts, read_split_prompts, write_prompts
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.generate.generation import generate
 from dpo_runner.generate.schedule import ANSWERS_SCORED, HELD_OUT, PROMPTS, Round, choose_shared, plan_rounds
@@ -60,7 +59,7 @@ def run_rounds(
     build_reward(conf.reward)  # refuses what cannot score before anything starts
     trained, held_out = read_split_prompts(conf.data)
     if conf.samples.prompts is not None:
-        held_out = read_prompts(DataConf(path=conf.samples.prompts))
+        held_out = read_file_of_prompts(conf.samples.prompts)
     rounds = list(plan_rounds(conf, path, choose_shared(conf, trained, shared)))
     console.show_plan(_describe_plan(conf, trained, held_out, path))
     if conf.dry_run:

@@ -1,5 +1,6 @@
 """The reward of sampled answers in a run, and as what a search improves."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from dpo_runner import load_conf, run
 from dpo_runner.config.rules.sweep import list_objectives, read_direction
 from dpo_runner.config.sections.sweep import SearchConf
-from dpo_runner.errors import ConfigError
+from dpo_runner.errors import ConfigError, DataError
 from dpo_runner.model.result import load_tuned_model, score_texts, untuned
 from dpo_runner.records.reading import read_summary
 from dpo_runner.training.answers import rewarded
@@ -85,3 +86,24 @@ def test_a_search_can_improve_the_reward_if_it_is_measured() -> None:
     pruned = SearchConf(sampler="tpe", pruner="median", objective="eval_reward")
     with pytest.raises(ConfigError, match="pruner=median`: eval_reward is measured once, at the end"):
         replace(measured, sweep=replace(measured.sweep, search=pruned))
+
+
+def test_the_prompts_may_be_those_of_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Why?"},
+        {"messages": [{"role": "user", "content": "Who?"}]},
+        {"prompt": "Why?"},
+        {"prompt": "How?"},
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = [*make_tiny_run(write_pairs(tmp_path)), "samples.reward=1", "reward=length", "training.max_steps=1"]
+    run(load_conf([*tiny, f"samples.prompts={file}", "samples.num_prompts=2", f"run_dir={tmp_path}/r"]))
+    samples = [json.loads(line) for line in (tmp_path / "r/samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"][-1]["content"] for sample in samples] == ["Why?", "Who?"]
+    assert "eval_reward" in read_summary(tmp_path / "r")["after"]
+    with pytest.raises(DataError, match=r"^`samples\.prompts=absent\.jsonl`: no such file"):
+        run(load_conf([*tiny, "samples.prompts=absent.jsonl", f"run_dir={tmp_path}/s"]))
+    file.write_text('{"prompt": "Why?"}\n{"prompt": ""}\n')
+    with pytest.raises(DataError, match=r"asked\.jsonl:2: empty prompt"):
+        run(load_conf([*tiny, f"samples.prompts={file}", "samples.num_prompts=9", f"run_dir={tmp_path}/s"]))
