@@ -107,28 +107,28 @@ def read_prompts(data: DataConf) -> Prompts:
     return found
 
 
-def read_split_prompts(data: DataConf) -> tuple[Prompts, Prompts]:
+def read_split_prompts(data: DataConf, given: Prompts | None = None) -> tuple[Prompts, Prompts]:
     """Read the distinct prompts to train on, up to `data.max_train_samples`, and those held out.
 
-    Held out are the prompts of a source's evaluation rows, or else a share of `data.eval_fraction`, chosen by the
-    prompt alone.
+    Held out are the `given` ones. Without, they are the prompts of a source's evaluation rows, or else a share of
+    `data.eval_fraction`, chosen by the prompt alone.
 
     Raises:
         ConfigError: a source sets what applies to pairs alone.
         DataError: a source cannot be read, has too many unusable rows, or one of the sides has no prompt.
     """
     _check_mixture(data)
-    every, seen = replace(data, max_train_samples=None), set[str]()
-    held_out, trained = Prompts(), Prompts()
+    every, trained, held_out = replace(data, max_train_samples=None), Prompts(), given or Prompts()
+    seen = {prompt.key for prompt in held_out.prompts}  # training leaves out what is held out
     opened = {name: (conf, *open_sources(conf, source_key(name, data))) for name, conf in resolve_sources(data).items()}
-    for name, (conf, _, evaluation) in opened.items():  # first: training leaves out what is held out
-        if evaluation is not None:
+    for name, (conf, _, evaluation) in opened.items():
+        if evaluation is not None and given is None:
             _read_source(evaluation, conf, every, source_key(name, data), held_out, seen)
-    divided = []
+    divided: list[Prompt] = []
     for name, (conf, source, evaluation) in opened.items():
         first = len(trained.prompts)
         _read_source(source, conf, every, source_key(name, data), trained, seen)
-        divided += [] if evaluation is not None else trained.prompts[first:]
+        divided += trained.prompts[first:] if evaluation is None and given is None else []
     if divided and data.eval_fraction > 0:
         hashes = np.array([int(prompt.key, 16) for prompt in divided], np.uint64)
         (mask,) = hold_out([hashes], data.eval_fraction)
@@ -136,6 +136,7 @@ def read_split_prompts(data: DataConf) -> tuple[Prompts, Prompts]:
         held_out.prompts += [prompt for prompt in trained.prompts if prompt.key in moved]
         trained.prompts = [prompt for prompt in trained.prompts if prompt.key not in moved]
     trained.prompts = trained.prompts[: data.max_train_samples]
+    held_out.prompts = held_out.prompts[: data.max_eval_samples]
     for side, prompts in (("to train on", trained), ("held out", held_out)):
         if not prompts.prompts:
             raise DataError(f"data: no prompt is {side}; see data.eval_fraction and data.eval_path")

@@ -57,9 +57,8 @@ def run_rounds(
     if (summary := read_finished(path, conf, console)) is not None:
         return summary
     build_reward(conf.reward)  # refuses what cannot score before anything starts
-    trained, held_out = read_split_prompts(conf.data)
-    if conf.samples.prompts is not None:
-        held_out = read_file_of_prompts(conf.samples.prompts)
+    given = None if conf.samples.prompts is None else read_file_of_prompts(conf.samples.prompts)
+    trained, held_out = read_split_prompts(conf.data, given)
     rounds = list(plan_rounds(conf, path, choose_shared(conf, trained, shared)))
     console.show_plan(_describe_plan(conf, trained, held_out, path))
     if conf.dry_run:

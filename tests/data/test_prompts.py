@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dpo_runner.config.compose import load_conf
-from dpo_runner.data.prompts import Prompts, read_prompts
+from dpo_runner.config.sections.data import DataConf, SourceConf
+from dpo_runner.data.prompts import Prompts, read_file_of_prompts, read_prompts, read_split_prompts, write_prompts
 from dpo_runner.errors import ConfigError, DataError
 
 WHY = [{"role": "user", "content": "Why?"}]
@@ -73,3 +74,43 @@ def test_rows_without_a_prompt_and_settings_of_pairs_are_refused() -> None:
     assert read([{"text": "Why?"}], "data.columns.text=prompt").prompts[0].messages == WHY
     with pytest.raises(ConfigError, match=r"`data.sources.a.weight=2.0`: is about pairs"):
         read_prompts(load_conf(["data=local_file", "data.sources.a.path=rows.jsonl", "data.sources.a.weight=2"]).data)
+
+
+def test_prompts_are_held_out_by_rows_a_share_or_a_file(tmp_path: Path) -> None:
+    def write(name: str, texts: list[str]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        return str(tmp_path / name)
+
+    def texts(side: Prompts) -> list[str]:
+        return [prompt.messages[-1]["content"] for prompt in side.prompts]
+
+    numbers = [f"What is {number}?" for number in range(40)]
+    rows, evaluation = write("rows.jsonl", numbers), write("evaluation.jsonl", ["What is 3?", "Who?"])
+    trained, held_out = read_split_prompts(DataConf(path=rows, eval_path=evaluation, max_train_samples=5))
+    assert texts(held_out) == ["What is 3?", "Who?"] and texts(trained) == [numbers[at] for at in (0, 1, 2, 4, 5)]
+
+    trained, held_out = read_split_prompts(DataConf(path=rows, eval_fraction=0.25))
+    assert sorted(texts(trained) + texts(held_out)) == sorted(numbers) and 5 <= len(held_out.prompts) <= 15
+    _, same = read_split_prompts(DataConf(path=write("fewer.jsonl", numbers[:30]), eval_fraction=0.25))
+    assert set(texts(same)) == set(texts(held_out)) & set(numbers[:30])  # a prompt's side depends on it alone
+    assert (
+        texts(read_split_prompts(DataConf(path=rows, eval_fraction=0.25, max_eval_samples=2))[1]) == texts(held_out)[:2]
+    )
+
+    given = read_file_of_prompts(evaluation)
+    assert texts(read_split_prompts(DataConf(path=rows), given)[0]) == [
+        text for text in numbers if text != "What is 3?"
+    ]
+    mixed = {"a": SourceConf(path=rows, eval_path=evaluation), "b": SourceConf(path=write("b.jsonl", ["b?", "c?"]))}
+    trained, held_out = read_split_prompts(DataConf(sources=mixed, eval_fraction=0.5))
+    assert len(trained.prompts) == 39 + 1 and len(held_out.prompts) == 2 + 1
+    with pytest.raises(DataError, match="no prompt is held out"):
+        read_split_prompts(DataConf(path=rows, eval_fraction=0))
+
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "[1]"}], "tools": tools}
+    (tmp_path / "tools.jsonl").write_text(json.dumps({**row, "chat_template_kwargs": {"k": 1}}) + "\n")
+    whole = read_file_of_prompts(str(tmp_path / "tools.jsonl")).prompts
+    write_prompts(tmp_path / "written.jsonl", whole)
+    written = read_file_of_prompts(str(tmp_path / "written.jsonl")).prompts
+    assert [one.key for one in written] == [one.key for one in whole] and written[0].variables["k"] == 1
