@@ -59,7 +59,9 @@ def _run_with_hydra() -> None:
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         typed = list(hydra_config.overrides.task)
-        conf = build_run_conf(config, typed)
+        sources = hydra_config.runtime.config_sources
+        own = next((source.path for source in sources if source.provider == "command-line"), None)
+        conf = build_run_conf(config, typed, own)
         if hydra_config.mode == RunMode.MULTIRUN:  # started by one of Hydra's launchers
             _run_in_sweep(conf, typed, Path(hydra_config.runtime.output_dir))
             return

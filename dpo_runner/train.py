@@ -143,7 +143,7 @@ def _train(settled: Settled, blueprint: Blueprint, data: PreferenceData, session
     session.write_samples(samples)
     summary = {"before": before.metrics, "after": after.metrics, **trained}
     summary |= {"peak_memory_gb": round(peak, 3)}
-    summary |= {"out_of_memory": session.out_of_memory} if session.out_of_memory else {}
+    summary |= session.further_records(after.metrics)
     facts = read_facts(session.directory.path, conf, blueprint.reference.described, summary)
     texts = choose_texts(trainer.train_dataset)
     weights = save_result(session.directory, model, policy, blueprint, facts, texts, session.warn)

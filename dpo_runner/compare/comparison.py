@@ -189,6 +189,7 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
     comparison = Comparison(list(runs), rows, settings, objective, *_choose_axes(rows, notes), notes)
     _rank(comparison)
     _mark_front(comparison)
+    notes += [f"{run.name}: {run.published}" for run in runs if run.published]
     return comparison
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -21,7 +22,7 @@ from dpo_runner.config.adapter_config import recognise_adapter
 from dpo_runner.config.hydra_rules import check_composed
 from dpo_runner.config.overrides import MOST_POINTS, check_overrides, first_line
 from dpo_runner.config.rules.training import may_have_evaluation
-from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
 from dpo_runner.errors import ConfigError, reason_of
 
@@ -97,7 +98,7 @@ def _without_callers_hydra() -> Iterator[None]:
         VersionBase.set_instance(version_base)
 
 
-def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
+def build_run_conf(config: DictConfig, overrides: Sequence[str], config_dir: str | None = None) -> RunConf:
     """Convert a composed config to a typed, validated `RunConf`.
 
     A continued SFT adapter keeps its own shape, so the default `lora`, which describes a new adapter, is dropped
@@ -106,6 +107,7 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
     Args:
         config: the composed config.
         overrides: the overrides it was composed from.
+        config_dir: a folder with the user's config groups.
 
     Raises:
         ConfigError: an unset `???`, an unresolvable interpolation, or values that `RunConf` rejects.
@@ -125,7 +127,20 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str]) -> RunConf:
         raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
     assert isinstance(conf, RunConf)
     conf.evaluation_is_optional = only_a_preset
+    conf.recipe = _find_recipe(conf, overrides, config_dir)
     return conf
+
+
+def _find_recipe(conf: RunConf, overrides: Sequence[str], config_dir: str | None) -> dict[str, Any] | None:
+    """Return what the chosen experiment is without further overrides, if it is the one that has `expected`."""
+    chosen = tuple(text for text in overrides if re.match(r"\+*experiment=", text))
+    if not conf.expected or not chosen or len(chosen) == len(overrides):
+        return None
+    try:
+        recipe = compose_point(chosen, config_dir)
+    except ConfigError:  # it is made whole by the command line
+        return None
+    return config_keys(recipe) if recipe.expected == conf.expected else None
 
 
 @functools.lru_cache(maxsize=MOST_POINTS)
@@ -137,7 +152,7 @@ def compose_point(texts: tuple[str, ...], config_dir: str | None) -> RunConf:
     Raises:
         ConfigError, HydraException, OmegaConfBaseException: the point does not compose or is invalid.
     """
-    return build_run_conf(compose_config(list(texts), config_dir), texts)
+    return build_run_conf(compose_config(list(texts), config_dir), texts, config_dir)
 
 
 UNCOMPOSABLE = (
@@ -169,6 +184,8 @@ def describe_uncomposable(error: Exception, point: Sequence[str]) -> str:
         section = re.match(r"\+*(quant|lora)\.", text)
         if section and not any(re.match(rf"\+*{section[1]}=(?!none)", other) for other in point):
             return f"`{text}`: {section[1]} is none here; choose an option of the group too ({section[1]}=OPTION)"
+        if re.match(r"\+*expected\.", text):
+            return f"`{text}`: a list is set as a whole, such as expected=[], or in a file"
     if twice := re.match(r"Multiple values for \S+\. .*'override /?(\S+): (\S+)'", str(error)):
         name, option = twice.groups()
         return f"`{name}={option}`: a defaults list chooses `{name}` a second time; write - override /{name}: {option}"

@@ -29,6 +29,7 @@ EFFECTS = {
     "reward": Effect.PLACES,
     "rounds_patience": Effect.PLACES,
     "rounds_reference": Effect.PLACES,
+    "expected": Effect.PLACES,
     "launch.timeout": Effect.PLACES,
     "hydra": Effect.PLACES,
     "training.output_dir": Effect.PLACES,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_runner.config.rules.data import check_data
+from dpo_runner.config.rules.expected import check_expected
 from dpo_runner.config.rules.fields import (
     RANGES,
     SOURCE_RANGES,
@@ -32,6 +33,9 @@ class RunConf(RunFields):
 
     evaluation_is_optional: bool = field(default=False, compare=False, metadata={"omegaconf_ignore": True})
     """Whether only a preset asks for evaluations within the run (`${if_evaluation_rows:…}`); no key of the YAML."""
+
+    recipe: dict[str, Any] | None = field(default=None, compare=False, metadata={"omegaconf_ignore": True})
+    """The experiment without further overrides, if there are some and `expected` is its; no key of the YAML."""
 
     def __post_init__(self) -> None:
         if mistakes := find_mistakes(self):
@@ -66,6 +70,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
             *check_names(conf),
             *check_generate(conf),
             *check_rounds(conf),
+            *check_expected(conf),
             *check_sweep(conf.sweep),
             *check_search(conf),
         ]

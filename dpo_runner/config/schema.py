@@ -14,6 +14,7 @@ from dpo_runner.config.rules.model import OTHER_LORA_FIELDS, OWNED_LORA_FIELDS
 from dpo_runner.config.rules.training import OTHER_FIELDS, OWNED_FIELDS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.config.sections.data import SourceConf
+from dpo_runner.config.sections.expected import ExpectedConf
 from dpo_runner.config.sections.model import LoraConf, QuantConf
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import reason_of, suggest
@@ -33,9 +34,10 @@ def _walk_schema(cls: type, prefix: str = "") -> Iterator[tuple[str, type | None
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, hint = f"{prefix}{field.name}", hints[field.name]
-        if typing.get_origin(hint) is dict:
+        *_, item = typing.get_args(hint) or (None,)
+        if typing.get_origin(hint) is dict or (typing.get_origin(hint) is list and dataclasses.is_dataclass(item)):
             yield key, None
-            yield from _walk_field(f"{key}.*", typing.get_args(hint)[1])
+            yield from _walk_field(f"{key}.*", item)
         else:
             yield from _walk_field(key, hint)
 
@@ -51,7 +53,7 @@ def _walk_field(key: str, hint: typing.Any) -> Iterator[tuple[str, type | None]]
 SCHEMA: dict[str, type | None] = dict(_walk_schema(RunFields))
 """Every dotted key of a run's configuration; maps a section to its dataclass and a field to None.
 
-The entries of a map are listed under `*`, such as `data.sources.*.path`.
+The entries of a map, and of a list of sections, are listed under `*`, such as `data.sources.*.path`.
 """
 
 
@@ -71,6 +73,8 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
     known = schema_key(key)
     if known not in SCHEMA:
         return [_describe_unknown(known if "*" in known else key)]
+    if known == "expected" and isinstance(value, list):
+        value = {str(number): item for number, item in enumerate(value)}
     if f"{known}.*" in SCHEMA and isinstance(value, dict):
         return [line for name, item in value.items() for line in find_value_mistakes(f"{key}.{name}", item)]
     if SCHEMA[known] is not None:
@@ -85,14 +89,14 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
         return [f"`{key}={value}`: must be a list of plain values, such as [a,b]"]
     try:
         if "*" in known:  # an entry name chosen by the user: substitute any name
-            OmegaConf.update(_blank_config(), known.replace("*", _ANY), value, force_add=True, merge=False)
+            OmegaConf.update(_blank_config(), _place(known), value, force_add=True, merge=False)
         else:
             OmegaConf.update(_blank_config(), key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, AssertionError) as error:
         null = "; None is written null" if str(value).lower() == "none" and _takes_null(key) else ""
         files = "; several files are a pattern (pairs*.jsonl) or data.sources" if key == "data.path" else ""
         return [f"`{key}={value}`: {_describe_type_error(reason_of(error))}{null}{files}"]
-    kept = OmegaConf.select(_blank_config(), known.replace("*", _ANY))
+    kept = OmegaConf.select(_blank_config(), _place(known))
     if isinstance(kept, bool) and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf takes any number
         return [f"`{key}={value}`: must be true or false"]
     for item, as_kept in zip(value, kept, strict=True) if isinstance(value, list) and kept else [(value, kept)]:
@@ -104,12 +108,17 @@ def find_value_mistakes(key: str, value: Any) -> list[str]:
 _ANY = "any"
 
 
+def _place(known: str) -> str:
+    """Return where a key of SCHEMA is in the scratch configuration."""
+    return known.replace("*", "0" if known.startswith("expected.") else _ANY)
+
+
 @functools.cache
 def _blank_config() -> DictConfig:
     """Return a scratch configuration for type checks; its values do not matter."""
     config = OmegaConf.structured(RunConf)
     config.quant, config.lora = QuantConf(), LoraConf()
-    config.data.sources = {_ANY: SourceConf()}
+    config.data.sources, config.expected = {_ANY: SourceConf()}, [ExpectedConf()]
     return typing.cast(DictConfig, config)
 
 

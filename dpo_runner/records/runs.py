@@ -36,6 +36,7 @@ class RunRecord:
         fingerprints: of `model` and `data`, independent of their paths, and of the evaluated data (`evaluation`).
         metrics: results by name: those after training, or the newest ones if the run has not ended.
         curves: logged values over optimizer steps, by name.
+        published: a line that counts its figures inside and outside published bands, or "".
         samples: `prompt`, `before` and `after` as texts.
         notes: a line for each thing that could not be read, with the reason.
     """
@@ -48,6 +49,7 @@ class RunRecord:
     fingerprints: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
+    published: str = ""
     samples: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -145,6 +147,8 @@ def _read_run(path: Path) -> RunRecord:
         run.samples = [sample for line in run.read_lines("samples.jsonl") if (sample := _read_sample(line))]
     results = collect_results(run.curves, summary, to_number(run.config.get("training.beta")))
     run.metrics = results | _read_evaluation(run)
+    if isinstance(expected := summary.get("expected"), dict) and isinstance(expected.get("told"), list):
+        run.published = str(mask_secrets(str(expected["told"][-1]))) if expected["told"] else ""
     reference = run.config.get("model.reference", "initial")  # the first versions had no other
     if run.config and is_start(reference, run.config.get("model.adapter")):
         run.curves = dict(_leave_out_ties(run.curves, find_first_update(events)))

@@ -21,7 +21,7 @@ from dpo_runner.io.logs import route_library_logs
 from dpo_runner.model.files.pickles import refuse_pickled_code
 from dpo_runner.records.checkpoints import open_last_checkpoint, read_step
 from dpo_runner.records.directory import RunDirectory
-from dpo_runner.records.reading import read_status, read_summary
+from dpo_runner.records.reading import read_metrics, read_status, read_summary
 from dpo_runner.records.resume import (
     check_continuable,
     check_free,
@@ -48,6 +48,8 @@ class Session:
 
     Attributes:
         console: the terminal output.
+        say: shows one line.
+        warn: shows one line as a warning.
         summary: the contents of summary.json, once the run has finished.
         weights: the folder of the result, once it is written.
         out_of_memory: one record per attempt that ran out of memory.
@@ -64,28 +66,17 @@ class Session:
         out_of_memory: list[Record],
     ) -> None:
         self.directory, self.console, self.tracker = directory, console, tracker
+        self.say, self.warn = console.say, console.warn
         self.summary: dict[str, Any] | None = None
         self.weights: Path | None = None
         self.out_of_memory = out_of_memory
         self._conf, self._stopping, self._further = conf, stopping, callbacks
-        self._events = self._build_events()
-
-    def say(self, text: str) -> None:
-        """Show one line."""
-        self.console.say(text)
-
-    def warn(self, text: str) -> None:
-        """Show one line as a warning."""
-        self.console.warn(text)
+        self._events = RunEvents(directory, tracker, console, conf)
 
     def begin_attempt(self) -> None:
         """Reset the training state for a new attempt after running out of memory."""
         self._stopping.end_training()
-        self._events = self._build_events()
-
-    def _build_events(self) -> RunEvents:
-        show = not self._conf.training.disable_tqdm
-        return RunEvents(self.directory, self.tracker, self.console, self._conf.model, show)
+        self._events = RunEvents(self.directory, self.tracker, self.console, self._conf)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -163,6 +154,12 @@ class Session:
         self.directory.note(out_of_memory=records)
         self.tracker.log_out_of_memory(records)
 
+    def further_records(self, after: dict[str, Any]) -> dict[str, Any]:
+        """Return what summary.json holds beside metrics: attempts that ran out of memory, published figures."""
+        expected = self._events.expected.conclude(read_metrics(self.directory.path), after)
+        records = {"out_of_memory": self.out_of_memory, "expected": expected}
+        return {key: record for key, record in records.items() if record}
+
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         """Save the answers before and after training."""
         self.directory.write_samples(samples)
@@ -181,6 +178,8 @@ class Session:
         self.console.show_samples(samples[: self._conf.samples.show])
         shown = summary | {"before": mark_ties(summary["before"], 0, self._conf.model)}
         self.console.show_summary(shown, {key: label_of(key) for key in BEFORE_AND_AFTER})
+        for line in summary.get("expected", {}).get("told", ()):
+            self.say(line)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ SHIPPED = {
     "data": {"concise", "local_file", "ultrafeedback", "hh_rlhf"},
     "training": {"dpo", "ipo", "smoke"},
     "wandb": {"offline", "online", "disabled"},
-    "experiment": {"zephyr_7b_dpo_qlora"},
+    "experiment": {"zephyr_7b_dpo_qlora", "trl_invariant"},
     "generate": {"in_process", "endpoint"},
     "reward": {"length", "sentiment", "function", "reward_model", "judge"},
 }

@@ -1,6 +1,7 @@
 """Tests of the templating guarantees, with random conversations and the common template families."""
 
 import copy
+import functools
 import json
 from functools import cache
 from pathlib import Path
@@ -107,6 +108,7 @@ def family(name: str) -> PreTrainedTokenizerFast:
             "gemma", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], GEMMA, "<bos>", "<eos>"
         ),
         "thinking": lambda: build_tokenizer("gpt2", chatml, THINKING, None, "<|im_end|>"),
+        "hh": lambda: build_tokenizer("gpt2", ["<|endoftext|>"], CHAT_TEMPLATES["hh"], None, "<|endoftext|>"),
     }[name]()
 
 
@@ -207,6 +209,20 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD = {"role": "assistant", "content": "Air scatters blue light most."}
 BAD = {"role": "assistant", "content": "It just is."}
 ROW = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+
+
+def test_dialogues_of_hh_become_the_tokens_of_the_papers_code() -> None:
+    """Prompt up to the last `Assistant:`, then the answer with its blank and one EOS, each encoded by itself."""
+    tokenizer = family("hh")
+    prompt = "\n\nHuman: Why is the sky blue?\n\nAssistant: Which one?\n\nHuman: Ours.\n\nAssistant:"
+    answers = {"chosen": " Air scatters blue light most.", "rejected": " It just is."}
+    made = apply_chat_template({name: prompt + text for name, text in answers.items()}, tokenizer)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    assert made["prompt_ids"] == encode(prompt)
+    for name, text in answers.items():
+        assert made[f"{name}_ids"] == [*encode(text), tokenizer.eos_token_id]
+    folded = "has no system role: a system turn is folded into the first user turn"
+    assert ChatTemplate(tokenizer).describe() == ["ends an answer with <|endoftext|>", folded]
 
 
 def test_a_row_in_any_layout_is_templated(tokenizer: Any) -> None:

@@ -38,7 +38,7 @@ class ModelConf:
     """`initial`: the model that training starts from; `base`: the model without `adapter`; else the folder or hub id of
     another model, or of an adapter for the same base."""
     chat_template: str | None = None
-    """Chat template if the tokenizer has none: `chatml`, `zephyr`, or the path of a Jinja file."""
+    """Chat template if the tokenizer has none: `chatml`, `zephyr`, `llama3`, `hh`, or the path of a Jinja file."""
     pad_token: str | None = None
     """A token of the vocabulary; null: the tokenizer's, else one made for padding, else EOS."""
     added_tokens: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dpo_runner.config.sections.data import DataConf
+from dpo_runner.config.sections.expected import ExpectedConf
 from dpo_runner.config.sections.generate import GenerateConf, RewardConf
 from dpo_runner.config.sections.model import LoraConf, ModelConf, QuantConf
 from dpo_runner.config.sections.sweep import SweepConf
@@ -144,6 +145,8 @@ class RunFields:
     """End the rounds when so many in a row have not raised the held-out reward; null: run all."""
     rounds_reference: str = field(default="previous", metadata={"choices": ("previous", "initial")})
     """The reference of each round: the policy that it starts from, or the model that the first round started from."""
+    expected: list[ExpectedConf] = field(default_factory=list)
+    """Figures of a published run with these settings, which the run shows beside its own; [] for none."""
     run_name: str = "dpo"
     """Name of the directory under outputs/ and of the W&B run."""
     run_dir: str | None = None

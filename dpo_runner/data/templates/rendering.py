@@ -187,6 +187,12 @@ CHAT_TEMPLATES = {
         "{{ '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
+    "hh": (  # the dialogues of Anthropic/hh-rlhf, as the DPO paper's code reads them
+        "{% for message in messages if message['role'] != 'system' %}"
+        "{{ '\\n\\nHuman: ' if message['role'] == 'user' else '\\n\\nAssistant: ' }}{{ message['content'] }}"
+        "{% if loop.last and message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+    ),
 }
 
 

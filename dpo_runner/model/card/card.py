@@ -28,6 +28,7 @@ from dpo_runner.model.card.facts import LABELS, RunFacts, build_metadata, find_p
 from dpo_runner.model.card.plots import Plot, write_plots
 from dpo_runner.model.card.use import describe_use
 from dpo_runner.model.quantization import name_quantization
+from dpo_runner.records.differences import describe_band, describe_changes
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def write_card(
             *_describe_results(facts),
             *(f"\n![{plot.description}]({PLOTS}/{plot.file})" for plot in plots),
         ],
+        **_compare_published(facts.summary),
         "## Data": _describe_data(facts),
         "## Hardware and time": _table(["", ""], _describe_machine(facts)),
         "## Where it comes from": _describe_origin(facts, lineage),
@@ -132,6 +134,26 @@ def _describe_results(facts: RunFacts) -> list[str]:
         for key, metric, source in named
     ]
     return _table(["on evaluation pairs and sampled answers", "before", "after"], rows)
+
+
+def _compare_published(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the section on published figures, if the run had any."""
+    if not (record := mask_secrets(summary.get("expected"))):
+        return {}
+    rows = [
+        (
+            each["step"],
+            f"`{each['metric']}`",
+            describe_band(each),
+            _round(each["value"]),
+            each["verdict"],
+            each["source"],
+        )
+        for each in record["figures"]
+    ]
+    changes = record["changes"]
+    told = [f"This run is set otherwise than the published one: {describe_changes(changes)}.\n"] if changes else []
+    return {"## Published figures": [*told, *_table(["step", "", "published", "this run", "", "source"], rows)]}
 
 
 def _name_metric(key: str, facts: RunFacts) -> tuple[str, str]:

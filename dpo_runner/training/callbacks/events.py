@@ -6,13 +6,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dpo_runner.config.metrics import find_first_update, mark_ties
-from dpo_runner.config.sections.model import ModelConf
+from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunError
 from dpo_runner.io.console import RunConsole
+from dpo_runner.records.differences import Expected
 from dpo_runner.records.directory import RunDirectory
 from dpo_runner.records.reading import read_metrics
 from dpo_runner.records.tracking import Tracker
 from dpo_runner.training.callbacks.drift import DriftWarnings
+from dpo_runner.training.ranks.group import count
 
 
 class RunEvents(TrainerCallback):  # type: ignore[misc]
@@ -22,8 +24,10 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         directory: the run directory, with metrics.jsonl.
         tracker: W&B.
         console: the terminal output.
-        model: the `model` group, which says whether the policy starts as its reference.
-        show_progress: whether to show each step.
+        conf: the configuration.
+
+    Attributes:
+        expected: the published figures that log events are compared with.
     """
 
     def __init__(
@@ -31,11 +35,11 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         directory: RunDirectory,
         tracker: Tracker,
         console: RunConsole,
-        model: ModelConf,
-        show_progress: bool,
+        conf: RunConf,
     ) -> None:
         self._directory, self._tracker, self._console = directory, tracker, console
-        self._model, self._show_progress = model, show_progress
+        self._model, self._show_progress = conf.model, not conf.training.disable_tqdm
+        self.expected = Expected(conf, count())
         self._drift: DriftWarnings | None = None
         self._first_update = 1
         self.silent = False
@@ -68,6 +72,8 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
             self._console.show_step(state.global_step, shown)
             for warning in self._drift.note(logs) if self._drift is not None else ():
                 self._console.warn(warning)
+        if (told := self.expected.note(event)) is not None:
+            self._console.say(told)
         if "eval_loss" in logs and not math.isfinite(float(logs["eval_loss"])):
             raise RunError(
                 f"eval_loss is {logs['eval_loss']} at step {state.global_step}; nothing after the last checkpoint is "

@@ -19,6 +19,7 @@ from dpo_runner.model.adapters import describe_adapter
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.quantization import describe_quantization
 from dpo_runner.model.vocabulary import describe_padding
+from dpo_runner.records.differences import describe_changes, find_changes, list_figures
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled
@@ -94,9 +95,17 @@ def build_plan(settled: Settled, blueprint: Blueprint, data: PreferenceData, run
         **({"weights": describe_parts(conf)} if conf.training.fsdp else {}),
         "engine": describe_engine(conf, blueprint, settled.shape.longest),
         **settled.notes,
+        **({"published": describe_published(conf)} if conf.expected else {}),
         "output": str(run_dir),
         "W&B": conf.wandb.mode,
     }
+
+
+def describe_published(conf: RunConf) -> str:
+    """Return how many published figures the run will be compared with, and why it will not be, in words."""
+    told = f"{len(list_figures(conf))} figures (expected) beside this run's"
+    changes = find_changes(conf, count_processes(conf))
+    return f"{told}, which is set otherwise: {describe_changes(changes)}" if changes else told
 
 
 def describe_parts(conf: RunConf) -> str:
