@@ -57,8 +57,8 @@ def test_runs_and_sweeps_do_not_change_with_these_sections() -> None:
     assert digest_config(plain) != digest_config(load_conf(["data.max_similarity=0.9"]))
     written = ["reward=length", "generate.num_answers=8", "training.beta=0.1"]
     assert find_ignored(other, written) == [
-        "generate.num_answers: is read by python -m dpo_runner.generate alone",
-        "reward: is read by python -m dpo_runner.generate, and by a run with samples.reward=4",
+        "generate.num_answers: is read by python -m dpo_runner.generate, and by a run with rounds=N",
+        "reward: is read by python -m dpo_runner.generate, and by a run with samples.reward=4 or rounds=N",
     ]
     assert len(find_ignored(load_conf(["reward=length", "samples.reward=1"]), written)) == 1
     assert "does not change what is computed" in str(find_no_op("reward.length.weight", [plain]))

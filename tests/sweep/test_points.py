@@ -130,7 +130,9 @@ def test_no_ops_name_fields_that_exist_and_know_when_they_are_read() -> None:
             "training.save_steps=0.5",
         ]
     )
-    assert [rule.key for rule in NO_OPS if rule.applies(read)] == ["training.fsdp_config"]
+    left = [rule.key for rule in NO_OPS if rule.applies(read)]
+    assert left == ["rounds_patience", "rounds_reference", "training.fsdp_config"]
+    assert find_no_op("rounds_patience", [load_conf(["rounds=2", "data=reviews", "reward=length"])]) is None
     assert find_no_op("training.fsdp_config", [load_conf(["distributed=fsdp2", "launch.processes=2"])]) is None
 
 
