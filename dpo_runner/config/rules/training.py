@@ -57,8 +57,12 @@ def check_training(conf: RunFields) -> Iterator[str]:
             )
 
 
-TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "trackio": "trackio"}
-"""The trackers of `training.report_to`, which are modules, and the package that installs each."""
+TRACKERS = {
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),  # mlflow itself allows no recent pyarrow
+    "trackio": ("trackio",),
+}
+"""The trackers of `training.report_to`, and the packages that each needs."""
 
 
 def list_trackers(training: TrainingConf) -> list[str]:
@@ -76,11 +80,11 @@ def check_trackers(training: TrainingConf) -> Iterator[str]:
 
 
 def find_missing_trackers(training: TrainingConf) -> list[str]:
-    """Return one line for each tracker whose package is not installed; only a run that starts needs it."""
+    """Return one line for each tracker whose packages are not installed; only a run that starts needs them."""
     return [
-        f"`training.report_to={name}`: needs the package {TRACKERS[name]}; install it (pip install {TRACKERS[name]})"
+        f"`training.report_to={name}`: is not installed; pip install {' '.join(TRACKERS[name])}"
         for name in list_trackers(training)
-        if find_spec(name) is None
+        if not all(find_spec(package.removesuffix("-skinny")) for package in TRACKERS[name])
     ]
 
 

@@ -35,7 +35,7 @@ class _Place:
         folder: the run's directory.
         shared: the directory of the run's sweep; of a single run, its own.
         run_name: the run's name.
-        step: the step of the first event; if the run was continued, later ones of an earlier start do not count.
+        step: the first step to be logged; what an earlier start of the run logged of it and of later ones is void.
         outcome: the state of MLflow that the run ends with.
     """
 
@@ -99,7 +99,8 @@ class Trackers:
         for name in list(self._working):
             with self._surviving(name):
                 if name not in self._opened:
-                    self._place.step = state.global_step
+                    # A pending evaluation of the checkpoint's step is not yet another step.
+                    self._place.step = state.global_step + ("loss" not in event)
                     context = _OPEN[name](self._place, begin)
                     self._opened[name] = context.__enter__(), context
                 self._opened[name][0].on_log(args, state, control, model=None, logs=event)
