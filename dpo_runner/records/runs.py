@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from dpo_runner.config.metrics import find_first_update, is_untrained_accuracy
 from dpo_runner.config.sections.model import is_start
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.figures import Curve, collect_curves, collect_results, to_number
-from dpo_runner.records.find import RUN_FILES, find_runs
+from dpo_runner.records.find import RUN_FILES, find_runs, name_runs
 from dpo_runner.records.status import find_death
 
 _MOST_NODES = 20_000
@@ -29,7 +28,8 @@ class RunRecord:
 
     Attributes:
         path: the directory.
-        name: a name unique among the runs read together.
+        folder: the path relative to the common parent of the runs read together.
+        name: a name unique among them.
         state: the state in status.json; `died` if it is running but its process is gone, `unknown` if there is none.
         error: why the run failed or died, or "".
         config: the configuration by dotted key; empty if unknown.
@@ -42,6 +42,7 @@ class RunRecord:
     """
 
     path: Path
+    folder: str = ""
     name: str = ""
     state: str = "unknown"
     error: str = ""
@@ -114,24 +115,18 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
         folders: run directories, sweep directories, or folders that contain them at any depth.
 
     Returns:
-        The runs sorted by name, and a line for each thing that could not be read, with the reason.
+        The runs sorted by path, and a line for each thing that could not be read, with the reason.
 
     Raises:
         ConfigError: a folder does not exist.
     """
     found, notes = find_runs(folders)
     runs = [_read_run(path) for path in found.values()]
-    _name(runs, list(found))
-    runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.name)])
+    for run, (folder, name) in zip(runs, name_runs(list(found)), strict=True):
+        run.folder, run.name = folder, name
+    runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.folder)])
     notes += [f"{run.path}: {note}" for run in runs for note in run.notes]
     return runs, notes
-
-
-def _name(runs: list[RunRecord], paths: list[Path]) -> None:
-    """Name each run by its path relative to the common parent of all."""
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    for run, path in zip(runs, paths, strict=True):
-        run.name = os.path.relpath(path, common)
 
 
 def _read_run(path: Path) -> RunRecord:

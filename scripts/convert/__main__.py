@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.command_line import check_command_line
-from scripts.convert.conversion import PROJECTS, convert, list_rows, read_file, recognise
+from scripts.convert.conversion import PROJECTS, TABLES, convert, list_rows, read_file, recognise
 
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 
@@ -51,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def fill_tables(page: str) -> str:
     """Return the page with the tables of all projects."""
-    for name, project in PROJECTS.items():
-        rows = "\n".join(["| theirs | ours | |", "|---|---|---|", *list_rows(project)])
-        page = re.sub(rf"(<!-- table: {name} -->\n)(\|.*\n)*", lambda found, rows=rows: f"{found[1]}{rows}\n", page)
+    for name, rules in TABLES.items():
+        rows = "\n".join(["| theirs | ours | |", "|---|---|---|", *list_rows(rules)])
+        head, mark, rest = page.partition(f"<!-- table: {name} -->\n")
+        page = f"{head}{mark}{rows}\n" + re.sub(r"\A(\|.*\n)*", "", rest)
     return page
 
 

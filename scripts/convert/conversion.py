@@ -1,6 +1,7 @@
 """Conversion of another project's DPO configuration to overrides, with a line for each key without counterpart."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from dpo_runner.config.schema import SCHEMA
 from dpo_runner.errors import ConfigError, reason_of, suggest
 from scripts.convert.axolotl import AXOLOTL
 from scripts.convert.llamafactory import LLAMA_FACTORY
-from scripts.convert.rules import Overrides, Project, Rule, same
+from scripts.convert.rules import COMMON, Overrides, Project, Rule, same
 from scripts.convert.trl import HANDBOOK, TRL
 
 PROJECTS = {"axolotl": AXOLOTL, "llamafactory": LLAMA_FACTORY, "trl": TRL, "handbook": HANDBOOK}
@@ -77,14 +78,15 @@ def convert(config: dict[str, Any], project: Project) -> Converted:
     notes = []
     for key in (*(key for key in project.defaults if key not in given), *given):
         rule, value = find_rule(key, project), whole[key]
+        shown = textwrap.shorten(f"{key}: {value}", 60)
         if not rule.ours and value not in rule.idle:
-            notes.append(f"{key}: {value}: has no counterpart; {rule.note}")
+            notes.append(f"{shown}: has no counterpart; {rule.note}")
         elif rule.ours:
             made = rule.build(value, whole) if rule.build else {rule.ours: value}
             if rule.tells and key in given and value and not made:
-                notes.append(f"{key}: {value}: {rule.note}")
+                notes.append(f"{shown}: {rule.note}")
             overrides |= {ours: item for ours, item in made.items() if item != "???"}
-            notes += [f"{key}: {value}: set {ours}; {rule.note}" for ours, item in made.items() if item == "???"]
+            notes += [f"{shown}: set {ours}; {rule.note}" for ours, item in made.items() if item == "???"]
     return Converted(overrides, notes)
 
 
@@ -126,9 +128,18 @@ def write_value(value: Any) -> str:
     return '"' + re.sub(r'(\\*)"', r'\1\1\\"', text) + '"'
 
 
-def list_rows(project: Project) -> Iterator[str]:
-    """Yield the rows of the table of docs/migration.md."""
-    spelled = {ours: theirs for theirs, ours in project.spellings.items()}
-    for key, rule in project.rules.items():
+TABLES = {
+    "common": COMMON,
+    **{name: project.rules for name, project in PROJECTS.items()},
+}
+"""The tables of docs/migration.md; those of projects leave out the common keys."""
+
+
+def list_rows(rules: dict[str, Rule]) -> Iterator[str]:
+    """Yield the rows of one of `TABLES`."""
+    known = [COMMON, TRL.rules] if rules is HANDBOOK.rules else [] if rules is COMMON else [COMMON]
+    shown = {key: rule for key, rule in rules.items() if not any(other.get(key) is rule for other in known)}
+    spelled = {ours: theirs for project in PROJECTS.values() for theirs, ours in project.spellings.items()}
+    for key, rule in shown.items():
         theirs = f"`{key}`" + (f", `{spelled[key]}`" if key in spelled else "")
         yield f"| {theirs} | {f'`{rule.ours}`' if rule.ours else '–'} | {rule.note} |"

@@ -59,9 +59,11 @@ def _mix(value: Any, config: Config) -> Overrides:
             "split": source.get("split"),
         }
         made |= {f"{name}.{key}": item for key, item in fields.items() if item not in (None, "default")}
+    if any(source.get("weight", source.get("fraction", 1)) != 1 for source in listed):
+        made["data.sources.NAME.weight"] = "???"
     held_out = value.get("test_split_size") if isinstance(value, dict) else None
-    if isinstance(held_out, float) and held_out < 1:
-        made["data.eval_fraction"] = held_out
+    if held_out is not None:
+        made["data.eval_fraction"] = held_out if held_out < 1 else "???"
     return made
 
 
@@ -73,7 +75,7 @@ def _mixer(value: dict[str, float], config: Config) -> Overrides:
     for path in value:
         place = "data" if len(value) == 1 else f"data.sources.{_name(path, made)}"
         made |= {f"{place}.path": path} | {f"{place}.{key}": item for key, item in fields.items()}
-    return made
+    return made | ({"data.sources.NAME.weight": "???"} if set(value.values()) != {1} else {})
 
 
 def _evaluate(value: Any, config: Config) -> Overrides:
