@@ -28,8 +28,7 @@ class RunRecord:
 
     Attributes:
         path: the directory.
-        folder: the path relative to the common parent of the runs read together.
-        name: a name unique among them.
+        name: a name unique among the runs read together.
         state: the state in status.json; `died` if it is running but its process is gone, `unknown` if there is none.
         error: why the run failed or died, or "".
         config: the configuration by dotted key; empty if unknown.
@@ -39,10 +38,10 @@ class RunRecord:
         published: a line that counts its figures inside and outside published bands, or "".
         samples: `prompt`, `before` and `after` as texts.
         notes: a line for each thing that could not be read, with the reason.
+        folder: the path relative to the common parent of the runs read together.
     """
 
     path: Path
-    folder: str = ""
     name: str = ""
     state: str = "unknown"
     error: str = ""
@@ -53,6 +52,7 @@ class RunRecord:
     published: str = ""
     samples: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folder: str = ""
 
     @property
     def finished(self) -> bool:
