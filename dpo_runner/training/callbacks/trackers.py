@@ -165,9 +165,9 @@ def _mlflow(place: _Place, begin: _Begin) -> Iterator[Any]:
         finally:
             try:
                 mlflow.flush_async_logging()
-            finally:
                 if is_own:
                     mlflow.end_run(place.outcome)
+            finally:
                 if placed:
                     mlflow.set_tracking_uri(None)
 
