@@ -67,8 +67,8 @@ def describe_type(field: "dataclasses.Field[Any]", hint: Any) -> str:
 
 
 def describe_default(field: "dataclasses.Field[Any]") -> str:
-    made = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if made else field.default
+    made: Any = field.default_factory
+    default = field.default if made is dataclasses.MISSING else made()
     if default == "???":
         return "must be set"
     words = {"True": "true", "False": "false", "None": "null"}
