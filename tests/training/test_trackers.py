@@ -15,6 +15,7 @@ from dpo_runner import run
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.rules.training import list_trackers
 from dpo_runner.errors import ConfigError, RunInterrupted
+from dpo_runner.evaluate.settings import compose
 from dpo_runner.records.reading import read_metrics
 from dpo_runner.sweep.command_line import check_command_line
 
@@ -139,7 +140,8 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
 
 
 def test_what_cannot_be_followed_is_one_line_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
+    pytest.importorskip("mlflow")
+    elsewhere, find = load_conf(["training.report_to=mlflow"]), importlib.util.find_spec
     monkeypatch.setattr(
         "dpo_runner.config.rules.training.find_spec", lambda name: None if name == "mlflow" else find(name)
     )
@@ -148,6 +150,7 @@ def test_what_cannot_be_followed_is_one_line_before_the_run(monkeypatch: pytest.
         load_conf(["training.report_to=[mlflow]"])
     assert error.value.mistakes == [missing]
     assert check_command_line(["-m", "training.beta=0.1,0.2", "training.report_to=[mlflow]"]) == [missing]
+    assert compose(elsewhere, []).training.report_to == "none", "an evaluation needs no tracker of the run"
     [line] = check_command_line(["training.report_to=wandb"])
     assert "`wandb=online`" in line
     [_, line] = check_command_line(["training.report_to=[none,tensorbord]"])

@@ -66,7 +66,10 @@ class _Settings:
     def to_dict(self) -> dict[str, Any]:
         told = {} if self._recorded else config_keys(self._conf)
         settings = {key: value for key, value in flatten(told) if effect_of(key) is not Effect.PLACES}
-        return {key.removeprefix("training."): mask_secrets(value, key) for key, value in settings.items()}
+        return {
+            key.removeprefix("training."): mask_secrets(value, key.rpartition(".")[2])
+            for key, value in settings.items()
+        }
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -137,7 +140,8 @@ def _tensorboard(place: _Place, begin: _Begin) -> Iterator[Any]:
     from transformers.integrations import TensorBoardCallback
 
     given = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    folder = Path(given).expanduser() / place.run_name if given else place.folder / "tensorboard"
+    own = (place.folder.parent.name, place.folder.name)
+    folder = Path(given).expanduser().joinpath(*own) if given else place.folder / "tensorboard"
     writer = SummaryWriter(str(folder), purge_step=place.step)
     with contextlib.closing(writer):
         begin(callback := TensorBoardCallback(writer))
