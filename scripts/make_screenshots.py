@@ -1,7 +1,7 @@
 """Write docs/images/: preview, compare and W&B's terminal view, as a real browser shows them.
 
-    python -m scripts.make_screenshots                  # makes a sweep of four points first
-    python -m scripts.make_screenshots --sweep DIR      # shows that one
+    python scripts/make_screenshots.py                  # makes a sweep of four points first
+    python scripts/make_screenshots.py --sweep DIR      # shows that one
 
 Needs Chromium, and pyte, which draws the terminal (pip install pyte).
 """
@@ -27,12 +27,18 @@ from PIL import Image
 from scripts import ROOT
 
 IMAGES = ROOT / "docs" / "images"
-SWEEP = "-m training.beta=0.05,0.3 training.learning_rate=5e-5,2e-4 training.max_steps=24 training.eval_steps=6"
+# A random model of two layers, which takes a minute. Its answers say nothing, and are not in the picture.
+SWEEP = (
+    "-m model=tiny_random training.beta=0.05,0.3 training.learning_rate=1e-5,5e-5 training.max_steps=20 "
+    "training.eval_steps=2 data.max_train_samples=160 data.max_eval_samples=12 samples.num_prompts=3 "
+    "samples.max_new_tokens=12"
+)
 COLUMNS, LINES = 132, 36
 _COLOURS = {"black": "#1e1e1e", "brown": "#c9a227", "default": "#d8d8d8"}
 _PAGE = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #1e1e1e; color: #d8d8d8 }}
 pre {{ margin: 12px; font: 13px/16px "DejaVu Sans Mono", monospace }}
+span {{ display: inline-block; width: 8px; height: 16px; vertical-align: top }}
 </style><pre>{}</pre>"""
 
 
@@ -47,10 +53,10 @@ def main() -> None:
         if args.sweep is None:
             run(folder, "dpo_runner", *SWEEP.split(), f"sweep.dir={sweep}")
         run(folder, "dpo_runner.preview", "--rows", "2", "--html", str(folder / "preview.html"))
-        run(folder, "dpo_runner.compare", str(sweep), "--html", str(folder / "compare.html"))
-        terminal = show_in_terminal([str(Path(sys.executable).parent / "wandb"), "leet", str(sweep / "wandb")])
+        run(folder, "dpo_runner.compare", str(sweep.resolve()), "--html", str(folder / "compare.html"))
+        terminal = show_in_terminal([sys.executable, "-m", "wandb", "leet", "wandb"], sweep)
         (folder / "leet.html").write_text(_PAGE.format(terminal), encoding="utf-8")
-        for page, size in {"preview": (1100, 1000), "compare": (1300, 1150), "leet": (1090, 602)}.items():
+        for page, size in {"preview": (1100, 1000), "compare": (1300, 1150), "leet": (1080, 600)}.items():
             take_picture(folder / f"{page}.html", size, folder / "browser")
 
 
@@ -73,8 +79,8 @@ def take_picture(page: Path, size: tuple[int, int], profile: Path) -> None:
         image.convert("RGB").quantize(128).save(IMAGES / picture.name, optimize=True)
 
 
-def show_in_terminal(command: list[str]) -> str:
-    """Return what a full-screen program shows after some seconds, with the curves of the first runs, as HTML."""
+def show_in_terminal(command: list[str], folder: Path) -> str:
+    """Return what leet shows in a folder after some seconds, with the curves of several runs, as HTML."""
     try:
         import pyte
     except ImportError:
@@ -83,6 +89,7 @@ def show_in_terminal(command: list[str]) -> str:
     stream = pyte.ByteStream(screen)
     child, terminal = pty.fork()
     if child == 0:
+        os.chdir(folder)
         os.environ.update(TERM="xterm-256color", COLORTERM="truecolor")
         os.execvp(command[0], command)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))

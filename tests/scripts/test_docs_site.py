@@ -41,5 +41,9 @@ def test_the_site_is_built_without_a_network_and_loads_nothing_from_one(tmp_path
     for name, text in pages.items():
         loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*(?:src|href)=\"?([^\"\s>]+)", text)
         assert not [address for address in loaded if re.match(r"(https?:)?//", address)], name
+    pictures = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()}
+    assert {"preview.png", "compare.png", "leet.png"} == pictures.keys() and sum(pictures.values()) < 600_000
+    for page, picture in (("preview", "preview"), ("compare", "compare"), ("wandb", "leet")):
+        assert f'src="images/{picture}.png"' in pages[f"{page}.html"]
     assert 'href="models.html#the-reference"' in pages["tasks.html"]
     assert 'href="runs.html"' in pages["index.html"] and 'href="../data.html"' in pages["benchmarks/data.html"]
