@@ -111,13 +111,13 @@ def test_a_tracker_has_the_events_of_metrics_jsonl_also_after_a_stop(tracker: st
     assert SECRET.encode() not in everything
 
 
+@pytest.mark.parametrize("tracker", ["mlflow", "trackio"], indirect=True)
 def test_runs_of_one_process_keep_apart_and_those_of_a_sweep_share_a_folder(tracker: str, tiny_run) -> None:
     short = [*tiny_run, f"training.report_to={tracker}", "training.max_steps=1", "samples.num_prompts=0"]
     for name in ("0-aaaaaaaa", "1-bbbbbbbb"):
         run(load_conf([*short, f"run_dir=sweep/{name}", "wandb.dir=sweep"]))
     run(load_conf([*short, "run_dir=alone"]))
-    if tracker != "tensorboard":  # which reads all runs below a folder itself
-        assert len(READ[tracker](Path("sweep"))) == 2
+    assert len(READ[tracker](Path("sweep"))) == 2
     [alone] = READ[tracker](Path("alone"))
     assert near(list_points(Path("alone"))) <= near(alone)
 
