@@ -39,7 +39,7 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
         kept = {
             key: keep(item, f"{prefix}{key}.")
             for key, item in value.items()
-            if f"{prefix}{key}" not in (*ignored, "launch.timeout")
+            if f"{prefix}{key}" not in (*ignored, "launch.timeout", "training.report_to")
         }
         return {key: item for key, item in kept.items() if item or key not in _ADDED}
 

@@ -18,6 +18,7 @@ from dpo_runner.errors import ConfigError, RunInterrupted
 from dpo_runner.evaluate.settings import compose
 from dpo_runner.records.reading import read_metrics
 from dpo_runner.sweep.command_line import check_command_line
+from dpo_runner.sweep.points import digest_config
 
 SECRET = "hf_" + "a1B2" * 8
 Points = set[tuple[str, int, float]]
@@ -156,3 +157,4 @@ def test_what_cannot_be_followed_is_one_line_before_the_run(monkeypatch: pytest.
     [_, line] = check_command_line(["training.report_to=[none,tensorbord]"])
     assert "did you mean `tensorboard`?" in line
     assert list_trackers(load_conf(["training.report_to=none"]).training) == []
+    assert digest_config(elsewhere) == digest_config(load_conf([])), "a sweep goes on with other trackers"
