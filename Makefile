@@ -9,7 +9,7 @@ TORCH ?= 2.13.0
 FAST := $(addprefix tests/,config data io model records training commands sweep/test_search.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-demo test-oldest test-newest check format bench bench-data bench-memory bench-processes check-gpu torture clean
+.PHONY: help setup demo test test-slow test-demo test-oldest test-newest check format bench bench-data bench-memory bench-processes check-gpu torture docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ torture: setup  ## kill and signal runs, feed them nonsense, make hundreds of th
 	$(BIN)/python -m scripts.torture.rows
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.torture.soak
 
+docs: setup  ## build the documentation site into site/, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 check: setup  ## lint, format, types, imports, the house test and the docs test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +86,4 @@ check-gpu:  ## check exactness, memory and speed on this machine's GPU (8 minute
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m scripts.gpu.check $(ARGS)
 
 clean:  ## remove the environments and caches (outputs/ stays)
-	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache site

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -18,6 +19,8 @@ DISTANCES = ("evaluation/kl_per_answer", "eval_reward_kl", "drift")
 """Metrics of the distance from the reference: measured KL, or else the shift of chosen answers (nats per answer)."""
 GAINS = ("eval_reward", MARGIN)
 """Metrics of what is gained by moving from the reference: the reward of sampled answers, or else the margin."""
+_SEED = re.compile(r" seed=\S+|(^|(?<=/))seed=\S+ ?")
+"""The seed in the name of a sweep's job, which does not name a row that joins seeds."""
 _TELLS_APART = "samples.reward=4 reward=NAME in the runs, and --objective eval_reward, may tell them apart"
 
 
@@ -86,8 +89,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        more = len(self.runs) - 1
-        return self.runs[0].name + (f" (+{more})" if more else "")
+        name, more = self.runs[0].name, len(self.runs) - 1
+        if not more:
+            return name
+        return f"{_SEED.sub('', name) or name} (+{more})"
+
+    @property
+    def folder(self) -> str:
+        return self.runs[0].folder
 
     def value(self, metric: str) -> float | None:
         """Return a metric's mean; None if it is missing or not finite."""
@@ -250,7 +259,7 @@ def _rank(comparison: Comparison) -> None:
         equal = sum(row.value(objective.metric) == best.value(objective.metric) for row in candidates)
         if equal > 1:
             why = (
-                "is the first by name" if best.value(comparison.distance) is None else "moved least from its reference"
+                "is the first by path" if best.value(comparison.distance) is None else "moved least from its reference"
             )
             advice = f"; {_TELLS_APART}" if objective.metric == DEFAULT_OBJECTIVE else ""
             note = f"{equal} are equally good by {objective.metric}; the one marked as best {why}{advice}"

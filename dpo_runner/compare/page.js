@@ -42,7 +42,7 @@ function mix(position) {
 
 const colours = runs.map((run, index) => (runs.length <= PALETTE.length ? PALETTE[index] : mix(index / (runs.length - 1))));
 const searched = runs.map((run) =>
-  [run.name, run.state, run.error, ...data.settings.map((setting, at) => `${setting.label}=${format(run.settings[at])}`)].join(" ").toLowerCase());
+  [run.name, run.path, run.state, run.error, ...data.settings.map((setting, at) => `${setting.label}=${format(run.settings[at])}`)].join(" ").toLowerCase());
 
 // ---- columns: what a run can be sorted, plotted and filtered by
 const columns = [

@@ -21,6 +21,7 @@ from dpo_runner.io.console import FoldingTable, visible
 
 BEST, ON_FRONT = "★", "◆"
 _NO_LIMIT = 10_000
+_FOLDER = "directory"
 _LEAST_NAME = 16  # columns are left out before run names fold into less
 _FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+\-@\t]", re.IGNORECASE)
 """The start of a formula in Excel, LibreOffice and Google Sheets; does not match signed numbers."""
@@ -76,7 +77,8 @@ def show_table(comparison: Comparison, console: Console) -> None:
         console.print(
             _text(f"{_label(comparison.gain)} against {_label(comparison.distance)}: {path}"), soft_wrap=on_one_line
         )
-    failures = [f"{run.name} {run.state}: {run.error.splitlines()[0]}" for run in comparison.runs if run.error.strip()]
+    failed = [run for run in comparison.runs if run.error.strip()]
+    failures = [f"{run.folder} {run.state}: {run.error.splitlines()[0]}" for run in failed]
     for note in [*failures, *comparison.notes]:
         console.print(_text(note), style="dim", soft_wrap=on_one_line)
 
@@ -89,6 +91,7 @@ def _fit_table(comparison: Comparison, console: Console) -> tuple[Table, list[st
     """
     metrics, settings = comparison.metrics, comparison.settings
     keys = [*metrics[:2], *settings[:2], *metrics[2:], *settings[2:]]  # those that matter most first
+    keys += [_FOLDER] if any(row.name.partition(" (+")[0] != row.folder for row in comparison.rows) else []
     wide, longest = console.options.update(max_width=_NO_LIMIT), max(cell_len(row.name) for row in comparison.rows)
     for count in range(len(keys), -1, -1):
         width = Measurement.get(console, wide, _build_table(comparison, keys[:count], longest)).maximum
@@ -111,6 +114,8 @@ def _build_table(comparison: Comparison, keys: list[str], name_width: int) -> Ta
     seeds = any(len(row.runs) > 1 for row in comparison.rows)
     for heading in [*(short[key] for key in settings), *(["n"] if seeds else []), *map(_label, metrics)]:
         table.add_column(_text(heading), justify="right")
+    if _FOLDER in keys:
+        table.add_column(_FOLDER)
     for row in comparison.rows:
         table.add_row(
             (BEST if row.best else " ") + (ON_FRONT if row.on_front else ""),
@@ -119,6 +124,7 @@ def _build_table(comparison: Comparison, keys: list[str], name_width: int) -> Ta
             *(_text(format_value(row.settings[key])) for key in settings),
             *([str(len(row.counted))] if seeds else []),
             *(format_estimate(row.metrics.get(metric)) for metric in metrics),
+            *([_text(row.folder)] if _FOLDER in keys else []),
             style="bold" if row.best else "",
         )
     return table

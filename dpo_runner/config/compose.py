@@ -21,7 +21,7 @@ from yaml import YAMLError
 from dpo_runner.config.adapter_config import recognise_adapter
 from dpo_runner.config.hydra_rules import check_composed
 from dpo_runner.config.overrides import MOST_POINTS, check_overrides, first_line
-from dpo_runner.config.rules.training import may_have_evaluation
+from dpo_runner.config.rules.training import find_missing_trackers, may_have_evaluation
 from dpo_runner.config.run_conf import RunConf, config_keys
 from dpo_runner.config.yaml_files import CONF_DIR, CONFIG_NAME
 from dpo_runner.errors import ConfigError, reason_of
@@ -110,7 +110,7 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str], config_dir: str
         config_dir: a folder with the user's config groups.
 
     Raises:
-        ConfigError: an unset `???`, an unresolvable interpolation, or values that `RunConf` rejects.
+        ConfigError: an unset `???`, an unresolvable interpolation, values that `RunConf` rejects, a missing tracker.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -126,6 +126,8 @@ def build_run_conf(config: DictConfig, overrides: Sequence[str], config_dir: str
     except OmegaConfBaseException as error:
         raise ConfigError(f"`{error.full_key}`: {reason_of(error)}") from None
     assert isinstance(conf, RunConf)
+    if missing := find_missing_trackers(conf.training):
+        raise ConfigError(missing)
     conf.evaluation_is_optional = only_a_preset
     conf.recipe = _find_recipe(conf, overrides, config_dir)
     return conf

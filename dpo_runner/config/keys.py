@@ -34,6 +34,7 @@ EFFECTS = {
     "hydra": Effect.PLACES,
     "training.output_dir": Effect.PLACES,
     "training.logging_dir": Effect.PLACES,
+    "training.report_to": Effect.PLACES,
     "samples": Effect.RECORDS,
     "checks.on_out_of_memory": Effect.RECORDS,  # a run that ran out of memory is advised to set it and resume
     "training.save_strategy": Effect.RECORDS,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from dpo_runner.config.sections.expected import ExpectedConf
 from dpo_runner.config.sections.model import LoraConf, QuantConf
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import reason_of, suggest
+from dpo_runner.io.masking import mask_override
 
 
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
@@ -28,6 +30,20 @@ def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
         endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
         short[key] = next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
     return short
+
+
+ONLY_POINT = "the only point"
+"""The label of a point that varies nothing."""
+
+_LONG_FRACTION = re.compile(r"(?<==)\d+\.\d{6,}(e-?\d+)?(?= |$)")
+
+
+def label_point(varied: Sequence[str]) -> str:
+    """Return a short label of what a point varies, such as `beta=0.1 r=8`; long fractions are rounded."""
+    pairs = [mask_override(text).lstrip("+").partition("=") for text in varied]
+    short = shorten_keys([key for key, _, _ in pairs])
+    label = " ".join(f"{short[key]}={value}" for key, _, value in pairs)
+    return _LONG_FRACTION.sub(lambda match: f"{float(match[0]):.4g}", label) or ONLY_POINT
 
 
 def _walk_schema(cls: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:

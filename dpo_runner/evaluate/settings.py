@@ -49,8 +49,9 @@ def compose(run: RunConf, overrides: Sequence[str]) -> RunConf:
     base = config_keys(run) | {"rounds": None, "rounds_patience": None, "rounds_reference": "previous"}
     if run.rounds and not any(key == "data" or key.startswith("data.") for key in keys):
         raise ConfigError("`data`: rounds hold out prompts, not pairs; name pairs (data=local_file data.path=FILE)")
-    # An evaluation does not train, so the rules about evaluating and saving during training do not apply.
-    base["training"] |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    # An evaluation does not train: rules about evaluating and saving during training do not apply, nor do trackers.
+    off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+    base["training"] |= off
     if "data" in keys:
         del base["data"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,12 @@
-"""Search for run directories at any depth, those of this program and of a plain Trainer."""
+"""Search for run directories at any depth, those of this program and of a plain Trainer, and their names."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dpo_runner.config.schema import ONLY_POINT, label_point
 from dpo_runner.errors import ConfigError
 
 RUN_FILES = ("status.json", "summary.json")
@@ -57,3 +60,32 @@ def _find_run_folders(folder: Path, notes: list[str]) -> Iterator[Path]:
             if name != outer and path.is_relative_to(outer):
                 below[outer].append(path)
     yield from (Path(outer) for outer, inner in below.items() if not inner)
+
+
+def name_runs(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return the path of each run relative to the common parent of all, and its name, both unique.
+
+    The name is the path too, but a sweep's job is called by what it varies: `grid/beta=0.1`, not `grid/0-1c5f8e2a`.
+    """
+    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    places = [os.path.relpath(path, common) for path in paths]
+    labels = {parent: _read_labels(parent / "sweep.json") for parent in {path.parent for path in paths}}
+    named = [
+        place.removesuffix(path.name) + labels[path.parent].get(path.name, path.name)
+        for path, place in zip(paths, places, strict=True)
+    ]
+    counts = Counter(named)
+    return [
+        (place, name if counts[name] == 1 else f"{name} ({path.name})")
+        for path, place, name in zip(paths, places, named, strict=True)
+    ]
+
+
+def _read_labels(record: Path) -> dict[str, str]:
+    """Return what each job of a sweep varies, by the name of its directory; nothing if sweep.json is unusable."""
+    try:
+        jobs = json.loads(record.read_text(encoding="utf-8"))["jobs"]
+        labels = {str(name): label_point(job["varied"]) for name, job in jobs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {name: label for name, label in labels.items() if label != ONLY_POINT}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from dpo_runner.config.metrics import find_first_update, is_untrained_accuracy
 from dpo_runner.config.sections.model import is_start
 from dpo_runner.io.masking import mask_secrets
 from dpo_runner.records.figures import Curve, collect_curves, collect_results, to_number
-from dpo_runner.records.find import RUN_FILES, find_runs
+from dpo_runner.records.find import RUN_FILES, find_runs, name_runs
 from dpo_runner.records.status import find_death
 
 _MOST_NODES = 20_000
@@ -39,6 +38,7 @@ class RunRecord:
         published: a line that counts its figures inside and outside published bands, or "".
         samples: `prompt`, `before` and `after` as texts.
         notes: a line for each thing that could not be read, with the reason.
+        folder: the path relative to the common parent of the runs read together.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class RunRecord:
     published: str = ""
     samples: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folder: str = ""
 
     @property
     def finished(self) -> bool:
@@ -114,24 +115,18 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
         folders: run directories, sweep directories, or folders that contain them at any depth.
 
     Returns:
-        The runs sorted by name, and a line for each thing that could not be read, with the reason.
+        The runs sorted by path, and a line for each thing that could not be read, with the reason.
 
     Raises:
         ConfigError: a folder does not exist.
     """
     found, notes = find_runs(folders)
     runs = [_read_run(path) for path in found.values()]
-    _name(runs, list(found))
-    runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.name)])
+    for run, (folder, name) in zip(runs, name_runs(list(found)), strict=True):
+        run.folder, run.name = folder, name
+    runs.sort(key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", run.folder)])
     notes += [f"{run.path}: {note}" for run in runs for note in run.notes]
     return runs, notes
-
-
-def _name(runs: list[RunRecord], paths: list[Path]) -> None:
-    """Name each run by its path relative to the common parent of all."""
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    for run, path in zip(runs, paths, strict=True):
-        run.name = os.path.relpath(path, common)
 
 
 def _read_run(path: Path) -> RunRecord:

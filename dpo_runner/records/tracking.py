@@ -34,6 +34,8 @@ class Tracker:
         self._warn, self._warned = warn, False
         self._untold: str | None = None
         self._id: str | None = None if wandb_run is None else wandb_run.id
+        self.further: Any = None
+        """The run's other trackers, which get the same events (`training.callbacks.trackers`)."""
         self.folder: Path | None = None if wandb_run is None else Path(wandb_run.settings.sync_dir)
         self.url: str | None = None if wandb_run is None or wandb_run.offline else wandb_run.url
         self.state = "disabled" if wandb_run is None else f"online at {self.url}" if self.url else "offline"

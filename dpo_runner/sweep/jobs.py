@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dpo_runner.config.compose import compose_point
 from dpo_runner.config.run_conf import RunConf
+from dpo_runner.config.schema import ONLY_POINT, label_point
 from dpo_runner.sweep.directory import read_record
-from dpo_runner.sweep.points import ONLY_POINT, label_point
 
 _DIR, _SUBDIR = "hydra.sweep.dir=", "hydra.sweep.subdir="
 

@@ -10,9 +10,8 @@ from typing import Any
 from dpo_runner.config.compose import compose_point
 from dpo_runner.config.keys import Effect, add_defaults, effect_of, find_no_op, ignored_keys
 from dpo_runner.config.run_conf import RunConf, config_keys
-from dpo_runner.config.schema import shorten_keys
+from dpo_runner.config.schema import label_point
 from dpo_runner.errors import ConfigError
-from dpo_runner.io.masking import mask_override
 from dpo_runner.sweep.axes import Axis, combine, read_sweep_conf
 
 _ADDED = (
@@ -40,7 +39,7 @@ def digest_config(conf: RunConf, ignored: frozenset[str] = frozenset()) -> str:
         kept = {
             key: keep(item, f"{prefix}{key}.")
             for key, item in value.items()
-            if f"{prefix}{key}" not in (*ignored, "launch.timeout")
+            if f"{prefix}{key}" not in (*ignored, "launch.timeout", "training.report_to")
         }
         return {key: item for key, item in kept.items() if item or key not in _ADDED}
 
@@ -68,12 +67,6 @@ def assign_names(digests: Sequence[str], existing: Mapping[str, str]) -> list[st
     return [known.get(digest) or f"{next(new)}-{digest[:8]}" for digest in digests]
 
 
-ONLY_POINT = "the only point"
-"""The label of a point that varies nothing."""
-
-_LONG_FRACTION = re.compile(r"(?<==)\d+\.\d{6,}(e-?\d+)?(?= |$)")
-
-
 @dataclass(frozen=True)
 class Point:
     """One configuration of a sweep.
@@ -99,14 +92,6 @@ class Point:
         training = self.conf.training
         epochs = training.num_train_epochs
         return str(training.max_steps) if training.max_steps > 0 else f"{epochs:g} epoch{'s' if epochs != 1 else ''}"
-
-
-def label_point(varied: Sequence[str]) -> str:
-    """Return a short label of what a point varies, such as `beta=0.1 r=8`; long fractions are rounded."""
-    pairs = [mask_override(text).lstrip("+").partition("=") for text in varied]
-    short = shorten_keys([key for key, _, _ in pairs])
-    label = " ".join(f"{short[key]}={value}" for key, _, value in pairs)
-    return _LONG_FRACTION.sub(lambda match: f"{float(match[0]):.4g}", label) or ONLY_POINT
 
 
 def build_points(axes: Sequence[Axis], config_dir: str | None) -> tuple[list[Point], int]:

@@ -65,11 +65,11 @@ def build_dpo_config(conf: RunConf, output_dir: Path) -> DPOConfig:
     fields = _drop_unknown(fields)
     try:
         args = DPOConfig(
-            **fields | {"disable_tqdm": True},  # the run shows its own progress, unless training.disable_tqdm=true
+            # The run shows its own progress, unless training.disable_tqdm=true, and feeds the trackers itself.
+            **fields | {"disable_tqdm": True, "report_to": "none"},
             output_dir=str(output_dir),
             seed=conf.seed,
             run_name=conf.run_name,
-            report_to="none",
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"`training`: {reason_of(error)}") from None

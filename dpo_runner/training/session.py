@@ -30,11 +30,12 @@ from dpo_runner.records.resume import (
     interrupted,
     read_logged,
 )
-from dpo_runner.records.tracking import Tracker, track
+from dpo_runner.records.tracking import Tracker
 from dpo_runner.training.callbacks.agreement import AgreementCheck
 from dpo_runner.training.callbacks.events import RunEvents
 from dpo_runner.training.callbacks.movement import MovementCheck
 from dpo_runner.training.callbacks.stopping import Stopping
+from dpo_runner.training.callbacks.trackers import follow
 from dpo_runner.training.ranks.group import count, do_first, gather, is_first, rank, share
 from dpo_runner.training.ranks.watch import write_into
 
@@ -214,8 +215,7 @@ def open_session(
         records: list[Record] = share((read_status(path) or {}).get("out_of_memory", []))
         records = records if conf.checks.on_out_of_memory == "smaller_batch" else []
         write_into(path / "ranks", lambda state, reason: directory.write_last_status(state, error=reason))
-        tracker = track(conf, directory, console.warn)
-        first = recorded(directory, conf, overrides, console, stopping, tracker, records)
+        first = recorded(directory, conf, overrides, console, stopping, follow(conf, directory, console.warn), records)
         with first if is_first() else _logged(path / "ranks", stopping, console) as opened:
             session = Session(directory, conf, opened, console, stopping, callbacks, records)
             yield session

@@ -47,6 +47,48 @@ def test_the_table_shows_what_differs_the_states_and_the_marks(sweep: Path, caps
     assert "± " not in singly and "seed" in singly and "3-ab" in singly
 
 
+def write_sweep(folder: Path, varied: dict[str, list[str]], **settings: float) -> None:
+    for name, texts in varied.items():
+        beta = float(texts[0].rpartition("=")[2])
+        write_run(folder / name, training__beta=beta, accuracy=beta, seed=int(texts[-1][-1]), **settings)
+    record = {"jobs": {name: {"digest": "", "varied": texts, "overrides": texts} for name, texts in varied.items()}}
+    (folder / "sweep.json").write_text(json.dumps(record))
+
+
+def test_jobs_are_called_by_what_they_vary_and_are_found_by_their_directories(tmp_path: Path, capsys) -> None:
+    one = {f"{at}-aaaaaaa{at}": [f"training.beta={beta}", f"seed={seed}"] for at, (beta, seed) in enumerate(GRID)}
+    write_sweep(tmp_path / "one", one)
+    assert compare(str(tmp_path / "one"), "--per-seed") == 0
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if "beta=0.3 seed=2" in line)
+    assert "3-aaaaaaa3 │" in row and "│ 3-" not in row.partition("finished")[0]
+    assert compare(str(tmp_path / "one")) == 0
+    assert "│ beta=0.3 (+1) " in capsys.readouterr().out
+    # Another sweep, continued with another setting: the same labels twice.
+    write_sweep(tmp_path / "two", {"0-bbbbbbbb": ["training.beta=0.1", "seed=1"]}, training__learning_rate=1e-4)
+    write_run(tmp_path / "two" / "1-cccccccc", training__beta=0.1, accuracy=0.7, seed=1)
+    record = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    record["jobs"]["1-cccccccc"] = record["jobs"]["0-bbbbbbbb"]
+    (tmp_path / "two" / "sweep.json").write_text(json.dumps(record))
+    write_run(tmp_path / "single", training__beta=0.9)
+    assert compare(str(tmp_path), "--json", "-", "--per-seed") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    places = {row["name"]: str(Path(row["runs"][0]["path"]).relative_to(tmp_path)) for row in rows}
+    again = {f"two/beta=0.1 seed=1 ({name})": f"two/{name}" for name in ("0-bbbbbbbb", "1-cccccccc")}
+    assert places == {
+        **{f"one/beta={beta} seed={seed}": f"one/{at}-aaaaaaa{at}" for at, (beta, seed) in enumerate(GRID)},
+        **again,
+        "single": "single",
+    }
+    for damaged in ("", "[]", '{"jobs": {"0-aaaaaaa0": {}}}', '{"jobs": {"0-aaaaaaa0": {"varied": [1]}}}'):
+        (tmp_path / "one" / "sweep.json").write_text(damaged)
+        assert compare(str(tmp_path / "one"), "--csv", "-", "--per-seed") == 0
+        assert "\n0-aaaaaaa0," in capsys.readouterr().out
+
+
+GRID = ((0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2))
+
+
 def test_data_cannot_steer_the_terminal(tmp_path: Path, capsys) -> None:
     write_run(tmp_path / HOSTILE.replace("<b>", ""), training__loss_type=HOSTILE)
     write_run(tmp_path / "b")

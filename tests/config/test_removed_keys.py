@@ -125,7 +125,7 @@ def test_jobs_of_a_sweep_keep_the_names_that_earlier_versions_gave_them(override
     conf = load_conf(overrides)
     told = {key: value for key, value in config_keys(conf).items() if effect_of(key) is not Effect.PLACES}
     del told["launch"], told["training"]["parallelism_config"], told["samples"]["reward"]  # earlier versions lack them
-    del told["rounds"], told["samples"]["prompts"]
+    del told["rounds"], told["samples"]["prompts"], told["training"]["report_to"]
     told["engine"] |= {"compile_layers": False, "keep_dequantized": None}
     if told["quant"] is not None:
         told["quant"]["config"] = {}

@@ -49,7 +49,8 @@ def test_concise_pairs_prefer_the_shortest_complete_answer(tokenizer) -> None:
 def list_commands() -> list[str]:
     """Return the arguments of `python` for each script: a file of scripts/, or a module of its packages."""
     paths = [path.relative_to(ROOT) for path in SCRIPTS.rglob("*.py") if "ArgumentParser(" in path.read_text()]
-    return sorted(str(path) if len(path.parts) == 2 else f"-m {'.'.join(path.with_suffix('').parts)}" for path in paths)
+    modules = {path: ".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in paths}
+    return sorted(str(path) if len(path.parts) == 2 else f"-m {name}" for path, name in modules.items())
 
 
 @pytest.mark.parametrize("command", list_commands())

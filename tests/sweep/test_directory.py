@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from dpo_runner.config.compose import load_conf
+from dpo_runner.config.schema import ONLY_POINT
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.directory import update_status
 from dpo_runner.sweep.axes import Axis
 from dpo_runner.sweep.directory import JobState, lock_sweep, name_points, prepare, read_jobs, resolve_sweep_dir
 from dpo_runner.sweep.jobs import build_job, place_conf, read_place, write_place
-from dpo_runner.sweep.points import ONLY_POINT, build_points
+from dpo_runner.sweep.points import build_points
 from dpo_runner.sweep.screen import list_failures
 from dpo_runner.sweep.workers import advise_on_memory, describe_death
 

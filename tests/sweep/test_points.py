@@ -8,12 +8,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dpo_runner.config.compose import load_conf
 from dpo_runner.config.keys import NO_OPS, find_no_op
 from dpo_runner.config.overrides import values_of
+from dpo_runner.config.schema import ONLY_POINT, label_point
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.axes import Axis, combine, defer_sections, merge_axes, read_axis
 from dpo_runner.sweep.command_line import check_command_line, find_override_mistakes
-from dpo_runner.sweep.points import ONLY_POINT, Point, assign_names, build_points, digest_config, label_point
+from dpo_runner.sweep.points import Point, assign_names, build_points, digest_config
 
 BETAS = Axis("training.beta", ("training.beta=0.1", "training.beta=0.2", "training.beta=0.3"))
 RATES = Axis("training.learning_rate", tuple(f"training.learning_rate={rate}" for rate in ("1e-5", "2e-5", "3e-5")))

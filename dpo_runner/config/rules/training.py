@@ -1,11 +1,13 @@
 """Rules within `training` and against other sections; fields owned by the runner."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_runner.config.sections.data import DataConf
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.training import TrainingConf
+from dpo_runner.errors import suggest
 
 
 def check_training(conf: RunFields) -> Iterator[str]:
@@ -37,6 +39,7 @@ def check_training(conf: RunFields) -> Iterator[str]:
             yield f"`training.{key}={value}`: must be a whole number of steps, or a share of all steps below 1"
     if "tpu_metrics_debug" in training.debug:
         yield f"`training.debug={training.debug}`: tpu_metrics_debug prints a TPU's metrics; leave it out"
+    yield from check_trackers(training)
     if training.bf16 and training.fp16:
         yield "`training.bf16=True`: contradicts training.fp16=true; choose one"
     if training.fp16 and conf.checks.on_nonfinite == "skip_batch":
@@ -52,6 +55,37 @@ def check_training(conf: RunFields) -> Iterator[str]:
                 "`checks.on_out_of_memory=smaller_batch`: goes on from a checkpoint, and those of "
                 "training.sync_ref_model=true lack the reference; use on_out_of_memory=stop"
             )
+
+
+TRACKERS = {
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),  # mlflow itself allows no recent pyarrow
+    "trackio": ("trackio",),
+}
+"""The trackers of `training.report_to`, and the packages that each needs."""
+
+
+def list_trackers(training: TrainingConf) -> list[str]:
+    """Return the trackers besides W&B."""
+    named = [training.report_to] if isinstance(training.report_to, str) else list(training.report_to or [])
+    return [] if named == ["none"] else list(dict.fromkeys(named))
+
+
+def check_trackers(training: TrainingConf) -> Iterator[str]:
+    for name in list_trackers(training):
+        if name == "wandb":
+            yield "`training.report_to=wandb`: W&B is set with `wandb=offline`, `wandb=online` or `wandb=disabled`"
+        elif name not in TRACKERS:
+            yield f"`training.report_to={name}`: is no tracker here{suggest(name, TRACKERS)}"
+
+
+def find_missing_trackers(training: TrainingConf) -> list[str]:
+    """Return one line for each tracker whose packages are not installed; only a run that starts needs them."""
+    return [
+        f"`training.report_to={name}`: is not installed; pip install {' '.join(TRACKERS[name])}"
+        for name in list_trackers(training)
+        if not all(find_spec(package.removesuffix("-skinny")) for package in TRACKERS[name])
+    ]
 
 
 def check_torch_compile(conf: RunFields) -> Iterator[str]:
@@ -116,7 +150,6 @@ OWNED_FIELDS: dict[str, str] = {
     "output_dir": "use `run_dir`",
     "seed": "use the top-level `seed`",
     "run_name": "use the top-level `run_name`",
-    "report_to": "use `wandb=offline`, `wandb=online` or `wandb=disabled`",
     "resume_from_checkpoint": "use `run_dir=PATH resume=auto`",
     "logging_dir": "logs go to the run directory; use `run_dir`",
     "project": "use `wandb.project`",
@@ -127,9 +160,9 @@ OWNED_FIELDS: dict[str, str] = {
     "hub_strategy": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
     "hub_always_push": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
     "hub_revision": "use `python -m dpo_runner.export RUN_DIR --out DIR --push-to-hub ID`",
-    "trackio_space_id": "runs are tracked by W&B; use `wandb`",
-    "trackio_bucket_id": "runs are tracked by W&B; use `wandb`",
-    "trackio_static_space_id": "runs are tracked by W&B; use `wandb`",
+    "trackio_space_id": "set the environment variable TRACKIO_SPACE_ID for training.report_to=trackio",
+    "trackio_bucket_id": "set the environment variable TRACKIO_BUCKET_ID for training.report_to=trackio",
+    "trackio_static_space_id": "`trackio freeze` of the shell does it afterwards",
     "model_init_kwargs": "use the `model` group",
     "trust_remote_code": "use `model.trust_remote_code`",
     "pad_token": "deprecated upstream; use `model.pad_token`",

@@ -233,6 +233,9 @@ class TrainingConf:
     disable_tqdm: bool | None = None
     """Disable tqdm progress bars. Defaults to True if log_level is warning or lower."""
 
+    report_to: Any = field(default="none", metadata={"type": "str | list[str] | None"})
+    """Trackers besides W&B, which `wandb` sets: tensorboard, mlflow, trackio, or none."""
+
     eval_strategy: str = field(default="no", metadata={"choices": ("no", "steps", "epoch")})
     """When to run evaluation. Options: 'no', 'steps', 'epoch'."""
 

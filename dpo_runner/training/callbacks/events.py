@@ -1,4 +1,4 @@
-"""Trainer callback: log events to metrics.jsonl, W&B and the console."""
+"""Trainer callback: log events to metrics.jsonl, W&B, other trackers and the console."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from dpo_runner.training.ranks.group import count
 
 
 class RunEvents(TrainerCallback):  # type: ignore[misc]
-    """Writes log events to metrics.jsonl and W&B and shows them; stops on a non-finite eval_loss.
+    """Writes log events to metrics.jsonl and the trackers and shows them; stops on a non-finite eval_loss.
 
     Args:
         directory: the run directory, with metrics.jsonl.
@@ -66,6 +66,8 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
         event = {"step": state.global_step, **logs}
         self._directory.append_metrics(event)
         self._tracker.log(event)
+        if self._tracker.further is not None:
+            self._tracker.further.log(args, state, control, logs)
         if "loss" in logs:
             self._first_update = max(self._first_update, find_first_update([event]))
             shown = mark_ties(logs, state.global_step, self._model, self._first_update)

@@ -86,9 +86,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     overrides = overrides_of(write_pairs(folder))
     run(load_conf([*overrides, f"run_dir={folder}/one", "training.gradient_accumulation_steps=6"]))
-    run(
-        load_conf([*overrides, f"run_dir={folder}/two", "training.gradient_accumulation_steps=3", "launch.processes=2"])
-    )
+    two = ["training.gradient_accumulation_steps=3", "launch.processes=2", "training.report_to=tensorboard"]
+    run(load_conf([*overrides, f"run_dir={folder}/two", *two]))
     return folder
 
 
@@ -97,6 +96,7 @@ def test_two_processes_train_evaluate_and_answer_as_one(runs: Path) -> None:
     status = read_status(runs / "two")
     assert status is not None and status["state"] == "finished" and len(status["processes"]) == 2
     assert not list((runs / "two").glob("ranks/*.stacks"))
+    assert len(list((runs / "two" / "tensorboard").iterdir())) == 1, "one process logs"
 
 
 @pytest.fixture

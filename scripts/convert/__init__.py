@@ -1,0 +1,1 @@
+"""Conversion of other projects' DPO configurations to overrides."""
