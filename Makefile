@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## tune the default model on the bundled data and show the difference; ARGS=… adds overrides
-	$(BIN)/python -m dpo_runner $(ARGS)
+	$(BIN)/python -m dpo_runner benchmarks=basics $(ARGS)
 
 # Most tests keep one core busy. A file's tests share fixtures, so they stay together; tests/conftest.py orders files.
 test: setup  ## run the whole test suite, on up to four cores

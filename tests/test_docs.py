@@ -211,7 +211,13 @@ def test_packages_that_the_docs_install_are_those_of_the_project() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     commands = [shlex.split(command) for page in DOCS for command in read_commands(page, INSTALLS, WANDB)]
     installed = {package for words in commands if words[:2] == ["pip", "install"] for package in words[2:]}
-    assert installed == {*extras["search"], *extras["workspace"], *extras["sentiment"], *extras["trackers"]}
+    assert installed == {
+        *extras["search"],
+        *extras["workspace"],
+        *extras["sentiment"],
+        *extras["trackers"],
+        *extras["benchmarks"],
+    }
     for words in (words for words in commands if words[0] != "pip"):
         assert all((ROOT / word).exists() for word in words if word.startswith("scripts/"))
     [inline] = re.findall(r"`pip install --no-deps (\S+)`", read("docs/troubleshooting.md"))

@@ -20,6 +20,7 @@ with on_ctrl_c(end_at_once):
     from dpo_runner.io.console import FoldingTable, open_terminal, visible
     from dpo_runner.io.exits import honest_exit
     from dpo_runner.io.files import cache_dir
+    from dpo_runner.training.answers.benchmarks.scores import benchmarks_dir
     from dpo_runner.training.answers.rewards.store import scores_dir
     from dpo_runner.training.engine.reference.store import list_references, make_room, store_dir
 
@@ -60,7 +61,7 @@ def _find_models() -> Iterator[Entry]:
     for path in sorted(cache_dir().iterdir()):
         if (
             path.is_dir()
-            and path not in (cache_dir() / "data", store_dir(), scores_dir())
+            and path not in (cache_dir() / "data", store_dir(), scores_dir(), benchmarks_dir())
             and not path.name.startswith(".")
         ):
             yield path, "converted or merged weights"
@@ -79,6 +80,12 @@ def _find_scores() -> Iterator[Entry]:
         yield scores_dir(), f"scores of answers, by {scorers:,} judges and reward models"
 
 
+def _find_benchmarks() -> Iterator[Entry]:
+    if benchmarks_dir().is_dir():
+        scores = len(list(benchmarks_dir().glob("*.json")))
+        yield benchmarks_dir(), f"{scores:,} scores of models in tasks"
+
+
 def _find_references() -> Iterator[Entry]:
     for reference in list_references():
         what = "damaged" if reference.pairs is None else f"{reference.pairs:,} pairs"
@@ -90,6 +97,7 @@ _KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "models": _find_models,
     "data": _find_data,
     "scores": _find_scores,
+    "benchmarks": _find_benchmarks,
     "reference": _find_references,
 }
 

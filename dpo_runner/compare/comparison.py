@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from dpo_runner.config.metrics import MINIMIZE, direction_of
+from dpo_runner.config.metrics import DIFFERENCE, MINIMIZE, describe_losses, direction_of, list_benchmarks
 from dpo_runner.errors import ConfigError
 from dpo_runner.records.differences import find_differing, find_ignored, look_up
+from dpo_runner.records.figures import to_number
 from dpo_runner.records.runs import RunRecord
 
 DEFAULT_OBJECTIVE = "eval_rewards/accuracies"
@@ -21,6 +22,7 @@ GAINS = ("eval_reward", MARGIN)
 """Metrics of what is gained by moving from the reference: the reward of sampled answers, or else the margin."""
 _SEED = re.compile(r" seed=\S+|(^|(?<=/))seed=\S+ ?")
 """The seed in the name of a sweep's job, which does not name a row that joins seeds."""
+_GUARD, _TOKENS = "sweep.search.guard.", "response_tokens"
 _TELLS_APART = "samples.reward=4 reward=NAME in the runs, and --objective eval_reward, may tell them apart"
 
 
@@ -65,6 +67,7 @@ class Row:
         counted: the runs that enter the metrics: the finished ones, or all if none is finished; one per seed.
         settings: values of the settings that differ between rows; None if the row does not have one.
         metrics: estimates by name.
+        losses: the benchmarks in which it is further below the reference than its search's guard allows, in words.
         best: whether it is the best finished row.
         on_front: whether no other finished row has both more of the comparison's `gain` and a smaller distance.
     """
@@ -73,6 +76,7 @@ class Row:
     counted: list[RunRecord]
     settings: dict[str, Any]
     metrics: dict[str, Estimate]
+    losses: str = ""
     best: bool = False
     on_front: bool = False
 
@@ -86,6 +90,11 @@ class Row:
         if len(set(states)) == 1:
             return states[0]
         return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The means of its metrics."""
+        return {name: estimate.mean for name, estimate in self.metrics.items()}
 
     @property
     def name(self) -> str:
@@ -132,15 +141,9 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """Metrics for the columns of a table; only those that some run has."""
-        wanted = (
-            self.objective.metric,
-            DEFAULT_OBJECTIVE,
-            self.gain,
-            MARGIN,
-            "eval_loss",
-            self.distance,
-            "response_tokens",
-        )
+        wanted = [self.objective.metric, DEFAULT_OBJECTIVE, self.gain, MARGIN, "eval_loss", self.distance, _TOKENS]
+        scored = dict.fromkeys(name for row in self.rows for name in list_benchmarks(row.metrics))
+        wanted += [each for name in scored for each in (name, name + DIFFERENCE)]
         return [name for name in dict.fromkeys(wanted) if any(name in row.metrics for row in self.rows)]
 
     def find_best_run(self) -> RunRecord | None:
@@ -195,6 +198,8 @@ def compare_runs(runs: Sequence[RunRecord], objective: Objective, per_seed: bool
     rows = [_build_row(group, settings, notes) for group in groups.values()]
     if not any(objective.metric in run.metrics for run in runs):
         notes.append(f"no run has {objective.metric} yet; nothing is ranked")
+    if len({run.fingerprints["benchmarks"] for run in runs if "benchmarks" in run.fingerprints}) > 1:
+        notes.append("benchmarks.limit or num_fewshot differ between the runs; their scores cannot be compared")
     comparison = Comparison(list(runs), rows, settings, objective, *_choose_axes(rows, notes), notes)
     _rank(comparison)
     _mark_front(comparison)
@@ -234,7 +239,17 @@ def _build_row(group: list[RunRecord], settings: list[str], notes: list[str]) ->
     counted = list(by_seed.values())
     names = dict.fromkeys(name for run in counted for name in run.metrics)
     metrics = {name: _estimate([run.metrics[name] for run in counted if name in run.metrics]) for name in names}
-    return Row(group, counted, {key: look_up(group[0].config, key) for key in settings}, metrics)
+    row = Row(group, counted, {key: look_up(group[0].config, key) for key in settings}, metrics)
+    row.losses = describe_losses(_read_guard(counted[0]), row.figures)
+    if row.losses:
+        notes.append(f"{row.name}: cannot win, sweep.search.guard excludes it: {row.losses}")
+    return row
+
+
+def _read_guard(run: RunRecord) -> dict[str, float]:
+    """Return the guard of the search that a run is a point of."""
+    found = {key: to_number(value) for key, value in run.config.items() if key.startswith(_GUARD)}
+    return {key.removeprefix(_GUARD): value for key, value in found.items() if value is not None}
 
 
 def _estimate(values: list[float]) -> Estimate:
@@ -252,7 +267,8 @@ def _rank(comparison: Comparison) -> None:
         return (math.inf if value is None else objective.sign(value), math.inf if moved is None else moved)
 
     comparison.rows.sort(key=rank)
-    candidates = [row for row in comparison.rows if row.finished and row.value(objective.metric) is not None]
+    measured = [row for row in comparison.rows if row.finished and row.value(objective.metric) is not None]
+    candidates = [row for row in measured if not row.losses]
     if candidates:
         best = candidates[0]
         best.best = True

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_runner.compare.comparison import Comparison, Estimate, Row
-from dpo_runner.config.metrics import column_of
+from dpo_runner.config.metrics import DIFFERENCE, column_of, describe_difference
 from dpo_runner.config.schema import shorten_keys
 from dpo_runner.io.console import FoldingTable, visible
 
@@ -120,14 +120,22 @@ def _build_table(comparison: Comparison, keys: list[str], name_width: int) -> Ta
         table.add_row(
             (BEST if row.best else " ") + (ON_FRONT if row.on_front else ""),
             _text("\n".join(_NameWrapper(name_width).wrap(row.name))),
-            Text(visible(row.state), style=_STATES.get(row.state, "yellow")),
+            Text(visible(row.state) + (", guarded" if row.losses else ""), style=_STATES.get(row.state, "yellow")),
             *(_text(format_value(row.settings[key])) for key in settings),
             *([str(len(row.counted))] if seeds else []),
-            *(format_estimate(row.metrics.get(metric)) for metric in metrics),
+            *(_format_metric(row, metric) for metric in metrics),
             *([_text(row.folder)] if _FOLDER in keys else []),
             style="bold" if row.best else "",
         )
     return table
+
+
+def _format_metric(row: Row, metric: str) -> str:
+    """Return a metric's estimate; of a single run's difference to the reference, the 95 % interval."""
+    estimate = row.metrics.get(metric)
+    if metric.endswith(DIFFERENCE) and estimate is not None and estimate.n == 1:
+        return describe_difference(metric.removesuffix(DIFFERENCE), row.figures)
+    return format_estimate(estimate)
 
 
 def _label(metric: str) -> str:

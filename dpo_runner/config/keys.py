@@ -25,6 +25,7 @@ EFFECTS = {
     "resume": Effect.PLACES,
     "dry_run": Effect.PLACES,
     "judge": Effect.PLACES,
+    "benchmarks": Effect.PLACES,
     "generate": Effect.PLACES,
     "reward": Effect.PLACES,
     "rounds_patience": Effect.PLACES,

@@ -83,6 +83,18 @@ OF_SAMPLES = ("eval_reward", "eval_reward_win_rate", "eval_reward_kl")
 BEFORE_AND_AFTER = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", *OF_SAMPLES, "response_tokens")
 """The metrics that a run shows before and after training."""
 
+BENCHMARKS = "benchmarks/"
+"""What the names of the harness's metrics begin with: benchmarks/<task>/<metric>, and /<filter> unless that is none."""
+
+STDERR, DIFFERENCE, HALF_INTERVAL = "_stderr", "_diff", "_diff_ci95"
+"""What follows the name of a benchmark's metric: its standard error, its difference to the reference, and half of that
+difference's 95 % interval."""
+
+_BENCHMARK_DIRECTIONS = {
+    MINIMIZE: re.compile(r"perplexity|bits_per_byte|brier|loss|(^|_)(ter|wer)(_|$)"),
+    MAXIMIZE: re.compile(r"acc|exact_match|(^|_)(em|f1|mcc|bleu|chrf|rouge\w*|pass@\d+|score)(_|$)", re.IGNORECASE),
+}
+
 
 def choose_shown(results: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the metrics that a table of jobs shows: `KEY_METRICS`, or `OF_ROUNDS` if the results have those alone."""
@@ -96,20 +108,78 @@ _PREFIX = re.compile(r"^(eval_|evaluation/)")
 
 def label_of(key: str) -> str:
     """Return a metric's full name."""
+    if key.startswith(BENCHMARKS):
+        name = key.removeprefix(BENCHMARKS)
+        return f"{name.removesuffix(DIFFERENCE)}, less the reference's" if name.endswith(DIFFERENCE) else name
     return _BY_KEY[key].label if key in _BY_KEY else key
 
 
 def column_of(key: str) -> str:
     """Return a metric's column name in a table."""
+    if key.startswith(BENCHMARKS):
+        name = key.removeprefix(BENCHMARKS)
+        return f"Δ {name.removesuffix(DIFFERENCE)}" if name.endswith(DIFFERENCE) else name
     return (_BY_KEY[key].column if key in _BY_KEY else None) or key
 
 
 def direction_of(key: str) -> str | None:
     """Return a metric's direction, also of one source (`eval_<source>_…`); None if unknown."""
+    if key.startswith(BENCHMARKS):
+        parts = key.removesuffix(DIFFERENCE).split("/")
+        metric = parts[2] if len(parts) > 2 else ""
+        return next((better for better, names in _BENCHMARK_DIRECTIONS.items() if names.search(metric)), None)
     known = (metric for metric in METRICS if metric.better is not None)
     named = {_PREFIX.sub("", metric.key): metric.better for metric in known}
     found = [name for name in named if re.search(rf"(^|[/_]){re.escape(name)}$", key)]
     return named[max(found, key=len)] if found else None
+
+
+def name_benchmark(task: str, key: str) -> str:
+    """Return the name of a task's metric, which the harness calls `<metric>,<filter>`."""
+    metric, _, kind = key.partition(",")
+    return f"{BENCHMARKS}{task}/{metric}" + ("" if kind in ("", "none") else f"/{kind}")
+
+
+def list_benchmarks(figures: Iterable[str]) -> list[str]:
+    """Return the names of benchmarks' metrics among those of figures, without errors and differences."""
+    further = (STDERR, DIFFERENCE, HALF_INTERVAL)
+    return [name for name in figures if name.startswith(BENCHMARKS) and not name.endswith(further)]
+
+
+def describe_difference(name: str, figures: Mapping[str, Any]) -> str:
+    """Return how much a benchmark's metric differs from the reference's, with its 95 % interval; "" if not known."""
+    difference, half = figures.get(name + DIFFERENCE), figures.get(name + HALF_INTERVAL)
+    if difference is None:
+        return ""
+    return f"{difference:+.3f}" + (
+        f" ({difference - half:+.3f} to {difference + half:+.3f})" if half is not None else ""
+    )
+
+
+def measure_losses(guard: Mapping[str, float], figures: Mapping[str, Any]) -> list[float | None]:
+    """Return by how much each benchmark's difference to the reference is below its guard; above 0 it is violated.
+
+    None stands for a difference that was not measured.
+    """
+    found = [(least, figures.get(name + DIFFERENCE)) for name, least in guard.items()]
+    return [None if difference is None else least - difference for least, difference in found]
+
+
+def describe_losses(guard: Mapping[str, float], figures: Mapping[str, Any]) -> str:
+    """Return which guards a run violates, and its differences to the reference; "" if none."""
+    told = [
+        f"{label_of(name)} {least - loss:+.3g} (guard {least:+.3g})"
+        for (name, least), loss in zip(guard.items(), measure_losses(guard, figures), strict=True)
+        if loss is not None and loss > 0
+    ]
+    return ", ".join(told)
+
+
+def label_results(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Return the label of each metric that a run shows before and after training, of benchmarks with the difference."""
+    differences = {name: describe_difference(name, figures) for name in list_benchmarks(figures)}
+    benchmarks = {name: label_of(name) + (f", {told}" if told else "") for name, told in differences.items()}
+    return {**{key: label_of(key) for key in BEFORE_AND_AFTER}, **benchmarks}
 
 
 TIE = "tie"

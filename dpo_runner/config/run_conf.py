@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_runner.config.rules.benchmarks import check_benchmarks
 from dpo_runner.config.rules.data import check_data
 from dpo_runner.config.rules.expected import check_expected
 from dpo_runner.config.rules.fields import (
@@ -71,6 +72,7 @@ def find_mistakes(conf: RunFields) -> list[str]:
             *check_generate(conf),
             *check_rounds(conf),
             *check_expected(conf),
+            *check_benchmarks(conf),
             *check_sweep(conf.sweep),
             *check_search(conf),
         ]

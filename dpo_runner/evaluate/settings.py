@@ -16,9 +16,9 @@ from dpo_runner.config.yaml_files import ConfigFiles
 from dpo_runner.errors import ConfigError
 from dpo_runner.evaluate.judge import check_judge
 
-SECTIONS = ("data", "samples", "judge", "reward")
+SECTIONS = ("data", "samples", "judge", "reward", "benchmarks")
 TRAINING_KEYS = ("training.max_length", "training.per_device_eval_batch_size")
-ALLOWED = "data.…, samples.…, judge.…, reward.…, " + ", ".join(TRAINING_KEYS)
+ALLOWED = "data.…, samples.…, judge.…, reward.…, benchmarks.…, " + ", ".join(TRAINING_KEYS)
 _LOCATION = ("path", "eval_path", "subset", "revision", "split", "eval_split")
 
 

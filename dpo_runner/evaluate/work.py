@@ -96,7 +96,7 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
 def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, progress: Callable[[int], None]) -> None:
     """Score each pair with policy and reference, continuing after the pairs in `done`."""
     size = task.conf.training.per_device_eval_batch_size
-    for start in _batches(done, len(task.rows), size, progress):
+    for start in remaining_batches(done, len(task.rows), size, progress):
         rows = [task.rows[index] for index in range(start, min(start + size, len(task.rows)))]
         completions = [
             _cut(row["prompt_ids"], row[f"{part}_ids"], task.conf) for row in rows for part in ("chosen", "rejected")
@@ -123,7 +123,7 @@ def score_pairs(compared: Compared, task: Task, done: JsonLines, pad_id: int, pr
         progress(len(records))
 
 
-def _batches(done: JsonLines, total: int, size: int, progress: Callable[[int], None]) -> range:
+def remaining_batches(done: JsonLines, total: int, size: int, progress: Callable[[int], None]) -> range:
     """Return the start indices of the remaining batches; a partially written batch is redone as a whole.
 
     A batch's rounding depends on its rows, and a resumed evaluation must give identical figures.
@@ -161,7 +161,7 @@ def answer_prompts(
     conf, stop_id = task.conf, task.data.stop_id
     size, length, pad_id = conf.training.per_device_eval_batch_size, conf.samples.max_new_tokens, tokenizer.pad_token_id
     stop_ids = find_stop_ids(compared.policy, tokenizer, stop_id)
-    for start in _batches(done, len(task.data.prompts), size, progress):
+    for start in remaining_batches(done, len(task.data.prompts), size, progress):
         prompts = task.data.prompts[start : start + size]
         ids = [prompt.ids for prompt in prompts]
         seeds = [[derive_seed(conf.seed, start + index)] for index in range(len(prompts))]

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dpo_runner.config.metrics import OF_SAMPLES
+from dpo_runner.config.metrics import BENCHMARKS, OF_SAMPLES
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.prompts import Prompts, read_file_of_prompts, read_split_prompts, write_prompts
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
@@ -117,8 +117,18 @@ def _play(one: Round, number: int, prompts: Prompts, overrides: Sequence[str], c
     except RunInterrupted as error:
         raise KeyboardInterrupt(error.exit_code - 128) from None
     assert summary is not None
-    figures = {key: summary["after"][key] for key in _MEASURED if key in summary["after"]}
-    return {"round": number, **figures, "pairs": counts["pairs"], "steps": summary["steps"], "summary": summary}
+    return {
+        "round": number,
+        **_select(summary["after"]),
+        "pairs": counts["pairs"],
+        "steps": summary["steps"],
+        "summary": summary,
+    }
+
+
+def _select(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures by which rounds are compared."""
+    return {key: value for key, value in figures.items() if key in _MEASURED or key.startswith(BENCHMARKS)}
 
 
 @contextmanager
@@ -153,7 +163,7 @@ def _record(
     with track(conf, directory, console.warn) as tracker:
         for number, (step, figures) in enumerate(zip(steps, [before, *done], strict=True)):
             if step not in known:
-                event = {"step": step, "round": number, **{key: figures[key] for key in _MEASURED if key in figures}}
+                event = {"step": step, "round": number, **_select(figures)}
                 tracker.log(event)
                 directory.append_metrics(event)
         if summary is not None:

@@ -7,7 +7,7 @@ Curve = tuple[list[float], list[float]]
 """Steps, and the value logged at each."""
 
 _NO_CURVE = re.compile(
-    r"^(step|epoch|time|global_step|total_flos)$|_?(runtime|per_second|preparation_time|num_tokens)$"
+    r"^(step|epoch|time|global_step|total_flos)$|_?(runtime|per_second|preparation_time|num_tokens|stderr|diff_ci95)$"
 )
 _NO_RESULT = re.compile(r"^(grad_norm|learning_rate)$")
 

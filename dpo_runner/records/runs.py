@@ -11,14 +11,15 @@ from typing import Any
 import yaml
 
 from dpo_runner.config.keys import split_removed
-from dpo_runner.config.metrics import find_first_update, is_untrained_accuracy
+from dpo_runner.config.metrics import find_first_update, is_untrained_accuracy, list_benchmarks
 from dpo_runner.config.sections.model import is_start
 from dpo_runner.io.masking import mask_secrets
-from dpo_runner.records.figures import Curve, collect_curves, collect_results, to_number
+from dpo_runner.records.figures import Curve, collect_curves, collect_results, read_numbers, to_number
 from dpo_runner.records.find import RUN_FILES, find_runs, name_runs
 from dpo_runner.records.status import find_death
 
 _MOST_NODES = 20_000
+_SCORED_ON = ("limit", "num_fewshot")  # of the section `benchmarks`
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with libyaml
 
 
@@ -32,7 +33,8 @@ class RunRecord:
         state: the state in status.json; `died` if it is running but its process is gone, `unknown` if there is none.
         error: why the run failed or died, or "".
         config: the configuration by dotted key; empty if unknown.
-        fingerprints: of `model` and `data`, independent of their paths, and of the evaluated data (`evaluation`).
+        fingerprints: of `model` and `data`, independent of their paths, of the evaluated data (`evaluation`), and of
+            what `benchmarks` are scored on.
         metrics: results by name: those after training, or the newest ones if the run has not ended.
         curves: logged values over optimizer steps, by name.
         published: a line that counts its figures inside and outside published bands, or "".
@@ -142,6 +144,9 @@ def _read_run(path: Path) -> RunRecord:
         run.samples = [sample for line in run.read_lines("samples.jsonl") if (sample := _read_sample(line))]
     results = collect_results(run.curves, summary, to_number(run.config.get("training.beta")))
     run.metrics = results | _read_evaluation(run)
+    if list_benchmarks(run.metrics):
+        told = [run.config.get(f"benchmarks.{name}") for name in _SCORED_ON]
+        run.fingerprints.setdefault("benchmarks", json.dumps(told))
     if isinstance(expected := summary.get("expected"), dict) and isinstance(expected.get("told"), list):
         run.published = str(mask_secrets(str(expected["told"][-1]))) if expected["told"] else ""
     reference = run.config.get("model.reference", "initial")  # the first versions had no other
@@ -257,6 +262,11 @@ def _read_evaluation(run: RunRecord) -> dict[str, float]:
     if not files:
         return {}
     written = run.read_json(str(files[-1].relative_to(run.path)))
+    benchmarks = written.get("benchmarks")
+    scored: dict[str, float] = {}
+    if isinstance(benchmarks, dict) and isinstance(settings := benchmarks.get("settings"), dict):
+        scored = read_numbers(benchmarks.get("policy"))
+        run.fingerprints["benchmarks"] = json.dumps([settings.get(name) for name in _SCORED_ON])
     further, evaluated = [written.get(name) for name in ("judge", "reward")], written.get("evaluated")
     if isinstance(evaluated, dict):
         on = {key: evaluated.get(key) for key in ("data", "split", "pairs", "prompts_answered", "max_new_tokens")}
@@ -265,7 +275,7 @@ def _read_evaluation(run: RunRecord) -> dict[str, float]:
     for part in further:
         estimates |= part if isinstance(part, dict) else {}
     means = {key: to_number(value.get("mean")) for key, value in estimates.items() if isinstance(value, dict)}
-    return {f"evaluation/{key}": mean for key, mean in means.items() if mean is not None}
+    return {f"evaluation/{key}": mean for key, mean in means.items() if mean is not None} | scored
 
 
 def _read_sample(line: dict[str, Any]) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_runner.config.metrics import BENCHMARKS
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunPruned
 from dpo_runner.io.masking import mask_secrets
@@ -44,10 +45,10 @@ class Tracker:
             self.state += f": {refused}"
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Log one event under the names used by the Trainer's W&B callback: train/… and eval/…"""
+        """Log one event under the names used by the Trainer's W&B callback: train/… and eval/…, and benchmarks/…"""
         step = metrics["step"]
         named = {
-            f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
+            _name(key): value
             for key, value in metrics.items()
             if key not in ("step", "time") and isinstance(value, (int, float))
         }
@@ -180,6 +181,13 @@ class Tracker:
         if not self._warned:
             self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
         self._warned = True
+
+
+def _name(key: str) -> str:
+    """Return W&B's name of a figure; those of benchmarks begin with benchmarks/ already."""
+    if key.startswith("eval_"):
+        return f"eval/{key.removeprefix('eval_')}"
+    return key if key.startswith(BENCHMARKS) else f"train/{key}"
 
 
 @contextlib.contextmanager

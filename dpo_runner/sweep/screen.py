@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from dpo_runner.config.metrics import choose_shown, column_of
+from dpo_runner.config.metrics import choose_shown, column_of, describe_losses
 from dpo_runner.config.overrides import write_override
-from dpo_runner.config.sections.run import WandbConf
+from dpo_runner.config.sections.run import RunFields
 from dpo_runner.errors import SweepFailed, describe_failure
 from dpo_runner.io.console import FoldingTable, format_clock, open_terminal, visible
 from dpo_runner.io.masking import mask_text
@@ -106,15 +106,20 @@ class SweepScreen:
             return False
         return True
 
-    def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], wandb: WandbConf) -> None:
+    def show_result(self, path: Path, jobs: Sequence[JobState], labels: Sequence[str], conf: RunFields) -> None:
         """Show every job with its state and key metrics, and where to find the comparison and the curves."""
+        search, wandb = conf.sweep.search, conf.wandb
         table = FoldingTable("job", "varies", "state")
-        shown = choose_shown(job.metrics or {} for job in jobs)
-        for metric in shown:
+        metrics = dict.fromkeys(
+            [*([search.objective] if search.sampler else []), *choose_shown(job.metrics or {} for job in jobs)]
+        )
+        for metric in metrics:
             table.add_column(column_of(metric), no_wrap=True)
         for job, label in zip(jobs, labels, strict=True):
-            figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in shown]
-            table.add_row(job.name, escape(visible(label)), job.state, *figures)
+            figures = [f"{job.metrics[key]:.3f}" if job.metrics and key in job.metrics else "" for key in metrics]
+            losses = describe_losses(search.guards, job.metrics or {})
+            state = f"{job.state}, cannot win: {losses}" if losses else job.state
+            table.add_row(job.name, escape(visible(label)), escape(state), *figures)
         self.console.print(table)
         self.say(f"sweep directory  {path}")
         if self.renew_page(path):

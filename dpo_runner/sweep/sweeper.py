@@ -98,7 +98,7 @@ class GridSweeper(Sweeper):  # type: ignore[misc]
         finally:
             jobs = [read_job(path / name) for name in names]
             labels = [point.label for point in points]
-            screen.show_result(path, jobs, labels, points[0].conf.wandb)
+            screen.show_result(path, jobs, labels, points[0].conf)
         failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
         if failed:
             raise list_failures(failed, len(jobs), path)
@@ -219,9 +219,11 @@ def _show_plan(screen: SweepScreen, space: Space, sweep: SweepConf, path: Path) 
     for key, dimension in space.dimensions.items():
         table.add_row(key, str(dimension))
     screen.console.print(table)
+    guard = "".join(f", {name} at least {least:+g} of the reference's" for name, least in search.guards.items())
     pruner = f", stopped early by {search.pruner}" if search.pruner else ""
     screen.say(
         f"{search.trials} trials, chosen by {search.sampler}{pruner}, to {read_direction(search)} {search.objective}"
+        f"{guard}"
     )
     screen.say(f"sweep directory  {path}")
 
@@ -235,7 +237,7 @@ def _report_outcome(search: "Search", path: Path, conf: RunConf, screen: SweepSc
     all_labels = read_labels(path)
     jobs = [read_job(path / name) for name in search.list_jobs()]
     labels = [all_labels[job.name] for job in jobs]
-    screen.show_result(path, jobs, labels, conf.wandb)
+    screen.show_result(path, jobs, labels, conf)
     refused = search.refused()
     for line in [*summarize(jobs, path, len(refused)), *search.summarize()]:
         screen.say(line)
@@ -244,6 +246,8 @@ def _report_outcome(search: "Search", path: Path, conf: RunConf, screen: SweepSc
         label = f" with {all_labels[name]}" if name in all_labels else ""  # another command's is not known here
         screen.say(f"best: {conf.sweep.search.objective} {value:.4g}{label}")
         screen.say(f"best directory   {path / name if label else name}")
+    elif conf.sweep.search.guards and any(job.state == "finished" for job in jobs):
+        screen.say("best: none, all are outside sweep.search.guard")
     failed = [(job, label) for job, label in zip(jobs, labels, strict=True) if job.state not in (*DONE, "pending")]
     unfit = f"{len(refused)} trials chose what cannot be run:"
     table = [f"  {line}" for line in refused]

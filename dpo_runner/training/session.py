@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_runner.config.metrics import BEFORE_AND_AFTER, label_of, mark_ties
+from dpo_runner.config.metrics import label_results, mark_ties
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.errors import ConfigError, DpoRunnerError, RunError, RunPruned, describe_failure
@@ -178,7 +178,7 @@ class Session:
         self.tracker.log_summary(summary, self._conf.sweep.search.objective)
         self.console.show_samples(samples[: self._conf.samples.show])
         shown = summary | {"before": mark_ties(summary["before"], 0, self._conf.model)}
-        self.console.show_summary(shown, {key: label_of(key) for key in BEFORE_AND_AFTER})
+        self.console.show_summary(shown, label_results(summary["after"]))
         for line in summary.get("expected", {}).get("told", ()):
             self.say(line)
 

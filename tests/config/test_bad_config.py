@@ -151,7 +151,7 @@ OVERRIDES = [
     # syntax
     ("train", "`train`: not a KEY=VALUE override; see --help"),
     ("training.beta:0.1", "not a KEY=VALUE override"),
-    ("=0.1", "``: no such field; choose from checks"),
+    ("=0.1", "``: no such field; choose from benchmarks, checks"),
     ("training.beta==0.1", "training.beta==0.1"),
     ("training..beta=0.1", "not a KEY=VALUE override"),
     ("model.pad_token=<pad>", "a value with special characters goes in quotes"),

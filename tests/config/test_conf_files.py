@@ -27,6 +27,7 @@ SHIPPED = {
     "experiment": {"zephyr_7b_dpo_qlora", "trl_invariant"},
     "generate": {"in_process", "endpoint"},
     "reward": {"length", "sentiment", "function", "reward_model", "judge"},
+    "benchmarks": {"basics"},
 }
 
 

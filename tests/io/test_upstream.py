@@ -34,7 +34,7 @@ def read_oldest() -> dict[str, Version]:
     """Return the oldest version of each dependency of the package and its extras that pyproject.toml allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    used = ("search", "workspace", "sentiment")
+    used = ("search", "workspace", "sentiment", "benchmarks")
     texts = [*project["dependencies"], *(text for extra in used for text in extras[extra])]
     needs = [Requirement(text) for text in texts]
     floors = {need.name.lower(): [each.version for each in need.specifier if each.operator == ">="] for need in needs}

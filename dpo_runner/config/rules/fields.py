@@ -69,6 +69,10 @@ RANGES: list[tuple[str, float | None, bool, float | None, bool]] = [
     ("samples.show", 0, True, None, False),
     ("samples.reward", 0, True, None, False),
     ("judge.timeout", 0, False, None, False),
+    ("benchmarks.limit", 0, False, None, False),
+    ("benchmarks.num_fewshot", 0, True, None, False),
+    ("benchmarks.batch_size", 1, True, None, False),
+    ("benchmarks.max_drop", 0, True, 1, True),
     ("generate.num_answers", 1, True, None, False),
     ("generate.temperature", 0, True, None, False),
     ("generate.top_p", 0, False, 1, True),
@@ -200,7 +204,7 @@ def check_names(conf: RunFields) -> Iterator[str]:
 
 _PATHS = (
     *("run_dir", "path", "eval_path", "model_name_or_path", "adapter", "reference", "chat_template", "gguf_file"),
-    "decontaminate",
+    *("decontaminate", "include_path"),
 )
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 
@@ -208,7 +212,13 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 def check_text(key: str, value: str) -> Iterator[str]:
     """Yield one line per mistake in a string value of the dotted `key`."""
     name = key.rpartition(".")[2]
-    is_path = name in _PATHS or key in ("sweep.dir", "wandb.dir", "generate.dir", "reward.judge.prompt")
+    is_path = name in _PATHS or key in (
+        "sweep.dir",
+        "wandb.dir",
+        "generate.dir",
+        "reward.judge.prompt",
+        "benchmarks.questions",
+    )
     if not value and not key.startswith("training.") and name not in ("system_prompt", "notes"):
         yield f"`{key}=`: must not be empty; leave it out, or set it to null"
     elif not _is_unicode(value) or "\0" in value:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from dpo_runner.config.metrics import METRICS, OF_SAMPLES, direction_of, evaluation_keys
+from dpo_runner.config.metrics import (
+    BENCHMARKS,
+    HALF_INTERVAL,
+    METRICS,
+    OF_SAMPLES,
+    STDERR,
+    direction_of,
+    evaluation_keys,
+)
 from dpo_runner.config.rules.training import NO_EVALUATION_ROWS, may_have_evaluation
 from dpo_runner.config.sections.run import RunFields
 from dpo_runner.config.sections.sweep import SearchConf, SweepConf
@@ -36,14 +44,31 @@ def list_objectives(conf: RunFields) -> list[str]:
     return [*(f"eval_{source}{name}" for source in ["", *sources] for name in evaluation_keys()), *answers]
 
 
+def _check_benchmarks(conf: RunFields) -> Iterator[str]:
+    """Yield mistakes in the names of benchmarks; whether a task has the metric is seen when it is loaded."""
+    search, where = conf.sweep.search, "sweep.search."
+    names = [(f"objective={search.objective}", search.objective)] if search.objective.startswith(BENCHMARKS) else []
+    names += [(f"guard={search.guards}", name) for name in search.guards]
+    for name, least in search.guards.items():
+        if isinstance(least, bool) or not isinstance(least, int | float):
+            yield f"`{where}guard={search.guards}`: must map {name} to a number, such as -0.01"
+    for told, name in names:
+        if not re.fullmatch(rf"{BENCHMARKS}[^/]+/[^/]+(/[^/]+)?", name) or name.endswith((STDERR, HALF_INTERVAL)):
+            yield f"`{where}{told}`: must name a metric as {BENCHMARKS}TASK/METRIC, such as {BENCHMARKS}arc_easy/acc"
+        elif not conf.benchmarks.tasks:
+            task = name.split("/")[1]
+            yield f"`{where}{told}`: no task is scored; add benchmarks.tasks=[{task}]"
+
+
 def check_search(conf: RunFields) -> Iterator[str]:
     """Yield one line per broken rule of `sweep.search`."""
     search, where = conf.sweep.search, "sweep.search."
     changed = [
         field.name
         for field in dataclasses.fields(search)
-        if getattr(search, field.name) != getattr(SearchConf(), field.name)
+        if field.name != "guard" and getattr(search, field.name) != getattr(SearchConf(), field.name)
     ]
+    yield from _check_benchmarks(conf)
     if search.sampler is None:
         yield from (
             f"`{where}{name}{'' if name == 'storage' else f'={getattr(search, name)}'}`: is of a search; add "
@@ -56,7 +81,10 @@ def check_search(conf: RunFields) -> Iterator[str]:
     for key in ("paired", "sample"):
         if value := getattr(conf.sweep, key):
             yield f"`sweep.{key}={value}`: is of a grid; leave it out, or {where}sampler"
-    if search.objective not in (objectives := list_objectives(conf)):
+    if search.objective.startswith(BENCHMARKS):
+        if read_direction(search) is None:
+            yield f"`{where}direction`: must be set for {search.objective} ({where}direction=maximize or minimize)"
+    elif search.objective not in (objectives := list_objectives(conf)):
         of_table = {metric.column: metric.key for metric in METRICS}.get(search.objective, search.objective)
         yield f"`{where}objective={search.objective}`: no such metric{suggest(of_table, objectives)}"
     elif (

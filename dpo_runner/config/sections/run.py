@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from dpo_runner.config.sections.benchmarks import BenchmarksConf
 from dpo_runner.config.sections.data import DataConf
 from dpo_runner.config.sections.expected import ExpectedConf
 from dpo_runner.config.sections.generate import GenerateConf, RewardConf
@@ -134,6 +135,7 @@ class RunFields:
     checks: ChecksConf = field(default_factory=ChecksConf)
     samples: SamplesConf = field(default_factory=SamplesConf)
     judge: JudgeConf = field(default_factory=JudgeConf)
+    benchmarks: BenchmarksConf = field(default_factory=BenchmarksConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     reward: RewardConf = field(default_factory=RewardConf)
     sweep: SweepConf = field(default_factory=SweepConf)

@@ -16,6 +16,9 @@ class SearchConf:
     """Seed of the sampler."""
     objective: str = "eval_rewards/accuracies"
     """Metric of the tuned model to optimize; the loss is not comparable across beta."""
+    guard: Any = field(default=None, metadata={"type": "dict[str, Any] | None"})
+    """By a benchmark's metric the smallest difference to the reference, such as {benchmarks/arc_easy/acc: -0.01}; a
+    point with less cannot win. Of a grid too; null: none."""
     direction: str | None = field(default=None, metadata={"choices": ("maximize", "minimize")})
     """null: `minimize` for losses, `maximize` for accuracies, margins and rewards/chosen; required for others."""
     pruner: str | None = field(default=None, metadata={"choices": ("median", "successive_halving")})
@@ -26,6 +29,11 @@ class SearchConf:
     """Optimizer steps before a run may be stopped."""
     storage: str | None = None
     """URL of a PostgreSQL database for the study, which several commands can share; null: study.db in `sweep.dir`."""
+
+    @property
+    def guards(self) -> dict[str, float]:
+        """The guard; {} if there is none."""
+        return dict(self.guard or {})
 
 
 @dataclass

@@ -17,7 +17,15 @@ from typing import Any
 
 import yaml
 
-from dpo_runner.config.metrics import find_first_update, mark_ties
+from dpo_runner.config.metrics import (
+    BENCHMARKS,
+    STDERR,
+    describe_difference,
+    find_first_update,
+    label_of,
+    list_benchmarks,
+    mark_ties,
+)
 from dpo_runner.config.run_conf import config_keys
 from dpo_runner.config.sections.data import SourceConf, resolve_sources
 from dpo_runner.errors import reason_of
@@ -124,7 +132,7 @@ def _describe_results(facts: RunFacts) -> list[str]:
     if not after:
         return ["The run had no evaluation pairs and answered no prompts."]
     order = list(LABELS)
-    named = [(key, *_name_metric(key, facts)) for key in after]
+    named = [(key, *_name_metric(key, facts)) for key in after if not key.startswith(BENCHMARKS)]
     named.sort(key=lambda row: (order.index(row[1]) if row[1] in order else len(order), row[2]))
     rows = [
         (
@@ -133,7 +141,27 @@ def _describe_results(facts: RunFacts) -> list[str]:
         )
         for key, metric, source in named
     ]
-    return _table(["on evaluation pairs and sampled answers", "before", "after"], rows)
+    return [*_table(["on evaluation pairs and sampled answers", "before", "after"], rows), *_describe_benchmarks(facts)]
+
+
+def _describe_benchmarks(facts: RunFacts) -> list[str]:
+    """Return a table of the benchmarks, else nothing."""
+    before, after, conf = facts.summary["before"], facts.summary["after"], facts.conf.benchmarks
+
+    def tell(figures: dict[str, Any], name: str) -> str:
+        error = figures.get(name + STDERR)
+        return _round(figures.get(name)) + (f" ± {error:.2g}" if error is not None else "")
+
+    rows = [
+        (label_of(name), tell(before, name), tell(after, name), describe_difference(name, after))
+        for name in list_benchmarks(after)
+    ]
+    if not rows:
+        return []
+    limit = "" if conf.limit is None else f", limit {conf.limit:g}"
+    shots = "" if conf.num_fewshot is None else f", num_fewshot {conf.num_fewshot}"
+    head = [f"lm-evaluation-harness{limit}{shots}", "before", "after", "difference to the reference, 95 % interval"]
+    return ["", *_table(head, rows), "", "± is one standard error."]
 
 
 def _compare_published(summary: dict[str, Any]) -> dict[str, list[str]]:

@@ -12,7 +12,17 @@ from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.sweep.points import Point
 from dpo_runner.sweep.search.database import describe_place, join, locking, reporting
 from dpo_runner.sweep.search.space import Space
-from dpo_runner.sweep.search.study import JOB, MEMBER, find_stale, heartbeat, id_of, open_shared, open_study, storage_of
+from dpo_runner.sweep.search.study import (
+    JOB,
+    LOSSES,
+    MEMBER,
+    find_stale,
+    heartbeat,
+    id_of,
+    open_shared,
+    open_study,
+    storage_of,
+)
 from dpo_runner.sweep.search.trials import EFFECT, RETRY_OF, Search, digest_effect
 
 _LOST = "lost"
@@ -94,8 +104,8 @@ class SharedSearch(Search):
 
     def find_best(self) -> tuple[str, float] | None:
         """As in `Search`; the job of another command comes with its machine and directory."""
-        found = super().find_best()
-        if found is None or (member := self.study.best_trial.user_attrs[MEMBER]) == self._member:
+        found, winner = super().find_best(), self._find_winner()
+        if found is None or winner is None or (member := winner.user_attrs[MEMBER]) == self._member:
             return found
         return f"{self.study.user_attrs[member]}/{found[0]}", found[1]
 
@@ -147,7 +157,7 @@ class SharedSearch(Search):
         if not alike or any(other.user_attrs[MEMBER] == self._member for other in alike):
             return False
         other = min(alike, key=lambda each: states.index(each.state))
-        for key in (EFFECT, JOB, MEMBER):
+        for key in (EFFECT, JOB, MEMBER, *([LOSSES] if LOSSES in other.user_attrs else [])):
             trial.set_user_attr(key, other.user_attrs[key])
         if other.state != TrialState.RUNNING:
             self.study.tell(trial, other.value if other.state == TrialState.COMPLETE else None, other.state)

@@ -21,8 +21,9 @@ from dpo_runner.sweep.search.database import check_place, find_membership, open_
 STUDY_FILE = "study.db"
 CONFIGURATION = "configuration"
 """Key in a study's definition of the digest of what all points share."""
-JOB, MEMBER = "job", "member"
-"""User attributes of a trial: its job's directory, and in a database also whose it is."""
+JOB, MEMBER, LOSSES = "job", "member", "losses"
+"""User attributes of a trial: its job's directory; in a database also whose it is; with a guard by how much each of its
+differences is below it, as Optuna's constraints: above 0 it is violated."""
 _NAME = "dpo_runner"
 _HEARTBEAT_SECONDS = 30
 _GRACE_SECONDS = 180
@@ -112,7 +113,10 @@ def build_sampler(search: SearchConf, number: int) -> optuna.samplers.BaseSample
     seed = int.from_bytes(digest[:4], "big")
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup_trials)
+    constraints = {"constraints_func": lambda trial: trial.user_attrs.get(LOSSES, ())} if search.guards else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constraints_func is experimental
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup_trials, **constraints)
 
 
 def id_of(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:

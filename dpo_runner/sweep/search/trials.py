@@ -11,13 +11,14 @@ from optuna.trial import TrialState
 
 from dpo_runner.config.compose import compose_point
 from dpo_runner.config.keys import ignored_keys
+from dpo_runner.config.metrics import measure_losses
 from dpo_runner.config.rules.sweep import read_direction
 from dpo_runner.config.sections.sweep import SweepConf
 from dpo_runner.errors import ConfigError
 from dpo_runner.sweep.directory import DONE, name_points, prepare, read_job
 from dpo_runner.sweep.points import Point, digest_config
 from dpo_runner.sweep.search.space import Space
-from dpo_runner.sweep.search.study import CONFIGURATION, JOB, ask, build_sampler, heartbeat, id_of, open_study
+from dpo_runner.sweep.search.study import CONFIGURATION, JOB, LOSSES, ask, build_sampler, heartbeat, id_of, open_study
 
 EFFECT, RETRY_OF = "effect", "retry_of"
 """Further user attributes of a trial."""
@@ -48,6 +49,7 @@ class Search:
             "sweep.search.objective": sweep.search.objective,
             "sweep.search.direction": str(read_direction(sweep.search)),
             CONFIGURATION: digest_config(first),
+            **({"sweep.search.guard": sweep.search.guards} if sweep.search.guard else {}),
         }
         prepare(path, [], [], sweep.threads_per_worker)  # before study.db: files without a sweep.json are rejected
         self.study = self._open_study(definition, first.run_name)
@@ -109,16 +111,20 @@ class Search:
     def settle(self, name: str) -> None:
         """Report a job's result to the study; the trial of an interrupted job stays running."""
         job = read_job(self._path / name)
-        objective = self._sweep.search.objective
+        objective, guard = self._sweep.search.objective, self._sweep.search.guards
         if job.state not in (*DONE, "failed"):
             return
         for trial in self._pop_waiting(name):
-            if job.state == "finished" and job.metrics and objective in job.metrics:
+            losses = measure_losses(guard, job.metrics or {})
+            if job.state == "finished" and job.metrics and objective in job.metrics and None not in losses:
+                if guard:
+                    trial.set_user_attr(LOSSES, losses)
                 self.study.tell(trial, float(job.metrics[objective]))
             elif job.state == "pruned":
                 self.study.tell(trial, state=TrialState.PRUNED)
             elif job.state == "finished":
-                self._refuse(trial, f"{name}: its summary has no {objective}")
+                missing = f"{objective}, or no difference to the reference for the guard" if guard else objective
+                self._refuse(trial, f"{name}: its summary has no {missing}")
             else:
                 self._failed.add(name)
                 self.study.tell(trial, state=TrialState.FAIL)
@@ -143,12 +149,17 @@ class Search:
         return sorted(names, key=lambda name: int(name.partition("-")[0]))
 
     def find_best(self) -> tuple[str, float] | None:
-        """Return the job with the best value, and the value; None if no trial has finished."""
-        if not any(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False)):
+        """Return the job with the best value, and the value; None if no trial has finished within the guard."""
+        best = self._find_winner()
+        return None if best is None or best.value is None else (best.user_attrs[JOB], best.value)
+
+    def _find_winner(self) -> optuna.trial.FrozenTrial | None:
+        finished = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        allowed = [trial for trial in finished if max(trial.user_attrs.get(LOSSES, ()), default=0) <= 0]
+        if not allowed:
             return None
-        best = self.study.best_trial
-        assert best.value is not None
-        return best.user_attrs[JOB], best.value
+        sign = 1 if self.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        return min(allowed, key=lambda trial: sign * trial.value)
 
     def summarize(self) -> list[str]:
         """Return lines about the study, beyond those about the jobs."""

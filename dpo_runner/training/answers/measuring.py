@@ -2,7 +2,7 @@
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.preferences import PreferenceData
 from dpo_runner.data.prompts import SamplePrompt
 from dpo_runner.model.tokenizer import ONE_ANSWER, find_stop_ids
+from dpo_runner.training.answers.benchmarked import measure_benchmarks
+from dpo_runner.training.answers.benchmarks.scores import Scores
 from dpo_runner.training.answers.rewarded import Rewards, measure_reward
 from dpo_runner.training.callbacks.movement import WHOLE_MODULE
 from dpo_runner.training.memory.device import ANSWERING, watch_memory
@@ -30,11 +32,19 @@ _NO_RESULT = re.compile(r"^epoch$|^step$|_(runtime|per_second|preparation_time|n
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model's metrics, its greedy answers to the sample prompts, and the rewards of its sampled ones."""
+    """What was measured of a model.
+
+    Attributes:
+        metrics: its figures.
+        answers: its greedy answers to the sample prompts.
+        rewards: the rewards of its sampled answers.
+        reference: the reference's scores in the benchmarks.
+    """
 
     metrics: dict[str, Any]
     answers: list[dict[str, Any]]
-    rewards: Rewards
+    rewards: Rewards = field(default_factory=list)
+    reference: Scores | None = None
 
 
 def measure_model(
@@ -62,10 +72,14 @@ def measure_model(
     turns = zip_longest(*batches, fillvalue=[])
     answers = [answer for turn in turns for batch in turn for answer in batch]
     metrics |= summarize_answers(answers)
-    if not (conf.samples.reward and data.prompts):
-        return Measurement(metrics, answers, [])
-    figures, rewards = measure_reward(trainer, data, conf, None if before is None else before.rewards)
-    return Measurement(metrics | figures, answers, rewards)
+    measured = Measurement(metrics, answers)
+    if conf.samples.reward and data.prompts:
+        figures, rewards = measure_reward(trainer, data, conf, None if before is None else before.rewards)
+        measured = replace(measured, metrics=measured.metrics | figures, rewards=rewards)
+    if conf.benchmarks.tasks:
+        figures, reference = measure_benchmarks(trainer, data, conf, None if before is None else before.reference)
+        measured = replace(measured, metrics=measured.metrics | figures, reference=reference)
+    return measured
 
 
 def _mixes_dtypes(model: torch.nn.Module) -> bool:

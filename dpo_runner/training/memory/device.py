@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
 
 
 LOADING, PREPARING, TRAINING = "loading the model", "preparing the training", "training"
-EVALUATION, ANSWERING = "evaluation", "answering prompts"
+EVALUATION, ANSWERING, BENCHMARKS = "evaluation", "answering prompts", "benchmarks"
 
 _MEMORY_WORDS = (
     "out of memory",

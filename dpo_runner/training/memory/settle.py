@@ -21,6 +21,7 @@ from dpo_runner.data.splits import DataShape
 from dpo_runner.errors import ConfigError
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.quantization import lacks_bf16
+from dpo_runner.training.answers.benchmarks.tasks import check_tasks
 from dpo_runner.training.answers.rewards.reward import build_reward
 from dpo_runner.training.build import build_dpo_config
 from dpo_runner.training.engine.install import why_not_packed
@@ -94,6 +95,7 @@ def settle(conf: RunConf, blueprint: Blueprint, shape: DataShape, checkpoints: P
     """
     if conf.samples.reward:
         build_reward(conf.reward)  # a missing package, function or model ends the run here, before training
+    check_tasks(conf)
     # Each process sees all batches of a step; see `ranks.group`.
     batches = conf.training.gradient_accumulation_steps * count_processes(conf)
     executed, notes = with_settings(conf, {_ACCUMULATION: batches}), {}

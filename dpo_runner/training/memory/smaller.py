@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_runner.config.run_conf import RunConf, count_processes
-from dpo_runner.training.memory.device import ANSWERING, EVALUATION, TRAINING
+from dpo_runner.training.memory.device import ANSWERING, BENCHMARKS, EVALUATION, TRAINING
 
 Settings = Mapping[str, Any]
 
@@ -25,6 +25,9 @@ def find_smaller(conf: RunConf, part: str, tokens: int | None, largest: int) -> 
     if part in (EVALUATION, ANSWERING):
         batch = training.per_device_eval_batch_size
         return {_EVAL_BATCH: batch // 2} if batch > 1 else {}
+    if part == BENCHMARKS:
+        requests = conf.benchmarks.batch_size
+        return {"benchmarks.batch_size": requests // 2} if requests > 1 else {}
     if part != TRAINING:
         return {}
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps

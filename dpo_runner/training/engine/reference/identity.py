@@ -32,13 +32,16 @@ _PEFT_PREFIX, _WRAPPERS = "base_model.model.", ("base_layer", "original_module")
 """Prefix and parts that PEFT adds to the names of a model's own weights."""
 
 
-def identify_reference(model: nn.Module, active: Sequence[str], forward: str) -> tuple[str, dict[str, Any]]:
+def identify_reference(
+    model: nn.Module, active: Sequence[str], forward: str, idle: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
     """Return a digest of a reference, and the parts that it covers.
 
     Args:
         model: holds the reference: a separate model, or the policy's.
         active: the adapters of `model` that are on in the reference, such as a frozen SFT adapter and TRL's `ref`.
         forward: describes how log-probabilities are computed, autocast included.
+        idle: further keys of configs that do not affect results.
 
     Raises:
         TypeError: there are weights of a type whose bytes cannot be read.
@@ -56,7 +59,7 @@ def identify_reference(model: nn.Module, active: Sequence[str], forward: str) ->
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         weights.update(bytes_of(whole(tensor.detach())))
     configs = [base.config.to_dict(), *(adapters[name].to_dict() for name in active)]
-    configs = [{key: value for key, value in config.items() if key not in _IDLE_KEYS} for config in configs]
+    configs = [{key: value for key, value in config.items() if key not in (*_IDLE_KEYS, *idle)} for config in configs]
     device = next(base.parameters()).device
     made_of = {
         "weights": weights.hexdigest(),

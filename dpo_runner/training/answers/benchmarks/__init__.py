@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, on a model that is loaded already."""

@@ -1,0 +1,170 @@
+"""A loaded model for lm-evaluation-harness. Imports the harness: import this module where it is used."""
+
+import inspect
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dpo_runner.config.sections.benchmarks import BenchmarksConf
+from dpo_runner.io.logs import quiet_imports
+from dpo_runner.io.upstream import check_names
+from dpo_runner.model.base import base_of
+from dpo_runner.model.tokenizer import find_stop_ids
+from dpo_runner.training.answers.benchmarks.prefixes import score_continuations
+from dpo_runner.training.ranks.watch import note_progress
+
+with quiet_imports():
+    import lm_eval
+    from lm_eval.api import task as harness_task
+    from lm_eval.models.huggingface import HFLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BOOTSTRAPS = 1000
+"""Resamples for the standard error of a metric that is not a mean."""
+_SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
+_ONE_PROCESS = "DISABLE_MULTIPROC"
+"""Environment variable that keeps the harness from forking this process, which has threads and perhaps a GPU."""
+
+Request = tuple[Any, list[int], list[int]]
+"""Its texts, and the tokens of context and continuation."""
+
+harness_task.tqdm = lambda items, **settings: items  # it reads no setting
+check_names("lm-eval", HFLM, _loglikelihood_tokens="requests disable_tqdm override_bs")
+
+
+class _Live:
+    """A model as HFLM calls it. Not a `Module`, whose weights HFLM would tie again."""
+
+    def __init__(self, model: "PreTrainedModel", stop_ids: Sequence[int]) -> None:
+        self._model, self._stop_ids = model, stop_ids
+        self.device, self.config, self.name_or_path = model.device, base_of(model).config, ""
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+    def __call__(self, ids: torch.Tensor, last: bool = False, **settings: Any) -> Any:
+        """Return the model's output; `last`: its logits after the last position alone, if the model can do so."""
+        note_progress()
+        kept = {"logits_to_keep": 1} if last and self._keeps_logits else {}
+        return self._model(input_ids=ids, **settings, **kept)
+
+    def generate(self, **settings: Any) -> Any:
+        note_progress()
+        with torch.no_grad():
+            return self._model.generate(**settings, eos_token_id=list(self._stop_ids), synced_gpus=False)
+
+
+class LiveModel(HFLM):  # type: ignore[misc]
+    """HFLM on a loaded model, with the same results, up to rounding, for less work: see `prefixes`.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with the chat template.
+        batch_size: requests in one forward.
+        stop_id: the chat template's end of a turn.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, stop_id: int | None
+    ) -> None:
+        self._live = _Live(model, find_stop_ids(model, tokenizer, stop_id))
+        self._pad_id = tokenizer.pad_token_id
+        prompts = getattr(model, "active_peft_config", None)
+        self._shares = not (prompts is not None and prompts.is_prompt_learning)  # its virtual tokens are not in ids
+        self.has_template = bool(tokenizer.chat_template)
+        super().__init__(
+            self._live, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+        )
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        return list(super().generate_until(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return log p of each continuation, and whether it is the greedy one."""
+        if not self._shares:
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return found
+        cut = [(context[-(self.max_length + 1 - len(answer)) :], answer) for _, context, answer in requests]
+        pairs = [(tuple(context), tuple(answer)) for context, answer in cut]
+        return score_continuations(self._live, self.device, pairs, override_bs or self.batch_size, self._pad_id)
+
+
+def build_requests(lm: LiveModel, task: Any, conf: BenchmarksConf) -> list[Any]:
+    """Return a task's requests and documents, everything that its score depends on besides the model."""
+    with _own_random_numbers():
+        _seed(task)
+        task.build_all_requests(
+            limit=_count(task, conf.limit),
+            apply_chat_template=lm.has_template,
+            fewshot_as_multiturn=lm.has_template,
+            chat_template=lm.apply_chat_template if lm.has_template else None,
+            tokenizer_name=lm.tokenizer_name,
+        )
+    return [[request.args, request.doc] for request in task.instances]
+
+
+def _count(task: Any, limit: float | None) -> int | None:
+    """Return how many documents a limit means, as the harness counts."""
+    if limit is None:
+        return None
+    return math.ceil(len(task.eval_docs) * limit) if limit < 1 else int(limit)
+
+
+def run_task(lm: LiveModel, task: Any, conf: BenchmarksConf) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the harness's figures of a task, and its record of each document."""
+    with _own_random_numbers(), _in_one_process():
+        _seed(task)
+        found = lm_eval.evaluate(
+            lm,
+            {"tasks": {task.task_name: task}},
+            limit=conf.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=lm.has_template,
+            fewshot_as_multiturn=lm.has_template,
+        )
+    return found["results"][task.task_name], found["samples"][task.task_name]
+
+
+def _seed(task: Any) -> None:
+    """Seed as the harness does before each evaluation, so that all models get the same examples."""
+    random.seed(_SEEDS["random"])
+    np.random.seed(_SEEDS["numpy"])
+    torch.manual_seed(_SEEDS["torch"])
+    task.set_fewshot_seed(seed=_SEEDS["fewshot"])
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Restore the state of all random numbers, which training goes on with."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    given = os.environ.get(_ONE_PROCESS)
+    os.environ[_ONE_PROCESS] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_ONE_PROCESS]
+        else:
+            os.environ[_ONE_PROCESS] = given
