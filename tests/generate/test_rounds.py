@@ -223,7 +223,7 @@ def test_a_sweep_over_rounds_shares_the_first_answers() -> None:
     for job in jobs:
         conf = read_conf(str(job / "round-1/run"))
         assert conf["data"]["path"] == str(answers.absolute()) and conf["wandb"]["group"] == "sweep"
-        assert conf["generate"]["max_new_tokens"] == 8 and conf["training"]["num_train_epochs"] == 3
+        assert conf["generate"]["max_new_tokens"] == 8 and conf["training"]["num_train_epochs"] == 2
     page = Path("sweep/compare.html").read_text()
     assert '"metric":"eval_reward"' in page and '"distance":"eval_reward_kl"' in page
     assert len(jobs) == 2 and len({read_summary(job)["after"]["eval_reward_kl"] for job in jobs}) == 2
