@@ -410,6 +410,7 @@ def test_the_harness_is_needed_only_for_benchmarks(monkeypatch: pytest.MonkeyPat
         return version(name)
 
     monkeypatch.setattr("dpo_runner.config.rules.benchmarks.version", find)
+    compose_point.cache_clear()  # another test may have composed the same
     load_conf([])
     with pytest.raises(ConfigError, match=r"and none is installed; pip install 'lm-eval>=0.4.13,<0.5'"):
         load_conf(["benchmarks=basics"])
