@@ -162,11 +162,13 @@ def _mlflow(place: _Place, begin: _Begin) -> Iterator[Any]:
         if placed:
             place.shared.mkdir(parents=True, exist_ok=True)
             mlflow.set_tracking_uri(f"sqlite:///{place.shared}/mlflow.db")
+        callback = MLflowCallback()
         try:
-            begin(callback := MLflowCallback(), recorded=bool(earlier))
+            begin(callback, recorded=bool(earlier))
             write_text(id_file, mlflow.active_run().info.run_id)
             yield callback
         finally:
+            vars(callback)["_auto_end_run"] = False  # else its __del__ ends the run that is active at that time
             try:
                 mlflow.flush_async_logging()
                 if is_own:
