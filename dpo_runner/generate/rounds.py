@@ -66,12 +66,12 @@ def run_rounds(
         return None
     directory, stopping = RunDirectory(path), Stopping()
     with directory.claim(), recorded(directory, conf, overrides, console, stopping, _without_tracker(console)):
-        _keep(path / PROMPTS, trained)
-        _keep(path / HELD_OUT, held_out)
+        _write_or_check(path / PROMPTS, trained)
+        _write_or_check(path / HELD_OUT, held_out)
         done: list[dict[str, Any]] = []
         for one in rounds:
             console.say(f"round {len(done) + 1} of {len(rounds)}")
-            done.append(_play(one, len(done) + 1, trained, overrides, console))
+            done.append(_run_round(one, len(done) + 1, trained, overrides, console))
             if len(done) == len(rounds):
                 break
             if conf.rounds_patience is not None and len(done) - _find_best(done) >= conf.rounds_patience:
@@ -100,7 +100,9 @@ def _describe_plan(conf: RunConf, trained: Prompts, held_out: Prompts, path: Pat
 # ---- One round
 
 
-def _play(one: Round, number: int, prompts: Prompts, overrides: Sequence[str], console: RunConsole) -> dict[str, Any]:
+def _run_round(
+    one: Round, number: int, prompts: Prompts, overrides: Sequence[str], console: RunConsole
+) -> dict[str, Any]:
     """Sample, score, train and measure, or read what an earlier command has done; return the round's figures."""
     read_by_run = [text for text in overrides if not text.lstrip("+").startswith(("generate", "rounds"))]
     try:
@@ -186,16 +188,15 @@ def _conclude(
     if not raised:
         console.warn("no round has raised the held-out reward")
     best = raised or max(range(1, len(done) + 1), key=lambda number: done[number - 1]["eval_reward"])
-    source, first, last = rounds[best - 1].run_dir, done[0]["summary"], done[best - 1]["summary"]
+    source, first = rounds[best - 1].run_dir, done[0]["summary"]
     kind = "adapter" if (source / "adapter").is_dir() else "model"
     write_folder(directory.path / kind, lambda staging: _link_all(source / kind, staging))
     starts, ends = (JsonLines(each / "samples.jsonl").records for each in (rounds[0].run_dir, source))
     samples = [{**start, "after": end["after"]} for start, end in zip(starts, ends, strict=True)]
     directory.write_samples(samples)
     summary = {
-        **last,
+        **done[best - 1]["summary"],
         "before": first["before"],
-        "after": last["after"],
         "rounds": [{key: value for key, value in one.items() if key != "summary"} for one in done],
         "best_round": best,
         "steps": sum(one["steps"] for one in done[:best]),
@@ -221,7 +222,7 @@ def _link_all(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
-def _keep(path: Path, prompts: Prompts) -> None:
+def _write_or_check(path: Path, prompts: Prompts) -> None:
     """Write the prompts, or check that they are those that the rounds began with.
 
     Raises:

@@ -45,7 +45,7 @@ def plan_rounds(conf: RunConf, path: Path, first_answers: Path | None) -> Iterat
                 conf,
                 model=model,
                 lora=lora,
-                data=_read_pairs(conf.data, answers / OUTPUT),
+                data=_build_data(conf.data, answers / OUTPUT),
                 samples=replace(
                     conf.samples, prompts=str(path / HELD_OUT), reward=conf.samples.reward or ANSWERS_SCORED
                 ),
@@ -89,27 +89,19 @@ def _continue_from(previous: Path, conf: RunConf) -> ModelConf:
     )
 
 
-def _read_pairs(data: DataConf, rows: Path) -> DataConf:
+def _build_data(data: DataConf, rows: Path) -> DataConf:
     """Return `data` with scored rows in place of its sources; how pairs are made and cleaned stays."""
     blank = DataConf()
-    located = (
-        "eval_path",
-        "subset",
-        "revision",
-        "split",
-        "eval_split",
-        "columns",
-        "formatter",
-        "drop_columns",
-        "roles",
+    of_prompts = (
+        *("sources", "eval_path", "subset", "revision", "split", "eval_split", "columns", "formatter", "drop_columns"),
+        *("roles", "max_train_samples", "max_eval_samples"),
     )
-    limits = ("sources", "max_train_samples", "max_eval_samples")
-    kept = {name: getattr(blank, name) for name in (*located, *limits)}
-    return replace(data, **kept, path=str(rows), format="scored", eval_fraction=0.0)
+    default = {name: getattr(blank, name) for name in of_prompts}
+    return replace(data, **default, path=str(rows), format="scored", eval_fraction=0.0)
 
 
 def choose_shared(conf: RunConf, prompts: Prompts, shared: Path | None) -> Path | None:
-    """Return the folder of the first round's answers inside `shared`; None where the file system has no locks."""
+    """Return the folder of the first round's answers in `shared`, or None if the file system has no file locks."""
     if shared is None:
         return None
     sections = (conf.model, conf.quant, conf.data, conf.generate, conf.reward)

@@ -1,8 +1,10 @@
-"""The GPUs that this process may use. Imports no torch."""
+"""The GPUs that this process may use, and its environment variables. Imports no torch."""
 
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dpo_runner.errors import ConfigError
 
@@ -38,3 +40,17 @@ def list_installed_gpus() -> list[str]:
     listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
     names = [line.rpartition("UUID: ")[2].rstrip(") ") for line in listed.stdout.splitlines() if "UUID: " in line]
     return [name for name in names if name.startswith("MIG-")] or names
+
+
+@contextmanager
+def setting_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable in this block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -179,7 +179,7 @@ class Tracker:
     def _warn_once(self, failure: str) -> None:
         """Report the first failure only: if W&B's process has died, every event fails."""
         if not self._warned:
-            self._warn(f"W&B: {failure}; the run goes on, metrics.jsonl has everything")
+            self._warn(f"W&B: {failure}; the run goes on without it, and metrics.jsonl has all figures")
         self._warned = True
 
 

@@ -11,7 +11,8 @@ from dpo_runner.config.schema import find_value_mistakes
 from dpo_runner.config.sections.expected import ExpectedConf
 from dpo_runner.config.yaml_files import CONF_DIR, ConfigFiles
 from dpo_runner.errors import ConfigError
-from dpo_runner.records.differences import describe_band, find_changes, list_figures
+from dpo_runner.records.differences import find_changes
+from dpo_runner.records.figures import describe_band, list_figures
 from dpo_runner.sweep.command_line import check_command_line
 from dpo_runner.sweep.points import digest_config
 

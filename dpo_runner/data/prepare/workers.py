@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,6 +17,7 @@ from dpo_runner.data.prepare.batches import Outcome, process_batch
 from dpo_runner.data.prepare.recipe import Recipe
 from dpo_runner.data.rows.decoding import Batch, decode_rows
 from dpo_runner.errors import RowError, RunError
+from dpo_runner.io.processes import setting_variable
 
 ROWS_PER_BATCH = 500
 BATCHES_BEFORE_WORKERS = 8
@@ -45,7 +45,8 @@ def process_all(batches: Iterator[Batch], recipe: Recipe, num_proc: int | None) 
             break
     else:
         return
-    with _without_tokenizer_threads():
+    # The tokenizer's threads would deadlock in a forked child on inherited locks.
+    with setting_variable("TOKENIZERS_PARALLELISM", "false"):
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(workers, context, _start_worker, (recipe,))
         try:
@@ -92,21 +93,6 @@ def _map(row: Row | RowError, recipe: Recipe) -> list[Row] | list[RowError]:
         return [recipe.layout.respell(made) for made in recipe.rows(row)]
     except RowError as error:
         return [error]
-
-
-@contextmanager
-def _without_tokenizer_threads() -> Iterator[None]:
-    """Disable the tokenizer's threads while forking: in the child they would deadlock on inherited locks."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 _recipe: Recipe

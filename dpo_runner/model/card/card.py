@@ -36,7 +36,7 @@ from dpo_runner.model.card.facts import LABELS, RunFacts, build_metadata, find_p
 from dpo_runner.model.card.plots import Plot, write_plots
 from dpo_runner.model.card.use import describe_use
 from dpo_runner.model.quantization import name_quantization
-from dpo_runner.records.differences import describe_band, describe_changes
+from dpo_runner.records.figures import describe_band, describe_changes
 
 logger = logging.getLogger(__name__)
 

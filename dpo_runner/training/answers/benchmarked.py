@@ -1,6 +1,7 @@
 """Benchmarks in a run: before and after training, at chosen steps, and their differences to the reference's."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -57,8 +58,13 @@ def _score(trainer: RunTrainer, data: PreferenceData, conf: RunConf, is_referenc
     found: Scores = {}
     with watch_memory(BENCHMARKS), being, trainer.accelerator.autocast():
         scorer = _build_scorer(trainer, data, conf, is_reference) if is_first() else None
+
+        def score(name: str) -> Any:
+            assert scorer is not None
+            return scorer.score(name)
+
         for name in names:  # one by one, so that the waiting processes see progress
-            found[name] = do_first(lambda name=name: scorer.score(name))  # type: ignore[union-attr, misc]
+            found[name] = do_first(partial(score, name))
             note_progress()
     return do_first(lambda: add_groups(found, load_tasks(conf.benchmarks)))
 

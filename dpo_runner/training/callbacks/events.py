@@ -9,8 +9,9 @@ from dpo_runner.config.metrics import find_first_update, mark_ties
 from dpo_runner.config.run_conf import RunConf
 from dpo_runner.errors import RunError
 from dpo_runner.io.console import RunConsole
-from dpo_runner.records.differences import Expected
+from dpo_runner.records.differences import find_changes
 from dpo_runner.records.directory import RunDirectory
+from dpo_runner.records.figures import Expected
 from dpo_runner.records.reading import read_metrics
 from dpo_runner.records.tracking import Tracker
 from dpo_runner.training.callbacks.drift import DriftWarnings
@@ -39,7 +40,7 @@ class RunEvents(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._directory, self._tracker, self._console = directory, tracker, console
         self._model, self._show_progress = conf.model, not conf.training.disable_tqdm
-        self.expected = Expected(conf, count())
+        self.expected = Expected(conf, find_changes(conf, count()))
         self._drift: DriftWarnings | None = None
         self._first_update = 1
         self.silent = False

@@ -125,7 +125,9 @@ class Trackers:
             logger.exception("%s failed", name)
             if name in self._working:
                 self._working.remove(name)
-                self._warn(f"{name}: {describe_error(error)}; the run goes on, metrics.jsonl has everything")
+                self._warn(
+                    f"{name}: {describe_error(error)}; the run goes on without it, and metrics.jsonl has all figures"
+                )
         finally:
             for line in filter(None, printed.getvalue().splitlines()):
                 logger.info("%s: %s", name, line)

@@ -19,7 +19,8 @@ from dpo_runner.model.adapters import describe_adapter
 from dpo_runner.model.blueprint import Blueprint
 from dpo_runner.model.quantization import describe_quantization
 from dpo_runner.model.vocabulary import describe_padding
-from dpo_runner.records.differences import describe_changes, find_changes, list_figures
+from dpo_runner.records.differences import find_changes
+from dpo_runner.records.figures import describe_changes, list_figures
 from dpo_runner.training.engine.install import describe_engine
 from dpo_runner.training.memory.estimate import read_device
 from dpo_runner.training.memory.settle import Settled

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 
 from dpo_runner.config.sections.benchmarks import BenchmarksConf
 from dpo_runner.io.logs import quiet_imports
+from dpo_runner.io.processes import setting_variable
 from dpo_runner.io.upstream import check_names
 from dpo_runner.model.base import base_of
 from dpo_runner.model.tokenizer import find_stop_ids
@@ -126,7 +126,7 @@ def _count(task: Any, limit: float | None) -> int | None:
 
 def run_task(lm: LiveModel, task: Any, conf: BenchmarksConf) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the harness's figures of a task, and its record of each document."""
-    with _own_random_numbers(), _in_one_process():
+    with _own_random_numbers(), setting_variable(_ONE_PROCESS, "1"):
         _seed(task)
         found = lm_eval.evaluate(
             lm,
@@ -155,16 +155,3 @@ def _own_random_numbers() -> Iterator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
-
-
-@contextmanager
-def _in_one_process() -> Iterator[None]:
-    given = os.environ.get(_ONE_PROCESS)
-    os.environ[_ONE_PROCESS] = "1"
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[_ONE_PROCESS]
-        else:
-            os.environ[_ONE_PROCESS] = given
