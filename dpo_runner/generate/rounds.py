@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from dpo_runner.config.run_conf import RunConf
 from dpo_runner.data.prompts import Prompts, read_file_of_prompts, read_split_prompts, write_prompts
 from dpo_runner.errors import ConfigError, RunError, RunInterrupted
 from dpo_runner.generate.generation import generate
-from dpo_runner.generate.schedule import ANSWERS_SCORED, HELD_OUT, PROMPTS, Round, choose_shared, plan_rounds
+from dpo_runner.generate.schedule import (
+    ANSWERS_SCORED,
+    HELD_OUT,
+    PROMPTS,
+    Round,
+    choose_shared,
+    name_group,
+    plan_rounds,
+)
 from dpo_runner.io.console import RunConsole
 from dpo_runner.io.files import JsonLines, lock, write_folder
 from dpo_runner.model.card.facts import PROVENANCE
@@ -162,7 +171,8 @@ def _record(
     """
     before, steps = done[0]["summary"]["before"], accumulate((one["steps"] for one in done), initial=0)
     known = {event["step"] for event in read_metrics(directory.path)}
-    with track(conf, directory, console.warn) as tracker:
+    grouped = replace(conf, wandb=replace(conf.wandb, group=name_group(conf, directory.path)))
+    with track(grouped, directory, console.warn) as tracker:
         for number, (step, figures) in enumerate(zip(steps, [before, *done], strict=True)):
             if step not in known:
                 event = {"step": step, "round": number, **_select(figures)}

@@ -58,7 +58,7 @@ def plan_rounds(conf: RunConf, path: Path, first_answers: Path | None) -> Iterat
                 wandb=replace(
                     conf.wandb,
                     mode="disabled" if is_under_agent() else conf.wandb.mode,  # the agent's one run is that of all
-                    group=conf.wandb.group or path.name,
+                    group=name_group(conf, path),
                     name=f"{name} round {number}",
                     job_type="round",
                     dir=conf.wandb.dir or str(path),
@@ -72,6 +72,11 @@ def plan_rounds(conf: RunConf, path: Path, first_answers: Path | None) -> Iterat
             answers,
             folder / "run",
         )
+
+
+def name_group(conf: RunConf, path: Path) -> str:
+    """Return the W&B group of all rounds and of the run that has curves over them."""
+    return conf.wandb.group or path.name
 
 
 def _continue_from(previous: Path, conf: RunConf) -> ModelConf:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_runner.records.reading import read_metrics, read_status, read_summary
 from dpo_runner.sweep.points import digest_config
 from tests.support.common import run_main
 from tests.support.programs import run_python
+from tests.support.wandb_server import API_KEY, WandbServer
 
 WORDS = ["tea", "rain", "the moon", "a cat", "two boats", "snow", "bread", "a song", "old trees", "salt", "time", "ink"]
 TINY = [
@@ -108,7 +110,7 @@ def test_each_round_goes_on_from_the_policy_of_the_last_one(capsys: pytest.Captu
     ]
     assert weights[0] == weights[1]
     assert [(event["step"], event["round"]) for event in read_metrics(loop)] == [(0, 0), (2, 1), (4, 2)]
-    assert len(list(loop.glob("wandb/offline-run-*"))) == 4  # each round's, and the loop's after each
+    check_wandb(loop, summary)
     out = capsys.readouterr().out
     assert "round 2 of 2" in out and f"{best} (best)" in out and f"dpo_runner.chat {loop}" in out
 
@@ -118,6 +120,23 @@ def test_each_round_goes_on_from_the_policy_of_the_last_one(capsys: pytest.Captu
     assert run_main(compare, "loop") == 0 and "by eval_reward" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="rounds hold out prompts, not pairs"):
         evaluate(loop)
+
+
+def check_wandb(loop: Path, summary: dict[str, Any]) -> None:
+    """Upload the offline runs: one group, with the run of each round and one that has curves over rounds."""
+    server = WandbServer()
+    try:
+        env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
+        parts = map(str, sorted(loop.glob("wandb/offline-run-*")))
+        assert run_python("-m", "wandb", "sync", *parts, env=env).returncode == 0
+        runs = {run.variables["displayName"]: run for run in server.runs.values()}
+        assert {run.variables["groupName"] for run in runs.values()} == {"loop"}
+        assert runs.keys() == {"dpo/loop", "dpo/loop round 1", "dpo/loop round 2"}
+        curve = [(row["train/round"], row["eval/reward"]) for row in runs["dpo/loop"].history if "train/round" in row]
+        rewards = [summary["before"]["eval_reward"], *(one["eval_reward"] for one in summary["rounds"])]
+        assert curve == list(enumerate(rewards))
+    finally:
+        server.stop()
 
 
 def test_interrupted_rounds_end_with_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +244,7 @@ def test_a_sweep_over_rounds_shares_the_first_answers() -> None:
         assert conf["data"]["path"] == str(answers.absolute()) and conf["wandb"]["group"] == "sweep"
         assert conf["generate"]["max_new_tokens"] == 8 and conf["training"]["num_train_epochs"] == 2
     page = Path("sweep/compare.html").read_text()
-    assert '"metric":"eval_reward"' in page and '"distance":"eval_reward_kl"' in page
+    assert '"metric":"eval_reward"' in page and '"gain":"eval_reward","distance":"eval_reward_kl"' in page
     assert len(jobs) == 2 and len({read_summary(job)["after"]["eval_reward_kl"] for job in jobs}) == 2
     digests = {digest_config(load_conf(ask(*more))) for more in ([], ["generate.num_answers=2"], ["rounds_patience=1"])}
     assert len(digests) == 3
