@@ -50,7 +50,16 @@ def load_base_model(blueprint: Blueprint, min_rows: int = 0) -> tuple[PreTrained
         conf = replace(conf, dtype="float16")
     model = load_weights(conf, base, blueprint.quantization)
     resize_embeddings(model, max(blueprint.vocabulary.rows or count_rows(model), min_rows))
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_fold_rows)
     return model, base
+
+
+def _fold_rows(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give the head a contiguous input: of a slice, such as the last position of each prompt, torch's linear makes a
+    batched product, which on a CPU copies a frozen weight once for each row."""
+    hidden, *others = args
+    return (hidden.flatten(0, -2).contiguous().view(hidden.shape), *others)
 
 
 def load_weights(conf: ModelConf, base: str, quantization_config: Any) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Sampling of several answers to each prompt, with one pass over the prompt and the KV cache."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def sample_answers(
     sampling: Sampling,
     stop_ids: Sequence[int],
     pad_id: int,
+    common: int = 0,
 ) -> list[list[list[int]]]:
     """Sample answers to a batch of prompts from the model's own distribution.
 
@@ -66,6 +68,7 @@ def sample_answers(
         sampling: the settings.
         stop_ids: tokens that end an answer.
         pad_id: any token.
+        common: tokens that all prompts begin with, fewer than any has; they go through the model once.
 
     Returns:
         For each prompt its answers' tokens, a stop token included.
@@ -78,7 +81,11 @@ def sample_answers(
     rows = list(range(len(answers)))  # of the batch, by their answers
     ended = [False] * len(answers)
     with torch.no_grad():
-        logits, cache, mask = _read_prompts(model, prompts, pad_id, count)
+        start = read_prompts(model, [prompts[0][:common]], pad_id)[1] if common else None
+        logits, cache, mask = read_prompts(model, [ids[common:] for ids in prompts], pad_id, start, common)
+        if count > 1:
+            cache.batch_repeat_interleave(count)
+            logits, mask = logits.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         position = mask.sum(dim=1, keepdim=True) - 1
         for step in range(sampling.max_new_tokens):
             drawn = torch.tensor(draws[rows, step], device=device)
@@ -104,31 +111,38 @@ def sample_answers(
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-def _read_prompts(
-    model: Any, prompts: Sequence[Sequence[int]], pad_id: int, count: int
+def read_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], pad_id: int, start: Any = None, before: int = 0
 ) -> "tuple[torch.Tensor, Any, torch.Tensor]":
-    """Put each prompt through the model once.
+    """Put prompts through the model once, padded on the left.
+
+    Args:
+        model: in evaluation mode.
+        prompts: the tokens of each prompt, or what follows the tokens in `start`.
+        pad_id: any token.
+        start: the KV cache of what all prompts begin with, with one row; it is left as it is.
+        before: the number of its tokens.
 
     Returns:
-        Each `count` times in a row: the logits after the prompt, shape [rows, vocabulary]; its KV cache; its attention
-        mask, padded on the left.
+        The logits after each prompt, shape [rows, vocabulary]; the KV cache; the attention mask, with the tokens of
+        `start`.
     """
     import torch
 
     width, device = max(map(len, prompts)), model.device
+    cache = copy.deepcopy(start)
+    if cache is not None and len(prompts) > 1:
+        cache.batch_repeat_interleave(len(prompts))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+    mask = torch.cat([own.new_ones(len(prompts), before), own], dim=1)
+    position = before + (own.cumsum(dim=1) - 1).clamp(min=0)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    output = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **last)
-    if count > 1:
-        output.past_key_values.batch_repeat_interleave(count)
-    return (
-        output.logits[:, -1].repeat_interleave(count, dim=0),
-        output.past_key_values,
-        mask.repeat_interleave(count, dim=0),
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, **last
     )
+    return output.logits[:, -1], output.past_key_values, mask
 
 
 def choose_tokens(logits: "torch.Tensor", draws: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":

@@ -42,8 +42,9 @@ _MEMORY_WORDS = (
 """Parts of libraries' error messages; the last one is from cuBLAS and cuDNN."""
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
 _BROKEN_WORDS = ("cuda error", "cuda driver error", "cudnn error", "hip error", "triton")
-_ONEDNN, _NEXT_TO_NOTHING = "could not create a ", 2**27
-"""oneDNN's message for a lack of memory and other errors; with fewer free bytes it is the former."""
+_UNCLEAR_WORDS = ("could not create a ", "without exception set", "without setting an exception")
+_NEXT_TO_NOTHING = 2**27
+"""Of oneDNN and of Python, for a lack of memory and other errors; with fewer free bytes it is the former."""
 
 _ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", re.IGNORECASE)
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -110,9 +111,10 @@ def _find_cause(error: BaseException) -> BaseException | None:
     while cause is not None:
         if isinstance(cause, (MemoryError, OutOfMemory)) or type(cause).__name__ == "OutOfMemoryError":
             return cause
-        if isinstance(cause, (RuntimeError, OSError)) and any(word in str(cause).lower() for word in _MEMORY_WORDS):
+        words, says = str(cause), isinstance(cause, (RuntimeError, OSError, SystemError))
+        if says and any(word in words.lower() for word in _MEMORY_WORDS):
             return cause
-        if isinstance(cause, RuntimeError) and _ONEDNN in str(cause) and read_memory(True)[2] < _NEXT_TO_NOTHING:
+        if says and any(word in words for word in _UNCLEAR_WORDS) and read_memory(True)[2] < _NEXT_TO_NOTHING:
             return cause
         cause = cause.__cause__ or cause.__context__
     return None

@@ -266,12 +266,11 @@ def test_memory_that_is_really_too_little_is_told_in_one_line(tiny_run: list[str
     result = run_python("-c", CODE, *tiny_run, *big)
     assert result.returncode == 1, result.stderr
     (line,) = result.stderr.splitlines()
-    assert re.match(
-        r"error: out of memory in training: [\d.]+ MB were asked for in one piece, with [\d.]+ MB free on CPU; ", line
-    )
+    asked = r"([\d.]+ MB were asked for in one piece, with [\d.]+ MB free|[\d.]+ MB were free) on CPU"  # torch, Python
+    assert re.match(f"error: out of memory in training: {asked}; ", line)
     assert "; by the estimate the run takes " in line and "; try engine.max_tokens_per_micro_batch=" in line
     log = Path("r/run.log").read_text()
-    assert "can't allocate memory" in log and "Traceback" in log
+    assert "Traceback" in log and (" asked for " not in line or "can't allocate memory" in log)
     assert read_status(Path("r"))["state"] == "failed"
 
 
@@ -292,10 +291,14 @@ def test_memory_that_ran_out_is_recognised_wherever_it_is(monkeypatch: pytest.Mo
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
-    no_primitive = RuntimeError("could not create a primitive")  # oneDNN's message for several causes
-    assert not is_out_of_memory(no_primitive)
+    several_causes = [
+        RuntimeError("could not create a primitive"),
+        SystemError("error return without exception set"),
+        SystemError("<built-in method mm> returned NULL without setting an exception"),
+    ]
+    assert not any(map(is_out_of_memory, several_causes))
     monkeypatch.setattr(device_memory, "read_memory", lambda of_host: ("CPU", 10**10, 10**7))
-    assert is_out_of_memory(no_primitive)
+    assert all(map(is_out_of_memory, several_causes))
     assert not is_out_of_memory(ValueError("out of memory"))
 
 

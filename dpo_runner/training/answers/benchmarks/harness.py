@@ -1,6 +1,5 @@
 """A loaded model for lm-evaluation-harness. Imports the harness: import this module where it is used."""
 
-import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo_runner.config.sections.benchmarks import BenchmarksConf
 from dpo_runner.io.logs import quiet_imports
@@ -16,13 +16,15 @@ from dpo_runner.io.processes import setting_variable
 from dpo_runner.io.upstream import check_names
 from dpo_runner.model.base import base_of
 from dpo_runner.model.tokenizer import find_stop_ids
-from dpo_runner.training.answers.benchmarks.prefixes import score_continuations
+from dpo_runner.training.answers.benchmarks.prefixes import count_requests, find_common, score_continuations
+from dpo_runner.training.answers.sampling import Sampling, sample_answers
 from dpo_runner.training.ranks.watch import note_progress
 
 with quiet_imports():
     import lm_eval
     from lm_eval.api import task as harness_task
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +38,18 @@ _ONE_PROCESS = "DISABLE_MULTIPROC"
 Request = tuple[Any, list[int], list[int]]
 """Its texts, and the tokens of context and continuation."""
 
+_OF_NO_EFFECT = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
+_OF_NO_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
+_OF_NO_EFFECT |= {"_from_model_config"}
+"""Keys of a generation config that change nothing in greedy answers of a given length."""
+
 harness_task.tqdm = lambda items, **settings: items  # it reads no setting
-check_names("lm-eval", HFLM, _loglikelihood_tokens="requests disable_tqdm override_bs")
+check_names(
+    "lm-eval",
+    HFLM,
+    _loglikelihood_tokens="requests disable_tqdm override_bs",
+    _model_generate="context max_length stop",
+)
 
 
 class _Live:
@@ -46,13 +58,15 @@ class _Live:
     def __init__(self, model: "PreTrainedModel", stop_ids: Sequence[int]) -> None:
         self._model, self._stop_ids = model, stop_ids
         self.device, self.config, self.name_or_path = model.device, base_of(model).config, ""
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+        settings = model.generation_config.to_diff_dict().items()
+        self.is_greedy = not {key for key, value in settings if value} - _OF_NO_EFFECT
 
-    def __call__(self, ids: torch.Tensor, last: bool = False, **settings: Any) -> Any:
-        """Return the model's output; `last`: its logits after the last position alone, if the model can do so."""
+    def get_base_model(self) -> "PreTrainedModel":
+        return base_of(self._model)
+
+    def __call__(self, *ids: torch.Tensor, **settings: Any) -> Any:
         note_progress()
-        kept = {"logits_to_keep": 1} if last and self._keeps_logits else {}
-        return self._model(input_ids=ids, **settings, **kept)
+        return self._model(*ids, **settings)
 
     def generate(self, **settings: Any) -> Any:
         note_progress()
@@ -73,13 +87,20 @@ class LiveModel(HFLM):  # type: ignore[misc]
     def __init__(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, stop_id: int | None
     ) -> None:
-        self._live = _Live(model, find_stop_ids(model, tokenizer, stop_id))
-        self._pad_id = tokenizer.pad_token_id
+        self._stop_ids = find_stop_ids(model, tokenizer, stop_id)
+        self._live = _Live(model, self._stop_ids)
+        self._size, self._pad_id = batch_size, tokenizer.pad_token_id
         prompts = getattr(model, "active_peft_config", None)
         self._shares = not (prompts is not None and prompts.is_prompt_learning)  # its virtual tokens are not in ids
         self.has_template = bool(tokenizer.chat_template)
+        kind = model.device.type
         super().__init__(
-            self._live, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+            self._live,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            mixed_precision_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -89,7 +110,25 @@ class LiveModel(HFLM):  # type: ignore[misc]
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        lengths = []
+        for context, settings in (request.args for request in requests):
+            answer = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            lengths.append(len(self.tok_encode(context)) + answer)
+        self.batch_size_per_gpu = count_requests(self._size, max(lengths))
         return list(super().generate_until(requests, disable_tqdm=True))
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        """Return contexts and answers, padded; greedy ones without a penalty by `sample_answers`."""
+        given = {name for name, value in settings.items() if name == "attention_mask" or value}
+        if not self._shares or not self._live.is_greedy or given != {"attention_mask"}:
+            answered: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+            return answered
+        prompts = [ids[own == 1].tolist() for ids, own in zip(context, settings["attention_mask"], strict=True)]
+        sampling = Sampling(max_length - context.shape[1], 0, stop=tuple(stop), decode=self.tokenizer.decode)
+        seeds, common = [[0]] * len(prompts), find_common(prompts)
+        rows = sample_answers(self._live, prompts, seeds, sampling, self._stop_ids, self._pad_id, common)
+        answers = [torch.tensor(answer, device=context.device) for [answer] in rows]
+        return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=self._pad_id)], dim=1)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -100,7 +139,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
             return found
         cut = [(context[-(self.max_length + 1 - len(answer)) :], answer) for _, context, answer in requests]
         pairs = [(tuple(context), tuple(answer)) for context, answer in cut]
-        return score_continuations(self._live, self.device, pairs, override_bs or self.batch_size, self._pad_id)
+        return score_continuations(self._live, pairs, override_bs or self._size, self._pad_id)
 
 
 def build_requests(lm: LiveModel, task: Any, conf: BenchmarksConf) -> list[Any]:

@@ -4,16 +4,19 @@ The choices of a question share its context, and all contexts of a task may shar
 same solved examples. Their keys and values are kept and repeated.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 
+from dpo_runner.training.answers.sampling import read_prompts
+
 _WORTH_KEEPING = 8
 """Tokens of a common beginning from which on it is put through the model by itself."""
+_SHORT = 512
+"""Requests of fewer tokens than this share a forward with more of them than `benchmarks.batch_size` says."""
 
 Ids = tuple[int, ...]
 
@@ -36,15 +39,14 @@ class _Read:
 
 
 def score_continuations(
-    model: Callable[..., Any], device: torch.device, requests: Sequence[tuple[Ids, Ids]], size: int, pad_id: int
+    model: Any, requests: Sequence[tuple[Ids, Ids]], size: int, pad_id: int
 ) -> list[tuple[float, bool]]:
     """Return log p of each continuation after its context, and whether it is the greedy one.
 
     Args:
-        model: returns logits and cache.
-        device: the model's.
+        model: in evaluation mode.
         requests: contexts and continuations, each of at least one token.
-        size: at most so many continuations in one forward; those of one context stay together.
+        size: see `count_requests`; the continuations of one context stay together.
         pad_id: any token.
     """
     wanted: dict[Ids, dict[Ids, list[int]]] = {}
@@ -53,60 +55,56 @@ def score_continuations(
     found = [(0.0, False)] * len(requests)
     contexts = sorted(wanted, key=lambda ids: (-len(ids), ids))
     with torch.no_grad():
-        common = _find_common(contexts)
-        start = _read(model, device, [common], None, 0, pad_id).cache if common else None
+        common = find_common(contexts)
+        start = read_prompts(model, [contexts[0][:common]], pad_id)[1] if common else None
         for batch in _batches(contexts, wanted, size):
-            read = _read(model, device, [ids[len(common) :] for ids in batch], start, len(common), pad_id)
+            logits, cache, mask = read_prompts(model, [ids[common:] for ids in batch], pad_id, start, common)
+            read = _Read(cache, mask, list(map(len, batch)), torch.log_softmax(logits.float(), dim=-1))
             rows = [(row, answer) for row, ids in enumerate(batch) for answer in wanted[ids]]
-            for (row, answer), scored in zip(rows, _continue(model, device, read, rows, pad_id), strict=True):
+            for (row, answer), scored in zip(rows, _continue(model, read, rows, pad_id), strict=True):
                 for number in wanted[batch[row]][answer]:
                     found[number] = scored
     return found
 
 
-def _find_common(contexts: Sequence[Ids]) -> Ids:
-    """Return what all contexts begin with, without the last token of the shortest; () if it is not worth keeping."""
+def find_common(contexts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all contexts begin with, each having one more; 0 if they are not worth keeping."""
     if len(contexts) < 2:
-        return ()
-    alike = list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False)))
-    common = contexts[0][: min(len(alike), len(contexts[-1]) - 1)]
-    return common if len(common) >= _WORTH_KEEPING else ()
+        return 0
+    alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False)))
+    common = min(alike, *(len(ids) - 1 for ids in contexts))
+    return common if common >= _WORTH_KEEPING else 0
 
 
-def _batches(contexts: Sequence[Ids], wanted: Mapping[Ids, Any], size: int) -> Iterator[list[Ids]]:
+def count_requests(size: int, longest: int) -> int:
+    """Return how many requests go through the model together.
+
+    Args:
+        size: `benchmarks.batch_size`, for requests of 512 tokens or more; of shorter ones as many as hold these tokens.
+        longest: tokens of the longest request.
+    """
+    return max(size, size * _SHORT // longest)
+
+
+def _batches(contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, Any]], size: int) -> Iterator[list[Ids]]:
+    """Divide contexts, the longest first."""
     batch: list[Ids] = []
-    rows = 0
+    rows = most = 0
     for context in contexts:
-        if batch and rows + len(wanted[context]) > size:
+        if batch and rows + len(wanted[context]) > most:
             yield batch
             batch, rows = [], 0
+        if not batch:
+            most = count_requests(size, len(context) + max(map(len, wanted[context])))
         batch.append(context)
         rows += len(wanted[context])
     if batch:
         yield batch
 
 
-def _read(
-    model: Callable[..., Any], device: torch.device, rows: Sequence[Ids], start: Any, before: int, pad_id: int
-) -> _Read:
-    """Put contexts through the model, padded on the left; `start` is the cache of the `before` tokens before them."""
-    width = max(map(len, rows))
-    cache = copy.deepcopy(start)
-    if cache is not None and len(rows) > 1:
-        cache.batch_repeat_interleave(len(rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    mask = torch.cat([own.new_ones(len(rows), before), own], dim=1)
-    places = before + (own.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, last=True)
-    logps = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
-    return _Read(output.past_key_values, mask, [before + len(row) for row in rows], logps)
-
-
-def _continue(
-    model: Callable[..., Any], device: torch.device, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: int
-) -> list[tuple[float, bool]]:
+def _continue(model: Any, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: int) -> list[tuple[float, bool]]:
     """Score continuations of contexts that were read, given by their rows."""
+    device = model.device
     first, best = read.logps, read.logps.argmax(dim=-1)
     scored = [(float(first[row, answer[0]]), bool(best[row] == answer[0])) for row, answer in rows]
     longer = [number for number, (_, answer) in enumerate(rows) if len(answer) > 1]
@@ -121,10 +119,10 @@ def _continue(
     places = lengths[:, None] + torch.arange(width, device=device)
     read.cache.batch_select_indices(parents)
     mask = torch.cat([read.mask[parents], own], dim=1)
-    logits = model(ids, attention_mask=mask, position_ids=places, past_key_values=read.cache, use_cache=True).logits
+    output = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=read.cache, use_cache=True)
     for row, number in enumerate(longer):
         rest = torch.tensor(rows[number][1][1:], device=device)
-        logps = torch.log_softmax(logits[row, : len(rest)].float(), dim=-1)
+        logps = torch.log_softmax(output.logits[row, : len(rest)].float(), dim=-1)
         chosen, is_greedy = scored[number]
         chosen += logps.gather(1, rest[:, None]).sum().item()
         scored[number] = chosen, is_greedy and bool((logps.argmax(dim=-1) == rest).all())
