@@ -58,6 +58,7 @@ class Task:
 
 def name_autocast(conf: RunConf) -> str | None:
     """Return the autocast dtype that a run scores in, such as `bfloat16`; None without autocast."""
+    from dpo_runner.training.engine.layers.lean import make_lean
     from dpo_runner.training.engine.precision import choose_autocast
 
     dtype = choose_autocast(conf.training)
@@ -74,6 +75,7 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     from dpo_runner.model.blueprint import Blueprint
     from dpo_runner.model.policy import load_reference
     from dpo_runner.model.result import INITIAL, load_tuned_model
+    from dpo_runner.training.engine.layers.lean import make_lean
     from dpo_runner.training.engine.precision import choose_autocast
     from dpo_runner.training.memory.device import keep_freed_memory
 
@@ -90,6 +92,8 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
         own = place(load_base_model(blueprint)[0], blueprint.conf).eval()
     elif reference.is_initial and INITIAL in policy.peft_config:
         adapter = INITIAL
+    if conf.engine.lean_layers:
+        make_lean(policy, policy.device.type == "cpu")  # which round as in the run
     return Compared(policy, own, adapter, choose_autocast(conf.training))
 
 

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,16 +29,17 @@ from dpo_runner.io.files import write_json
 from dpo_runner.records.directory import update_status
 from dpo_runner.records.reading import read_metrics, read_summary
 from dpo_runner.records.runs import read_runs
-from dpo_runner.records.tracking import Tracker
 from dpo_runner.sweep.directory import read_job
 from dpo_runner.sweep.points import digest_config
 from dpo_runner.sweep.screen import SweepScreen
 from dpo_runner.sweep.search.trials import Search
 from dpo_runner.training.answers.benchmarks import scores as kept_scores
+from dpo_runner.training.answers.benchmarks.prefixes import score_continuations
 from dpo_runner.training.answers.benchmarks.scores import TaskScores, compare
 from dpo_runner.training.answers.benchmarks.tasks import BASICS, check_tasks, load_tasks
 from scripts.make_benchmarks import MAKERS, build_text
 from tests.support.common import make_tiny_run, run_main, write_pairs
+from tests.support.programs import run_python
 from tests.support.run_folders import write_run
 from tests.support.spaces import space_of
 
@@ -108,11 +108,7 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(own_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has scored its tasks before, at a step and after; another without them is beside it."""
     folder = tmp_path_factory.mktemp("runs")
-    tiny = [
-        *make_tiny_run(write_pairs(folder)),
-        "training.learning_rate=3e-2",
-        "training.bf16=false",
-    ]
+    tiny = [*make_tiny_run(write_pairs(folder)), "training.learning_rate=3e-2", "training.bf16=false", "wandb=offline"]
     tasks = [f"benchmarks.include_path={own_tasks}", "benchmarks.tasks=[mine,mine_said,mine_rolling]"]
     run(load_conf([*tiny, *tasks, "benchmarks.steps=[2]", f"run_dir={folder}/with"]))
     run(load_conf([*tiny, f"run_dir={folder}/without"]))
@@ -154,6 +150,68 @@ def test_policy_and_reference_have_the_harnesss_own_figures(
         assert result[side] == pytest.approx(found, rel=1e-4, abs=1e-5) and ACC in found
     [record] = read_runs([trained])[0]
     assert record.metrics[ACC] == result["policy"][ACC]
+
+
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_answers_are_the_harnesss_own(
+    penalty: float | None, tiny_model: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain greedy ones from our sampler; those with a penalty, as the model's files ask, from the harness itself."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from dpo_runner.training.answers.benchmarks import harness
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model.generation_config.update(repetition_penalty=penalty, do_sample=True, temperature=0.7)
+    sampled: list[tuple[int, int]] = []
+    sample = harness.sample_answers
+
+    def note(live: Any, prompts: Any, *given: Any) -> Any:
+        sampled.append((len(prompts), given[-1]))
+        return sample(live, prompts, *given)
+
+    monkeypatch.setattr(harness, "sample_answers", note)
+
+    def answer(lm: Any, until: list[str]) -> list[str]:
+        settings = {"until": until, "max_gen_toks": 12, "do_sample": False}
+        texts = ["What is the sum?", "What is the", "What is the name of the last of them all?", "What is the end"]
+        texts += [f"What is the {number}?" for number in range(40)]
+        requests = [Instance("generate_until", {}, (text, settings), at) for at, text in enumerate(texts)]
+        return list(lm.generate_until(requests, disable_tqdm=True))
+
+    alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    free = answer(alone, [])
+    until = [free[0][3:5], free[2][-1]]
+    expected = answer(alone, until)
+    assert expected != free and len(set(map(len, expected))) > 2
+    assert answer(harness.LiveModel(model, tokenizer, 1, None), until) == expected
+    if penalty is None:
+        common = len(tokenizer("What is the ").input_ids)
+        assert sampled[0] == (9, common) and sum(count for count, _ in sampled) == 44, "512 tokens hold 9 of 54"
+    else:
+        assert sampled == []
+
+
+def test_short_requests_share_a_forward(tiny_model: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    shapes: list[torch.Size] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 250, (length,), generator=draw).tolist())
+
+    requests = [(context, ids(2)) for length in (30, 30, 600) for context in [ids(length)] for _ in range(4)]
+    found = score_continuations(model, requests, 2, 0)
+    assert shapes == [(1, 600), (4, 1), (2, 30), (8, 1)]  # the continuations of one context stay together
+    for (context, answer), (logp, _) in zip(requests, found, strict=True):
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([[*context, *answer]])).logits[0].log_softmax(dim=-1)
+        alone = sum(logps[len(context) - 1 + at, token].item() for at, token in enumerate(answer))
+        assert logp == pytest.approx(alone, abs=1e-4)
 
 
 def test_scoring_changes_nothing_in_training_and_is_logged(trained: Path) -> None:
@@ -205,6 +263,20 @@ def test_what_was_scored_is_not_scored_again(own_tasks: Path, tmp_path: Path, mo
     assert len(scored) == 6  # both sides are known from the run
     run(load_conf([*tiny, tasks, "run_dir=three", "seed=1", "training.learning_rate=1e-2", "benchmarks.num_fewshot=1"]))
     assert len(scored) == 10
+
+
+def test_a_loaded_policy_has_the_scores_of_its_run(
+    own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digit, since both round alike. PEFT's own layers moved arithmetic of the default model by 0.05."""
+    monkeypatch.setattr(kept_scores, "cache_dir", lambda: tmp_path / cache)
+    tasks = [f"benchmarks.include_path={own_tasks}", "benchmarks.tasks=[mine_rolling]", "training.learning_rate=3e-2"]
+    cache = "one"
+    run(load_conf([*make_tiny_run(write_pairs(tmp_path)), "model.dtype=bfloat16", *tasks, "run_dir=r"]))
+    cache = "other"
+    found = evaluate(Path("r"), ["samples.num_prompts=0"])["benchmarks"]["policy"]
+    name = "benchmarks/mine_rolling/word_perplexity"
+    assert (tmp_path / "other/benchmarks").is_dir() and found[name] == read_summary(Path("r"))["after"][name]
 
 
 def test_differences_are_paired_over_documents() -> None:
@@ -326,17 +398,17 @@ def test_a_search_keeps_to_the_guard(tmp_path: Path) -> None:
     assert "finished, cannot win: facts/acc -0.02 (guard -0.01)" in text.getvalue()
 
 
-def test_wandb_has_them_under_their_own_names() -> None:
-    logged: list[dict[str, Any]] = []
-    summary: dict[str, Any] = {}
-    settings = SimpleNamespace(sync_dir=".")
-    tracker = Tracker(
-        SimpleNamespace(id="x", offline=True, settings=settings, log=logged.append, summary=summary), print
-    )
-    tracker.log({"step": 2, ACC: 0.5, "eval_loss": 1.0, "loss": 2.0})
-    assert logged == [{ACC: 0.5, "eval/loss": 1.0, "train/loss": 2.0, "train/global_step": 2}]
-    tracker.log_summary({"before": {}, "after": {ACC: 0.5}}, ACC)
-    assert summary == {f"after/{ACC}": 0.5, "objective": 0.5}
+def test_wandb_has_them_under_their_own_names(trained: Path) -> None:
+    [file] = trained.glob("wandb/offline-run-*/*.wandb")
+    lines = run_python("-m", "wandb", "leet", "inspect", "--json", str(file)).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    history = [record["history"]["item"] for record in records if "history" in record]
+    assert any("train/loss" in event for event in history)
+    logged = [event for event in history if ACC in event]
+    assert [event["train/global_step"] for event in logged] == [0, 2, read_summary(trained)["steps"]]
+    assert [event[ACC] for event in logged] == [event[ACC] for event in read_metrics(trained) if ACC in event]
+    [summary] = [r["summary"]["update"] for r in records if f"after/{ACC}" in r.get("summary", {}).get("update", {})]
+    assert summary[f"after/{ACC}"] == logged[-1][ACC]
 
 
 def build_search(path: Path, *texts: str, trials: int, **settings: Any) -> Search:
