@@ -20,7 +20,7 @@ from dpo_runner.training.answers.benchmarks.tasks import Loaded, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_VERSION = 1
+_VERSION = 2
 """Part of a score's name: increase it if the same model and task give other figures."""
 _SAME_MEAN = 1e-9
 _IDLE = ("use_cache", "inference_mode")
