@@ -149,8 +149,9 @@ AXOLOTL = Project(
         "chat_template": none(TEMPLATE),
         "special_tokens": Rule(
             "model.pad_token",
-            "for pad_token; other tokens are the tokenizer's",
+            "for pad_token; other tokens are the tokenizer's, and answers end with the chat template's end of a turn",
             lambda value, _: {"model.pad_token": value["pad_token"]} if "pad_token" in value else {},
+            tells=lambda value, _: bool(value.keys() - {"pad_token"}),
         ),
         "tokens": same("model.added_tokens"),
         "sequence_len": same("training.max_length"),

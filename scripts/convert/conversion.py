@@ -83,7 +83,7 @@ def convert(config: dict[str, Any], project: Project) -> Converted:
             notes.append(f"{shown}: has no counterpart; {rule.note}")
         elif rule.ours:
             made = rule.build(value, whole) if rule.build else {rule.ours: value}
-            if rule.tells and key in given and value and not made:
+            if key in given and rule.tells(value, made):
                 notes.append(f"{shown}: {rule.note}")
             overrides |= {ours: item for ours, item in made.items() if item != "???"}
             notes += [f"{shown}: set {ours}; {rule.note}" for ours, item in made.items() if item == "???"]

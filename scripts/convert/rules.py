@@ -1,4 +1,4 @@
-"""Rules that turn another project's keys into overrides. docs/coming_from.md shows them as tables."""
+"""Rules that turn another project's keys into overrides. docs/migration.md shows them as tables."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ class Rule:
         note: what the reader should know: what differs, or what to do instead.
         build: makes overrides of the value and the whole configuration; without it, `ours` gets the value.
         idle: values without effect, which need no counterpart.
-        tells: whether the note is also said of a value that makes no overrides.
+        tells: returns whether the note is also said, of a value and the overrides made of it.
     """
 
     ours: str = ""
     note: str = ""
     build: Callable[[Any, Config], Overrides] | None = None
     idle: tuple[Any, ...] = ()
-    tells: bool = False
+    tells: Callable[[Any, Overrides], bool] = field(default=lambda value, made: False)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ def fsdp(value: Any, config: Config) -> Overrides:
     return {"distributed": "fsdp2"} if value else {}
 
 
+def is_lost(value: Any, made: Overrides) -> bool:
+    return bool(value) and not made
+
+
 def mix_sft(alpha: float) -> Overrides:
     return {"training.loss_type": ["sigmoid", "sft"], "training.loss_weights": [1.0, alpha]} if alpha else {}
 
@@ -96,7 +100,7 @@ def dropout(value: float, config: Config) -> Overrides:
     return {"lora.lora_dropout": value} if adapts and not config["disable_dropout"] else {}
 
 
-DROPOUT = Rule("lora.lora_dropout", "has no effect there unless `disable_dropout` is false", dropout, tells=True)
+DROPOUT = Rule("lora.lora_dropout", "has no effect there unless `disable_dropout` is false", dropout, tells=is_lost)
 
 COMMON: dict[str, Rule] = {
     "output_dir": same("run_dir"),

@@ -18,7 +18,7 @@ rl: dpo
 base_model: meta-llama/Llama-3.1-8B-Instruct
 model_type: LlamaForCausalLM
 chat_template: llama3
-special_tokens: {pad_token: <|finetune_right_pad_id|>}
+special_tokens: {pad_token: <|finetune_right_pad_id|>, eos_token: <|eot_id|>}
 load_in_8bit: true
 load_in_4bit: false
 datasets:
@@ -168,7 +168,7 @@ EXPECTED = {
             **{"training.eval_steps": 0.0625, "training.save_strategy": "epoch", "training.beta": 0.1},
             **{"training.learning_rate": 2e-4, "training.disable_dropout": True, "run_dir": "./outputs/llama"},
         },
-        ["model_type", "chat_template", "lora_dropout"],
+        ["model_type", "chat_template", "special_tokens", "lora_dropout"],
     ),
     AXOLOTL_QLORA: (
         "axolotl",
