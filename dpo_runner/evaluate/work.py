@@ -58,7 +58,6 @@ class Task:
 
 def name_autocast(conf: RunConf) -> str | None:
     """Return the autocast dtype that a run scores in, such as `bfloat16`; None without autocast."""
-    from dpo_runner.training.engine.layers.lean import make_lean
     from dpo_runner.training.engine.precision import choose_autocast
 
     dtype = choose_autocast(conf.training)
@@ -93,7 +92,7 @@ def load_compared(run_dir: Path, conf: RunConf) -> Compared:
     elif reference.is_initial and INITIAL in policy.peft_config:
         adapter = INITIAL
     if conf.engine.lean_layers:
-        make_lean(policy, policy.device.type == "cpu")  # which round as in the run
+        make_lean(policy, policy.device.type == "cpu")  # so that scores round as in the run
     return Compared(policy, own, adapter, choose_autocast(conf.training))
 
 

@@ -55,9 +55,14 @@ def load_base_model(blueprint: Blueprint, min_rows: int = 0) -> tuple[PreTrained
     return model, base
 
 
-def _fold_rows(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give the head a contiguous input: of a slice, such as the last position of each prompt, torch's linear makes a
-    batched product, which on a CPU copies a frozen weight once for each row."""
+def _fold_rows(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Make the head's input contiguous.
+
+    For a slice, such as each prompt's last position, torch's linear makes a batched product, which on a CPU copies a
+    frozen weight for each row. `contiguous` alone is not enough: a batch of one counts as contiguous.
+    """
+    if not args or args[0].dim() < 3:
+        return None
     hidden, *others = args
     return (hidden.flatten(0, -2).contiguous().view(hidden.shape), *others)
 

@@ -46,7 +46,7 @@ def main() -> None:
             costs[side].append((seconds, cpu, max(one.peak_gb for one in done)))
             print(f"round {number + 1}: {side}: {costs[side][-1]}", flush=True)
     print(f"\n{describe_machine()}\n")
-    print("| side | s | CPU s | GB | ours takes, of the time | least | most |\n|---|---|---|---|---|---|---|")
+    print("| side | s | CPU s | GB | ours / this side, of time | least | most |\n|---|---|---|---|---|---|---|")
     for side, values in costs.items():
         seconds, cpu, memory = (statistics.median(column) for column in zip(*values, strict=True))
         ratios = [ours[0] / other[0] for ours, other in zip(costs[OURS], values, strict=True)]

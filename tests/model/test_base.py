@@ -39,7 +39,7 @@ class ProductsOf(TorchDispatchMode):
 
 
 def test_a_frozen_head_is_not_repeated_for_each_prompt(tiny_model: str) -> None:
-    """Of 49,152 tokens and 64 prompts torch would copy 3.6 GB of weights."""
+    """With 49,152 tokens and 64 prompts torch would copy 3.6 GB of weights."""
     conf = ModelConf(model_name_or_path=tiny_model)
     ids, found = torch.arange(12).reshape(3, 4), {}
     for name, model in (

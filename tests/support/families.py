@@ -40,8 +40,9 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
     "nemotron": ("NemotronConfig", _LLAMA_LIKE),
+    "lfm2": ("Lfm2Config", _LLAMA_LIKE | {"layer_types": ["conv", "full_attention"]}),
 }
-"""Further families, only for the engine's tests."""
+"""Further families, for the tests of single parts."""
 
 
 def make_config(name: str, **arguments: Any) -> transformers.PretrainedConfig:

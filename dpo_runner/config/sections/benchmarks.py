@@ -17,7 +17,7 @@ class BenchmarksConf:
     include_path: str | None = None
     """Folder with YAML files of your own tasks, in the harness's format."""
     batch_size: int = 16
-    """Requests in one forward; of those below 512 tokens as many as hold so many tokens."""
+    """Requests in one forward. Those below 512 tokens may be more, `batch_size` × 512 tokens together."""
     steps: list[int] = field(default_factory=list)
     """Optimizer steps after which a run scores its policy too."""
     answers: str | None = field(default=None, metadata={"choices": ("alpaca_eval", "mt_bench", "arena_hard")})

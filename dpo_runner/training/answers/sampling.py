@@ -11,7 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LIKELY = 1024
 """Tokens that are sorted first for `top_p`; if their probabilities do not add up to it, all are."""
@@ -59,7 +59,7 @@ def sample_answers(
     `generate` would apply the model's published generation config (top_k, a repetition penalty, …), and repeat each
     prompt for each of its answers. Here the prompts go through the model once, and their cache is repeated. Each
     answer has its own random numbers, so it does not depend on its batch, up to rounding. Rows that have ended leave
-    the batch.
+    the batch. A model with linear attention reads each prompt for each answer, and keeps its rows.
 
     Args:
         model: in evaluation mode.
@@ -81,9 +81,11 @@ def sample_answers(
     rows = list(range(len(answers)))  # of the batch, by their answers
     ended = [False] * len(answers)
     with torch.no_grad():
+        selects = can_select(model.config)
         start = read_prompts(model, [prompts[0][:common]], pad_id)[1] if common else None
-        logits, cache, mask = read_prompts(model, [ids[common:] for ids in prompts], pad_id, start, common)
-        if count > 1:
+        read = [ids[common:] for ids in prompts for _ in range(1 if selects else count)]
+        logits, cache, mask = read_prompts(model, read, pad_id, start, common)
+        if selects and count > 1:
             cache.batch_repeat_interleave(count)
             logits, mask = logits.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         position = mask.sum(dim=1, keepdim=True) - 1
@@ -97,8 +99,8 @@ def sample_answers(
             going = [at for at, row in enumerate(rows) if not ended[row]]
             if not going or step + 1 == sampling.max_new_tokens:
                 break
-            if len(rows) - len(going) >= max(1, _WORTH_SHRINKING * len(rows)):
-                kept = torch.tensor(going, device=device)
+            if selects and len(rows) - len(going) >= max(1, _WORTH_SHRINKING * len(rows)):
+                kept = torch.tensor(going)  # on the CPU, since layers may be on several devices
                 cache.batch_select_indices(kept)
                 ids, mask, position = ids[kept], mask[kept], position[kept]
                 rows = [rows[at] for at in going]
@@ -109,6 +111,14 @@ def sample_answers(
             )
             cache, logits = output.past_key_values, output.logits[:, -1]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+def can_select(config: "PreTrainedConfig") -> bool:
+    """Return whether rows of a model's cache can be repeated and selected; states of linear attention cannot."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def read_prompts(

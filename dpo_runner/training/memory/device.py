@@ -43,8 +43,9 @@ _MEMORY_WORDS = (
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip error")
 _BROKEN_WORDS = ("cuda error", "cuda driver error", "cudnn error", "hip error", "triton")
 _UNCLEAR_WORDS = ("could not create a ", "without exception set", "without setting an exception")
+"""Of oneDNN and of Python, for a lack of memory and for other errors."""
 _NEXT_TO_NOTHING = 2**27
-"""Of oneDNN and of Python, for a lack of memory and other errors; with fewer free bytes it is the former."""
+"""Free bytes below which these words are taken for a lack of memory."""
 
 _ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", re.IGNORECASE)
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

@@ -39,6 +39,7 @@ from dpo_runner.training.answers.benchmarks.scores import TaskScores, compare
 from dpo_runner.training.answers.benchmarks.tasks import BASICS, check_tasks, load_tasks
 from scripts.make_benchmarks import MAKERS, build_text
 from tests.support.common import make_tiny_run, run_main, write_pairs
+from tests.support.families import make_family
 from tests.support.programs import run_python
 from tests.support.run_folders import write_run
 from tests.support.spaces import space_of
@@ -152,18 +153,22 @@ def test_policy_and_reference_have_the_harnesss_own_figures(
     assert record.metrics[ACC] == result["policy"][ACC]
 
 
-@pytest.mark.parametrize("penalty", [None, 1.3])
+@pytest.mark.parametrize(
+    ("settings", "is_plain"),
+    [({"repetition_penalty": 1.0}, True), ({"repetition_penalty": 1.3}, False), ({"max_new_tokens": 5}, False)],
+    ids=str,
+)
 def test_answers_are_the_harnesss_own(
-    penalty: float | None, tiny_model: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], is_plain: bool, tiny_model: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain greedy ones from our sampler; those with a penalty, as the model's files ask, from the harness itself."""
+    """Plain greedy ones from our sampler; others, as the model's files may ask for, from the harness itself."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from dpo_runner.training.answers.benchmarks import harness
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    model.generation_config.update(repetition_penalty=penalty, do_sample=True, temperature=0.7)
+    model.generation_config.update(**settings, do_sample=True, temperature=0.7)
     sampled: list[tuple[int, int]] = []
     sample = harness.sample_answers
 
@@ -174,23 +179,46 @@ def test_answers_are_the_harnesss_own(
     monkeypatch.setattr(harness, "sample_answers", note)
 
     def answer(lm: Any, until: list[str]) -> list[str]:
-        settings = {"until": until, "max_gen_toks": 12, "do_sample": False}
+        asked = {"until": until, "max_gen_toks": 12, "do_sample": False}
         texts = ["What is the sum?", "What is the", "What is the name of the last of them all?", "What is the end"]
         texts += [f"What is the {number}?" for number in range(40)]
-        requests = [Instance("generate_until", {}, (text, settings), at) for at, text in enumerate(texts)]
+        requests = [Instance("generate_until", {}, (text, asked), at) for at, text in enumerate(texts)]
         return list(lm.generate_until(requests, disable_tqdm=True))
 
     alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     free = answer(alone, [])
     until = [free[0][3:5], free[2][-1]]
     expected = answer(alone, until)
-    assert expected != free and len(set(map(len, expected))) > 2
-    assert answer(harness.LiveModel(model, tokenizer, 1, None), until) == expected
-    if penalty is None:
+    assert expected != free and len(set(map(len, expected))) > 1
+    lm = harness.LiveModel(model, tokenizer, 1, None)
+    assert answer(lm, until) == expected and lm.batch_size == 1
+    if is_plain:
         common = len(tokenizer("What is the ").input_ids)
         assert sampled[0] == (9, common) and sum(count for count, _ in sampled) == 44, "512 tokens hold 9 of 54"
     else:
         assert sampled == []
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neox", "lfm2"])
+def test_windows_and_other_caches_give_the_harnesss_own_figures(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    """A window counts padding, and states of linear attention cannot be repeated like keys and values."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from dpo_runner.training.answers.benchmarks.harness import LiveModel
+
+    window = {"sliding_window": 24} if family in ("mistral", "gemma3") else {}
+    model = AutoModelForCausalLM.from_pretrained(make_family(family, tokenizer, tmp_path, **window)).eval()
+    texts = [f"These all begin alike{' and on' * at}." for at in range(6)]
+    scored = [
+        Instance("loglikelihood", {}, (text, end), at) for text in texts for at, end in enumerate((" no", " yes"))
+    ]
+    settings = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    answered = [Instance("generate_until", {}, (text, settings), at) for at, text in enumerate(texts)]
+    ours, alone = LiveModel(model, tokenizer, 1, None), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    for (logp, greedy), expected in zip(ours.loglikelihood(scored), alone.loglikelihood(scored), strict=True):
+        assert logp == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
+    assert ours.generate_until(answered) == alone.generate_until(answered)
 
 
 def test_short_requests_share_a_forward(tiny_model: str) -> None:
@@ -206,7 +234,7 @@ def test_short_requests_share_a_forward(tiny_model: str) -> None:
 
     requests = [(context, ids(2)) for length in (30, 30, 600) for context in [ids(length)] for _ in range(4)]
     found = score_continuations(model, requests, 2, 0)
-    assert shapes == [(1, 600), (4, 1), (2, 30), (8, 1)]  # the continuations of one context stay together
+    assert shapes == [(1, 600), (2, 1), (2, 1), (2, 30), (8, 1)]
     for (context, answer), (logp, _) in zip(requests, found, strict=True):
         with torch.no_grad():
             logps = model(input_ids=torch.tensor([[*context, *answer]])).logits[0].log_softmax(dim=-1)

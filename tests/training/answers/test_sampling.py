@@ -1,6 +1,7 @@
 """Sampling against plain `generate`, against the model's distribution, and the work that it takes."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 from dpo_runner.training.answers.sampling import Sampling, choose_tokens, derive_seed, sample_answers
+from tests.support.families import make_family
 
 PROMPTS = [[5, 6, 7], [9], [10, 11, 12, 13, 14, 15, 16, 17], [200, 3]]
 
@@ -43,6 +45,17 @@ def test_greedy_answers_are_those_of_generate(model: Any, count: int) -> None:
     seeds = [[0] * count] * len(PROMPTS)
     found = sample_answers(model, PROMPTS, seeds, Sampling(12, temperature=0), stop_ids, 0)
     assert found == [[answer] * count for answer in expected]
+
+
+def test_a_model_with_linear_attention_answers_as_by_generate(tokenizer: Any, tmp_path: Path) -> None:
+    """Its states can neither be repeated nor selected."""
+    model = AutoModelForCausalLM.from_pretrained(make_family("lfm2", tokenizer, tmp_path)).eval()
+    free = [generate(model, prompt, 12, []) for prompt in PROMPTS]
+    stop_ids = sorted({free[0][1], free[2][4], free[3][7]})
+    expected = [generate(model, prompt, 12, stop_ids) for prompt in PROMPTS]
+    assert len({len(answer) for answer in expected}) > 1
+    found = sample_answers(model, PROMPTS, [[0, 1]] * len(PROMPTS), Sampling(12, temperature=0), stop_ids, 0)
+    assert found == [[answer] * 2 for answer in expected]
 
 
 def test_each_prompt_goes_through_the_model_once_and_ended_rows_leave(model: Any) -> None:

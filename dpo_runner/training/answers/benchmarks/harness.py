@@ -2,13 +2,15 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dpo_runner.config.sections.benchmarks import BenchmarksConf
 from dpo_runner.io.logs import quiet_imports
@@ -17,7 +19,7 @@ from dpo_runner.io.upstream import check_names
 from dpo_runner.model.base import base_of
 from dpo_runner.model.tokenizer import find_stop_ids
 from dpo_runner.training.answers.benchmarks.prefixes import count_requests, find_common, score_continuations
-from dpo_runner.training.answers.sampling import Sampling, sample_answers
+from dpo_runner.training.answers.sampling import Sampling, can_select, sample_answers
 from dpo_runner.training.ranks.watch import note_progress
 
 with quiet_imports():
@@ -38,10 +40,13 @@ _ONE_PROCESS = "DISABLE_MULTIPROC"
 Request = tuple[Any, list[int], list[int]]
 """Its texts, and the tokens of context and continuation."""
 
-_OF_NO_EFFECT = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
-_OF_NO_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
-_OF_NO_EFFECT |= {"_from_model_config"}
-"""Keys of a generation config that change nothing in greedy answers of a given length."""
+_UNUSED_BY_GREEDY = {
+    *("max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation", "transformers_version"),
+    "_from_model_config",
+}
+"""Settings of `generate` that change no greedy answer of a given length."""
+_NEUTRAL = {"repetition_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
 
 harness_task.tqdm = lambda items, **settings: items  # it reads no setting
 check_names(
@@ -58,8 +63,7 @@ class _Live:
     def __init__(self, model: "PreTrainedModel", stop_ids: Sequence[int]) -> None:
         self._model, self._stop_ids = model, stop_ids
         self.device, self.config, self.name_or_path = model.device, base_of(model).config, ""
-        settings = model.generation_config.to_diff_dict().items()
-        self.is_greedy = not {key for key, value in settings if value} - _OF_NO_EFFECT
+        self.generation = model.generation_config.to_diff_dict()
 
     def get_base_model(self) -> "PreTrainedModel":
         return base_of(self._model)
@@ -91,7 +95,10 @@ class LiveModel(HFLM):  # type: ignore[misc]
         self._live = _Live(model, self._stop_ids)
         self._size, self._pad_id = batch_size, tokenizer.pad_token_id
         prompts = getattr(model, "active_peft_config", None)
-        self._shares = not (prompts is not None and prompts.is_prompt_learning)  # its virtual tokens are not in ids
+        learned = prompts is not None and prompts.is_prompt_learning  # its virtual tokens are not in ids
+        self._shares = not learned and can_select(self._live.config)
+        # a window would count the padding behind the shared tokens
+        self._shares_start = {type(layer) for layer in DynamicCache(config=self._live.config).layers} == {DynamicLayer}
         self.has_template = bool(tokenizer.chat_template)
         kind = model.device.type
         super().__init__(
@@ -110,22 +117,29 @@ class LiveModel(HFLM):  # type: ignore[misc]
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        lengths = []
-        for context, settings in (request.args for request in requests):
-            answer = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
-            lengths.append(len(self.tok_encode(context)) + answer)
-        self.batch_size_per_gpu = count_requests(self._size, max(lengths))
-        return list(super().generate_until(requests, disable_tqdm=True))
+        longest, settings = 1, {}
+        for context, given in (request.args for request in requests):
+            settings = normalize_gen_kwargs(given, self.max_gen_toks)
+            longest = max(longest, len(self.tok_encode(context)) + settings["max_gen_toks"])
+        if not settings.get("do_sample"):  # samples depend on their batch
+            self.batch_size_per_gpu = count_requests(self._size, longest)
+        try:
+            return list(super().generate_until(requests, disable_tqdm=True))
+        finally:
+            self.batch_size_per_gpu = self._size
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
-        """Return contexts and answers, padded; greedy ones without a penalty by `sample_answers`."""
-        given = {name for name, value in settings.items() if name == "attention_mask" or value}
-        if not self._shares or not self._live.is_greedy or given != {"attention_mask"}:
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **settings: Any
+    ) -> torch.Tensor:
+        """Return contexts and answers, padded; plain greedy answers by `sample_answers`."""
+        used = _find_used(settings) | _find_used(self._live.generation)
+        if not self._shares or used or settings.get("do_sample"):
+            settings["attention_mask"] = attention_mask
             answered: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
             return answered
-        prompts = [ids[own == 1].tolist() for ids, own in zip(context, settings["attention_mask"], strict=True)]
+        prompts = [ids[own == 1].tolist() for ids, own in zip(context, attention_mask, strict=True)]
         sampling = Sampling(max_length - context.shape[1], 0, stop=tuple(stop), decode=self.tokenizer.decode)
-        seeds, common = [[0]] * len(prompts), find_common(prompts)
+        seeds, common = [[0]] * len(prompts), find_common(prompts) if self._shares_start else 0
         rows = sample_answers(self._live, prompts, seeds, sampling, self._stop_ids, self._pad_id, common)
         answers = [torch.tensor(answer, device=context.device) for [answer] in rows]
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=self._pad_id)], dim=1)
@@ -139,7 +153,12 @@ class LiveModel(HFLM):  # type: ignore[misc]
             return found
         cut = [(context[-(self.max_length + 1 - len(answer)) :], answer) for _, context, answer in requests]
         pairs = [(tuple(context), tuple(answer)) for context, answer in cut]
-        return score_continuations(self._live, pairs, override_bs or self._size, self._pad_id)
+        return score_continuations(self._live, pairs, override_bs or self._size, self._pad_id, self._shares_start)
+
+
+def _find_used(settings: Mapping[str, Any]) -> set[str]:
+    """Return the settings of `generate` that may change a greedy answer."""
+    return {key for key, value in settings.items() if value and value != _NEUTRAL.get(key)} - _UNUSED_BY_GREEDY
 
 
 def build_requests(lm: LiveModel, task: Any, conf: BenchmarksConf) -> list[Any]:

@@ -4,6 +4,7 @@ The choices of a question share its context, and all contexts of a task may shar
 same solved examples. Their keys and values are kept and repeated.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -39,31 +40,34 @@ class _Read:
 
 
 def score_continuations(
-    model: Any, requests: Sequence[tuple[Ids, Ids]], size: int, pad_id: int
+    model: Any, requests: Sequence[tuple[Ids, Ids]], size: int, pad_id: int, shares_start: bool = True
 ) -> list[tuple[float, bool]]:
     """Return log p of each continuation after its context, and whether it is the greedy one.
 
     Args:
         model: in evaluation mode.
         requests: contexts and continuations, each of at least one token.
-        size: see `count_requests`; the continuations of one context stay together.
+        size: see `count_requests`.
         pad_id: any token.
+        shares_start: whether what all contexts begin with goes through the model once.
     """
     wanted: dict[Ids, dict[Ids, list[int]]] = {}
     for number, (context, continuation) in enumerate(requests):
         wanted.setdefault(context, {}).setdefault(continuation, []).append(number)
     found = [(0.0, False)] * len(requests)
-    contexts = sorted(wanted, key=lambda ids: (-len(ids), ids))
+    lengths = {context: len(context) + max(map(len, answers)) for context, answers in wanted.items()}
+    contexts = sorted(wanted, key=lambda ids: (-lengths[ids], ids))
     with torch.no_grad():
-        common = find_common(contexts)
+        common = find_common(contexts) if shares_start else 0
         start = read_prompts(model, [contexts[0][:common]], pad_id)[1] if common else None
-        for batch in _batches(contexts, wanted, size):
+        for batch, most in _batches(contexts, wanted, lengths, size):
             logits, cache, mask = read_prompts(model, [ids[common:] for ids in batch], pad_id, start, common)
             read = _Read(cache, mask, list(map(len, batch)), torch.log_softmax(logits.float(), dim=-1))
             rows = [(row, answer) for row, ids in enumerate(batch) for answer in wanted[ids]]
-            for (row, answer), scored in zip(rows, _continue(model, read, rows, pad_id), strict=True):
-                for number in wanted[batch[row]][answer]:
-                    found[number] = scored
+            for part in (rows[at : at + most] for at in range(0, len(rows), most)):
+                for (row, answer), scored in zip(part, _continue(model, read, part, pad_id), strict=True):
+                    for number in wanted[batch[row]][answer]:
+                        found[number] = scored
     return found
 
 
@@ -80,26 +84,28 @@ def count_requests(size: int, longest: int) -> int:
     """Return how many requests go through the model together.
 
     Args:
-        size: `benchmarks.batch_size`, for requests of 512 tokens or more; of shorter ones as many as hold these tokens.
+        size: `benchmarks.batch_size`. Requests below 512 tokens may be more, `size` × 512 tokens together.
         longest: tokens of the longest request.
     """
     return max(size, size * _SHORT // longest)
 
 
-def _batches(contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, Any]], size: int) -> Iterator[list[Ids]]:
-    """Divide contexts, the longest first."""
+def _batches(
+    contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, Any]], lengths: Mapping[Ids, int], size: int
+) -> Iterator[tuple[list[Ids], int]]:
+    """Divide contexts, those with the longest requests first; also return how many requests a forward may have."""
     batch: list[Ids] = []
     rows = most = 0
     for context in contexts:
         if batch and rows + len(wanted[context]) > most:
-            yield batch
+            yield batch, most
             batch, rows = [], 0
         if not batch:
-            most = count_requests(size, len(context) + max(map(len, wanted[context])))
+            most = count_requests(size, lengths[context])
         batch.append(context)
         rows += len(wanted[context])
     if batch:
-        yield batch
+        yield batch, most
 
 
 def _continue(model: Any, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: int) -> list[tuple[float, bool]]:
@@ -111,15 +117,16 @@ def _continue(model: Any, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: 
     if not longer:
         return scored
     width = max(len(rows[number][1]) for number in longer) - 1
-    parents = torch.tensor([rows[number][0] for number in longer], device=device)
+    parents = torch.tensor([rows[number][0] for number in longer])  # on the CPU, since layers may be on several devices
     inputs = [rows[number][1][:-1] for number in longer]
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in inputs], device=device)
     own = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in inputs], device=device)
     lengths = torch.tensor(read.lengths, device=device)[parents]
     places = lengths[:, None] + torch.arange(width, device=device)
-    read.cache.batch_select_indices(parents)
+    cache = copy.deepcopy(read.cache)
+    cache.batch_select_indices(parents)
     mask = torch.cat([read.mask[parents], own], dim=1)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=read.cache, use_cache=True)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
     for row, number in enumerate(longer):
         rest = torch.tensor(rows[number][1][1:], device=device)
         logps = torch.log_softmax(output.logits[row, : len(rest)].float(), dim=-1)
