@@ -56,10 +56,9 @@ def sample_answers(
 ) -> list[list[list[int]]]:
     """Sample answers to a batch of prompts from the model's own distribution.
 
-    `generate` would apply the model's published generation config (top_k, a repetition penalty, …), and repeat each
-    prompt for each of its answers. Here the prompts go through the model once, and their cache is repeated. Each
-    answer has its own random numbers, so it does not depend on its batch, up to rounding. Rows that have ended leave
-    the batch. A model with linear attention reads each prompt for each answer, and keeps its rows.
+    `generate` would apply the model's published generation config (top_k, a repetition penalty, …). Each answer has its
+    own random numbers, so it does not depend on its batch, up to rounding. The prompts go through the model once, their
+    cache is repeated, and rows that have ended leave the batch; with linear attention there is a row for each answer.
 
     Args:
         model: in evaluation mode.
@@ -82,12 +81,11 @@ def sample_answers(
     ended = [False] * len(answers)
     with torch.no_grad():
         selects = can_select(model.config)
-        start = read_prompts(model, [prompts[0][:common]], pad_id)[1] if common else None
-        read = [ids[common:] for ids in prompts for _ in range(1 if selects else count)]
-        logits, cache, mask = read_prompts(model, read, pad_id, start, common)
+        read = prompts if selects else [ids for ids in prompts for _ in range(count)]
+        logits, cache, mask = _read_from_common(model, read, pad_id, common)
         if selects and count > 1:
             cache.batch_repeat_interleave(count)
-            logits, mask = logits.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
+            logits, mask = (each.repeat_interleave(count, dim=0) for each in (logits, mask))
         position = mask.sum(dim=1, keepdim=True) - 1
         for step in range(sampling.max_new_tokens):
             drawn = torch.tensor(draws[rows, step], device=device)
@@ -104,12 +102,8 @@ def sample_answers(
                 cache.batch_select_indices(kept)
                 ids, mask, position = ids[kept], mask[kept], position[kept]
                 rows = [rows[at] for at in going]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            position = position + 1
-            output = model(
-                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
-            cache, logits = output.past_key_values, output.logits[:, -1]
+            mask, position = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), position + 1
+            logits, cache = _forward(model, ids, mask, position, cache)
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
@@ -119,6 +113,13 @@ def can_select(config: "PreTrainedConfig") -> bool:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _read_from_common(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, common: int) -> Any:
+    if not common:
+        return read_prompts(model, prompts, pad_id)
+    start = read_prompts(model, [prompts[0][:common]], pad_id)[1]
+    return read_prompts(model, [ids[common:] for ids in prompts], pad_id, start, common)
 
 
 def read_prompts(
@@ -149,10 +150,15 @@ def read_prompts(
     position = before + (own.cumsum(dim=1) - 1).clamp(min=0)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    return *_forward(model, ids, mask, position, cache, **last), mask
+
+
+def _forward(model: Any, ids: Any, mask: Any, position: Any, cache: Any, **settings: Any) -> tuple[Any, Any]:
+    """Return the logits of the last position, and the cache."""
     output = model(
-        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, **last
+        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, **settings
     )
-    return output.logits[:, -1], output.past_key_values, mask
+    return output.logits[:, -1], output.past_key_values
 
 
 def choose_tokens(logits: "torch.Tensor", draws: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
