@@ -40,6 +40,13 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
     "nemotron": ("NemotronConfig", _LLAMA_LIKE),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+        | {"window_size": 24, "max_position_embeddings": 512},
+    ),
+    "mpt": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
+    "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2}),
     "lfm2": ("Lfm2Config", _LLAMA_LIKE | {"layer_types": ["conv", "full_attention"]}),
 }
 """Further families, for the tests of single parts."""

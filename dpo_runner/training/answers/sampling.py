@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_runner.errors import RunError
+
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _LIKELY = 1024
 """Tokens that are sorted first for `top_p`; if their probabilities do not add up to it, all are."""
+_SELECTABLE = {"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer"}
+"""transformers' cache layers whose rows can be repeated and selected. Their subclasses may have further states."""
 _WORTH_SHRINKING = 0.25
 """Share of ended rows from which on they are taken out of the batch, which copies the cache."""
 
@@ -56,9 +60,9 @@ def sample_answers(
 ) -> list[list[list[int]]]:
     """Sample answers to a batch of prompts from the model's own distribution.
 
-    `generate` would apply the model's published generation config (top_k, a repetition penalty, …). Each answer has its
-    own random numbers, so it does not depend on its batch, up to rounding. The prompts go through the model once, their
-    cache is repeated, and rows that have ended leave the batch; with linear attention there is a row for each answer.
+    `generate` would apply the model's published generation config (top_k, a repetition penalty, …). Each answer has
+    its own random numbers, so it does not depend on its batch, up to rounding. Prompts go through the model once, and
+    rows that have ended leave the batch, except with linear attention.
 
     Args:
         model: in evaluation mode.
@@ -67,7 +71,8 @@ def sample_answers(
         sampling: the settings.
         stop_ids: tokens that end an answer.
         pad_id: any token.
-        common: tokens that all prompts begin with, fewer than any has; they go through the model once.
+        common: tokens that all prompts begin with, fewer than any has, to go through the model once. Must be 0 if it
+            counts distances by places in the cache.
 
     Returns:
         For each prompt its answers' tokens, a stop token included.
@@ -80,12 +85,11 @@ def sample_answers(
     rows = list(range(len(answers)))  # of the batch, by their answers
     ended = [False] * len(answers)
     with torch.no_grad():
-        selects = can_select(model.config)
-        read = prompts if selects else [ids for ids in prompts for _ in range(count)]
-        logits, cache, mask = _read_from_common(model, read, pad_id, common)
-        if selects and count > 1:
-            cache.batch_repeat_interleave(count)
-            logits, mask = (each.repeat_interleave(count, dim=0) for each in (logits, mask))
+        selects = can_select(_base_of(model))
+        if selects:
+            logits, cache, mask = _read_each_once(model, prompts, count, pad_id, common)
+        else:
+            logits, cache, mask = read_prompts(model, [ids for ids in prompts for _ in range(count)], pad_id)
         position = mask.sum(dim=1, keepdim=True) - 1
         for step in range(sampling.max_new_tokens):
             drawn = torch.tensor(draws[rows, step], device=device)
@@ -107,19 +111,30 @@ def sample_answers(
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-def can_select(config: "PreTrainedConfig") -> bool:
-    """Return whether rows of a model's cache can be repeated and selected; states of linear attention cannot."""
+def find_cache_layers(base: "PreTrainedModel") -> set[str]:
+    """Return the classes of the layers of a model's KV cache; an empty set if it keeps none, or another one."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        return set()
+    try:
+        return {type(layer).__name__ for layer in DynamicCache(config=base.config).layers}
+    except (KeyError, AttributeError, ValueError):  # layers that transformers does not know
+        return set()
 
 
-def _read_from_common(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, common: int) -> Any:
-    if not common:
-        return read_prompts(model, prompts, pad_id)
-    start = read_prompts(model, [prompts[0][:common]], pad_id)[1]
-    return read_prompts(model, [ids[common:] for ids in prompts], pad_id, start, common)
+def can_select(base: "PreTrainedModel") -> bool:
+    """Return whether rows of a model's cache can be repeated and selected; states of linear attention cannot."""
+    return bool(layers := find_cache_layers(base)) and layers <= _SELECTABLE
+
+
+def _read_each_once(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int, common: int) -> Any:
+    """Return what `read_prompts` does, each row `count` times."""
+    start = read_prompts(model, [prompts[0][:common]], pad_id)[1] if common else None
+    logits, cache, mask = read_prompts(model, [ids[common:] for ids in prompts], pad_id, start, common)
+    if count > 1:
+        cache.batch_repeat_interleave(count)
+    return logits.repeat_interleave(count, dim=0), cache, mask.repeat_interleave(count, dim=0)
 
 
 def read_prompts(
@@ -137,6 +152,9 @@ def read_prompts(
     Returns:
         The logits after each prompt, shape [rows, vocabulary]; the KV cache; the attention mask, with the tokens of
         `start`.
+
+    Raises:
+        RunError: the model keeps no KV cache.
     """
     import torch
 
@@ -148,9 +166,18 @@ def read_prompts(
     own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
     mask = torch.cat([own.new_ones(len(prompts), before), own], dim=1)
     position = before + (own.cumsum(dim=1) - 1).clamp(min=0)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    known = inspect.signature(_base_of(model).forward).parameters
+    if "past_key_values" not in known:
+        raise RunError(
+            f"answers cannot be sampled from {type(_base_of(model)).__name__}, which keeps no `past_key_values`; leave "
+            "out samples.reward, rounds and `python -m dpo_runner.generate`"
+        )
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     return *_forward(model, ids, mask, position, cache, **last), mask
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _forward(model: Any, ids: Any, mask: Any, position: Any, cache: Any, **settings: Any) -> tuple[Any, Any]:

@@ -199,9 +199,9 @@ def test_answers_are_the_harnesss_own(
         assert sampled == []
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neox", "lfm2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neox", "gpt_neo", "mpt", "mamba", "lfm2"])
 def test_windows_and_other_caches_give_the_harnesss_own_figures(family: str, tokenizer: Any, tmp_path: Path) -> None:
-    """A window counts padding, and states of linear attention cannot be repeated like keys and values."""
+    """Windows and ALiBi may count padding, and states of linear attention cannot be repeated like keys and values."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -219,6 +219,7 @@ def test_windows_and_other_caches_give_the_harnesss_own_figures(family: str, tok
     for (logp, greedy), expected in zip(ours.loglikelihood(scored), alone.loglikelihood(scored), strict=True):
         assert logp == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
     assert ours.generate_until(answered) == alone.generate_until(answered)
+    assert ours._shares == (family not in ("mamba", "lfm2")) and ours._shares_start == (family == "gpt_neox")
 
 
 def test_short_requests_share_a_forward(tiny_model: str) -> None:

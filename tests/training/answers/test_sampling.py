@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
+from dpo_runner.errors import RunError
 from dpo_runner.training.answers.sampling import Sampling, choose_tokens, derive_seed, sample_answers
 from tests.support.families import make_family
 
@@ -56,6 +57,12 @@ def test_a_model_with_linear_attention_answers_as_by_generate(tokenizer: Any, tm
     assert len({len(answer) for answer in expected}) > 1
     found = sample_answers(model, PROMPTS, [[0, 1]] * len(PROMPTS), Sampling(12, temperature=0), stop_ids, 0)
     assert found == [[answer] * 2 for answer in expected]
+
+
+def test_a_model_without_a_cache_of_keys_is_refused_in_one_line(tokenizer: Any, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_family("mamba", tokenizer, tmp_path)).eval()
+    with pytest.raises(RunError, match=r"cannot be sampled from MambaForCausalLM.*; leave out samples\.reward"):
+        sample_answers(model, PROMPTS, [[0]] * len(PROMPTS), Sampling(2, temperature=0), [], 0)
 
 
 def test_each_prompt_goes_through_the_model_once_and_ended_rows_leave(model: Any) -> None:

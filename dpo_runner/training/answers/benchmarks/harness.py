@@ -1,5 +1,6 @@
 """A loaded model for lm-evaluation-harness. Imports the harness: import this module where it is used."""
 
+import inspect
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from dpo_runner.config.sections.benchmarks import BenchmarksConf
 from dpo_runner.io.logs import quiet_imports
@@ -19,7 +18,7 @@ from dpo_runner.io.upstream import check_names
 from dpo_runner.model.base import base_of
 from dpo_runner.model.tokenizer import find_stop_ids
 from dpo_runner.training.answers.benchmarks.prefixes import count_requests, find_common, score_continuations
-from dpo_runner.training.answers.sampling import Sampling, can_select, sample_answers
+from dpo_runner.training.answers.sampling import Sampling, can_select, find_cache_layers, sample_answers
 from dpo_runner.training.ranks.watch import note_progress
 
 with quiet_imports():
@@ -46,7 +45,7 @@ _UNUSED_BY_GREEDY = {
     "_from_model_config",
 }
 """Settings of `generate` that change no greedy answer of a given length."""
-_NEUTRAL = {"repetition_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
+_NEUTRAL = dict.fromkeys(("repetition_penalty", "length_penalty", "num_beams", "num_return_sequences"), 1)
 
 harness_task.tqdm = lambda items, **settings: items  # it reads no setting
 check_names(
@@ -96,9 +95,8 @@ class LiveModel(HFLM):  # type: ignore[misc]
         self._size, self._pad_id = batch_size, tokenizer.pad_token_id
         prompts = getattr(model, "active_peft_config", None)
         learned = prompts is not None and prompts.is_prompt_learning  # its virtual tokens are not in ids
-        self._shares = not learned and can_select(self._live.config)
-        # a window would count the padding behind the shared tokens
-        self._shares_start = {type(layer) for layer in DynamicCache(config=self._live.config).layers} == {DynamicLayer}
+        self._shares = not learned and can_select(base_of(model))
+        self._shares_start = self._shares and _counts_by_position(base_of(model))
         self.has_template = bool(tokenizer.chat_template)
         kind = model.device.type
         super().__init__(
@@ -133,7 +131,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Return contexts and answers, padded; plain greedy answers by `sample_answers`."""
         used = _find_used(settings) | _find_used(self._live.generation)
-        if not self._shares or used or settings.get("do_sample"):
+        if not self._shares or used or settings.get("do_sample") or max_length <= context.shape[1]:
             settings["attention_mask"] = attention_mask
             answered: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
             return answered
@@ -141,7 +139,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
         sampling = Sampling(max_length - context.shape[1], 0, stop=tuple(stop), decode=self.tokenizer.decode)
         seeds, common = [[0]] * len(prompts), find_common(prompts) if self._shares_start else 0
         rows = sample_answers(self._live, prompts, seeds, sampling, self._stop_ids, self._pad_id, common)
-        answers = [torch.tensor(answer, device=context.device) for [answer] in rows]
+        answers = [context.new_tensor(answer) for [answer] in rows]
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=self._pad_id)], dim=1)
 
     def _loglikelihood_tokens(
@@ -154,6 +152,16 @@ class LiveModel(HFLM):  # type: ignore[misc]
         cut = [(context[-(self.max_length + 1 - len(answer)) :], answer) for _, context, answer in requests]
         pairs = [(tuple(context), tuple(answer)) for context, answer in cut]
         return score_continuations(self._live, pairs, override_bs or self._size, self._pad_id, self._shares_start)
+
+
+def _counts_by_position(base: "PreTrainedModel") -> bool:
+    """Return whether attention takes distances from `position_ids`, so that padding may lie behind a shared start.
+
+    By places in the cache count sliding windows, GPT-Neo's local layers and MPT's ALiBi.
+    """
+    is_known = type(base).__module__.startswith("transformers.") and base.config.model_type != "gpt_neo"
+    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+    return is_known and takes_positions and find_cache_layers(base) <= {"DynamicLayer", "DummyLayer"}
 
 
 def _find_used(settings: Mapping[str, Any]) -> set[str]:

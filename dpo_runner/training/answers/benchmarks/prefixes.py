@@ -6,7 +6,7 @@ same solved examples. Their keys and values are kept and repeated.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -55,17 +55,18 @@ def score_continuations(
     for number, (context, continuation) in enumerate(requests):
         wanted.setdefault(context, {}).setdefault(continuation, []).append(number)
     found = [(0.0, False)] * len(requests)
-    lengths = {context: len(context) + max(map(len, answers)) for context, answers in wanted.items()}
-    contexts = sorted(wanted, key=lambda ids: (-lengths[ids], ids))
+    contexts = sorted(wanted, key=lambda ids: (-len(ids), ids))
     with torch.no_grad():
         common = find_common(contexts) if shares_start else 0
         start = read_prompts(model, [contexts[0][:common]], pad_id)[1] if common else None
-        for batch, most in _batches(contexts, wanted, lengths, size):
+        for batch, most in _batches(contexts, wanted, size):
             logits, cache, mask = read_prompts(model, [ids[common:] for ids in batch], pad_id, start, common)
             read = _Read(cache, mask, list(map(len, batch)), torch.log_softmax(logits.float(), dim=-1))
             rows = [(row, answer) for row, ids in enumerate(batch) for answer in wanted[ids]]
-            for part in (rows[at : at + most] for at in range(0, len(rows), most)):
-                for (row, answer), scored in zip(part, _continue(model, read, part, pad_id), strict=True):
+            for at in range(0, len(rows), most):
+                part, is_last = rows[at : at + most], at + most >= len(rows)
+                copied = read if is_last else replace(read, cache=copy.deepcopy(cache))
+                for (row, answer), scored in zip(part, _continue(model, copied, part, pad_id), strict=True):
                     for number in wanted[batch[row]][answer]:
                         found[number] = scored
     return found
@@ -91,25 +92,25 @@ def count_requests(size: int, longest: int) -> int:
 
 
 def _batches(
-    contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, Any]], lengths: Mapping[Ids, int], size: int
+    contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, Any]], size: int
 ) -> Iterator[tuple[list[Ids], int]]:
-    """Divide contexts, those with the longest requests first; also return how many requests a forward may have."""
+    """Divide contexts, the longest first; also return how many requests a forward may have."""
     batch: list[Ids] = []
-    rows = most = 0
+    rows = answer = most = 0
     for context in contexts:
-        if batch and rows + len(wanted[context]) > most:
+        longest = max(map(len, wanted[context]))
+        if batch and rows + len(wanted[context]) > count_requests(size, len(batch[0]) + max(answer, longest)):
             yield batch, most
-            batch, rows = [], 0
-        if not batch:
-            most = count_requests(size, lengths[context])
+            batch, rows, answer = [], 0, 0
         batch.append(context)
-        rows += len(wanted[context])
+        rows, answer = rows + len(wanted[context]), max(answer, longest)
+        most = count_requests(size, len(batch[0]) + answer)
     if batch:
         yield batch, most
 
 
 def _continue(model: Any, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: int) -> list[tuple[float, bool]]:
-    """Score continuations of contexts that were read, given by their rows."""
+    """Score continuations of contexts that were read, given by their rows. The cache is used up."""
     device = model.device
     first, best = read.logps, read.logps.argmax(dim=-1)
     scored = [(float(first[row, answer[0]]), bool(best[row] == answer[0])) for row, answer in rows]
@@ -123,10 +124,9 @@ def _continue(model: Any, read: _Read, rows: Sequence[tuple[int, Ids]], pad_id: 
     own = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in inputs], device=device)
     lengths = torch.tensor(read.lengths, device=device)[parents]
     places = lengths[:, None] + torch.arange(width, device=device)
-    cache = copy.deepcopy(read.cache)
-    cache.batch_select_indices(parents)
+    read.cache.batch_select_indices(parents)
     mask = torch.cat([read.mask[parents], own], dim=1)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=read.cache, use_cache=True)
     for row, number in enumerate(longer):
         rest = torch.tensor(rows[number][1][1:], device=device)
         logps = torch.log_softmax(output.logits[row, : len(rest)].float(), dim=-1)
