@@ -46,6 +46,7 @@ _UNUSED_BY_GREEDY = {
 }
 """Settings of `generate` that change no greedy answer of a given length."""
 _NEUTRAL = dict.fromkeys(("repetition_penalty", "length_penalty", "num_beams", "num_return_sequences"), 1)
+"""Values of further settings at which they have no effect."""
 
 harness_task.tqdm = lambda items, **settings: items  # it reads no setting
 check_names(
@@ -83,7 +84,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
     Args:
         model: in evaluation mode.
         tokenizer: with the chat template.
-        batch_size: requests in one forward.
+        batch_size: see `count_requests`.
         stop_id: the chat template's end of a turn.
     """
 
@@ -157,7 +158,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
 def _counts_by_position(base: "PreTrainedModel") -> bool:
     """Return whether attention takes distances from `position_ids`, so that padding may lie behind a shared start.
 
-    By places in the cache count sliding windows, GPT-Neo's local layers and MPT's ALiBi.
+    Sliding windows, GPT-Neo's local layers and MPT's ALiBi count places in the cache instead.
     """
     is_known = type(base).__module__.startswith("transformers.") and base.config.model_type != "gpt_neo"
     takes_positions = "position_ids" in inspect.signature(base.forward).parameters

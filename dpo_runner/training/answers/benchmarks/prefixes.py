@@ -17,7 +17,7 @@ from dpo_runner.training.answers.sampling import read_prompts
 _WORTH_KEEPING = 8
 """Tokens of a common beginning from which on it is put through the model by itself."""
 _SHORT = 512
-"""Requests of fewer tokens than this share a forward with more of them than `benchmarks.batch_size` says."""
+"""Requests with fewer tokens may be more in one forward than `benchmarks.batch_size`."""
 
 Ids = tuple[int, ...]
 
@@ -65,8 +65,8 @@ def score_continuations(
             rows = [(row, answer) for row, ids in enumerate(batch) for answer in wanted[ids]]
             for at in range(0, len(rows), most):
                 part, is_last = rows[at : at + most], at + most >= len(rows)
-                copied = read if is_last else replace(read, cache=copy.deepcopy(cache))
-                for (row, answer), scored in zip(part, _continue(model, copied, part, pad_id), strict=True):
+                usable = read if is_last else replace(read, cache=copy.deepcopy(cache))
+                for (row, answer), scored in zip(part, _continue(model, usable, part, pad_id), strict=True):
                     for number in wanted[batch[row]][answer]:
                         found[number] = scored
     return found
